@@ -1,0 +1,17 @@
+"""recnb: a notebook-first kit for learning image features for retrieval.
+
+Read the chapters in this order: config, datasets, transforms, samplers, backbones, necks, heads, losses, model, optim,
+learner, training, metrics, rerank, search, gallery, runs. Importing the package itself loads none of them.
+"""
+from importlib import import_module
+
+__version__ = "0.1.0"
+CHAPTER_OF = {"load_config": "config", "build_loaders": "datasets", "build_model": "model", "RecModel": "model",
+              "build_learner": "training", "retrieval_metrics": "metrics", "open_run": "runs"}
+__all__ = [*CHAPTER_OF, "__version__"]
+
+
+def __getattr__(name: str):
+    if name not in CHAPTER_OF:
+        raise AttributeError(f"module 'recnb' has no attribute '{name}'")
+    return getattr(import_module(f"recnb.{CHAPTER_OF[name]}"), name)

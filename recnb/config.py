@@ -1,0 +1,371 @@
+"""YAML in, a checked plain dict out: sections, names and arguments are all verified before anything is built.
+
+A section such as `{name: ArcMargin, margin: 0.15}` is one object: `name` picks it from a registry and the other keys
+are its constructor's arguments. Each chapter fills the registries of its own parts, so that what can be written in a
+file is what exists, and every misspelling ends in one sentence that names the place.
+"""
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib
+import inspect
+import re
+import typing
+from pathlib import Path
+
+import yaml
+
+PACKAGE_PARENT = Path(__file__).resolve().parents[1]
+ROOT = PACKAGE_PARENT if (PACKAGE_PARENT / "configs").is_dir() else Path.cwd()
+
+# The keys of Global with their defaults; every other default lives in the signature of the part that it belongs to.
+GLOBAL = {
+    "checkpoints": None, "pretrained_model": None, "output_dir": "./output/", "device": "gpu", "class_num": None,
+    "save_interval": 1, "eval_during_train": True, "eval_interval": 1, "epochs": 10, "print_batch_step": 10,
+    "use_visualdl": False, "image_shape": [3, 224, 224], "save_inference_dir": "./inference", "eval_mode": "retrieval",
+    "seed": 0,
+}
+NULLABLE = {"checkpoints": str, "pretrained_model": str, "class_num": int}
+CHOICES = {"device": ("gpu", "cpu"), "eval_mode": ("retrieval",)}
+LEAST = {"epochs": 0, "seed": 0, "eval_interval": 1, "print_batch_step": 1, "class_num": 1}
+
+LOADER = {"num_workers": int, "use_shared_memory": bool, "prefetch_factor": int}  # torch always shares memory
+KEYS = {  # the keys of the sections that are not constructor calls
+    "the file": ("Global", "DataLoader", "Arch", "Loss", "Optimizer", "Metric"),
+    "Global": tuple(GLOBAL),
+    "DataLoader": ("Train", "Eval"),
+    "DataLoader.Train": ("dataset", "sampler", "loader"),
+    "DataLoader.Eval": ("Query", "Gallery"),
+    "DataLoader.Eval.Query": ("dataset", "sampler", "loader"),
+    "DataLoader.Eval.Gallery": ("dataset", "sampler", "loader"),
+    "DataLoader.Train.loader": tuple(LOADER),
+    "DataLoader.Eval.Query.loader": tuple(LOADER),
+    "DataLoader.Eval.Gallery.loader": tuple(LOADER),
+    "Arch": ("name", "infer_output_key", "infer_add_softmax", "Backbone", "BackboneStopLayer", "Neck", "Head"),
+    "Arch.BackboneStopLayer": ("name",),
+    "Loss": ("Train", "Eval"),
+    "Metric": ("Eval",),
+}
+LOADERS = ("Train", "Eval.Query", "Eval.Gallery")
+REQUIRED = ("DataLoader.Train.dataset", "Arch.Backbone.name", "Loss.Train", "Optimizer")
+CHAPTERS = ("datasets", "transforms", "samplers", "necks", "heads", "losses", "optim", "training")
+
+
+class ConfigError(ValueError):
+    "A configuration that cannot mean what it says; the message names the place and what would mend it."
+
+
+def resolve(path: str | Path) -> Path:
+    "The path itself where it exists from here, otherwise the same path below the project's root."
+    path = Path(path).expanduser()
+    return path if path.is_absolute() or path.exists() else ROOT / path
+
+
+def suggest(word: str, known: typing.Iterable[str]) -> str:
+    "A half sentence that offers the nearest known spelling, or lists what there is."
+    known = sorted(str(k) for k in known)
+    near = difflib.get_close_matches(str(word), known, n=1, cutoff=0.6)
+    folded = [k for k in known if k.lower() == str(word).lower()]
+    if folded or near:
+        return f"did you mean '{(folded or near)[0]}'?"
+    return f"there is {', '.join(known)}" if known else "there is none"
+
+
+def fits(value, hint) -> bool:
+    "Whether a value from YAML can be what an annotation asks for; annotations that YAML cannot express always fit."
+    if isinstance(hint, str) or hint in (typing.Any, inspect.Parameter.empty):
+        return True
+    if typing.get_args(hint) and typing.get_origin(hint) not in (list, tuple, dict):
+        return any(fits(value, option) for option in typing.get_args(hint))
+    kind = typing.get_origin(hint) or hint
+    if kind in (int, float) and isinstance(value, bool):
+        return False
+    accepted = {float: (int, float), int: int, bool: bool, str: str, list: list, tuple: (list, tuple), dict: dict,
+                type(None): type(None)}
+    return kind not in accepted or isinstance(value, accepted[kind])
+
+
+class Registry(dict):
+    "Constructors by the name that a YAML file uses; the name is the class's or function's own."
+
+    made: typing.ClassVar[list[Registry]] = []
+
+    def __init__(self, kind: str, *slots: str, beside: tuple[str, ...] = ()):
+        """`slots`: the places of a file where these parts are named (`*`: each loader, `[]`: a list of them);
+        `beside`: keys of such a section that are not arguments of the part."""
+        super().__init__()
+        self.kind, self.slots, self.beside = kind, slots, beside
+        self.made.append(self)
+
+    def register(self, part):
+        "The part itself, now known by its own name: use as a decorator."
+        self[part.__name__] = part
+        return part
+
+    def arguments(self, section: dict) -> dict:
+        "The keys of a section that go to the constructor."
+        return {k: v for k, v in section.items() if k != "name" and k not in self.beside}
+
+    def parameters(self, name: str) -> dict[str, inspect.Parameter]:
+        return {k: p for k, p in inspect.signature(self[name]).parameters.items() if k != "self"}
+
+    def check(self, name, args: dict | None, where: str) -> None:
+        "None; raises ConfigError for an unknown name or argument, or a value of the wrong kind."
+        if not isinstance(name, str) or name not in self:
+            raise ConfigError(f"{where}: there is no {self.kind} '{name}'; {suggest(name, self)}")
+        if not isinstance(args or {}, dict):
+            raise ConfigError(f"{where}: {name} takes a mapping of arguments, not {args!r}")
+        known, hints = self.parameters(name), typing.get_type_hints(
+            self[name].__init__ if inspect.isclass(self[name]) else self[name])
+        for key, value in (args or {}).items():
+            if key not in known:
+                others = [*known, *self.beside]
+                raise ConfigError(f"{where}.{key}: {name} has no such argument; {suggest(key, others)}")
+            if not fits(value, hints.get(key, typing.Any)):
+                raise ConfigError(f"{where}.{key}: {value!r} is a {type(value).__name__}, "
+                                  f"{name} wants {inspect.formatannotation(hints[key])}")
+
+    def build(self, section: dict, where: str, **known):
+        """The object that a section describes.
+
+        `known` holds what only the run can tell, as `argument=(value, where it comes from)`: it is supplied when the
+        section leaves the argument out, and compared when the section gives it. Raises ConfigError on a conflict.
+        """
+        name, args = section.get("name"), self.arguments(section)
+        self.check(name, args, where)
+        parameters = self.parameters(name)
+        for key, (value, source) in known.items():
+            if key in args and args[key] != value:
+                raise ConfigError(f"{where}.{key} is {args[key]}, but {source} {value}")
+            if key in parameters:
+                args[key] = value
+        missing = [k for k, p in parameters.items() if p.default is p.empty and k not in args]
+        if missing:
+            raise ConfigError(f"{where}: {name} needs a value for '{missing[0]}'")
+        try:
+            return self[name](**args)
+        except (ValueError, TypeError, ArithmeticError) as error:
+            raise ConfigError(f"{where}: {error}") from error
+
+
+class Loader(yaml.SafeLoader):
+    "Plain YAML values only, with the two silent traps of YAML 1.1 closed: `1e-3` is a number, a repeated key an error."
+
+
+Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
+                             list("-+0123456789"))
+
+
+def mapping(loader: Loader, node: yaml.MappingNode) -> dict:
+    seen = set()
+    for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+        if key.value in seen:
+            raise yaml.constructor.ConstructorError(None, None, f"the key '{key.value}' is given twice", key.start_mark)
+        seen.add(key.value)
+    return loader.construct_mapping(node, deep=True)
+
+
+Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
+
+
+def read_yaml(path: str | Path) -> dict:
+    "The mapping that a YAML file holds; raises ConfigError with file and line where it is anything else."
+    path = resolve(path)
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8-sig"), Loader)  # a SafeLoader
+    except FileNotFoundError:
+        here = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+        raise ConfigError(f"{path}: there is no such file; {suggest(path.name, here)}") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date or number that cannot be
+        mark = getattr(error, "problem_mark", None)
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        if "could not determine a constructor" in problem:
+            problem = f"{problem.split(' for ')[-1]} would build an object, and only plain values are allowed here"
+        raise ConfigError(f"{path}{f' line {mark.line + 1}' if mark else ''}: {problem}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: holds a {type(content).__name__}, not a mapping of sections such as "
+                          "'Global:' and 'Arch:'")
+    return content
+
+
+def as_yaml(cfg: dict) -> str:
+    "The YAML text of a configuration: short sections on one line, the order kept, nothing abbreviated by anchors."
+    dumper = type("Dumper", (yaml.SafeDumper,), {"ignore_aliases": lambda self, data: True})
+    return yaml.dump(cfg, Dumper=dumper, sort_keys=False, default_flow_style=None, width=110)
+
+
+def plain_number(value, like):
+    "The number that a string spells where a number is replaced (papermill hands over `1e-3` as text), else the value."
+    if isinstance(value, str) and isinstance(like, (int, float)) and not isinstance(like, bool):
+        for kind in (int, float):
+            with contextlib.suppress(ValueError):
+                return kind(value)
+    return value
+
+
+def item_index(entries: list, step: str, where: str) -> int:
+    "Which entry of a list a step of a dotted key means: it is a number from 0, or the only entry of that name."
+    names = [next(iter(entry), None) if isinstance(entry, dict) else None for entry in entries]
+    if names.count(step) > 1:
+        raise ConfigError(f"{where} has {names.count(step)} entries '{step}'; give the number of one, counted from 0")
+    index = int(step) if step.isdigit() else names.index(step) if step in names else len(entries)
+    if index >= len(entries):
+        raise ConfigError(f"{where} has no entry '{step}'; {suggest(step, [name for name in names if name])}")
+    return index
+
+
+def override(cfg: dict, key: str, value) -> None:
+    "None; sets one dotted key (list items by number) in place. Raises ConfigError where its parents do not exist."
+    node, steps = cfg, str(key).split(".")
+    for depth, step in enumerate(steps):
+        last = depth == len(steps) - 1
+        if isinstance(node, list):
+            index = item_index(node, step, f"override '{key}': '{'.'.join(steps[:depth])}'")
+            node, step = (node, index) if step.isdigit() else (node[index], step)
+        elif not isinstance(node, dict) or (step not in node and not last):
+            known = node if isinstance(node, dict) else ()
+            raise ConfigError(f"override '{key}': there is no '{'.'.join(steps[:depth + 1])}'; {suggest(step, known)}")
+        if last:
+            node[step] = plain_number(value, node[step] if isinstance(node, list) else node.get(step))
+        else:
+            node = node[step]
+
+
+def load_config(path: str | Path, overrides: dict | None = None) -> dict:
+    """The checked configuration of a YAML file, a plain dict with Global filled up with its defaults.
+
+    `overrides` maps dotted keys to values, e.g. `{"Global.epochs": 2, "Loss.Train.SupConLoss.weight": 0.5}`.
+    Raises ConfigError, with file, line or key, before anything is built or any image is read.
+    """
+    cfg, overrides = unshared(read_yaml(path)), overrides or {}
+    if not isinstance(overrides, dict):
+        raise ConfigError(f"overrides: {overrides!r} is a {type(overrides).__name__}, not a mapping of dotted keys")
+    check_keys(cfg, "the file")
+    fill_global(cfg)
+    for key, value in overrides.items():
+        override(cfg, key, unshared(value))
+    fill_global(cfg)
+    check(cfg)
+    return cfg
+
+
+def unshared(node):
+    "A copy in which nothing stands twice: with YAML's aliases, an override would change every place that shares one."
+    if isinstance(node, dict):
+        return {key: unshared(value) for key, value in node.items()}
+    return [unshared(value) for value in node] if isinstance(node, list | tuple) else node
+
+
+def fill_global(cfg: dict) -> None:
+    given = {} if cfg.get("Global") is None else cfg["Global"]
+    check_keys(given, "Global")
+    cfg["Global"] = {**unshared(GLOBAL), **given}
+
+
+def check_keys(section, where: str) -> None:
+    if not isinstance(section, dict):
+        raise ConfigError(f"{where}: holds {section!r}, not a mapping of {', '.join(KEYS[where])}")
+    for key in section:
+        if key not in KEYS[where]:
+            place = str(key) if where == "the file" else f"{where}.{key}"
+            raise ConfigError(f"{place}: there is no such key; {suggest(key, KEYS[where])}")
+
+
+def check(cfg: dict) -> None:
+    "None; raises ConfigError for the first section, name, argument or value that cannot be meant."
+    for chapter in CHAPTERS:  # their registries are what the names are checked against
+        importlib.import_module(f"recnb.{chapter}")
+    for where in KEYS:
+        section = cfg if where == "the file" else lookup(cfg, where)
+        if section is not None:
+            check_keys(section, where)
+    check_global(cfg["Global"])
+    check_loaders(cfg)
+    check_class_num(cfg)
+    check_evaluation(cfg)
+    for where in (place for place in REQUIRED if not lookup(cfg, place)):
+        raise ConfigError(f"{where}: the file has no such section, and nothing can be trained without it")
+    for where, section, registry in named_sections(cfg):
+        if not isinstance(section, dict) or section.get("name") is None:
+            raise ConfigError(f"{where}: holds {section!r}, not a mapping with a 'name'; {suggest('', registry)}")
+        registry.check(section["name"], registry.arguments(section), where)
+        if getattr(registry[section["name"]], "needs_logits", False) and not lookup(cfg, "Arch.Head"):
+            raise ConfigError(f"{where}: {section['name']} needs logits, and Arch.Head, which makes them, is missing")
+
+
+def check_global(section: dict) -> None:
+    for key, value in section.items():
+        hint = NULLABLE[key] | None if key in NULLABLE else type(GLOBAL[key])
+        if not fits(value, hint):
+            wanted = inspect.formatannotation(hint)
+            raise ConfigError(f"Global.{key}: {value!r} is a {type(value).__name__}, not {wanted}")
+        if value not in CHOICES.get(key, (value,)):
+            raise ConfigError(f"Global.{key}: '{value}' is not supported; {suggest(value, CHOICES[key])}")
+        if key in LEAST and value is not None and value < LEAST[key]:
+            raise ConfigError(f"Global.{key}: {value} is too small; the least is {LEAST[key]}")
+    shape = section["image_shape"]
+    if len(shape) != 3 or shape[0] != 3 or not all(isinstance(n, int) and n > 0 for n in shape):
+        raise ConfigError(f"Global.image_shape: {shape} is not [3, height, width]; images are read in RGB")
+
+
+def check_loaders(cfg: dict) -> None:
+    for where in (f"DataLoader.{part}.loader" for part in LOADERS):
+        for key, value in (lookup(cfg, where) or {}).items():
+            if not fits(value, LOADER[key]) or value < 0:
+                wanted = "True or False" if LOADER[key] is bool else "a whole number from 0"
+                raise ConfigError(f"{where}.{key}: {value!r} is not {wanted}")
+
+
+def check_class_num(cfg: dict) -> None:
+    ours, head = cfg["Global"]["class_num"], lookup(cfg, "Arch.Head.class_num")
+    if ours and head and ours != head:
+        raise ConfigError(f"Global.class_num is {ours}, but Arch.Head.class_num is {head}: both count the training "
+                          "identities, so give the same number or leave one of them out")
+
+
+def check_evaluation(cfg: dict) -> None:
+    missing = [part for part in ("Query", "Gallery") if not lookup(cfg, f"DataLoader.Eval.{part}")]
+    if missing and (cfg["Global"]["eval_during_train"] or lookup(cfg, "DataLoader.Eval")):
+        raise ConfigError(f"DataLoader.Eval.{missing[0]}: there is no such section; retrieval is evaluated with both "
+                          "DataLoader.Eval.Query and DataLoader.Eval.Gallery (one list may serve as both): add it, or "
+                          "leave DataLoader.Eval out and set Global.eval_during_train: False")
+
+
+def lookup(cfg: dict, where: str):
+    "What stands at a dotted place, or None."
+    node = cfg
+    for step in where.split("."):
+        node = node.get(step) if isinstance(node, dict) else None
+    return node
+
+
+def items(cfg: dict, where: str) -> list[tuple[str, str, dict]]:
+    "The entries of a list of `{Name: arguments}` as (place, name, arguments)."
+    section = lookup(cfg, where) or []
+    if not isinstance(section, list):
+        raise ConfigError(f"{where}: must be a list of '- Name: {{arguments}}' entries")
+    return [entry(item, f"{where}.{i}") for i, item in enumerate(section)]
+
+
+def entry(item, where: str) -> tuple[str, str, dict]:
+    pairs = list(item.items()) if isinstance(item, dict) else []
+    if len(pairs) != 1 or not isinstance(pairs[0][1], dict | None) or "name" in (pairs[0][1] or {}):
+        raise ConfigError(f"{where}: {item!r} is not of the form '- Name: {{arguments}}'")
+    name, args = pairs[0]
+    return f"{where}.{name}", name, args or {}
+
+
+def named_sections(cfg: dict):
+    "Every (place, section, registry) of a configuration whose section picks a part by name."
+    for registry in Registry.made:
+        for slot in registry.slots:
+            for loader in LOADERS if "*" in slot else ("",):
+                where = slot.replace("*", loader).removesuffix("[]")
+                if slot.endswith("[]"):
+                    entries = [(place, {"name": name, **args}) for place, name, args in items(cfg, where)]
+                else:
+                    entries = [(where, section)] if (section := lookup(cfg, where)) is not None else []
+                yield from ((place, section, registry) for place, section in entries)

@@ -1,0 +1,261 @@
+"""The fastai Learner for retrieval: labels reach the head, evaluation retrieves, and everything of fastai still works.
+
+Data loaders are plain torch ones behind a small adaptor, since fastai's own would drop the P x K batches. The head's
+weights live in the model, so they are optimised, frozen, saved and distributed with it. `learn.fit`, `fit_one_cycle`,
+`lr_find`, `freeze`, `validate`, `get_preds` are fastai's; `recnb.training` adds the schedule of a configuration.
+"""
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import ConcatDataset, DataLoader
+from tqdm.auto import tqdm
+
+from recnb.config import Registry, items
+from recnb.datasets import Loaders, own_index
+from recnb.metrics import retrieval_metrics
+from recnb.transforms import display_image
+
+with warnings.catch_warnings():  # fastai's import warns of torch's and pandas' futures
+    warnings.simplefilter("ignore")
+    from fastai.callback.core import Callback, CancelEpochException, CancelValidException  # noqa: F401
+    from fastai.callback.progress import ProgressCallback  # noqa: F401 (its import gives the progress bars)
+    from fastai.callback.schedule import ParamScheduler  # noqa: F401 (its import gives fit_one_cycle and lr_find)
+    from fastai.data.core import DataLoaders
+    from fastai.learner import Learner, ValueMetric
+    from fastai.optimizer import OptimWrapper
+
+METRICS = Registry("metric", "Metric.Eval[]")
+
+
+@METRICS.register
+def Recallk(topk: list | None = None) -> list[str]:
+    "recall{k}: the share of queries with a right image among their first k."
+    return [f"recall{k}" for k in topk or (1, 5)]
+
+
+@METRICS.register
+def Precisionk(topk: list | None = None) -> list[str]:
+    "precision@{k}: how many of the first k are right."
+    return [f"precision@{k}" for k in topk or (1, 5)]
+
+
+@METRICS.register
+def mAP() -> list[str]:
+    "mAP: the mean over queries of average precision over the whole ranking."
+    return ["mAP"]
+
+
+@METRICS.register
+def mINP() -> list[str]:
+    "mINP: the number of right images over the rank of the last of them."
+    return ["mINP"]
+
+
+def build_metrics(cfg: dict) -> list[str]:
+    "The keys of the metrics that a configuration lists, in its order; recall1, recall5 and mAP where it lists none."
+    names = [key for place, name, args in items(cfg, "Metric.Eval")
+             for key in METRICS.build({"name": name, **args}, place)]
+    return names or ["recall1", "recall5", "mAP"]
+
+
+class FastaiLoader:
+    "A torch DataLoader with the attributes that fastai asks of its own."
+
+    n_inp, after_batch, drop_last = 1, None, False
+
+    def __init__(self, loader: DataLoader, device: torch.device | None = None):
+        self.loader, self.device, self.dataset = loader, device, loader.dataset
+        self.bs = loader.batch_size or loader.batch_sampler.batch_size
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self):
+        for x, y in self.loader:
+            yield x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
+
+    def to(self, device) -> FastaiLoader:
+        self.device = device
+        return self
+
+    def new(self, shuffle: bool | None = None, **_) -> FastaiLoader:
+        "Itself; with `shuffle=False` a loader of every image once, in the order of the list."
+        if shuffle is False and self.loader.batch_size is None:
+            workers = self.loader.num_workers
+            return FastaiLoader(DataLoader(self.dataset, self.bs, num_workers=workers), self.device)
+        return self
+
+    def one_batch(self) -> tuple[Tensor, Tensor]:
+        return next(iter(self))
+
+    def show_batch(self, max_n: int = 16, columns: int = 8) -> plt.Figure:
+        "A figure of the first images of a batch as the model gets them, each with its identity."
+        images, labels = self.one_batch()
+        rows = -(-min(max_n, len(images)) // columns)
+        figure, axes = plt.subplots(rows, columns, figsize=(1.3 * columns, 1.55 * rows), facecolor="white", dpi=90)
+        for ax in np.ravel(axes):
+            ax.set_axis_off()
+        for ax, image, label in zip(np.ravel(axes)[:max_n], images.cpu(), labels.tolist(), strict=False):
+            ax.imshow(display_image(image, self.dataset.transform))
+            ax.set_title(f"identity {self.dataset.names[label]}", fontsize=8, color="black")
+        figure.tight_layout(pad=0.4)
+        plt.close(figure)
+        return figure
+
+
+class RunLoss(nn.Module):
+    "The training loss while training; otherwise the evaluation loss, NaN where the labels give it no meaning."
+
+    def __init__(self, train: nn.Module, evaluate: nn.Module | None = None):
+        super().__init__()
+        self.train_loss, self.eval_loss = train, evaluate
+
+    def forward(self, out: dict[str, Tensor], y: Tensor) -> Tensor:
+        if self.training:
+            return self.train_loss(out, y)
+        return self.eval_loss(out, y) if self.eval_loss is not None else out["features"].new_tensor(torch.nan)
+
+
+class PassLabels(Callback):
+    "Gives the head its labels while training (and in evaluation where a loss needs logits), and each epoch its draw."
+
+    order = -5
+
+    def before_train(self):
+        self.loss_func.train()
+        sampler = getattr(self.dl.loader, "batch_sampler", None)
+        if hasattr(sampler, "set_epoch"):
+            sampler.set_epoch(self.epoch)
+
+    def before_validate(self):
+        self.loss_func.eval()
+
+    def before_batch(self):
+        if self.training or getattr(self.loss_func.eval_loss, "needs_logits", False):
+            self.learn.xb = (*self.xb, *self.yb)
+
+    def after_pred(self):
+        if not self.training:  # maps of the backbone would fill the memory of get_preds
+            self.learn.pred = {k: v for k, v in self.pred.items() if k in ("features", "logits")}
+
+
+class RetrievalEvaluation(Callback):
+    "Gathers the features of the validation loader and leaves their retrieval metrics as `result`."
+
+    order = 40
+    result: dict[str, float]
+
+    def __init__(self, loaders: Loaders, names: Sequence[str]):
+        self.names, self.query, self.gallery = names, loaders.query.dataset, loaders.gallery.dataset
+        self.own, self.result = own_index(self.query, self.gallery), {}
+
+    def before_validate(self):
+        self.features, self.result = [], {}
+
+    def after_batch(self):
+        if not self.training:
+            self.features.append(self.pred["features"].detach().float().cpu())
+
+    def after_validate(self):
+        features = torch.cat(self.features) if self.features else torch.empty(0)
+        self.features = []
+        if len(features) == len(self.query) + (self.query is not self.gallery) * len(self.gallery):
+            self.result = self.evaluate(features[: len(self.query)], features[-len(self.gallery) :])
+
+    def evaluate(self, query: Tensor, gallery: Tensor) -> dict[str, float]:
+        "The metrics asked for, of query features (Q, D) and gallery features (G, D)."
+        topk = [int(name.rpartition("@")[2].removeprefix("recall")) for name in self.names if name[-1].isdigit()]
+        scores = retrieval_metrics(query, gallery, self.query.labels, self.gallery.labels, self.query.cameras,
+                                   self.gallery.cameras, exclude_self=self.own, topk=topk or (1,))
+        return {name: scores[name] for name in self.names}
+
+
+class RetrievalLearner(Learner):
+    """A fastai Learner over `Loaders`, a RecModel and a loss `(out, y) -> scalar`.
+
+    `optimizer` makes a torch optimizer from `(parameters, lr)`. Parameter groups are the backbone, then neck and head,
+    so that `freeze()` trains the latter and `slice(lr)` spreads over both. `metrics` are keys of `retrieval_metrics`.
+    """
+
+    first_epoch = 0
+
+    def __init__(self, loaders: Loaders, model: nn.Module, loss: nn.Module, eval_loss: nn.Module | None = None,
+                 optimizer: Callable = torch.optim.AdamW, metrics: Sequence[str] = ("recall1", "recall5", "mAP"),
+                 device: str | torch.device | None = None, path: str | Path = ".", cbs: Sequence[Callback] = (),
+                 **kwargs):
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        adapted = [FastaiLoader(dl, device) for dl in (loaders.train, evaluation_loader(loaders)) if dl is not None]
+        evaluation = [RetrievalEvaluation(loaders, metrics)] if loaders.query else []
+        shown = [ValueMetric(partial(self.score, name), name) for name in metrics] if evaluation else []
+        super().__init__(DataLoaders(*adapted, path=path), model.to(device), RunLoss(loss, eval_loss).to(device),
+                         opt_func=partial(OptimWrapper, opt=optimizer), splitter=backbone_and_rest,
+                         metrics=shown, path=path, cbs=[PassLabels(), *evaluation, *cbs], **kwargs)
+        self.loaders = loaders
+
+    def score(self, name: str) -> float | None:
+        return self.retrieval_evaluation.result.get(name)
+
+    def scores(self) -> dict[str, float]:
+        "The retrieval metrics of the model as it is now."
+        self.validate()
+        return dict(self.retrieval_evaluation.result)
+
+    def embeddings(self) -> tuple[Tensor, Tensor]:
+        "The features (Q, D) of the query and (G, D) of the gallery images, by the model as it is now."
+        query = embed(self.model, self.loaders.query)
+        same = self.loaders.gallery is self.loaders.query
+        return query, query if same else embed(self.model, self.loaders.gallery)
+
+    def get_preds(self, *args, **kwargs):
+        "fastai's (predictions, targets), the predictions being the embeddings (N, D)."
+        preds, *others = super().get_preds(*args, **kwargs)
+        return preds["features"], *others
+
+    def _do_epoch_validate(self, ds_idx: int = 1, dl=None):
+        if dl is not None or len(self.dls.loaders) > 1:  # nothing to evaluate: train only
+            super()._do_epoch_validate(ds_idx, dl)
+
+    def _do_fit(self):  # as fastai's, which cannot begin anywhere but at the first epoch
+        for epoch in range(self.first_epoch, self.n_epoch):
+            self.epoch = epoch
+            self._with_events(self._do_epoch, "epoch", CancelEpochException)
+
+
+def backbone_and_rest(model: nn.Module) -> list[list[nn.Parameter]]:
+    "The trainable parameters in two groups, the backbone's and the others', empty groups left out."
+    backbone = set(model.backbone.parameters())
+    groups = [[p for p in model.parameters() if p.requires_grad and (p in backbone) == own] for own in (True, False)]
+    return [group for group in groups if group]
+
+
+def evaluation_loader(loaders: Loaders) -> DataLoader | None:
+    "One loader over the query and then the gallery images, or over the one list that serves as both."
+    if loaders.query is None:
+        return None
+    if loaders.query.dataset.paths == loaders.gallery.dataset.paths:
+        loaders.gallery = loaders.query
+        return loaders.query
+    both = loaders.query
+    return DataLoader(ConcatDataset([both.dataset, loaders.gallery.dataset]), both.batch_size,
+                      num_workers=both.num_workers, persistent_workers=both.persistent_workers,
+                      pin_memory=both.pin_memory, generator=both.generator)
+
+
+def embed(model: nn.Module, loader: DataLoader, progress: bool = True) -> Tensor:
+    "The features (N, D) of a loader's images, float32 on the CPU, by the model in evaluation mode."
+    device, training = next(model.parameters()).device, model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            batches = tqdm(loader, "embedding", leave=False, disable=not progress)
+            return torch.cat([model(x.to(device))["features"].float().cpu() for x, _ in batches])
+    finally:
+        model.train(training)

@@ -1,0 +1,110 @@
+"""The run folder: what was run, on what, with what result.
+
+    config.yaml  the resolved configuration: loading it gives the same run      env.json  versions, device, seed, commit
+    history.csv  one row an epoch        metrics.json  before, after, best; no times, so that two runs compare by bytes
+    model.safetensors, checkpoints/, gallery.html, train.log, and the executed notebook itself
+"""
+from __future__ import annotations
+
+import copy
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+
+from recnb.config import LOADERS, ROOT, ConfigError, as_yaml, lookup, resolve
+from recnb.datasets import training_images
+from recnb.files import replacing, write_json, write_text
+
+PACKAGES = ("recnb", "torch", "torchvision", "fastai", "timm", "faiss-cpu", "numpy", "pillow", "papermill")
+PATHS = {**{f"DataLoader.{part}.dataset": ("image_root", "cls_label_path") for part in LOADERS},
+         "Arch.Backbone": ("pretrained",), "Global": ("pretrained_model", "checkpoints")}
+
+
+def open_run(run_dir: str | Path, cfg: dict) -> Path:
+    "The run folder, made where it is missing, with config.yaml and env.json written."
+    run = Path(run_dir)
+    run = run if run.is_absolute() else ROOT / run
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"run_dir: {run} cannot be made: {error}") from error
+    write_text(run / "config.yaml", as_yaml(resolved(cfg)))
+    write_json(run / "env.json", environment(cfg))
+    return run
+
+
+def resolved(cfg: dict) -> dict:
+    "The configuration with what the run derived filled in: paths made absolute, the number of classes, relabelling."
+    cfg = copy.deepcopy(cfg)
+    if lookup(cfg, "Arch.Head") and not (lookup(cfg, "Arch.Head.class_num") or lookup(cfg, "Global.class_num")):
+        cfg["Arch"]["Head"]["class_num"] = len(training_images(cfg).names)
+        cfg["DataLoader"]["Train"]["dataset"].setdefault("relabel", True)
+    for place, keys in PATHS.items():
+        section = lookup(cfg, place) or {}
+        section |= {k: str(resolve(section[k]).absolute()) for k in keys if isinstance(section.get(k), str)}
+    return cfg
+
+
+def environment(cfg: dict) -> dict:
+    "What env.json holds: versions, device, threads, seed and commit."
+    def installed(package: str) -> str | None:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return None
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() and cfg["Global"]["device"] == "gpu" else "cpu"
+    return {"python": platform.python_version(), "platform": platform.platform(), "device": device,
+            "threads": torch.get_num_threads(), "seed": cfg["Global"]["seed"], "commit": commit(),
+            "packages": {package: installed(package) for package in PACKAGES}}
+
+
+def commit() -> str | None:
+    "The project's git commit, with a plus where files differ from it, or None outside a checkout."
+    def git(*args: str) -> str:
+        return subprocess.check_output(["git", "-C", str(ROOT), *args], text=True, stderr=subprocess.DEVNULL).strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def save_embeddings(run: Path, **embeddings: torch.Tensor) -> None:
+    "None; writes each array of embeddings, float32 (N, D), as embeddings/NAME.npy."
+    for name, values in embeddings.items():
+        with replacing(run / "embeddings" / f"{name}.npy") as path, path.open("wb") as file:
+            np.save(file, values.numpy())
+
+
+def history_figure(run: Path) -> plt.Figure:
+    "Two panels over the epochs of history.csv: the losses, and the retrieval metrics."
+    history = pd.read_csv(run / "history.csv").set_index("epoch").drop(columns="lr")
+    losses = [c for c in history if "loss" in c.lower()]
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.2), facecolor="white", dpi=90, layout="constrained")
+    for ax, columns, title in zip(axes, (losses, [c for c in history if c not in losses]), ("loss", "retrieval"),
+                                  strict=True):
+        for column in columns:
+            values = history[column].dropna()
+            ax.plot(values.index, values, marker=".", label=column)
+        ax.set(title=title, xlabel="epoch")
+        ax.grid(alpha=0.3)
+        ax.spines[["top", "right"]].set_visible(False)
+        if columns:
+            ax.legend(frameon=False, fontsize=8)
+    axes[1].set_ylim(0, 1)
+    plt.close(figure)
+    return figure
+
+
+def save_metrics(run: Path, before: dict, after: dict) -> dict:
+    "The content of metrics.json, written: the final metrics, and those before training and their gain."
+    content = {**after, "before": before, "gain": {k: after[k] - before[k] for k in after if k in before}}
+    write_json(run / "metrics.json", content)
+    return content

@@ -1,0 +1,81 @@
+"""What the tests share:
+
+    drawn        a folder with images/, train.txt (15 identities x 6), query.txt and gallery.txt (9 others)
+    tiny_config  writes a file of the whole schema over that set, small enough to train in seconds; returns its path
+    config_file  the same as a fixture, in the test's own folder: config_file({"Global.epochs": 2}) -> path
+
+The changes are dotted keys as in `load_config`, but they may add what is not there, and `...` removes what is.
+"""
+import os
+
+os.environ["MPLBACKEND"] = "Agg"
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from recnb.marks import draw_marks
+
+torch.set_num_threads(1)  # tiny models on busy cores: threads would wait for each other
+
+PIXELS = 32
+
+
+@pytest.fixture(scope="session")
+def drawn(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("drawn")
+    draw_marks(root, identities=24, renderings=6, size=48)
+    return root
+
+
+@pytest.fixture
+def config_file(drawn, tmp_path):
+    return lambda changes=None: tiny_config(drawn, tmp_path / "config.yaml", changes)
+
+
+def tiny_config(drawn: Path, path: Path, changes: dict | None = None) -> Path:
+    content = {
+        "Global": {"device": "cpu", "seed": 0, "epochs": 2, "image_shape": [3, PIXELS, PIXELS], "save_interval": 0},
+        "DataLoader": {
+            "Train": split(drawn, "train", {"name": "PKSampler", "batch_size": 8, "sample_per_id": 2}),
+            "Eval": {"Query": split(drawn, "query"), "Gallery": split(drawn, "gallery")},
+        },
+        "Arch": {
+            "name": "RecModel",
+            "Backbone": {"name": "test_resnet", "pretrained": False},
+            "BackboneStopLayer": {"name": "flatten"},
+            "Neck": {"name": "FC", "class_num": 16},
+            "Head": {"name": "ArcMargin", "margin": 0.2, "scale": 16},
+        },
+        "Loss": {"Train": [{"CELoss": {"weight": 1.0}}, {"SupConLoss": {"weight": 1.0, "views": 2}}],
+                 "Eval": [{"CELoss": {"weight": 1.0}}]},
+        "Optimizer": {"name": "AdamW", "lr": {"name": "Cosine", "learning_rate": 0.002}},
+        "Metric": {"Eval": [{"Recallk": {"topk": [1, 5]}}, {"mAP": {}}]},
+    }
+    for key, value in (changes or {}).items():
+        change(content, key.split("."), value)
+    path.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    return path
+
+
+def split(drawn: Path, name: str, sampler: dict | None = None) -> dict:
+    ops = [{"ResizeImage": {"size": PIXELS}}, {"NormalizeImage": {}}]
+    if name == "train":
+        ops.insert(1, {"RandFlipImage": {"flip_code": 1}})
+    return {"dataset": {"name": "VeriWild", "image_root": str(drawn / "images"),
+                        "cls_label_path": str(drawn / f"{name}.txt"), "transform_ops": ops},
+            "sampler": sampler or {"name": "DistributedBatchSampler", "batch_size": 32},
+            "loader": {"num_workers": 0}}
+
+
+def change(content: dict, steps: list[str], value) -> None:
+    node = content
+    for step in steps[:-1]:
+        node = node[int(step)] if isinstance(node, list) else node.setdefault(step, {})
+    step = int(steps[-1]) if isinstance(node, list) else steps[-1]
+    if value is ...:
+        del node[step]
+    else:
+        node[step] = value

@@ -1,0 +1,214 @@
+"Losses: the original's numbers, plain loops for batches of any make-up, and the weighted sum."
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from recnb.config import ConfigError
+from recnb.losses import CELoss, CombinedLoss, SupConLoss, build_loss
+
+DATA = Path(__file__).parent / "data"
+ARRAYS = np.load(DATA / "oracle.npz")
+CASES = [case for case in json.loads((DATA / "oracle.json").read_text()) if case["kind"] == "loss"]
+BATCHES = {
+    "in order": [0, 0, 0, 1, 1, 1, 2, 2, 2],
+    "mixed": [2, 0, 1, 0, 2, 1, 1, 0, 2],
+    "uneven": [5, 1, 5, 5, 3, 1, 5, 3, 5, 5],
+    "some once": [4, 0, 1, 0, 2, 3, 0],
+    "one identity": [7, 7, 7, 7],
+    "a pair": [1, 1],
+}
+
+
+def batch(labels, seed=0, size=6):
+    features = torch.randn(len(labels), size, generator=torch.Generator().manual_seed(seed))
+    return features.requires_grad_(), torch.tensor(labels)
+
+
+def plain_supcon(features, labels, temperature=0.07, base_temperature=0.07, contrast_mode="all",
+                 normalize_feature=True):
+    rows = [x / math.sqrt((x * x).sum()) if normalize_feature else x for x in np.asarray(features, np.float64)]
+    terms = []
+    for i, anchor in enumerate(rows):
+        others = [j for j in range(len(rows)) if j != i]
+        positives = [j for j in others if labels[j] == labels[i]]
+        if not positives or (contrast_mode == "one" and min(positives) < i):
+            continue
+        s = {j: anchor @ rows[j] / temperature for j in others}
+        log_sum = max(s.values()) + math.log(sum(math.exp(s[j] - max(s.values())) for j in others))
+        terms.append(-sum(s[j] - log_sum for j in positives) / len(positives) * temperature / base_temperature)
+    return sum(terms) / len(terms) if terms else 0.0
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case['name']}-{case['key'][5:]}")
+def test_the_losses_are_the_original(case):
+    arrays = {name: torch.from_numpy(ARRAYS[f"{case['key']}/{name}"]) for name in ("features", "labels", "logits")
+              if f"{case['key']}/{name}" in ARRAYS}
+    labels = arrays.pop("labels")
+    (given,) = arrays.values()
+    given.requires_grad_()
+    loss = {"CELoss": CELoss, "SupConLoss": SupConLoss}[case["name"]](**case["args"])(arrays, labels)
+    loss.backward()
+    gradient = torch.from_numpy(ARRAYS[f"{case['key']}/grad_{next(iter(arrays))}"])
+    assert loss.item() == pytest.approx(case["value"], rel=1e-5)
+    torch.testing.assert_close(given.grad, gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("epsilon", [None, 0.0, 0.1, 0.5])
+def test_ce_loss_is_the_plain_loop(epsilon):
+    logits, y = 4 * torch.randn(5, 7, generator=torch.Generator().manual_seed(0)), [3, 0, 6, 2, 2]
+    wanted = 0
+    for row, label in zip(logits.double().numpy(), y, strict=True):
+        log_p = row - math.log(sum(math.exp(v) for v in row))
+        target = [(epsilon or 0) / 7 + (1 - (epsilon or 0)) * (j == label) for j in range(7)]
+        wanted -= sum(t * p for t, p in zip(target, log_p, strict=True)) / 5
+    assert CELoss(epsilon)({"logits": logits}, torch.tensor(y)).item() == pytest.approx(wanted, rel=1e-6)
+
+
+@pytest.mark.parametrize("args", [
+    {}, {"temperature": 0.2}, {"temperature": 0.2, "base_temperature": 0.5}, {"contrast_mode": "one"},
+    {"normalize_feature": False, "temperature": 1.0}], ids=str)
+@pytest.mark.parametrize("labels", BATCHES.values(), ids=BATCHES)
+def test_supcon_is_the_plain_loop(labels, args):
+    for seed in range(3):
+        features, y = batch(labels, seed)
+        value = SupConLoss(**args)({"features": features}, y).item()
+        assert value == pytest.approx(plain_supcon(features.detach(), labels, **args), rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("args", [{"temperature": 0.3}, {"temperature": 0.3, "contrast_mode": "one"}], ids=str)
+def test_supcon_slopes_as_the_plain_loop(args):
+    labels = BATCHES["some once"]
+    features, y = batch(labels, size=3)
+    SupConLoss(**args)({"features": features}, y).backward()
+    moved = features.detach().double().numpy()
+    for at in np.ndindex(*moved.shape):
+        values = []
+        for step in (1e-5, -1e-5):
+            moved[at] += step
+            values.append(plain_supcon(moved, labels, **args))
+            moved[at] -= step
+        assert features.grad[at].item() == pytest.approx((values[0] - values[1]) / 2e-5, rel=1e-3, abs=1e-4)
+
+
+def test_supcon_of_random_make_ups_and_orders():
+    draw = np.random.default_rng(0)
+    for seed in range(20):
+        labels = draw.integers(0, 6, size=draw.integers(1, 14)).tolist()
+        features, y = batch(labels, seed)
+        loss = SupConLoss()({"features": features}, y)
+        assert loss.item() == pytest.approx(plain_supcon(features.detach(), labels), rel=1e-5, abs=1e-6)
+        order = torch.from_numpy(draw.permutation(len(labels)))
+        again = SupConLoss()({"features": features[order]}, y[order])
+        assert again.item() == pytest.approx(loss.item(), rel=1e-5, abs=1e-7)
+        gradient, permuted = (torch.autograd.grad(value, features)[0] for value in (loss, again))
+        torch.testing.assert_close(gradient, permuted, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("labels", [[3], [0, 1, 2, 3]], ids=["batch of one", "no positives"])
+@pytest.mark.parametrize("args", [{}, {"contrast_mode": "one"}, {"normalize_feature": False}], ids=str)
+def test_supcon_without_a_positive_is_zero(labels, args):
+    features, y = batch(labels)
+    loss = SupConLoss(**args)({"features": features}, y)
+    loss.backward()
+    assert loss.item() == 0 and features.grad.eq(0).all()
+
+
+def test_supcon_leaves_an_identity_seen_once_to_the_negatives():
+    features, y = batch([0, 0, 1, 1, 2])
+    alone = SupConLoss()({"features": features[:4]}, y[:4])
+    loss = SupConLoss()({"features": features}, y)
+    loss.backward()
+    assert loss > alone and features.grad[4].ne(0).any()
+
+
+def test_supcon_survives_zero_and_equal_features():
+    features, y = batch([0, 0, 1, 1])
+    with torch.no_grad():
+        features[0] = 0
+        features[3] = features[2]
+    loss = SupConLoss(temperature=0.01)({"features": features}, y)
+    loss.backward()
+    assert loss.isfinite() and features.grad.isfinite().all()
+
+
+def test_supcon_ignores_views_and_reads_the_entry_it_is_told():
+    features, y = batch(BATCHES["mixed"])
+    loss = SupConLoss(views=16)({"features": features}, y)
+    assert torch.equal(loss, SupConLoss(views=2)({"features": features}, y))
+    maps = {"features": torch.zeros_like(features), "backbone": features[:, :, None, None]}
+    assert torch.equal(loss, SupConLoss(feature_from="backbone")(maps, y))
+    with pytest.raises(ValueError, match="contrast_mode is 'both'"):
+        SupConLoss(contrast_mode="both")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_losses_are_float32_under_autocast_and_for_half_inputs(dtype):
+    features, y = batch(BATCHES["uneven"], size=8)
+    out = {"features": features, "logits": features}
+    for loss in (CELoss(0.1), SupConLoss()):
+        with torch.autocast("cpu", dtype=dtype):
+            value = loss(out, y)
+        assert value.dtype == torch.float32 and value.item() == pytest.approx(loss(out, y).item(), rel=1e-6)
+        half = {name: x.to(dtype) for name, x in out.items()}
+        rounded = {name: x.float() for name, x in half.items()}
+        assert torch.equal(loss(half, y), loss(rounded, y))
+
+
+def test_a_single_loss_is_weighted():
+    features, y = batch(BATCHES["mixed"])
+    out, plain = {"features": features}, SupConLoss()({"features": features}, y)
+    combined = CombinedLoss([(0.25, SupConLoss())])
+    assert combined(out, y).item() == pytest.approx(0.25 * plain.item())
+    assert combined.terms == {"SupConLoss": plain.detach()} and not combined.terms["SupConLoss"].requires_grad
+
+
+def test_terms_of_one_class_are_all_kept():
+    features, y = batch(BATCHES["mixed"])
+    logits = torch.randn(len(y), 3, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    out = {"features": features, "logits": logits}
+    losses = [(1.0, SupConLoss()), (2.0, CELoss()), (0.5, SupConLoss(temperature=0.5)), (0.0, SupConLoss())]
+    combined = CombinedLoss(losses)
+    total = combined(out, y)
+    assert combined.names == ["SupConLoss", "CELoss", "SupConLoss_2", "SupConLoss_3"] == list(combined.terms)
+    values = [loss(out, y) for _, loss in losses]
+    assert [v.item() for v in combined.terms.values()] == pytest.approx([v.item() for v in values])
+    assert total.item() == pytest.approx(sum(w * v.item() for (w, _), v in zip(losses, values, strict=True)))
+    by_hand = values[0] + 2 * F.cross_entropy(logits, y) + values[2] / 2
+    for given, wanted in zip(torch.autograd.grad(total, [features, logits]),
+                             torch.autograd.grad(by_hand, [features, logits]), strict=True):
+        torch.testing.assert_close(given, wanted)
+
+
+def test_parameters_of_a_loss_belong_to_the_sum():
+    loss = SupConLoss()
+    loss.scale = nn.Parameter(torch.ones(()))
+    assert list(CombinedLoss([(1.0, loss)]).state_dict()) == ["losses.0.scale"]
+
+
+def config(*terms, head=True):
+    return {"Arch": {"Head": {"name": "ArcMargin"}} if head else {}, "Loss": {"Train": list(terms)}}
+
+
+def test_build_loss_reads_weights_and_arguments():
+    loss = build_loss(config({"CELoss": {"weight": 2, "epsilon": 0.1}}, {"SupConLoss": {"temperature": 0.5}},
+                             {"SupConLoss": None}))
+    assert loss.weights == [2.0, 1.0, 1.0] and loss.names == ["CELoss", "SupConLoss", "SupConLoss_2"]
+    assert loss.losses[0].epsilon == 0.1 and loss.losses[1].temperature == 0.5
+
+
+@pytest.mark.parametrize(("cfg", "message"), [
+    (config({"CELoss": {}}, head=False), r"Loss\.Train\.0\.CELoss: CELoss needs logits, and Arch\.Head"),
+    (config({"CELoss": {"weight": "much"}}), r"Loss\.Train\.0\.CELoss\.weight: 'much' is not a number"),
+    (config({"CELos": {}}), r"there is no loss 'CELos'; did you mean 'CELoss'"),
+    (config({"SupConLoss": {"temprature": 1.0}}), r"SupConLoss\.temprature: .* did you mean 'temperature'"),
+    (config({"SupConLoss": {"contrast_mode": "both"}}), r"Loss\.Train\.0\.SupConLoss: contrast_mode is 'both'"),
+], ids=["no head", "weight", "name", "argument", "value"])
+def test_build_loss_refuses(cfg, message):
+    with pytest.raises(ConfigError, match=message):
+        build_loss(cfg)
