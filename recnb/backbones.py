@@ -123,8 +123,8 @@ def _kind(model: nn.Module) -> str:
 
 
 def _classifiers(model: nn.Module) -> tuple[str, ...]:
-    names = _config(model).get("classifier") or ()
-    return (names,) if isinstance(names, str) else tuple(names)
+    names, modules = _config(model).get("classifier") or (), dict(model.named_modules())
+    return tuple(name for name in ((names,) if isinstance(names, str) else names) if name in modules)
 
 
 def _remove_classifier(model: nn.Module) -> bool:

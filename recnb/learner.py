@@ -146,6 +146,10 @@ class PassLabels(Callback):
         if not self.training:  # maps of the backbone would fill the memory of get_preds
             self.learn.pred = {k: v for k, v in self.pred.items() if k in ("features", "logits")}
 
+    def after_loss(self):
+        if hasattr(self.learn, "gather_preds"):  # get_preds gives embeddings
+            self.learn.pred = self.pred["features"]
+
 
 class RetrievalEvaluation(Callback):
     "Gathers the features of the validation loader and leaves their retrieval metrics as `result`."
@@ -160,7 +164,7 @@ class RetrievalEvaluation(Callback):
     def before_validate(self):
         self.features, self.result = [], {}
 
-    def after_batch(self):
+    def after_pred(self):
         if not self.training:
             self.features.append(self.pred["features"].detach().float().cpu())
 
@@ -213,11 +217,6 @@ class RetrievalLearner(Learner):
         query = embed(self.model, self.loaders.query)
         same = self.loaders.gallery is self.loaders.query
         return query, query if same else embed(self.model, self.loaders.gallery)
-
-    def get_preds(self, *args, **kwargs):
-        "fastai's (predictions, targets), the predictions being the embeddings (N, D)."
-        preds, *others = super().get_preds(*args, **kwargs)
-        return preds["features"], *others
 
     def _do_epoch_validate(self, ds_idx: int = 1, dl=None):
         if dl is not None or len(self.dls.loaders) > 1:  # nothing to evaluate: train only

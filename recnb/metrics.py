@@ -24,7 +24,7 @@ import pandas as pd
 
 from recnb.protocol import make_protocol
 from recnb.ranking import embedding_ranks, score_ranks, share, sum_over_processes
-from recnb.scores import MEMORY, pair, to_numpy
+from recnb.scores import MEMORY, exact, pair, to_numpy
 
 STANDARD = ("recall{k}", "mAP", "mAP@R", "R-Precision", "mINP", "MRR", "precision@{k}", "NDCG@{k}")
 
@@ -58,8 +58,9 @@ def retrieval_metrics(query, gallery, query_labels, gallery_labels=None, query_c
                              labels=(query_labels, gallery_labels), cameras=(query_cameras, gallery_cameras),
                              groups=(query_groups, gallery_groups))
     query, gallery = pair(query, gallery, distance, device)
-    ranks = embedding_ranks(query, gallery, protocol, share(protocol, np.flatnonzero(protocol.valid)), tie, memory)
-    return _report(ranks, protocol, functions, per_query)
+    with exact(query.device):
+        ranks = embedding_ranks(query, gallery, protocol, share(protocol, np.flatnonzero(protocol.valid)), tie, memory)
+        return _report(ranks, protocol, functions, per_query)
 
 
 def ranking_metrics(scores, query_labels, gallery_labels, query_cameras=None, gallery_cameras=None, exclude_self=False,

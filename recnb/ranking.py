@@ -38,8 +38,8 @@ def embedding_ranks(query, gallery, protocol, share, tie, memory):
         block = Block(protocol, queries, query.queries(queries))
         block.set_thresholds(block.positive_scores(gallery, width), tie * gallery.scale(query, queries, block.rows))
         blocks.append(block)
-        held += 3 * block.thresholds.nbytes
-        if len(blocks) == max(8, 2 * workers) or held > memory // 4:  # gallery rows are made ready once for them all
+        held += block.left.nbytes + 3 * block.thresholds.nbytes
+        if len(blocks) == max(16, 4 * workers) or held > memory // 4:  # gallery rows are made ready once for them all
             yield from _counted(blocks, gallery, width, workers)
             blocks, held = [], 0
     yield from _counted(blocks, gallery, width, workers)
@@ -88,7 +88,7 @@ def _counted(blocks, gallery, width, workers):
         if workers == 1:
             _count(blocks, right, columns.start)
             continue
-        with exact(gallery.device, threads=1), ThreadPoolExecutor(workers) as pool:
+        with exact(gallery.device, threads=1), ThreadPoolExecutor(workers, "", torch.set_num_threads, (1,)) as pool:
             list(pool.map(_count, parts, [right] * len(parts), [columns.start] * len(parts)))
     for block in blocks:
         yield block.queries, block.ranks()

@@ -12,7 +12,7 @@ import torch
 from scipy import sparse
 
 from recnb.ranking import njit
-from recnb.scores import MEMORY, Rows, pair, product, spans, to_numpy
+from recnb.scores import MEMORY, Rows, exact, pair, spans, to_numpy
 from recnb.search import knn, nearest
 
 
@@ -50,7 +50,8 @@ class KReciprocal:
         self.first = 0 if gallery is query else len(query)
         self.rows = Rows(torch.cat([side.raw(slice(None)) for side in sides]), distance)
         self.lambda_value, self.memory = lambda_value, memory
-        neighbours, lowest = _neighbours(self.rows, k1, memory)
+        with exact(self.rows.device):
+            neighbours, lowest = _neighbours(self.rows, k1, memory)
         self.largest = self._squared(lowest, torch.arange(len(self.rows), device=self.rows.device)).clamp_min(1e-12)
         vectors = _averaged(self._vectors(neighbours), to_numpy(neighbours[:, :k2]))
         self.vectors, self.by_column = vectors[: self.queries], vectors[self.first:].tocsc()
@@ -62,13 +63,14 @@ class KReciprocal:
         """Distances (B, G) float32 of the queries with these numbers (B,)."""
         shared = _shared(self.vectors[queries], self.by_column)
         jaccard = 1 - shared / (2 - shared)
-        return (1 - self.lambda_value) * jaccard + self.lambda_value * self._original(queries)
+        with exact(self.rows.device):
+            return (1 - self.lambda_value) * jaccard + self.lambda_value * self._original(queries)
 
     def _original(self, queries):
         left, result = self.rows.queries(queries), np.empty((len(queries), self.items), np.float32)
         queries = torch.as_tensor(queries, device=self.rows.device)
         for columns in spans(len(self.rows), max(1, self.memory // (16 * self.rows.width)), self.first):
-            scores = product(left, self.rows.gallery(columns))
+            scores = left @ self.rows.gallery(columns).T
             part = self._squared(scores.T, queries).T / self.largest[queries][:, None]
             result[:, columns.start - self.first:columns.stop - self.first] = part.cpu().numpy()
         return result

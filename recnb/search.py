@@ -15,7 +15,7 @@ import faiss
 import numpy as np
 import torch
 
-from recnb.scores import DISTANCES, MEMORY, Rows, pair, product, spans, to_numpy
+from recnb.scores import DISTANCES, MEMORY, Rows, exact, pair, spans, to_numpy
 
 
 def knn(query, gallery=None, k=10, distance="cosine", exclude=None, device=None, memory=MEMORY,
@@ -38,9 +38,10 @@ def knn(query, gallery=None, k=10, distance="cosine", exclude=None, device=None,
     if k < 1:
         raise ValueError("the gallery holds nothing but the query itself, so there is no neighbour to find")
     find, found = nearest if backend == "torch" else _faiss_nearest(gallery), []
-    for rows in spans(len(query), max(1, min(1024, memory // (64 * k)))):
-        scores, ids = find(query, gallery, rows, k, None if exclude is None else exclude[rows], memory)[:2]
-        found.append(_user_scores(query, gallery, rows, scores, ids))
+    with exact(query.device):
+        for rows in spans(len(query), max(1, min(1024, memory // (64 * k)))):
+            scores, ids = find(query, gallery, rows, k, None if exclude is None else exclude[rows], memory)[:2]
+            found.append(_user_scores(query, gallery, rows, scores, ids))
     return tuple(torch.cat(part).cpu().numpy() for part in zip(*found, strict=True))
 
 
@@ -51,7 +52,7 @@ def nearest(query, gallery, rows, k, exclude, memory):
     lowest = left.new_full((len(left),), torch.inf)
     width = min(max(2 * k, memory // (16 * len(left))), max(k, memory // (16 * gallery.width)))
     for columns in spans(len(gallery), width):
-        tile = product(left, gallery.gallery(columns))
+        tile = left @ gallery.gallery(columns).T
         lowest = torch.minimum(lowest, tile.amin(1))
         if exclude is not None:
             own = exclude - columns.start

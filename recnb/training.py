@@ -142,6 +142,9 @@ class FollowPlan(Callback):
     def before_fit(self):
         self.learn.train_iter = self.first_epoch * len(self.dls.train)
         self.learn.logger = partial(write_row, self.learn.logger)
+        bar = getattr(getattr(self.learn, "progress", None), "mbar", None)
+        if self.first_epoch and bar:  # fastai's bar has to be told of a start at 0 before any other
+            bar.update(0)
 
     def before_batch(self):
         if self.training:

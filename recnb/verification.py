@@ -16,7 +16,7 @@ import torch
 
 from recnb.protocol import make_protocol
 from recnb.ranking import Block, columns_within, label_blocks, share, sum_over_processes, tiles
-from recnb.scores import MEMORY, pair, to_numpy
+from recnb.scores import MEMORY, exact, pair, spans, to_numpy
 
 LEVELS = 1 << 20
 
@@ -40,8 +40,9 @@ def verification_metrics(query, gallery, query_labels, gallery_labels=None, quer
     query, gallery = pair(query, gallery, distance, device)
     low, high, levels = _range(query, gallery)
     counts = np.zeros((2, levels))
-    for kind, scores in _pair_scores(query, gallery, protocol, memory):
-        counts[kind] += _histogram(scores, low, high, levels)
+    with exact(query.device):
+        for kind, scores in _pair_scores(query, gallery, protocol, memory):
+            counts[kind] += _histogram(scores, low, high, levels)
     counts = sum_over_processes(counts)
     edges = low + np.arange(levels) * ((high - low) / levels)
     if distance == "euclidean":
@@ -110,8 +111,9 @@ def _pair_scores(query, gallery, protocol, memory):
         mask = torch.as_tensor(block.positive_mask(), device=query.device)
         if len(block.rows):
             yield 1, _comparable(block.positive_scores(gallery, width), query, queries)[mask]
-        for _, tile, offset in tiles([block], gallery, width):
-            yield 0, block.keep_negatives(_comparable(tile, query, queries), offset)
+        for columns in spans(len(gallery), width):
+            for _, tile in tiles([block], gallery.gallery(columns)):
+                yield 0, block.keep_negatives(_comparable(tile, query, queries), columns.start)
 
 
 def _comparable(scores, query, queries):

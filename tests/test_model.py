@@ -302,7 +302,7 @@ def test_load_weights_refuses(tmp_path, content, message):
 
 
 def test_load_weights_runs_no_code(tmp_path):
-    (tmp_path / "weights.pt").write_bytes(pickle.dumps({"head.weight": Touch(tmp_path / "touched")}))
+    (tmp_path / "weights.pt").write_bytes(pickle.dumps({"head.weight": Touch(tmp_path / "touched")}, 2))
     with pytest.raises(ConfigError, match="could run code"):
         load_weights(by_hand(), tmp_path / "weights.pt")
     assert not (tmp_path / "touched").exists()

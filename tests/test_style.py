@@ -1,0 +1,230 @@
+"The house rules, as far as a machine can hold them; each failure lists every place that breaks the rule."
+import ast
+import functools
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import papermill
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+CHAPTERS = sorted((ROOT / "recnb").glob("*.py"))
+SOURCES = [*CHAPTERS, *(path for folder in ("tests", "scripts", "benchmarks") for path in (ROOT / folder).glob("*.py"))]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+ORDER = """config files transforms samplers datasets marks backbones necks heads losses model optim
+scores protocol ranking stats metrics verification search rerank learner training gallery widget runs""".split()
+ON_DEMAND = {("gallery", "widget")}  # imported inside a function, so that figures and pages need no ipywidgets
+ONLY = {"fastai": {"learner", "training"}, "timm": {"backbones"}, "faiss": {"search"},
+        "ipywidgets": {"gallery", "widget"}, "papermill": set()}
+FRAMEWORK = ("Module", "Dataset", "Sampler", "Callback")
+
+
+@functools.cache
+def nodes(path):
+    "Every node of a source file's syntax tree."
+    return list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+
+
+def place(path, node=None):
+    return f"{path.relative_to(ROOT)}{f':{node.lineno}' if node else ''}"
+
+
+def imported(path):
+    "Every (module, node) that a source file imports, at its top or inside a function."
+    for node in nodes(path):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module or "", node
+            yield from ((f"{node.module}.{alias.name}", node) for alias in node.names)
+
+
+def called(node):
+    "The dotted name of what a call calls."
+    return ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+
+
+def files_of_the_project():
+    "What git tracks or would track, or everything but hidden and built folders where there is no git."
+    listing = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    if listing.returncode == 0:
+        return [ROOT / name for name in listing.stdout.splitlines() if (ROOT / name).is_file()]
+    return [path for path in ROOT.rglob("*") if path.is_file() and not any(
+        part.startswith(".") or part in ("runs", "data", "weights") for part in path.relative_to(ROOT).parts[:-1])]
+
+
+def none_of(broken):
+    broken = list(broken)
+    assert not broken, "\n  ".join(["", *map(str, broken)])
+
+
+def test_no_star_imports_no_eval_no_exec():
+    none_of(f"{place(path, node)}: import *" for path in SOURCES for node in nodes(path)
+            if isinstance(node, ast.ImportFrom) and any(alias.name == "*" for alias in node.names))
+    none_of(f"{place(path, node)}: {called(node)}" for path in SOURCES for node in nodes(path)
+            if called(node) in ("eval", "exec", "builtins.eval", "builtins.exec"))
+
+
+def test_files_are_read_without_running_code():
+    unsafe = ("pickle.load", "pickle.loads", "yaml.unsafe_load", "yaml.full_load", "joblib.load")
+    none_of(f"{place(path, node)}: {called(node)}" for path in CHAPTERS for node in nodes(path)
+            if called(node) in unsafe or (called(node) == "torch.load" and not any(
+                k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in node.keywords)))
+    none_of(f"{place(path, node)}: allow_pickle" for path in CHAPTERS for node in nodes(path)
+            if isinstance(node, ast.keyword) and node.arg == "allow_pickle" and ast.unparse(node.value) != "False")
+
+
+def test_functions_are_short():
+    none_of(f"{place(path, node)} {node.name}: {node.end_lineno - node.lineno + 1} lines"
+            for path in SOURCES for node in nodes(path)
+            if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= 40)
+
+
+def test_lines_are_short():
+    none_of(f"{place(path)}:{number}: {len(line)} columns" for path in SOURCES
+            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1) if len(line) > 120)
+
+
+def test_chapters_are_short():
+    sizes = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in CHAPTERS}
+    table = "\n".join(f"{lines:>7} {name}" for name, lines in sorted(sizes.items(), key=lambda item: -item[1]))
+    assert max(sizes.values()) <= 320, f"a chapter has at most 320 lines\n{table}"
+
+
+def test_the_package_is_thin():
+    lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in CHAPTERS)
+    assert lines <= 4000, f"the package has {lines} lines, and 4000 is the most"
+
+
+def test_no_chapter_for_odds_and_ends():
+    assert not {path.stem for path in CHAPTERS} & {"utils", "util", "helpers", "common", "misc"}
+
+
+def test_each_framework_has_its_chapter():
+    none_of(f"{place(path, node)}: {module}" for path in CHAPTERS for module, node in imported(path)
+            if path.stem not in ONLY.get(module.split(".")[0], {path.stem}))
+    none_of(f"{place(path, node)}: {module}" for path in SOURCES for module, node in imported(path)
+            if module.startswith("fastai.") and module.split(".")[-1] in ("all", "basics"))
+
+
+def test_chapters_import_only_earlier_ones():
+    unknown = {path.stem for path in CHAPTERS} - {*ORDER, "__init__"}
+    assert not unknown, f"give {', '.join(sorted(unknown))} a place in ORDER and in the docstring of recnb/__init__.py"
+    rank = {name: i for i, name in enumerate(ORDER)}
+    none_of(sorted({f"{place(path, node)}: {path.stem} comes before {module.split('.')[1]}"
+                    for path in CHAPTERS if path.stem in rank for module, node in imported(path)
+                    if module.startswith("recnb.") and module.split(".")[1] in rank
+                    and rank[module.split(".")[1]] >= rank[path.stem]
+                    and not (node.col_offset and (path.stem, module.split(".")[1]) in ON_DEMAND)}))
+
+
+def test_the_reading_order_of_the_package_is_this_one():
+    text = ast.get_docstring(ast.parse((ROOT / "recnb" / "__init__.py").read_text()))
+    listed = re.search(r"in this order:(.*?)\.", text, re.DOTALL)[1].replace("\n", " ").split(",")
+    assert [name.strip() for name in listed] == [name for name in ORDER if (ROOT / "recnb" / f"{name}.py").exists()]
+
+
+def test_at_most_one_level_of_own_inheritance():
+    own = {node.name: [ast.unparse(base).split(".")[-1] for base in node.bases]
+           for path in CHAPTERS for node in nodes(path) if isinstance(node, ast.ClassDef)}
+    none_of(f"{name} extends {base}, which extends {', '.join(own[base])}" for name, bases in own.items()
+            for base in bases if own.get(base))
+    none_of(f"{name}: an abstract base" for name, bases in own.items() if {"ABC", "Protocol", "ABCMeta"} & set(bases))
+
+
+def test_a_class_never_receives_a_configuration():
+    none_of(f"{place(path, method)} {node.name}.{method.name}" for path in CHAPTERS for node in nodes(path)
+            if isinstance(node, ast.ClassDef) for method in node.body if isinstance(method, ast.FunctionDef)
+            if {"cfg", "config"} & {arg.arg for arg in (*method.args.args, *method.args.kwonlyargs)})
+
+
+def test_everything_public_has_a_docstring():
+    none_of(f"{place(path)}: the chapter itself" for path in CHAPTERS
+            if not ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))))
+    none_of(f"{place(path, node)} {node.name}" for path in CHAPTERS
+            for node in ast.parse(path.read_text(encoding="utf-8")).body
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_")
+            and not ast.get_docstring(node))
+
+
+def test_modules_say_their_shapes():
+    none_of(f"{place(path, method)} {node.name}.forward" for path in CHAPTERS
+            for lines in [path.read_text(encoding="utf-8").splitlines()] for node in nodes(path)
+            if isinstance(node, ast.ClassDef) and "nn.Module" in map(ast.unparse, node.bases)
+            for method in node.body if isinstance(method, ast.FunctionDef) and method.name == "forward"
+            if "out: dict" not in ast.unparse(method.args)
+            and not re.search(r"# .*\(", " ".join(lines[method.lineno - 1 : method.body[0].lineno])))
+
+
+def test_importing_is_light():
+    code = ("import sys, recnb; assert 'torch' not in sys.modules and 'numpy' not in sys.modules; "
+            "import recnb.metrics, recnb.gallery; "
+            f"print(*sorted({{name.split('.')[0] for name in sys.modules}} & {set(ONLY)!r}))")
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (result.returncode, result.stdout.strip()) == (0, ""), result.stdout + result.stderr
+
+
+def test_ruff_finds_nothing():
+    result = subprocess.run([sys.executable, "-m", "ruff", "check", ".", "--output-format", "concise"], cwd=ROOT,
+                            capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_no_paths_of_one_machine():
+    pattern = re.compile(r"(?<![\w.:/~-])/(?:" + "|".join(["work", "root", "home", "Users"]) + r")(?:/|\b)")
+    none_of(f"{place(path)}:{number}: {line.strip()[:80]}" for path in files_of_the_project()
+            for number, line in enumerate(path.read_bytes().decode("utf-8", "ignore").splitlines(), 1)
+            if path.suffix not in (".npz", ".jpg", ".png") and pattern.search(line))
+
+
+@pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
+def notebook(request):
+    return nbformat.read(request.param, as_version=4)
+
+
+def code_cells(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def test_notebooks_are_valid_and_hold_no_output(notebook):
+    nbformat.validate(notebook)
+    none_of(cell.id for cell in code_cells(notebook) if cell.outputs or cell.execution_count is not None)
+
+
+def test_cell_ids_are_words(notebook):
+    ids = [cell.id for cell in notebook.cells]
+    none_of(name for name in ids if not re.fullmatch(r"[a-z]{2,}(-[a-z]{2,})*", name) or ids.count(name) > 1)
+
+
+def test_notebooks_are_short(notebook):
+    assert len(code_cells(notebook)) <= 20
+    none_of(f"{cell.id}: {len(cell.source.splitlines())} lines" for cell in code_cells(notebook)
+            if len(cell.source.splitlines()) > 15)
+    none_of(f"{cell.id}: {line}" for cell in code_cells(notebook) for line in cell.source.splitlines()
+            if len(line) > 120)
+    assert notebook.cells[0].cell_type == "markdown"
+
+
+def test_notebooks_begin_with_plain_parameters(notebook):
+    first, *others = code_cells(notebook)
+    assert "parameters" in first.metadata.get("tags", ())
+    assert not any("parameters" in cell.metadata.get("tags", ()) for cell in others)
+    statements = ast.parse(first.source).body
+    assert 1 <= len(statements) <= 4 and all(isinstance(node, ast.AnnAssign) for node in statements)
+    assert {ast.unparse(node.annotation) for node in statements} <= {"str", "int", "float", "bool", "dict", "list"}
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_are_small_and_explain_their_parameters(path):
+    assert path.stat().st_size <= 30_000
+    parameters = papermill.inspect_notebook(str(path))
+    assert parameters and all(entry["help"] and entry["inferred_type_name"] for entry in parameters.values())
+
+
+def test_the_parameters_of_the_training_notebook():
+    parameters = papermill.inspect_notebook(str(ROOT / "notebooks" / "02_train.ipynb"))
+    assert {name: entry["inferred_type_name"] for name, entry in parameters.items()} == {
+        "config": "str", "run_dir": "str", "overrides": "dict"}

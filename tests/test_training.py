@@ -1,0 +1,194 @@
+"""The schedule of a configuration: what is written, what is kept, how it goes on, what it says when it cannot."""
+import json
+import math
+
+import pandas as pd
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from recnb.config import ConfigError, load_config, lookup
+from recnb.datasets import build_loaders
+from recnb.learner import Callback
+from recnb.model import build_model
+from recnb.optim import build_schedule
+from recnb.runs import history_figure, open_run, save_metrics
+from recnb.training import build_learner
+
+
+def make(config_file, run, changes=None):
+    cfg = load_config(config_file(changes))
+    return build_learner(cfg, build_model(cfg), build_loaders(cfg), run)
+
+
+def test_a_run_leaves_history_weights_and_checkpoints(config_file, tmp_path):
+    learn = make(config_file, tmp_path / "run", {"Global.epochs": 3, "Global.save_interval": 2})
+    learn.fit_config()
+    history = pd.read_csv(tmp_path / "run" / "history.csv")
+    assert list(history) == ["epoch", "lr", "train_loss", "CELoss", "SupConLoss", "recall1", "recall5", "mAP"]
+    assert history.epoch.tolist() == [1, 2, 3]
+    assert history.train_loss.values == pytest.approx((history.CELoss + history.SupConLoss).values, rel=1e-5)
+    names = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert names == {"latest.pt", "best.safetensors", "epoch_2.pt"}
+    best = history.recall1[::-1].idxmax()
+    assert learn.scores()["recall1"] == pytest.approx(history.recall1[best])
+    kept = load_file(tmp_path / "run" / "model.safetensors")
+    assert all(torch.equal(kept[k], v) for k, v in learn.model.state_dict().items())
+    assert len(history_figure(tmp_path / "run").axes) == 2
+
+
+def test_steps_follow_the_schedule(config_file, tmp_path):
+    changes = {"Optimizer.lr.warmup_epoch": 1}
+    learn, rates = make(config_file, tmp_path, changes), []
+
+    class Watch(Callback):
+        order = 80
+
+        def before_step(self):
+            rates.append(self.opt.hypers[0]["lr"])
+
+    learn.add_cb(Watch())
+    learn.fit_config()
+    steps = len(learn.dls.train)
+    schedule = build_schedule(load_config(config_file(changes)), steps)
+    assert rates == [schedule(step) for step in range(2 * steps)]
+
+
+def test_two_runs_with_one_seed_are_the_same_bytes(config_file, tmp_path):
+    for name in ("a", "b"):
+        torch.manual_seed(hash(name) % 1000)  # what happened before the run must not matter
+        make(config_file, tmp_path / name).fit_config()
+    for file in ("history.csv", "model.safetensors"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+    make(config_file, tmp_path / "c", {"Global.seed": 1}).fit_config()
+    assert (tmp_path / "a" / "history.csv").read_text() != (tmp_path / "c" / "history.csv").read_text()
+
+
+class Stop(Callback):
+    order = 100
+
+    def after_epoch(self):
+        if self.epoch == 1:
+            raise KeyboardInterrupt
+
+
+def test_an_interrupted_run_ends_like_an_uninterrupted_one(config_file, tmp_path, capsys):
+    make(config_file, tmp_path / "whole", {"Global.epochs": 4}).fit_config()
+    learn = make(config_file, tmp_path / "cut", {"Global.epochs": 4})
+    with pytest.raises(KeyboardInterrupt):
+        learn.add_cb(Stop()).fit_config()
+    make(config_file, tmp_path / "cut", {"Global.epochs": 4}).fit_config()
+    assert "resuming behind epoch 2 of 4" in capsys.readouterr().out
+    for file in ("history.csv", "model.safetensors"):
+        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "cut" / file).read_bytes()
+
+
+def test_global_checkpoints_resumes_into_another_folder(config_file, tmp_path):
+    learn = make(config_file, tmp_path / "a", {"Global.save_interval": 1})
+    learn.fit_config()
+    first = tmp_path / "a" / "checkpoints" / "epoch_1.pt"
+    make(config_file, tmp_path / "b", {"Global.checkpoints": str(first), "Global.save_interval": 1}).fit_config()
+    assert (tmp_path / "a" / "history.csv").read_bytes() == (tmp_path / "b" / "history.csv").read_bytes()
+
+
+def test_a_checkpoint_of_another_configuration_is_refused(config_file, tmp_path):
+    make(config_file, tmp_path).fit_config()
+    with pytest.raises(ConfigError, match=r"another configuration \(Arch.Head.margin: 0.2 -> 0.3\)"):
+        make(config_file, tmp_path, {"Arch.Head.margin": 0.3}).fit_config()
+
+
+def test_checkpoints_load_with_weights_only(config_file, tmp_path):
+    make(config_file, tmp_path).fit_config()
+    state = torch.load(tmp_path / "checkpoints" / "latest.pt", weights_only=True)
+    assert state["epoch"] == 2 and json.loads(state["config"])["Global"]["seed"] == 0
+
+
+def test_missing_and_foreign_checkpoints_are_named(config_file, tmp_path):
+    with pytest.raises(ConfigError, match=r"Global.checkpoints: there is no file .*nowhere.pt"):
+        make(config_file, tmp_path, {"Global.checkpoints": "nowhere.pt"})
+    (tmp_path / "text.pt").write_text("no checkpoint")
+    with pytest.raises(ConfigError, match="is not a checkpoint of a run"):
+        make(config_file, tmp_path / "run", {"Global.checkpoints": str(tmp_path / "text.pt")}).fit_config()
+
+
+def test_pretrained_model_starts_from_a_runs_weights(config_file, tmp_path, capsys):
+    learn = make(config_file, tmp_path)
+    learn.fit_config()
+    model = build_model(load_config(config_file({"Global.pretrained_model": str(tmp_path / "model.safetensors")})))
+    assert "tensors loaded" in capsys.readouterr().out
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in learn.model.state_dict().items())
+
+
+def test_evaluation_between_intervals_is_left_out(config_file, tmp_path):
+    make(config_file, tmp_path, {"Global.epochs": 5, "Global.eval_interval": 2}).fit_config()
+    history = pd.read_csv(tmp_path / "history.csv")
+    assert history.mAP.notna().tolist() == [False, True, False, True, True]
+
+
+def test_without_evaluation_it_trains_and_keeps_the_last(config_file, tmp_path):
+    learn = make(config_file, tmp_path, {"Global.eval_during_train": False, "DataLoader.Eval": ...})
+    learn.fit_config()
+    assert "mAP" not in pd.read_csv(tmp_path / "history.csv")
+    assert (tmp_path / "model.safetensors").exists() and not (tmp_path / "checkpoints" / "best.safetensors").exists()
+
+
+def test_loss_eval_says_once_that_unseen_identities_have_none(config_file, tmp_path, capsys):
+    make(config_file, tmp_path).fit_config()
+    assert capsys.readouterr().out.count("Loss.Eval has no value") == 1
+    assert "valid_loss" not in pd.read_csv(tmp_path / "history.csv")
+
+
+def test_loss_eval_is_computed_on_training_identities(config_file, tmp_path, drawn):
+    train = str(drawn / "train.txt")
+    changes = {f"DataLoader.Eval.{part}.dataset.cls_label_path": train for part in ("Query", "Gallery")}
+    learn = make(config_file, tmp_path, changes)
+    learn.fit_config()
+    history = pd.read_csv(tmp_path / "history.csv")
+    assert history.valid_loss.between(0, 2 * math.log(15)).all()
+    labels = torch.as_tensor(learn.loaders.query.dataset.labels)
+    with torch.no_grad():
+        features, _ = learn.get_preds()
+        expected = torch.nn.functional.cross_entropy(learn.model.head(features, labels), labels)
+    assert learn.validate()[0] == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_a_pair_loss_needs_no_known_identities(config_file, tmp_path):
+    make(config_file, tmp_path, {"Loss.Eval": [{"SupConLoss": {"weight": 1.0}}]}).fit_config()
+    assert pd.read_csv(tmp_path / "history.csv").valid_loss.notna().all()
+
+
+def test_gpu_without_one_becomes_the_cpu_in_one_line(config_file, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    learn = make(config_file, tmp_path, {"Global.device": "gpu"})
+    assert capsys.readouterr().out.count("running on the CPU") == 1
+    assert next(learn.model.parameters()).device.type == "cpu"
+
+
+def test_visualdl_missing_names_the_extra(config_file, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"Global.use_visualdl: .*recnb\[track\]"):
+        make(config_file, tmp_path, {"Global.use_visualdl": True})
+
+
+def test_the_log_has_a_line_every_few_steps(config_file, tmp_path):
+    learn = make(config_file, tmp_path, {"Global.print_batch_step": 5})
+    learn.fit_config()
+    lines = (tmp_path / "train.log").read_text().splitlines()
+    assert len(lines) == 2 * (len(learn.dls.train) // 5) and "SupConLoss" in lines[0]
+
+
+def test_the_resolved_configuration_gives_the_same_run(config_file, tmp_path):
+    cfg = load_config(config_file())
+    run = open_run(tmp_path / "a", cfg)
+    build_learner(cfg, build_model(cfg), build_loaders(cfg), run).fit_config()
+    again = load_config(run / "config.yaml")
+    assert lookup(again, "Arch.Head.class_num") == 15 and yaml.safe_load((run / "config.yaml").read_text())
+    build_learner(again, build_model(again), build_loaders(again), tmp_path / "b").fit_config()
+    assert (tmp_path / "a" / "history.csv").read_bytes() == (tmp_path / "b" / "history.csv").read_bytes()
+
+
+def test_metrics_json_has_before_after_and_gain(tmp_path):
+    save_metrics(tmp_path, {"mAP": 0.25}, {"mAP": 0.75})
+    assert json.loads((tmp_path / "metrics.json").read_text()) == {
+        "mAP": 0.75, "before": {"mAP": 0.25}, "gain": {"mAP": 0.5}}
