@@ -66,6 +66,7 @@ class Cut(nn.Module):
 def cut(model: nn.Module, stop: str, input_size: Size | None = None) -> Cut:
     """A copy of `model` that ends at layer `stop`; nothing after it is stored or executed.
 
+    Gradient checkpointing is off in the copy; `.model.set_grad_checkpointing()` turns it on.
     stop: a module's name ('layer3.2.bn1', 'blocks.7' or 'blocks[7]'), or one of the original's: 'avg_pool' /
     'adaptive_avg_pool2d_0' is the (B, C, 1, 1) pooled map, 'flatten' / 'flatten_0' the (B, C) vector that the
     classifier reads. input_size: (C, H, W) of one image; default: that of the model's pretrained configuration.
@@ -73,11 +74,12 @@ def cut(model: nn.Module, stop: str, input_size: Size | None = None) -> Cut:
     """
     model = copy.deepcopy(model.model if isinstance(model, Cut) else model)
     if hasattr(model, "set_grad_checkpointing"):
-        model.set_grad_checkpointing(False)  # it calls the blocks of a stage without calling the stage
+        model.set_grad_checkpointing(False)  # with it some models call the blocks of a stage, never the stage
     layer = _resolve(model, stop)
     input_size = tuple(input_size or _default_input_size(model))
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        trial, x = _trial(model, input_size)
+    with torch.random.fork_rng(devices=[]):
+        trial = _trial(model)
+        x = _three_images(trial, input_size)
         output, finished = _full_output(trial, layer, stop, x)
         result = Cut(model, stop, layer, input_size, tuple(output.shape[1:]))
         _check_alias(result)
@@ -140,18 +142,21 @@ def _default_input_size(model: nn.Module) -> Size:
     return _config(model)["input_size"]
 
 
-def _trial(model: nn.Module, input_size: Size) -> tuple[nn.Module, torch.Tensor]:
-    """A copy to run, and three random images.
+def _trial(model: nn.Module) -> nn.Module:
+    """A copy to run: it may change its batch statistics and fill its caches.
 
-    On the CPU, where a repeated pass is equal to the bit; with gradients for every weight, frozen ones too. Being a
-    copy, it may change its batch statistics and fill its caches.
+    On the CPU, where a repeated pass is equal to the bit; with gradients for every weight, frozen ones too.
     """
     trial = copy.deepcopy(model).cpu()
-    weights = [weight for weight in trial.parameters() if weight.is_floating_point()]
-    for weight in weights:
-        weight.requires_grad_(True)
-    dtype = weights[0].dtype if weights else torch.float32
-    return trial, torch.randn(3, *input_size, generator=torch.Generator().manual_seed(0), device="cpu").to(dtype)
+    for weight in trial.parameters():
+        weight.requires_grad_(weight.is_floating_point())
+    return trial
+
+
+def _three_images(model: nn.Module, input_size: Size) -> torch.Tensor:
+    # Three, so that a layer which folds windows or heads into the batch shows it.
+    dtype = next((weight.dtype for weight in model.parameters() if weight.is_floating_point()), torch.float32)
+    return torch.randn(3, *input_size, generator=torch.Generator().manual_seed(0), device="cpu").to(dtype)
 
 
 def _full_output(model: nn.Module, layer: str, stop: str, x: torch.Tensor) -> tuple[torch.Tensor, set[nn.Module]]:
@@ -167,7 +172,7 @@ def _full_output(model: nn.Module, layer: str, stop: str, x: torch.Tensor) -> tu
     for module in model.modules():
         module.register_forward_hook(note)
     try:
-        with contextlib.suppress(_StopForward):
+        with torch.no_grad(), contextlib.suppress(_StopForward):
             model.eval()(x)
     except Exception as error:
         raise ValueError(f"{_kind(model)} cannot take images of {tuple(x.shape[1:])}: {_first_line(error)}") from error
@@ -201,9 +206,9 @@ def _prefix_tokens(tokens: int, input_size: Size) -> int:
 
 def _prune(result: Cut, trial: nn.Module, finished: set[nn.Module], x: torch.Tensor, output: torch.Tensor) -> None:
     """Drop what comes after the cut, as far as the output stays equal to the bit in eval and in train mode."""
-    trained = Cut(trial, result.stop, result.layer, result.input_size, result.out_shape)
-    expected = [output, *_outputs(trained, x, modes=[True])]
-    used = _parameters_behind(expected)
+    trained = _output(Cut(trial, result.stop, result.layer, result.input_size, result.out_shape), x, train=True)
+    used = _parameters_behind(trained)
+    expected = {False: output, True: trained.detach()}  # eval and train: a model may use a parameter in one only
     unused = _unused(trial, used, finished)
     if not _drop(result, unused, x, expected):
         for name in unused:
@@ -214,17 +219,16 @@ def _prune(result: Cut, trial: nn.Module, finished: set[nn.Module], x: torch.Ten
         weight.requires_grad_(weight.requires_grad and name not in unreached)
 
 
-def _outputs(module: nn.Module, x: torch.Tensor, modes: list[bool]) -> list[torch.Tensor]:
-    outputs = []
-    for mode in modes:
-        torch.default_generator.manual_seed(0)  # torch.manual_seed would reach the generators of GPUs too
-        outputs.append(module.train(mode)(x))
-    return outputs
+def _output(module: nn.Module, x: torch.Tensor, train: bool) -> torch.Tensor:
+    # Gradients are on whenever the model trains: attention kernels, and with them the last bits, depend on it.
+    torch.default_generator.manual_seed(0)  # torch.manual_seed would reach the generators of GPUs too
+    with torch.set_grad_enabled(train):
+        return module.train(train)(x)
 
 
-def _parameters_behind(outputs: list[torch.Tensor]) -> set[int]:
-    """The ids of all parameters that the outputs depend on, read off the autograd graph without a backward pass."""
-    nodes, seen, found = [output.grad_fn for output in outputs], {None}, set()
+def _parameters_behind(output: torch.Tensor) -> set[int]:
+    """The ids of all parameters that the output depends on, read off the autograd graph without a backward pass."""
+    nodes, seen, found = [output.grad_fn], {None}, set()
     while nodes:
         node = nodes.pop()
         if node not in seen:
@@ -238,11 +242,11 @@ def _unused(module: nn.Module, used: set[int], finished: set[nn.Module], prefix:
     """The names of the largest submodules, and of the single parameters, that come after the cut."""
     own = [] if module in finished else module.named_parameters(recurse=False)
     names = [prefix + name for name, parameter in own if id(parameter) not in used]
-    for name, child in module.named_children():
+    for name, child in module._modules.items():  # named_children would give a shared submodule only once
         # A submodule without parameters stays: others may read its settings (timm's attn_drop.p) without calling it.
         # One that ran stays even where the output does not need it: behind an Identity, an in-place activation
         # would write into what the output does need.
-        parameters = list(child.parameters())
+        parameters = [] if child is None else list(child.parameters())
         if parameters and not any(id(p) in used for p in parameters) and finished.isdisjoint(child.modules()):
             names.append(prefix + name)
         elif parameters:
@@ -250,20 +254,23 @@ def _unused(module: nn.Module, used: set[int], finished: set[nn.Module], prefix:
     return names
 
 
-def _drop(result: Cut, names: list[str], x: torch.Tensor, expected: list[torch.Tensor]) -> bool:
-    without = copy.deepcopy(result)
-    for name in names:
-        parent, _, last = name.rpartition(".")
-        parent = without.model.get_submodule(parent)
-        setattr(parent, last, nn.Identity() if isinstance(getattr(parent, last), nn.Module) else None)
-    trial, _ = _trial(without, result.input_size)
-    try:  # eval and train: a model may read a parameter in only one of the two
-        same = all(map(torch.equal, _outputs(trial, x, modes=[False, True]), expected))
+def _drop(result: Cut, names: list[str], x: torch.Tensor, expected: dict[bool, torch.Tensor]) -> bool:
+    trial = _trial(result)
+    _remove(trial.model, names)
+    try:
+        same = all(torch.equal(_output(trial, x, train), wanted) for train, wanted in expected.items())
     except Exception:  # a forward that reads what was dropped can fail in any way
         same = False
     if same:
-        result.model = without.model
+        _remove(result.model, names)
     return same
+
+
+def _remove(model: nn.Module, names: list[str]) -> None:
+    for name in names:
+        parent, _, last = name.rpartition(".")
+        parent = model.get_submodule(parent)
+        setattr(parent, last, nn.Identity() if isinstance(getattr(parent, last), nn.Module) else None)
 
 
 def _listed(names: list[str], most: int = 5) -> str:

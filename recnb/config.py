@@ -136,6 +136,8 @@ class Registry(dict):
         self.check(name, args, where)
         parameters = self.parameters(name)
         for key, (value, source) in known.items():
+            if key in args and not source:
+                raise ConfigError(f"{where}.{key}: comes from the data, and the file cannot say otherwise")
             if key in args and args[key] != value:
                 raise ConfigError(f"{where}.{key} is {args[key]}, but {source} {value}")
             if key in parameters:
@@ -158,6 +160,7 @@ Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+
 
 
 def mapping(loader: Loader, node: yaml.MappingNode) -> dict:
+    "The dict of a YAML mapping; raises ConstructorError where a key is given twice."
     seen = set()
     for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
         if key.value in seen:
@@ -260,12 +263,14 @@ def unshared(node):
 
 
 def fill_global(cfg: dict) -> None:
+    "None; gives Global, in place, every key that it leaves out."
     given = {} if cfg.get("Global") is None else cfg["Global"]
     check_keys(given, "Global")
     cfg["Global"] = {**unshared(GLOBAL), **given}
 
 
 def check_keys(section, where: str) -> None:
+    "None; raises ConfigError where a section is no mapping, or has a key that is not in KEYS."
     if not isinstance(section, dict):
         raise ConfigError(f"{where}: holds {section!r}, not a mapping of {', '.join(KEYS[where])}")
     for key in section:
@@ -297,6 +302,7 @@ def check(cfg: dict) -> None:
 
 
 def check_global(section: dict) -> None:
+    "None; raises ConfigError for a value of Global of the wrong kind, or one that is not among the possible."
     for key, value in section.items():
         hint = NULLABLE[key] | None if key in NULLABLE else type(GLOBAL[key])
         if not fits(value, hint):
@@ -312,6 +318,7 @@ def check_global(section: dict) -> None:
 
 
 def check_loaders(cfg: dict) -> None:
+    "None; raises ConfigError for a setting of a data loader that torch would refuse later."
     for where in (f"DataLoader.{part}.loader" for part in LOADERS):
         for key, value in (lookup(cfg, where) or {}).items():
             if not fits(value, LOADER[key]) or value < 0:
@@ -320,6 +327,7 @@ def check_loaders(cfg: dict) -> None:
 
 
 def check_class_num(cfg: dict) -> None:
+    "None; raises ConfigError where the file gives two different numbers of training identities."
     ours, head = cfg["Global"]["class_num"], lookup(cfg, "Arch.Head.class_num")
     if ours and head and ours != head:
         raise ConfigError(f"Global.class_num is {ours}, but Arch.Head.class_num is {head}: both count the training "
@@ -327,6 +335,7 @@ def check_class_num(cfg: dict) -> None:
 
 
 def check_evaluation(cfg: dict) -> None:
+    "None; raises ConfigError where evaluation is asked for, or one of its lists given, and a list is missing."
     missing = [part for part in ("Query", "Gallery") if not lookup(cfg, f"DataLoader.Eval.{part}")]
     if missing and (cfg["Global"]["eval_during_train"] or lookup(cfg, "DataLoader.Eval")):
         raise ConfigError(f"DataLoader.Eval.{missing[0]}: there is no such section; retrieval is evaluated with both "
@@ -351,6 +360,7 @@ def items(cfg: dict, where: str) -> list[tuple[str, str, dict]]:
 
 
 def entry(item, where: str) -> tuple[str, str, dict]:
+    "(place, name, arguments) of one `- Name: {arguments}`; raises ConfigError for anything else."
     pairs = list(item.items()) if isinstance(item, dict) else []
     if len(pairs) != 1 or not isinstance(pairs[0][1], dict | None) or "name" in (pairs[0][1] or {}):
         raise ConfigError(f"{where}: {item!r} is not of the form '- Name: {{arguments}}'")

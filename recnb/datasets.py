@@ -120,6 +120,7 @@ def read_list(image_root: str, cls_label_path: str, delimiter: str | None, colum
 
 
 def integer(cell: str, path: Path, number: int) -> int:
+    "The label or camera in a cell of a list; raises DataError with file and line where it is none."
     try:
         value = int(cell)
     except ValueError:

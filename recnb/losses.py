@@ -57,7 +57,7 @@ class SupConLoss(nn.Module):
             similarity = features @ features.T / self.temperature  # (B, B)
         own = torch.eye(len(y), dtype=torch.bool, device=y.device)
         positive = (y[:, None] == y) & ~own
-        others = similarity.masked_fill(own, torch.finfo(torch.float32).min)  # -inf gives NaN in a batch of one
+        others = similarity.masked_fill(own, torch.finfo(torch.float32).min)
         log_probability = similarity - others.logsumexp(1, keepdim=True)
         count = positive.sum(1)
         loss = -torch.where(positive, log_probability, 0).sum(1) / count.clamp_min(1)

@@ -21,6 +21,7 @@ import functools
 
 import numpy as np
 import pandas as pd
+import torch
 
 from recnb.protocol import make_protocol
 from recnb.ranking import embedding_ranks, score_ranks, share, sum_over_processes
@@ -58,8 +59,10 @@ def retrieval_metrics(query, gallery, query_labels, gallery_labels=None, query_c
                              labels=(query_labels, gallery_labels), cameras=(query_cameras, gallery_cameras),
                              groups=(query_groups, gallery_groups))
     query, gallery = pair(query, gallery, distance, device)
-    with exact(query.device):
-        ranks = embedding_ranks(query, gallery, protocol, share(protocol, np.flatnonzero(protocol.valid)), tie, memory)
+    queries = share(protocol, np.flatnonzero(protocol.valid))
+    workers = torch.get_num_threads() if query.device.type == "cpu" else 1
+    with exact(query.device, threads=1):
+        ranks = embedding_ranks(query, gallery, protocol, queries, tie, memory, workers)
         return _report(ranks, protocol, functions, per_query)
 
 

@@ -10,12 +10,13 @@ gallery changes nothing, and a model that gives every image the same embedding g
 """
 
 from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from recnb.scores import exact, spans, to_numpy
+from recnb.scores import spans, to_numpy
 
 try:
     from numba import njit
@@ -25,24 +26,47 @@ except ImportError:  # torch then makes the counts: the same numbers, more slowl
 QUERIES, COLUMNS = 512, 4096  # a tile of scores fits the cache
 
 
-def embedding_ranks(query, gallery, protocol, share, tie, memory):
+def embedding_ranks(query, gallery, protocol, share, tie, memory, workers=1):
     """Yields (queries, ranks) blocks: 1-based ranks of the positives, best first, (B, R) int64 padded with 0.
 
     query, gallery: `Rows`; share: the query numbers to do. Works in about `memory` bytes whatever the gallery's size.
+    workers: threads that each multiply and count whole blocks, so that each counts what its own cache holds.
     """
     width = columns_within(memory, gallery)
-    workers = max(1, min(torch.get_num_threads(), memory // (16 * QUERIES * width)))
-    workers = workers if gallery.device.type == "cpu" else 1
-    blocks, held = [], 0
-    for queries in label_blocks(share, protocol, memory):
+    workers = max(1, min(workers, memory // (16 * QUERIES * width)))
+
+    def prepared(queries):
         block = Block(protocol, queries, query.queries(queries))
         block.set_thresholds(block.positive_scores(gallery, width), tie * gallery.scale(query, queries, block.rows))
-        blocks.append(block)
-        held += block.left.nbytes + 3 * block.thresholds.nbytes
-        if len(blocks) == max(16, 4 * workers) or held > memory // 4:  # gallery rows are made ready once for them all
-            yield from _counted(blocks, gallery, width, workers)
-            blocks, held = [], 0
-    yield from _counted(blocks, gallery, width, workers)
+        return block
+
+    limit = min(QUERIES, max(32, -(-len(share) // workers)))
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        for batch in _batches(label_blocks(share, protocol, memory // workers, limit), protocol, query.width, memory):
+            blocks = list(pool.map(prepared, batch))
+            parts = [blocks[i::workers] for i in range(min(workers, len(blocks)))]
+            for columns in spans(len(gallery), width):
+                list(pool.map(_count, parts, repeat(gallery.gallery(columns)), repeat(columns.start)))
+            for block in blocks:
+                yield block.queries, block.ranks()
+
+
+def _batches(blocks, protocol, width, memory):
+    """Blocks in lists that fit in the memory together: gallery rows are made ready once for a whole list."""
+    batch, held = [], 0
+    for queries in blocks:
+        batch.append(queries)
+        held += len(queries) * (4 * width + 12 * int(protocol.positives[queries].max()))
+        if held > memory // 4:
+            yield batch
+            batch, held = [], 0
+    if batch:
+        yield batch
+
+
+def _count(blocks, right, offset):
+    for block, tile in tiles(blocks, right):
+        block.count(tile, offset)
 
 
 def score_ranks(scores, protocol, share, tie, memory):
@@ -78,25 +102,6 @@ def label_blocks(share, protocol, memory, limit=QUERIES):
         width = grown
     if block:
         yield share[np.array(block)]
-
-
-def _counted(blocks, gallery, width, workers):
-    """Each worker multiplies and counts whole blocks on one thread, so that it counts what its own cache holds."""
-    parts = [blocks[i::workers] for i in range(min(workers, len(blocks)))]
-    for columns in spans(len(gallery), width) if blocks else ():
-        right = gallery.gallery(columns)
-        if workers == 1:
-            _count(blocks, right, columns.start)
-            continue
-        with exact(gallery.device, threads=1), ThreadPoolExecutor(workers, "", torch.set_num_threads, (1,)) as pool:
-            list(pool.map(_count, parts, [right] * len(parts), [columns.start] * len(parts)))
-    for block in blocks:
-        yield block.queries, block.ranks()
-
-
-def _count(blocks, right, offset):
-    for block, tile in tiles(blocks, right):
-        block.count(tile, offset)
 
 
 def tiles(blocks, right):

@@ -17,6 +17,7 @@ INTERPOLATION = {mode.value: mode for mode in InterpolationMode}
 
 
 def interpolation_mode(name: str | None) -> InterpolationMode:
+    "The mode of a name, bilinear for None; raises ValueError for an unknown one."
     if name is not None and name not in INTERPOLATION:
         raise ValueError(f"there is no interpolation '{name}', only {', '.join(INTERPOLATION)}")
     return INTERPOLATION[name or "bilinear"]
@@ -38,6 +39,7 @@ def DecodeImage(to_rgb: bool = True, channel_first: bool = False, to_np: bool = 
 
 
 def reversed_channels(image: torch.Tensor) -> torch.Tensor:
+    "BGR from RGB, or back; a function of its own since worker processes that are not forked must unpickle it."
     return image.flip(-3)
 
 

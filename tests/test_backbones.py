@@ -242,6 +242,15 @@ class GivesAPair(Habits):
         return self.late(self.pair(self.stem(x))[0])
 
 
+class SharesALaterLayer(Habits):
+    def __init__(self):
+        super().__init__()
+        self.again = self.late
+
+    def forward(self, x):
+        return self.again(self.late(self.stem(x)))
+
+
 class Pair(nn.Module):
     def forward(self, x):
         return x, x.shape
@@ -259,6 +268,7 @@ class FoldsTheBatch(Habits):
 
 @pytest.mark.parametrize(("kind", "kept"), [
     (ReadsASetting, {"stem"}), (WritesInPlace, {"stem"}), (ReadsAWeight, {"stem", "late"}),
+    (SharesALaterLayer, {"stem"}),
     (FeelsGradMode, {"stem", "scale"}),
 ])
 def test_cut_at_the_stem_of(kind, kept):

@@ -360,6 +360,7 @@ LOADING = [
     ({f"{TRAIN}.sampler.batch_size": 0}, f"{TRAIN}.sampler: must name a sampler and its batch_size, at least 1"),
     ({f"{QUERY}.sampler": ...}, f"{QUERY}.sampler: must name a sampler and its batch_size, at least 1"),
     ({f"{TRAIN}.sampler.seed": 4}, f"{TRAIN}.sampler.seed is 4, but Global.seed is 0"),
+    ({f"{TRAIN}.sampler.labels": [1, 2]}, f"{TRAIN}.sampler.labels: comes from the data, and the file cannot say"),
     ({f"{TRAIN}.sampler.sample_per_id": ...}, f"{TRAIN}.sampler: PKSampler needs a value for 'sample_per_id'"),
     ({f"{QUERY}.sampler.drop_last": True},
      f"{QUERY}.sampler.drop_last: True would leave images out of the evaluation"),

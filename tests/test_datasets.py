@@ -44,15 +44,15 @@ def table(paths, labels, cameras=None) -> ImageList:
 
 
 def test_a_list_of_paths_and_labels(tmp_path):
-    images = VeriWild("/root", str(listed(tmp_path, "a/1.jpg 3\nb/2.jpg\t12\n  c/3.jpg   0  \n")))
-    assert images.paths == ["/root/a/1.jpg", "/root/b/2.jpg", "/root/c/3.jpg"]
+    images = VeriWild("/images", str(listed(tmp_path, "a/1.jpg 3\nb/2.jpg\t12\n  c/3.jpg   0  \n")))
+    assert images.paths == ["/images/a/1.jpg", "/images/b/2.jpg", "/images/c/3.jpg"]
     assert images.labels.tolist() == [3, 12, 0] and images.labels.dtype == np.int64
     assert images.cameras is None
     assert len(images) == 3
 
 
 def test_a_list_with_cameras(tmp_path):
-    images = VeriWild("/root", str(listed(tmp_path, "1.jpg 3 0\n2.jpg 3 2\n")))
+    images = VeriWild("/images", str(listed(tmp_path, "1.jpg 3 0\n2.jpg 3 2\n")))
     assert images.cameras.tolist() == [0, 2]
 
 
@@ -60,19 +60,19 @@ def test_a_list_with_cameras(tmp_path):
                                                  ("my cat 1.jpg,4\n", {"delimiter": ","}),
                                                  ("my cat 1.jpg, 4\n", {"delimiter": ","})])
 def test_paths_with_spaces(tmp_path, text, arguments):
-    images = ImageNetDataset("/root", str(listed(tmp_path, text)), **arguments)
-    assert (images.paths, images.labels.tolist()) == (["/root/my cat 1.jpg"], [4])
+    images = ImageNetDataset("/images", str(listed(tmp_path, text)), **arguments)
+    assert (images.paths, images.labels.tolist()) == (["/images/my cat 1.jpg"], [4])
 
 
 def test_line_ends_blank_lines_and_other_scripts(tmp_path):
     text = b"\xef\xbb\xbf" + "车/红旗.jpg 1\r\n\r\n   \r\nnaïve/é.jpg 2".encode()
-    images = VeriWild("/root", str(listed(tmp_path, text)))
-    assert images.paths == ["/root/车/红旗.jpg", "/root/naïve/é.jpg"]
+    images = VeriWild("/images", str(listed(tmp_path, text)))
+    assert images.paths == ["/images/车/红旗.jpg", "/images/naïve/é.jpg"]
     assert [images.place(i) for i in range(2)] == [f"{tmp_path / 'list.txt'} line {n}" for n in (1, 4)]
 
 
 def test_absolute_paths_stay(tmp_path):
-    assert VeriWild("/root", str(listed(tmp_path, "/elsewhere/1.jpg 0\n"))).paths == ["/elsewhere/1.jpg"]
+    assert VeriWild("/images", str(listed(tmp_path, "/elsewhere/1.jpg 0\n"))).paths == ["/elsewhere/1.jpg"]
 
 
 @pytest.mark.parametrize(("text", "message"), [
@@ -91,18 +91,18 @@ def test_absolute_paths_stay(tmp_path):
 def test_lists_that_cannot_be_meant(tmp_path, text, message):
     path = listed(tmp_path, text)
     with pytest.raises(DataError, match=f"^{re.escape(str(path) + message)}"):
-        VeriWild("/root", str(path))
+        VeriWild("/images", str(path))
 
 
 def test_a_third_column_is_not_a_label_of_an_imagenet_list(tmp_path):
     path = listed(tmp_path, "a.jpg\n")
     with pytest.raises(DataError, match="line 1: 1 columns, not 2 "):
-        ImageNetDataset("/root", str(path))
+        ImageNetDataset("/images", str(path))
 
 
 def test_a_list_that_is_not_there(tmp_path):
     with pytest.raises(DataError, match=f"cls_label_path: there is no file {tmp_path}/absent.txt"):
-        VeriWild("/root", f"{tmp_path}/absent.txt")
+        VeriWild("/images", f"{tmp_path}/absent.txt")
 
 
 def test_errors_name_the_section_of_the_file(config_file, tmp_path):

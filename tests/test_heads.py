@@ -118,7 +118,10 @@ def test_a_feature_that_is_the_weight_itself():
     head = arc_margin(weight)
     features = torch.cat([weight, -weight]).requires_grad_()
     labels = torch.arange(8) % 4
-    F.cross_entropy(head(features, labels), labels).backward()
+    logits = head(features, labels)
+    F.cross_entropy(logits, labels).backward()
+    assert logits[0, 0].item() / 80 == pytest.approx(math.cos(0.5) - math.sqrt(1e-6) * math.sin(0.5), abs=1e-6)
+    assert logits[4, 0].item() / 80 == pytest.approx(-1 - 0.5 * math.sin(0.5), abs=1e-6)
     assert features.grad.isfinite().all() and head.weight.grad.isfinite().all()
 
 

@@ -151,7 +151,7 @@ def test_supcon_ignores_views_and_reads_the_entry_it_is_told():
 def test_losses_are_float32_under_autocast_and_for_half_inputs(dtype):
     features, y = batch(BATCHES["uneven"], size=8)
     out = {"features": features, "logits": features}
-    for loss in (CELoss(0.1), SupConLoss()):
+    for loss in (CELoss(0.1), SupConLoss(), SupConLoss(normalize_feature=False, temperature=1.0)):
         with torch.autocast("cpu", dtype=dtype):
             value = loss(out, y)
         assert value.dtype == torch.float32 and value.item() == pytest.approx(loss(out, y).item(), rel=1e-6)

@@ -239,7 +239,13 @@ def test_working_memory_and_code_path_change_no_bit(memory, compiled, monkeypatc
         monkeypatch.setattr(ranking, "njit", None)
     monkeypatch.setattr(ranking, "QUERIES", 64)
     monkeypatch.setattr(ranking, "COLUMNS", 100)
-    assert retrieval_metrics(x, None, labels, distance="euclidean", memory=memory) == expected
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert retrieval_metrics(x, None, labels, distance="euclidean", memory=memory) == expected
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_queries_without_positives_are_counted_and_left_out():

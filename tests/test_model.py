@@ -219,6 +219,7 @@ def test_sizes_are_derived(config):
     model = build_model(config())
     assert model.backbone.out_shape == (256, 1, 1) and model.neck.conv.in_channels == 256
     assert model.head.weight.shape == (CLASSES, 12) and model.head.margin == 0.2
+    assert all(module.training for module in model.modules())
     out = model(torch.randn(2, 3, 32, 32), torch.tensor([0, 4]))
     assert out["features"].shape == (2, 12) and out["logits"].shape == (2, CLASSES)
 
