@@ -49,10 +49,12 @@ class Cut(nn.Module):
         self.layout = _layout(out_shape, input_size, getattr(model, "output_fmt", "NCHW"))
         self.out_channels = out_shape[0] if self.layout in ("NC", "NCHW") else out_shape[-1]
         self.prefix_tokens = _prefix_tokens(out_shape[0], input_size) if self.layout == "NLC" else 0
-        # A plain function as the hook: copies and pickles of this module need no rebinding.
-        model.get_submodule(layer).register_forward_hook(_stop_forward)
+        if layer:  # a plain function as the hook: copies and pickles of this module need no rebinding
+            model.get_submodule(layer).register_forward_hook(_stop_forward)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, C, H, W) -> (B, *out_shape)
+        if not self.layer:
+            return self.model(x)
         try:
             self.model(x)
         except _StopForward as stop:

@@ -1,20 +1,19 @@
 """YAML in, a checked plain dict out: sections, names and arguments are all verified before anything is built.
 
-A section such as `{name: ArcMargin, margin: 0.15}` is one object: `name` picks it from a registry and the other keys
-are its constructor's arguments. Each chapter fills the registries of its own parts, so that what can be written in a
-file is what exists, and every misspelling ends in one sentence that names the place.
+What a section may say is what the registries of the chapters hold; what Global may say is listed here. Everything found
+wrong is a ConfigError of one sentence: the file and line, or the key, and what would mend it.
 """
 from __future__ import annotations
 
 import contextlib
-import difflib
 import importlib
 import inspect
 import re
-import typing
 from pathlib import Path
 
 import yaml
+
+from recnb.registry import ConfigError, Registry, fits, suggest
 
 PACKAGE_PARENT = Path(__file__).resolve().parents[1]
 ROOT = PACKAGE_PARENT if (PACKAGE_PARENT / "configs").is_dir() else Path.cwd()
@@ -48,107 +47,14 @@ KEYS = {  # the keys of the sections that are not constructor calls
     "Metric": ("Eval",),
 }
 LOADERS = ("Train", "Eval.Query", "Eval.Gallery")
-REQUIRED = ("DataLoader.Train.dataset", "Arch.Backbone.name", "Loss.Train", "Optimizer")
+REQUIRED = ("DataLoader.Train.dataset", "Arch.Backbone.name", "Loss.Train", "Optimizer", "Optimizer.lr")
 CHAPTERS = ("datasets", "transforms", "samplers", "necks", "heads", "losses", "optim", "training")
-
-
-class ConfigError(ValueError):
-    "A configuration that cannot mean what it says; the message names the place and what would mend it."
 
 
 def resolve(path: str | Path) -> Path:
     "The path itself where it exists from here, otherwise the same path below the project's root."
     path = Path(path).expanduser()
     return path if path.is_absolute() or path.exists() else ROOT / path
-
-
-def suggest(word: str, known: typing.Iterable[str]) -> str:
-    "A half sentence that offers the nearest known spelling, or lists what there is."
-    known = sorted(str(k) for k in known)
-    near = difflib.get_close_matches(str(word), known, n=1, cutoff=0.6)
-    folded = [k for k in known if k.lower() == str(word).lower()]
-    if folded or near:
-        return f"did you mean '{(folded or near)[0]}'?"
-    return f"there is {', '.join(known)}" if known else "there is none"
-
-
-def fits(value, hint) -> bool:
-    "Whether a value from YAML can be what an annotation asks for; annotations that YAML cannot express always fit."
-    if isinstance(hint, str) or hint in (typing.Any, inspect.Parameter.empty):
-        return True
-    if typing.get_args(hint) and typing.get_origin(hint) not in (list, tuple, dict):
-        return any(fits(value, option) for option in typing.get_args(hint))
-    kind = typing.get_origin(hint) or hint
-    if kind in (int, float) and isinstance(value, bool):
-        return False
-    accepted = {float: (int, float), int: int, bool: bool, str: str, list: list, tuple: (list, tuple), dict: dict,
-                type(None): type(None)}
-    return kind not in accepted or isinstance(value, accepted[kind])
-
-
-class Registry(dict):
-    "Constructors by the name that a YAML file uses; the name is the class's or function's own."
-
-    made: typing.ClassVar[list[Registry]] = []
-
-    def __init__(self, kind: str, *slots: str, beside: tuple[str, ...] = ()):
-        """`slots`: the places of a file where these parts are named (`*`: each loader, `[]`: a list of them);
-        `beside`: keys of such a section that are not arguments of the part."""
-        super().__init__()
-        self.kind, self.slots, self.beside = kind, slots, beside
-        self.made.append(self)
-
-    def register(self, part):
-        "The part itself, now known by its own name: use as a decorator."
-        self[part.__name__] = part
-        return part
-
-    def arguments(self, section: dict) -> dict:
-        "The keys of a section that go to the constructor."
-        return {k: v for k, v in section.items() if k != "name" and k not in self.beside}
-
-    def parameters(self, name: str) -> dict[str, inspect.Parameter]:
-        return {k: p for k, p in inspect.signature(self[name]).parameters.items() if k != "self"}
-
-    def check(self, name, args: dict | None, where: str) -> None:
-        "None; raises ConfigError for an unknown name or argument, or a value of the wrong kind."
-        if not isinstance(name, str) or name not in self:
-            raise ConfigError(f"{where}: there is no {self.kind} '{name}'; {suggest(name, self)}")
-        if not isinstance(args or {}, dict):
-            raise ConfigError(f"{where}: {name} takes a mapping of arguments, not {args!r}")
-        known, hints = self.parameters(name), typing.get_type_hints(
-            self[name].__init__ if inspect.isclass(self[name]) else self[name])
-        for key, value in (args or {}).items():
-            if key not in known:
-                others = [*known, *self.beside]
-                raise ConfigError(f"{where}.{key}: {name} has no such argument; {suggest(key, others)}")
-            if not fits(value, hints.get(key, typing.Any)):
-                raise ConfigError(f"{where}.{key}: {value!r} is a {type(value).__name__}, "
-                                  f"{name} wants {inspect.formatannotation(hints[key])}")
-
-    def build(self, section: dict, where: str, **known):
-        """The object that a section describes.
-
-        `known` holds what only the run can tell, as `argument=(value, where it comes from)`: it is supplied when the
-        section leaves the argument out, and compared when the section gives it. Raises ConfigError on a conflict.
-        """
-        name, args = section.get("name"), self.arguments(section)
-        self.check(name, args, where)
-        parameters = self.parameters(name)
-        for key, (value, source) in known.items():
-            if key in args and not source:
-                raise ConfigError(f"{where}.{key}: comes from the data, and the file cannot say otherwise")
-            if key in args and args[key] != value:
-                raise ConfigError(f"{where}.{key} is {args[key]}, but {source} {value}")
-            if key in parameters:
-                args[key] = value
-        missing = [k for k, p in parameters.items() if p.default is p.empty and k not in args]
-        if missing:
-            raise ConfigError(f"{where}: {name} needs a value for '{missing[0]}'")
-        try:
-            return self[name](**args)
-        except (ValueError, TypeError, ArithmeticError) as error:
-            raise ConfigError(f"{where}: {error}") from error
 
 
 class Loader(yaml.SafeLoader):
@@ -289,14 +195,13 @@ def check(cfg: dict) -> None:
             check_keys(section, where)
     check_global(cfg["Global"])
     check_loaders(cfg)
+    check_arch(cfg.get("Arch") or {})
     check_class_num(cfg)
     check_evaluation(cfg)
     for where in (place for place in REQUIRED if not lookup(cfg, place)):
         raise ConfigError(f"{where}: the file has no such section, and nothing can be trained without it")
     for where, section, registry in named_sections(cfg):
-        if not isinstance(section, dict) or section.get("name") is None:
-            raise ConfigError(f"{where}: holds {section!r}, not a mapping with a 'name'; {suggest('', registry)}")
-        registry.check(section["name"], registry.arguments(section), where)
+        registry.check(section, where)
         if getattr(registry[section["name"]], "needs_logits", False) and not lookup(cfg, "Arch.Head"):
             raise ConfigError(f"{where}: {section['name']} needs logits, and Arch.Head, which makes them, is missing")
 
@@ -315,6 +220,16 @@ def check_global(section: dict) -> None:
     shape = section["image_shape"]
     if len(shape) != 3 or shape[0] != 3 or not all(isinstance(n, int) and n > 0 for n in shape):
         raise ConfigError(f"Global.image_shape: {shape} is not [3, height, width]; images are read in RGB")
+
+
+def check_arch(section: dict) -> None:
+    "None; raises ConfigError for values of Arch that are read as they stand."
+    for place, kind in (("infer_add_softmax", bool), ("infer_output_key", str)):
+        if not fits(section.get(place), kind | None):
+            raise ConfigError(f"Arch.{place}: {section[place]!r} is not a {kind.__name__}")
+    pretrained = lookup(section, "Backbone.pretrained")
+    if not fits(pretrained, bool | str | None):
+        raise ConfigError(f"Arch.Backbone.pretrained: {pretrained!r} is neither True, False nor the path of a file")
 
 
 def check_loaders(cfg: dict) -> None:

@@ -24,7 +24,7 @@ from recnb.config import ConfigError, Registry, lookup, resolve
 from recnb.samplers import SAMPLERS
 from recnb.transforms import build_transform, output_shape
 
-DATASETS = Registry("dataset", "DataLoader.*.dataset", beside=("transform_ops",))
+DATASETS = Registry("dataset", "DataLoader.*.dataset", beside={"transform_ops": list})
 EXTENSIONS = tuple(Image.registered_extensions())
 
 

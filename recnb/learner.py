@@ -209,6 +209,8 @@ class RetrievalLearner(Learner):
 
     def scores(self) -> dict[str, float]:
         "The retrieval metrics of the model as it is now."
+        if self.loaders.query is None:
+            return {}
         self.validate()
         return dict(self.retrieval_evaluation.result)
 

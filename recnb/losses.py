@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from recnb.config import ConfigError, Registry, items
 from recnb.heads import unit
 
-LOSSES = Registry("loss", "Loss.Train[]", "Loss.Eval[]", beside=("weight",))
+LOSSES = Registry("loss", "Loss.Train[]", "Loss.Eval[]", beside={"weight": float})
 
 
 @LOSSES.register
@@ -96,7 +96,5 @@ def build_loss(cfg: dict, where: str = "Loss.Train") -> CombinedLoss:
         loss = LOSSES.build({"name": name, **args}, place)
         if loss.needs_logits and not cfg["Arch"].get("Head"):
             raise ConfigError(f"{place}: {name} needs logits, and Arch.Head, which makes them, is missing")
-        if not isinstance(args.get("weight", 1.0), (int, float)):
-            raise ConfigError(f"{place}.weight: {args['weight']!r} is not a number")
         weighted.append((float(args.get("weight", 1.0)), loss))
     return CombinedLoss(weighted)

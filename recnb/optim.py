@@ -5,9 +5,7 @@ state, so there is none to save, and a resumed run continues on the same curve.
 """
 from __future__ import annotations
 
-import inspect
 import math
-import typing
 from bisect import bisect_right
 from collections.abc import Callable
 from functools import partial
@@ -15,10 +13,10 @@ from itertools import pairwise
 
 import torch
 
-from recnb.config import ConfigError, Registry, fits, lookup
+from recnb.config import ConfigError, Registry, lookup
 
-OPTIMIZERS = Registry("optimizer", "Optimizer", beside=("lr", "regularizer"))
-WARMUP = ("warmup_epoch", "warmup_start_lr", "by_epoch", "last_epoch", "verbose")  # keys that all schedules share
+OPTIMIZERS = Registry("optimizer", "Optimizer", beside={"lr": dict, "regularizer": dict})
+WARMUP = {"warmup_epoch": float, "warmup_start_lr": float, "by_epoch": bool, "last_epoch": int, "verbose": bool}
 SCHEDULES = Registry("learning-rate schedule", "Optimizer.lr", beside=WARMUP)
 REGULARIZERS = Registry("regularizer", "Optimizer.regularizer")
 
@@ -134,14 +132,8 @@ def warmed_up(rate: Callable[[float], float], step_each_epoch: int, warmup_epoch
 
 def build_schedule(cfg: dict, step_each_epoch: int) -> Callable[[int], float]:
     "The learning rate as a function of the steps taken."
-    section = lookup(cfg, "Optimizer.lr")
-    if section is None:
-        raise ConfigError("Optimizer.lr: there is no such section; it names the schedule and its learning_rate")
-    warmup, hints = {key: section[key] for key in WARMUP if key in section}, typing.get_type_hints(warmed_up)
-    for key, value in warmup.items():
-        if not fits(value, hints[key]):
-            raise ConfigError(f"Optimizer.lr.{key}: {value!r} is a {type(value).__name__}, not "
-                              f"{inspect.formatannotation(hints[key])}")
+    section = lookup(cfg, "Optimizer.lr") or {}
+    warmup = {key: section[key] for key in WARMUP if key in section}
     epochs = cfg["Global"]["epochs"] - warmup.get("warmup_epoch", 0)
     return warmed_up(SCHEDULES.build(section, "Optimizer.lr", epochs=(epochs, "behind the warm-up there are")),
                      step_each_epoch, **warmup)

@@ -23,7 +23,7 @@ try:
 except ImportError:  # torch then makes the counts: the same numbers, more slowly
     njit = None
 
-QUERIES, COLUMNS = 512, 4096  # a tile of scores fits the cache
+CPU_TILE, GPU_TILE = (256, 1024), (1024, 16384)  # a tile of scores stays in a core's cache, or fills a GPU
 
 
 def embedding_ranks(query, gallery, protocol, share, tie, memory, workers=1):
@@ -32,15 +32,14 @@ def embedding_ranks(query, gallery, protocol, share, tie, memory, workers=1):
     query, gallery: `Rows`; share: the query numbers to do. Works in about `memory` bytes whatever the gallery's size.
     workers: threads that each multiply and count whole blocks, so that each counts what its own cache holds.
     """
-    width = columns_within(memory, gallery)
-    workers = max(1, min(workers, memory // (16 * QUERIES * width)))
+    limit, width = tile_shape(gallery, memory)
+    limit = min(limit, max(32, -(-len(share) // workers)))
 
     def prepared(queries):
         block = Block(protocol, queries, query.queries(queries))
         block.set_thresholds(block.positive_scores(gallery, width), tie * gallery.scale(query, queries, block.rows))
         return block
 
-    limit = min(QUERIES, max(32, -(-len(share) // workers)))
     with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         for batch in _batches(label_blocks(share, protocol, memory // workers, limit), protocol, query.width, memory):
             blocks = list(pool.map(prepared, batch))
@@ -72,7 +71,7 @@ def _count(blocks, right, offset):
 def score_ranks(scores, protocol, share, tie, memory):
     """The same from scores: `scores(queries)` returns the (B, G) scores of some queries, higher for better."""
     items = len(protocol.label[1])
-    for queries in label_blocks(share, protocol, memory, max(1, memory // (32 * items))):
+    for queries in label_blocks(share, protocol, memory, max(1, min(256, memory // (32 * items)))):
         tile = torch.as_tensor(scores(queries)).to(torch.float32, copy=True)
         if tile.shape != (len(queries), items) or not torch.isfinite(tile).all():
             raise ValueError(f"scores of {len(queries)} queries must be finite and of shape {(len(queries), items)}; "
@@ -83,12 +82,13 @@ def score_ranks(scores, protocol, share, tie, memory):
         yield queries, block.ranks()
 
 
-def columns_within(memory, gallery):
-    """How many gallery rows to hold, ready, at a time."""
-    return max(64, min(COLUMNS, memory // (32 * gallery.width)))
+def tile_shape(gallery, memory):
+    """Queries and gallery rows of one block of scores."""
+    queries, columns = CPU_TILE if gallery.device.type == "cpu" else GPU_TILE
+    return queries, max(64, min(columns, memory // (32 * max(gallery.width, queries))))
 
 
-def label_blocks(share, protocol, memory, limit=QUERIES):
+def label_blocks(share, protocol, memory, limit):
     """Queries in the order of their labels, in blocks whose scores with all their labels' items fit in the memory."""
     labels, start = protocol.label[0][share], protocol.by_label.start
     order = np.argsort(labels, kind="stable")
@@ -207,7 +207,7 @@ if njit is not None:
             _strike(tile[i], offset, group_order, group_first[i], group_last[i])
             if 0 <= own[i] - offset < tile.shape[1]:
                 tile[i, own[i] - offset] = -np.inf
-            if sizes[i] <= 16:
+            if sizes[i] <= 48:
                 _count_few(tile[i], thresholds[i, : sizes[i]], ahead[i])
             else:
                 _count_many(tile[i], thresholds[i, : sizes[i]], ahead[i])
@@ -223,9 +223,10 @@ if njit is not None:
     @njit(nogil=True)
     def _count_few(scores, thresholds, ahead):
         for j in range(len(thresholds) - 1, -1, -1):
-            threshold, count = thresholds[j], np.int32(0)
-            for x in scores:  # compiles to vector comparisons: no branch, 32-bit lanes
-                count += np.int32(x >= threshold)
+            threshold, count = thresholds[j], 0
+            for i in range(len(scores)):  # by index: a loop over the scores themselves takes seven times as long
+                if scores[i] >= threshold:
+                    count += 1
             if count == 0:
                 break  # the thresholds before this one are higher
             ahead[j] += count

@@ -6,7 +6,6 @@
 """
 from __future__ import annotations
 
-import copy
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
@@ -17,15 +16,11 @@ import numpy as np
 import pandas as pd
 import torch
 
-from recnb.config import LOADERS, ROOT, ConfigError, as_yaml, lookup, resolve
-from recnb.datasets import training_images
+from recnb.checkpoints import resolved
+from recnb.config import ROOT, ConfigError, as_yaml
 from recnb.files import replacing, write_json, write_text
 
 PACKAGES = ("recnb", "torch", "torchvision", "fastai", "timm", "faiss-cpu", "numpy", "pillow", "papermill")
-PATHS = {**{f"DataLoader.{part}.dataset": ("image_root", "cls_label_path") for part in LOADERS},
-         "Arch.Backbone": ("pretrained",), "Global": ("pretrained_model", "checkpoints")}
-
-
 def open_run(run_dir: str | Path, cfg: dict) -> Path:
     "The run folder, made where it is missing, with config.yaml and env.json written."
     run = Path(run_dir)
@@ -37,18 +32,6 @@ def open_run(run_dir: str | Path, cfg: dict) -> Path:
     write_text(run / "config.yaml", as_yaml(resolved(cfg)))
     write_json(run / "env.json", environment(cfg))
     return run
-
-
-def resolved(cfg: dict) -> dict:
-    "The configuration with what the run derived filled in: paths made absolute, the number of classes, relabelling."
-    cfg = copy.deepcopy(cfg)
-    if lookup(cfg, "Arch.Head") and not (lookup(cfg, "Arch.Head.class_num") or lookup(cfg, "Global.class_num")):
-        cfg["Arch"]["Head"]["class_num"] = len(training_images(cfg).names)
-        cfg["DataLoader"]["Train"]["dataset"].setdefault("relabel", True)
-    for place, keys in PATHS.items():
-        section = lookup(cfg, place) or {}
-        section |= {k: str(resolve(section[k]).absolute()) for k in keys if isinstance(section.get(k), str)}
-    return cfg
 
 
 def environment(cfg: dict) -> dict:

@@ -7,28 +7,25 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
+from recnb.checkpoints import Checkpoints, resolved, resume, save_weights
 from recnb.config import ConfigError, resolve
 from recnb.datasets import Loaders
 from recnb.files import replacing
 from recnb.learner import Callback, CancelValidException, RetrievalLearner, ValueMetric, build_metrics
 from recnb.losses import CombinedLoss, build_loss
 from recnb.optim import build_optimizer, build_schedule
-
-# What may differ between a checkpoint's configuration and the one that resumes it: nothing of this changes the numbers.
-FREE = ("Global.checkpoints", "Global.output_dir", "Global.device", "Global.save_interval", "Global.print_batch_step",
-        "Global.use_visualdl", "Global.save_inference_dir", "Global.pretrained_model")
 
 
 @dataclass
@@ -40,7 +37,7 @@ class Plan:
     folder: Path
     config: str = "{}"  # the configuration as JSON text, kept in the checkpoint and compared on resuming
     checkpoint: Path | None = None  # to resume from where the folder holds none
-    eval_interval: int = 1
+    eval_interval: int = 1  # 0: no evaluation while training
     save_interval: int = 1
     log_interval: int = 10
     scalars: bool = False
@@ -51,25 +48,25 @@ def build_learner(cfg: dict, model: nn.Module, loaders: Loaders, run_dir: str | 
 
     Raises ConfigError where the configuration asks for what is not installed.
     """
-    settings, plan = cfg["Global"], resolve_plan(cfg, loaders, Path(run_dir))
-    evaluate = settings["eval_during_train"]
-    learn = RetrievalLearner(loaders if evaluate else Loaders(loaders.train), model, build_loss(cfg),
-                             evaluation_loss(cfg, loaders) if evaluate else None, build_optimizer(cfg),
-                             build_metrics(cfg), pick_device(settings["device"]), path=run_dir)
+    plan = build_plan(cfg, loaders, Path(run_dir))
+    learn = RetrievalLearner(loaders, model, build_loss(cfg), evaluation_loss(cfg, loaders) if loaders.query else None,
+                             build_optimizer(cfg), build_metrics(cfg), pick_device(cfg["Global"]["device"]),
+                             path=run_dir)
     learn.fit_config = partial(fit_config, learn, plan)
     return learn
 
 
-def resolve_plan(cfg: dict, loaders: Loaders, folder: Path) -> Plan:
+def build_plan(cfg: dict, loaders: Loaders, folder: Path) -> Plan:
+    "The plan of a configuration; raises ConfigError for a checkpoint that is not there or a missing package."
     settings = cfg["Global"]
     if settings["use_visualdl"] and not importlib.util.find_spec("visualdl"):
         raise ConfigError("Global.use_visualdl: visualdl is not installed; pip install 'recnb[track]', or set it False")
     checkpoint = resolve(settings["checkpoints"]) if settings["checkpoints"] else None
     if checkpoint and not checkpoint.is_file():
         raise ConfigError(f"Global.checkpoints: there is no file {checkpoint}")
-    return Plan(settings["epochs"], build_schedule(cfg, len(loaders.train)), folder, json.dumps(cfg, sort_keys=True),
-                checkpoint, settings["eval_interval"], settings["save_interval"], settings["print_batch_step"],
-                settings["use_visualdl"])
+    return Plan(settings["epochs"], build_schedule(cfg, len(loaders.train)), folder, json.dumps(resolved(cfg)),
+                checkpoint, settings["eval_interval"] if settings["eval_during_train"] else 0,
+                settings["save_interval"], settings["print_batch_step"], settings["use_visualdl"])
 
 
 def pick_device(name: str) -> torch.device:
@@ -94,33 +91,31 @@ def evaluation_loss(cfg: dict, loaders: Loaders) -> CombinedLoss | None:
             print("Loss.Eval has no value: it needs logits, and the evaluation identities are not training classes")
             return None
         for images, labels in zip(lists, wanted, strict=True):
-            images.labels, images.names = images.labels.dtype.type(labels), train.names
+            images.labels, images.names = np.array(labels), train.names
     return loss if len(loss.losses) else None
 
 
 def fit_config(learn: RetrievalLearner, plan: Plan) -> None:
     "None; runs the plan, going on behind the last checkpoint where the run folder holds one."
     plan.folder.mkdir(parents=True, exist_ok=True)
-    history = History(plan)
-    callbacks = [FollowPlan(plan), history, Checkpoints(plan, history)]
+    history, kept = History(plan), plan.folder / "checkpoints"
+    callbacks = [FollowPlan(plan), history, Checkpoints(kept, plan.config, plan.save_interval)]
     if plan.scalars:
-        callbacks.append(Scalars(plan, history))
+        callbacks.append(Scalars(plan.folder / "vdl"))
     learn.create_opt()
-    done = resume(learn, plan, history)
-    if done:
-        print(f"resuming behind epoch {done} of {plan.epochs}")
-    learn.first_epoch = done
+    latest = kept / "latest.pt" if (kept / "latest.pt").exists() else plan.checkpoint
+    if latest:
+        learn.first_epoch = resume(learn, history, latest, plan.config, kept)
+        print(f"resuming behind epoch {learn.first_epoch} of {plan.epochs}")
     try:
         learn.fit(plan.epochs, lr=plan.schedule(0), cbs=callbacks)
     finally:
         learn.first_epoch = 0
-    best = plan.folder / "checkpoints" / "best.safetensors"
     if history.best:
-        learn.model.load_state_dict(load_file(best, str(next(learn.model.parameters()).device)))
+        learn.model.load_state_dict(load_file(kept / "best.safetensors"))
         name, value = learn.retrieval_evaluation.names[0], history.best["value"]
         print(f"the model holds the weights of epoch {history.best['epoch']}, the best by {name} ({value:.4f})")
-    with replacing(plan.folder / "model.safetensors") as path:
-        save_file({k: v.contiguous() for k, v in learn.model.state_dict().items()}, path)
+    save_weights(learn.model.state_dict(), plan.folder / "model.safetensors")
 
 
 def write_row(write: Callable, row: list) -> None:
@@ -151,7 +146,8 @@ class FollowPlan(Callback):
             self.opt.set_hyper("lr", self.plan.schedule(self.train_iter))
 
     def before_validate(self):
-        if (self.epoch + 1) % self.plan.eval_interval and self.epoch + 1 < self.n_epoch:
+        interval, last = self.plan.eval_interval, self.epoch + 1 == self.n_epoch
+        if not interval or ((self.epoch + 1) % interval and not last):
             raise CancelValidException
 
     def after_batch(self):
@@ -205,37 +201,14 @@ class History(Callback):
             pd.DataFrame(self.rows).to_csv(path, index=False)
 
 
-class Checkpoints(Callback):
-    "Everything needed to go on, after each epoch, and the weights of the best epoch apart."
-
-    order = 90
-
-    def __init__(self, plan: Plan, history: History):
-        self.plan, self.rows = plan, history
-
-    def after_epoch(self):
-        folder, history = self.plan.folder / "checkpoints", self.rows
-        if history.best.get("epoch") == self.epoch + 1:
-            with replacing(folder / "best.safetensors") as path:
-                save_file({k: v.contiguous() for k, v in self.model.state_dict().items()}, path)
-        state = {"model": self.model.state_dict(), "optimizer": self.opt.state_dict(), "epoch": self.epoch + 1,
-                 "history": history.rows, "best": history.best, "config": self.plan.config, "rng": random_state()}
-        with replacing(folder / "latest.pt") as path:
-            torch.save(state, path)
-        if self.plan.save_interval > 0 and (self.epoch + 1) % self.plan.save_interval == 0:
-            kept = folder / f"epoch_{self.epoch + 1}.pt"
-            kept.unlink(missing_ok=True)
-            os.link(folder / "latest.pt", kept)  # `latest` is replaced, never rewritten, so a link is a copy
-
-
 class Scalars(Callback):
     "Writes each step's loss terms and each epoch's metrics for visualdl."
 
     order = 95
 
-    def __init__(self, plan: Plan, history: History):
+    def __init__(self, folder: Path):
         from visualdl import LogWriter
-        self.rows, self.writer = history, LogWriter(logdir=str(plan.folder / "vdl"))
+        self.writer = LogWriter(logdir=str(folder))
 
     def after_batch(self):
         if self.training:
@@ -243,46 +216,5 @@ class Scalars(Callback):
                 self.writer.add_scalar(f"train_{name}", value.item(), self.train_iter)
 
     def after_epoch(self):
-        for name, value in self.rows.rows[-1].items():
+        for name, value in self.history.rows[-1].items():
             self.writer.add_scalar(f"epoch_{name}", value, self.epoch + 1)
-
-
-def random_state() -> dict[str, torch.Tensor | list]:
-    return {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
-
-
-def resume(learn: RetrievalLearner, plan: Plan, history: History) -> int:
-    """How many epochs are done: 0, or as many as the checkpoint says whose state the learner then has.
-
-    Raises ConfigError where the checkpoint belongs to another configuration, with the differences.
-    """
-    path = plan.folder / "checkpoints" / "latest.pt"
-    path = path if path.exists() else plan.checkpoint
-    if path is None:
-        return 0
-    try:
-        state = torch.load(path, "cpu", weights_only=True)
-        done, config = state["epoch"], state["config"]
-    except Exception as error:  # torch raises whatever its unpickler meets
-        raise ConfigError(f"{path} is not a checkpoint of a run: {error}") from error
-    differences = compare(json.loads(config), json.loads(plan.config))
-    if differences:
-        raise ConfigError(f"{path} belongs to another configuration ({'; '.join(differences)}); use another run "
-                          "folder, or delete this one to begin anew")
-    learn.model.load_state_dict(state["model"])
-    learn.opt.load_state_dict(state["optimizer"])
-    history.rows, history.best = state["history"], state["best"]
-    torch.set_rng_state(state["rng"]["torch"])
-    if state["rng"]["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["rng"]["cuda"])
-    return done
-
-
-def compare(old, new, where: str = "") -> list[str]:
-    "What differs between two configurations and matters, each as `place: old -> new`."
-    if where in FREE:
-        return []
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = [*old, *(k for k in new if k not in old)]
-        return [text for k in keys for text in compare(old.get(k), new.get(k), f"{where}.{k}".lstrip("."))]
-    return [] if old == new else [f"{where}: {old} -> {new}"]

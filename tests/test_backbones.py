@@ -19,6 +19,7 @@ from recnb import backbones
 from recnb.backbones import ALIASES, create_backbone, cut, list_backbones
 
 SMALL = (3, 64, 64)
+TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 SHARED = Path(__file__).parents[2] / "shared"
 FAMILIES = """lcnet_100 resnet50 resnet50d mobilenetv3_large_100 efficientnet_b0 convnext_tiny convnextv2_nano
 vit_small_patch16_224 deit3_small_patch16_224 swin_tiny_patch4_window7_224 swinv2_tiny_window8_256 regnety_040
@@ -128,7 +129,7 @@ def sweep(name, points=(0.15, 0.35, 0.5, 0.65, 0.85)):
     ("resnet18", "conv1"), ("resnet18", "layer2"), ("resnet18", "layer3.1.bn1"), ("resnet18", "global_pool"),
     ("resnet18", "flatten"), ("test_resnet", "fc"), ("test_vit", "patch_embed"), ("test_vit", "blocks.2.attn.qkv"),
     ("test_vit", "norm"), ("test_efficientnet", "blocks.3.0.conv_dw"), ("test_convnext", "stages.2.blocks.0.mlp"),
-    ("test_nfnet", "stages.1"), ("test_vit_relpos", "blocks.1"),
+    ("test_nfnet", "stages.1"),
 ])
 def test_output_equals_the_uncut_model_and_nothing_later_is_stored_or_run(name, stop):
     torch.manual_seed(0)
@@ -343,16 +344,22 @@ def test_activations_are_freed_without_the_garbage_collector(resnet18):
         gc.enable()
 
 
-def test_exports_strictly_with_any_batch_size(vit):
-    module = cut(vit, "blocks.1").eval()
+STOPS = ["flatten", pytest.param("layer2", marks=pytest.mark.skipif(
+    TORCH < (2, 8), reason="compilers before torch 2.8 cannot follow an exception of our own"))]
+
+
+@pytest.mark.parametrize("stop", STOPS)
+def test_exports_strictly_with_any_batch_size(stop):
+    module = cut(timm.create_model("test_resnet"), stop).eval()
     x, batch = images(module.input_size), torch.export.Dim("batch", min=1, max=64)
     program = torch.export.export(module, (x,), dynamic_shapes=({0: batch},), strict=True)
     five = images(module.input_size, count=5)
     torch.testing.assert_close(program.module()(five), module(five))
 
 
-def test_compiles_as_one_graph():
-    module = cut(timm.create_model("test_resnet"), "layer2").eval()
+@pytest.mark.parametrize("stop", STOPS[1:])
+def test_compiles_as_one_graph(stop):
+    module = cut(timm.create_model("test_resnet"), stop).eval()
     x = images(module.input_size)
     expected = module(x)
     module.compile(fullgraph=True, backend="eager")
@@ -479,9 +486,8 @@ def test_prefix_tokens(tokens, size, prefix):
 # Names of models
 
 
-@pytest.mark.parametrize(("alias", "name"), ALIASES.items())
-def test_every_alias_is_a_model(alias, name):
-    assert timm.is_model(name)
+def test_every_alias_is_a_model():
+    assert [alias for alias, name in ALIASES.items() if not timm.is_model(name)] == []
 
 
 def test_backbones_by_name():
@@ -496,15 +502,16 @@ def test_backbones_by_name():
 
 
 def test_last_stage_stride1_keeps_14x14_without_dilation():
-    module = create_backbone("ResNet50_last_stage_stride1", stop="layer4")
-    assert module.out_shape == (2048, 14, 14)
+    module = create_backbone("ResNet50_last_stage_stride1", stop="layer4", input_size=SMALL).eval()
+    x = images((3, 224, 224), count=1)
+    expected = module(x)
+    assert expected.shape[1:] == (2048, 14, 14)
     convolutions = [layer for layer in module.modules() if isinstance(layer, nn.Conv2d)]
     assert all(layer.dilation == (1, 1) for layer in convolutions)
     plain = timm.create_model("resnet50")
     plain.layer4[0].conv2.stride = plain.layer4[0].downsample[0].stride = (1, 1)
     plain.load_state_dict(module.model.state_dict(), strict=False)
-    x = images(count=1)
-    assert torch.equal(plain.eval().forward_features(x), module.eval()(x))
+    assert torch.equal(plain.eval().forward_features(x), expected)
 
 
 def test_adaptive_max_pool2d():

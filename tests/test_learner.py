@@ -122,7 +122,7 @@ def test_one_list_as_query_and_gallery_is_embedded_once(config_file, tmp_path, d
 
 def test_show_batch_and_plot_loss_draw(learn):
     figure = learn.dls.train.show_batch(8)
-    assert [ax.get_title() for ax in figure.axes][0].startswith("identity")
+    assert next(ax.get_title() for ax in figure.axes).startswith("identity")
     learn.fit(1, 1e-3)
     ax = learn.recorder.plot_loss(skip_start=0)
     assert len(ax.lines[0].get_ydata()) == len(learn.dls.train)

@@ -204,7 +204,7 @@ def test_build_loss_reads_weights_and_arguments():
 
 @pytest.mark.parametrize(("cfg", "message"), [
     (config({"CELoss": {}}, head=False), r"Loss\.Train\.0\.CELoss: CELoss needs logits, and Arch\.Head"),
-    (config({"CELoss": {"weight": "much"}}), r"Loss\.Train\.0\.CELoss\.weight: 'much' is not a number"),
+    (config({"CELoss": {"weight": "much"}}), r"Loss\.Train\.0\.CELoss\.weight: 'much' is a str, CELoss wants float"),
     (config({"CELos": {}}), r"there is no loss 'CELos'; did you mean 'CELoss'"),
     (config({"SupConLoss": {"temprature": 1.0}}), r"SupConLoss\.temprature: .* did you mean 'temperature'"),
     (config({"SupConLoss": {"contrast_mode": "both"}}), r"Loss\.Train\.0\.SupConLoss: contrast_mode is 'both'"),

@@ -237,8 +237,7 @@ def test_working_memory_and_code_path_change_no_bit(memory, compiled, monkeypatc
     expected = retrieval_metrics(x, None, labels, distance="euclidean")
     if not compiled:
         monkeypatch.setattr(ranking, "njit", None)
-    monkeypatch.setattr(ranking, "QUERIES", 64)
-    monkeypatch.setattr(ranking, "COLUMNS", 100)
+    monkeypatch.setattr(ranking, "CPU_TILE", (64, 100))
     threads = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
