@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lab clean
+.PHONY: demo test lab picture clean
 
 demo: .venv/installed
 	@rm -rf runs/demo && mkdir -p runs/demo
@@ -26,6 +26,9 @@ lab: .venv/installed
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[lab,test]'
 	@touch $@
+
+picture: .venv/installed  # the one in the README, after make demo
+	$(BIN)/python scripts/gallery_picture.py runs/demo docs/gallery.png
 
 clean:
 	rm -rf .venv runs data/demo

@@ -2,7 +2,7 @@
 
 Read the chapters in this order: registry, config, files, transforms, samplers, datasets, marks, backbones, necks,
 heads, losses, model, optim, scores, protocol, ranking, stats, metrics, verification, search, rerank, learner,
-checkpoints, training, gallery, widget, runs. Importing the package itself loads none of them.
+checkpoints, training, gallery, page, widget, runs. Importing the package itself loads none of them.
 """
 from importlib import import_module
 

@@ -7,6 +7,7 @@ seen by the same camera) takes no rank: what stands behind it moves up, here as 
 
 from __future__ import annotations
 
+import importlib
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,13 +33,13 @@ COLOURS = {RIGHT: "#0072B2", WRONG: "#D55E00", EXCLUDED: "#7F7F7F"}
 TIE = 1e-6  # cosines closer than this are equal: what float32 can tell apart
 Picture = str | Path | Image.Image | np.ndarray  # an array is uint8, (H, W) or (H, W, 3)
 Names = Sequence[str] | Mapping | None           # identity -> text
+LATER = {"gallery_html": "page", "gallery_widget": "widget", "gallery_pages": "widget"}
 
 
 def __getattr__(name: str):
-    "The two galleries of the next chapter, which imports this one and ipywidgets: loaded when first asked for."
-    if name in ("gallery_html", "gallery_widget", "gallery_pages"):
-        from recnb import widget
-        return getattr(widget, name)
+    "The galleries of the next two chapters, which import this one: loaded when first asked for."
+    if name in LATER:
+        return getattr(importlib.import_module(f"recnb.{LATER[name]}"), name)
     raise AttributeError(f"module 'recnb.gallery' has no attribute '{name}'")
 
 
@@ -295,10 +296,10 @@ def _draw_query(ax: Axes, ranking: Ranking, q: int, k: int, images: Sequence[Pic
     if ranking.valid[q]:
         notes = [f"AP {ranking.AP[q]:.3f}", f"first hit: rank {ranking.first_hit[q]}"]
         missed = ", ".join(str(rank) for _, rank, _ in ranking.missed(q, k))
-        notes += [f"missed: {missed}"] if missed else []
+        notes += [f"next right: {missed}"] if missed else []
     lines = _wrap(shorten(label_text(ranking.query_labels[q], names), 36), 19)
     for i, line in enumerate(lines + notes):
-        _note(ax, line, 0.99 - 0.165 * i, "bold" if i < len(lines) else "normal", SOFT if "missed" in line else INK)
+        _note(ax, line, 0.99 - 0.165 * i, "bold" if i < len(lines) else "normal", SOFT if "next right" in line else INK)
 
 
 def _wrap(text: str, n: int) -> list[str]:

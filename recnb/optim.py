@@ -133,6 +133,7 @@ def warmed_up(rate: Callable[[float], float], step_each_epoch: int, warmup_epoch
 def build_schedule(cfg: dict, step_each_epoch: int) -> Callable[[int], float]:
     "The learning rate as a function of the steps taken."
     section = lookup(cfg, "Optimizer.lr") or {}
+    SCHEDULES.check(section, "Optimizer.lr")
     warmup = {key: section[key] for key in WARMUP if key in section}
     epochs = cfg["Global"]["epochs"] - warmup.get("warmup_epoch", 0)
     return warmed_up(SCHEDULES.build(section, "Optimizer.lr", epochs=(epochs, "behind the warm-up there are")),

@@ -23,7 +23,7 @@ try:
 except ImportError:  # torch then makes the counts: the same numbers, more slowly
     njit = None
 
-CPU_TILE, GPU_TILE = (256, 1024), (1024, 16384)  # a tile of scores stays in a core's cache, or fills a GPU
+CPU_TILE, LARGE_TILE = (256, 1024), (1024, 16384)  # a tile of scores stays in a core's cache, or fills a GPU
 
 
 def embedding_ranks(query, gallery, protocol, share, tie, memory, workers=1):
@@ -82,9 +82,9 @@ def score_ranks(scores, protocol, share, tie, memory):
         yield queries, block.ranks()
 
 
-def tile_shape(gallery, memory):
+def tile_shape(gallery, memory, counted=True):
     """Queries and gallery rows of one block of scores."""
-    queries, columns = CPU_TILE if gallery.device.type == "cpu" else GPU_TILE
+    queries, columns = CPU_TILE if counted and gallery.device.type == "cpu" and njit else LARGE_TILE
     return queries, max(64, min(columns, memory // (32 * max(gallery.width, queries))))
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from recnb.protocol import make_protocol
-from recnb.ranking import Block, tile_shape, label_blocks, share, sum_over_processes, tiles
+from recnb.ranking import Block, label_blocks, share, sum_over_processes, tile_shape, tiles
 from recnb.scores import MEMORY, exact, pair, spans, to_numpy
 
 LEVELS = 1 << 20
@@ -105,8 +105,7 @@ def _range(query, gallery):
 
 def _pair_scores(query, gallery, protocol, memory):
     """Yields (1, scores of positive pairs) and (0, scores of negative pairs, -infinity for all other pairs)."""
-    limit, width = tile_shape(gallery, memory)
-    width = max(width, min(16384, memory // (64 * limit)))
+    limit, width = tile_shape(gallery, memory, counted=False)
     for queries in label_blocks(share(protocol, np.arange(len(query))), protocol, memory, limit):
         block = Block(protocol, queries, query.queries(queries))
         mask = torch.as_tensor(block.positive_mask(), device=query.device)

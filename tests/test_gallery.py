@@ -327,7 +327,7 @@ def test_k_and_following_a_hit(widget, ranking):
 
 def test_thumbnails_are_made_on_demand_and_once(ranking, paths, monkeypatch):
     read, count = gallery.read_picture, []
-    monkeypatch.setattr("recnb.widget.read_picture", lambda *a: count.append(a) or read(*a))
+    monkeypatch.setattr("recnb.page.read_picture", lambda *a: count.append(a) or read(*a))
     widget = gallery_widget(ranking, paths, paths, k=5)
     assert len(count) <= 1 + 5 + 3
     before = len(count)

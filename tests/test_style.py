@@ -16,8 +16,7 @@ SOURCES = [*CHAPTERS, *(path for folder in ("tests", "scripts", "benchmarks") fo
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 ORDER = """registry config files transforms samplers datasets marks backbones necks heads losses model optim
 scores protocol ranking stats metrics verification search rerank learner checkpoints
-training gallery widget runs""".split()
-ON_DEMAND = {("gallery", "widget")}  # imported inside a function, so that figures and pages need no ipywidgets
+training gallery page widget runs""".split()
 ONLY = {"fastai": {"learner"}, "timm": {"backbones"}, "faiss": {"search"},
         "ipywidgets": {"gallery", "widget"}, "papermill": set()}
 FRAMEWORK = ("Module", "Dataset", "Sampler", "Callback")
@@ -124,8 +123,7 @@ def test_chapters_import_only_earlier_ones():
     none_of(sorted({f"{place(path, node)}: {path.stem} comes before {module.split('.')[1]}"
                     for path in CHAPTERS if path.stem in rank for module, node in imported(path)
                     if module.startswith("recnb.") and module.split(".")[1] in rank
-                    and rank[module.split(".")[1]] >= rank[path.stem]
-                    and not (node.col_offset and (path.stem, module.split(".")[1]) in ON_DEMAND)}))
+                    and rank[module.split(".")[1]] >= rank[path.stem]}))
 
 
 def test_the_reading_order_of_the_package_is_this_one():
