@@ -23,7 +23,7 @@ GLOBAL = {
     "checkpoints": None, "pretrained_model": None, "output_dir": "./output/", "device": "gpu", "class_num": None,
     "save_interval": 1, "eval_during_train": True, "eval_interval": 1, "epochs": 10, "print_batch_step": 10,
     "use_visualdl": False, "image_shape": [3, 224, 224], "save_inference_dir": "./inference", "eval_mode": "retrieval",
-    "seed": 0,
+    "seed": 0, "re_ranking": False,
 }
 NULLABLE = {"checkpoints": str, "pretrained_model": str, "class_num": int}
 CHOICES = {"device": ("gpu", "cpu"), "eval_mode": ("retrieval",)}
@@ -31,7 +31,7 @@ LEAST = {"epochs": 0, "seed": 0, "eval_interval": 1, "print_batch_step": 1, "cla
 
 LOADER = {"num_workers": int, "use_shared_memory": bool, "prefetch_factor": int}  # torch always shares memory
 KEYS = {  # the keys of the sections that are not constructor calls
-    "the file": ("Global", "DataLoader", "Arch", "Loss", "Optimizer", "Metric"),
+    "the file": ("Global", "DataLoader", "Arch", "Loss", "Optimizer", "Metric", "PostProcess"),
     "Global": tuple(GLOBAL),
     "DataLoader": ("Train", "Eval"),
     "DataLoader.Train": ("dataset", "sampler", "loader"),
@@ -48,7 +48,7 @@ KEYS = {  # the keys of the sections that are not constructor calls
 }
 LOADERS = ("Train", "Eval.Query", "Eval.Gallery")
 REQUIRED = ("DataLoader.Train.dataset", "Arch.Backbone.name", "Loss.Train", "Optimizer", "Optimizer.lr")
-CHAPTERS = ("datasets", "transforms", "samplers", "necks", "heads", "losses", "optim", "training")
+CHAPTERS = ("datasets", "transforms", "samplers", "necks", "heads", "losses", "optim", "evaluation", "training")
 
 
 def resolve(path: str | Path) -> Path:

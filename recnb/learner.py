@@ -16,11 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader
-from tqdm.auto import tqdm
 
-from recnb.config import Registry, items
-from recnb.datasets import Loaders, own_index
-from recnb.metrics import retrieval_metrics
+from recnb.datasets import Loaders
+from recnb.evaluation import DEFAULT_METRICS, embed, judge
 from recnb.transforms import display_image
 
 with warnings.catch_warnings():  # fastai's import warns of torch's and pandas' futures
@@ -31,39 +29,6 @@ with warnings.catch_warnings():  # fastai's import warns of torch's and pandas' 
     from fastai.data.core import DataLoaders
     from fastai.learner import Learner, ValueMetric
     from fastai.optimizer import OptimWrapper
-
-METRICS = Registry("metric", "Metric.Eval[]")
-
-
-@METRICS.register
-def Recallk(topk: list | None = None) -> list[str]:
-    "recall{k}: the share of queries with a right image among their first k."
-    return [f"recall{k}" for k in topk or (1, 5)]
-
-
-@METRICS.register
-def Precisionk(topk: list | None = None) -> list[str]:
-    "precision@{k}: how many of the first k are right."
-    return [f"precision@{k}" for k in topk or (1, 5)]
-
-
-@METRICS.register
-def mAP() -> list[str]:
-    "mAP: the mean over queries of average precision over the whole ranking."
-    return ["mAP"]
-
-
-@METRICS.register
-def mINP() -> list[str]:
-    "mINP: the number of right images over the rank of the last of them."
-    return ["mINP"]
-
-
-def build_metrics(cfg: dict) -> list[str]:
-    "The keys of the metrics that a configuration lists, in its order; recall1, recall5 and mAP where it lists none."
-    names = [key for place, name, args in items(cfg, "Metric.Eval")
-             for key in METRICS.build({"name": name, **args}, place)]
-    return names or ["recall1", "recall5", "mAP"]
 
 
 class FastaiLoader:
@@ -100,7 +65,7 @@ class FastaiLoader:
         "A figure of the first images of a batch as the model gets them, each with its identity."
         images, labels = self.one_batch()
         rows = -(-min(max_n, len(images)) // columns)
-        figure, axes = plt.subplots(rows, columns, figsize=(1.3 * columns, 1.55 * rows), facecolor="white", dpi=90)
+        figure, axes = plt.subplots(rows, columns, figsize=(1.3 * columns, 1.55 * rows), facecolor="white", dpi=72)
         for ax in np.ravel(axes):
             ax.set_axis_off()
         for ax, image, label in zip(np.ravel(axes)[:max_n], images.cpu(), labels.tolist(), strict=False):
@@ -157,9 +122,8 @@ class RetrievalEvaluation(Callback):
     order = 40
     result: dict[str, float]
 
-    def __init__(self, loaders: Loaders, names: Sequence[str]):
-        self.names, self.query, self.gallery = names, loaders.query.dataset, loaders.gallery.dataset
-        self.own, self.result = own_index(self.query, self.gallery), {}
+    def __init__(self, loaders: Loaders, judged: Callable):
+        self.query, self.gallery, self.judged, self.result = loaders.query.dataset, loaders.gallery.dataset, judged, {}
 
     def before_validate(self):
         self.features, self.result = [], {}
@@ -172,33 +136,34 @@ class RetrievalEvaluation(Callback):
         features = torch.cat(self.features) if self.features else torch.empty(0)
         self.features = []
         if len(features) == len(self.query) + (self.query is not self.gallery) * len(self.gallery):
-            self.result = self.evaluate(features[: len(self.query)], features[-len(self.gallery) :])
+            self.result = self.judged(features[: len(self.query)], features[-len(self.gallery) :], self.query,
+                                      self.gallery, self.training_features)
 
-    def evaluate(self, query: Tensor, gallery: Tensor) -> dict[str, float]:
-        "The metrics asked for, of query features (Q, D) and gallery features (G, D)."
-        topk = [int(name.rpartition("@")[2].removeprefix("recall")) for name in self.names if name[-1].isdigit()]
-        scores = retrieval_metrics(query, gallery, self.query.labels, self.gallery.labels, self.query.cameras,
-                                   self.gallery.cameras, exclude_self=self.own, topk=topk or (1,))
-        return {name: scores[name] for name in self.names}
+    def training_features(self) -> Tensor:
+        "The features (N, D) of the training images, for post-processing that is fitted on them."
+        return embed(self.learn.model, self.dls.train.new(shuffle=False).loader)
 
 
 class RetrievalLearner(Learner):
     """A fastai Learner over `Loaders`, a RecModel and a loss `(out, y) -> scalar`.
 
     `optimizer` makes a torch optimizer from `(parameters, lr)`. Parameter groups are the backbone, then neck and head,
-    so that `freeze()` trains the latter and `slice(lr)` spreads over both. `metrics` are keys of `retrieval_metrics`.
+    so that `freeze()` trains the latter and `slice(lr)` spreads over both. `metrics` are keys of `retrieval_metrics`,
+    or a function like `judge` that computes them, with their `names`.
     """
 
     first_epoch = 0
 
     def __init__(self, loaders: Loaders, model: nn.Module, loss: nn.Module, eval_loss: nn.Module | None = None,
-                 optimizer: Callable = torch.optim.AdamW, metrics: Sequence[str] = ("recall1", "recall5", "mAP"),
+                 optimizer: Callable = torch.optim.AdamW, metrics: Sequence[str] | Callable = DEFAULT_METRICS,
                  device: str | torch.device | None = None, path: str | Path = ".", cbs: Sequence[Callback] = (),
                  **kwargs):
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         adapted = [FastaiLoader(dl, device) for dl in (loaders.train, evaluation_loader(loaders)) if dl is not None]
-        evaluation = [RetrievalEvaluation(loaders, metrics)] if loaders.query else []
-        shown = [ValueMetric(partial(self.score, name), name) for name in metrics] if evaluation else []
+        self.names = list(getattr(metrics, "names", metrics))
+        judged = metrics if callable(metrics) else partial(named, metrics)
+        evaluation = [RetrievalEvaluation(loaders, judged)] if loaders.query else []
+        shown = [ValueMetric(partial(self.score, name), name) for name in self.names] if evaluation else []
         super().__init__(DataLoaders(*adapted, path=path), model.to(device), RunLoss(loss, eval_loss).to(device),
                          opt_func=partial(OptimWrapper, opt=optimizer), splitter=backbone_and_rest,
                          metrics=shown, path=path, cbs=[PassLabels(), *evaluation, *cbs], **kwargs)
@@ -230,6 +195,11 @@ class RetrievalLearner(Learner):
             self._with_events(self._do_epoch, "epoch", CancelEpochException)
 
 
+def named(names: Sequence[str], query_features, gallery_features, query, gallery, train=None) -> dict[str, float]:
+    "`judge` with these metrics and nothing else."
+    return judge(query_features, gallery_features, query, gallery, names)
+
+
 def backbone_and_rest(model: nn.Module) -> list[list[nn.Parameter]]:
     "The trainable parameters in two groups, the backbone's and the others', empty groups left out."
     backbone = set(model.backbone.parameters())
@@ -248,15 +218,3 @@ def evaluation_loader(loaders: Loaders) -> DataLoader | None:
     return DataLoader(ConcatDataset([both.dataset, loaders.gallery.dataset]), both.batch_size,
                       num_workers=both.num_workers, persistent_workers=both.persistent_workers,
                       pin_memory=both.pin_memory, generator=both.generator)
-
-
-def embed(model: nn.Module, loader: DataLoader, progress: bool = True) -> Tensor:
-    "The features (N, D) of a loader's images, float32 on the CPU, by the model in evaluation mode."
-    device, training = next(model.parameters()).device, model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            batches = tqdm(loader, "embedding", leave=False, disable=not progress)
-            return torch.cat([model(x.to(device))["features"].float().cpu() for x, _ in batches])
-    finally:
-        model.train(training)

@@ -233,10 +233,3 @@ def fit_whitening(train, dimensions=None, whiten=True, memory=MEMORY):
                          "ask for fewer")
     scale = values[:wanted].rsqrt() if whiten else torch.ones(wanted)
     return Whitening(mean.float().numpy(), (vectors[:, :wanted] * scale).float().numpy())
-
-
-POST_PROCESS = {
-    "AlphaQueryExpansion": lambda query, gallery, **given: (alpha_query_expansion(query, gallery, **given), gallery),
-    "DatabaseAugmentation": lambda query, gallery, **given: (query, database_augmentation(gallery, **given)),
-    "Whitening": lambda query, gallery, train, **given: tuple(map(fit_whitening(train, **given), (query, gallery))),
-}

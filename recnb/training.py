@@ -22,8 +22,9 @@ from torch import nn
 from recnb.checkpoints import Checkpoints, resolved, resume, save_weights
 from recnb.config import ConfigError, resolve
 from recnb.datasets import Loaders
+from recnb.evaluation import build_judge
 from recnb.files import replacing
-from recnb.learner import Callback, CancelValidException, RetrievalLearner, ValueMetric, build_metrics
+from recnb.learner import Callback, CancelValidException, RetrievalLearner, ValueMetric
 from recnb.losses import CombinedLoss, build_loss
 from recnb.optim import build_optimizer, build_schedule
 
@@ -50,7 +51,7 @@ def build_learner(cfg: dict, model: nn.Module, loaders: Loaders, run_dir: str | 
     """
     plan = build_plan(cfg, loaders, Path(run_dir))
     learn = RetrievalLearner(loaders, model, build_loss(cfg), evaluation_loss(cfg, loaders) if loaders.query else None,
-                             build_optimizer(cfg), build_metrics(cfg), pick_device(cfg["Global"]["device"]),
+                             build_optimizer(cfg), build_judge(cfg), pick_device(cfg["Global"]["device"]),
                              path=run_dir)
     learn.fit_config = partial(fit_config, learn, plan)
     return learn
@@ -113,7 +114,7 @@ def fit_config(learn: RetrievalLearner, plan: Plan) -> None:
         learn.first_epoch = 0
     if history.best:
         learn.model.load_state_dict(load_file(kept / "best.safetensors"))
-        name, value = learn.retrieval_evaluation.names[0], history.best["value"]
+        name, value = learn.names[0], history.best["value"]
         print(f"the model holds the weights of epoch {history.best['epoch']}, the best by {name} ({value:.4f})")
     save_weights(learn.model.state_dict(), plan.folder / "model.safetensors")
 
@@ -194,8 +195,8 @@ class History(Callback):
             loss = self.recorder.loss.value
             row |= {"valid_loss": loss.item()} if loss is not None and loss.isfinite() else {}
             row |= evaluation.result
-            if not self.best or row[evaluation.names[0]] >= self.best["value"]:
-                self.best = {"epoch": self.epoch + 1, "value": row[evaluation.names[0]]}
+            if not self.best or row[self.learn.names[0]] >= self.best["value"]:
+                self.best = {"epoch": self.epoch + 1, "value": row[self.learn.names[0]]}
         self.rows.append(row)
         with replacing(self.plan.folder / "history.csv") as path:
             pd.DataFrame(self.rows).to_csv(path, index=False)

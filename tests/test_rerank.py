@@ -12,7 +12,6 @@ from sklearn.decomposition import PCA
 from recnb import rerank
 from recnb.metrics import ranking_metrics, retrieval_metrics
 from recnb.rerank import (
-    POST_PROCESS,
     KReciprocal,
     alpha_query_expansion,
     database_augmentation,
@@ -163,12 +162,3 @@ def test_whitening_is_pca_up_to_sign_and_decorrelates():
         fit_whitening(train[:4], 12)
     with pytest.raises(ValueError, match="fitted on 12 dimensions; got 3"):
         fitted(train[:, :3])
-
-
-def test_every_post_process_takes_and_returns_both_sides():
-    query, gallery, query_labels, gallery_labels = crowd(30, 200)
-    given = {"Whitening": {"train": gallery, "dimensions": 5}}
-    for name, process in POST_PROCESS.items():
-        both = process(query, gallery, **given.get(name, {}))
-        assert [len(side) for side in both] == [30, 200]
-        assert retrieval_metrics(*both, query_labels, gallery_labels)["mAP"] > 0.3

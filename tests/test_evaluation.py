@@ -1,0 +1,101 @@
+"""Embedding and judging lists of images: caching, views, post-processing, re-ranking."""
+import numpy as np
+import pytest
+import torch
+
+from recnb.config import ConfigError, load_config
+from recnb.datasets import build_loaders, own_index
+from recnb.evaluation import build_judge, embed, judge
+from recnb.metrics import ranking_metrics
+from recnb.model import build_model
+from recnb.rerank import fit_whitening, k_reciprocal
+from recnb.training import build_learner
+
+
+@pytest.fixture
+def parts(config_file):
+    cfg = load_config(config_file())
+    return build_model(cfg), build_loaders(cfg)
+
+
+@pytest.fixture
+def features(parts):
+    model, loaders = parts
+    return embed(model, loaders.query), embed(model, loaders.gallery)
+
+
+def test_cached_features_are_read_back_and_bound_to_weights_and_files(parts, tmp_path, monkeypatch):
+    model, loaders = parts
+    first = embed(model, loaders.query, cache=tmp_path)
+    monkeypatch.setattr("recnb.evaluation.views", lambda *a: pytest.fail("computed again"))
+    assert torch.equal(embed(model, loaders.query, cache=tmp_path), first)
+    monkeypatch.undo()
+    with torch.no_grad():
+        model.neck.fc.bias += 1
+    assert torch.equal(embed(model, loaders.query, cache=tmp_path), embed(model, loaders.query))
+    assert not torch.equal(embed(model, loaders.query, cache=tmp_path), first)
+    loaders.query.dataset.paths.reverse()
+    assert torch.equal(embed(model, loaders.query, cache=tmp_path), embed(model, loaders.query))
+
+
+def test_flip_and_scales_average_unit_features(parts):
+    model, loaders = parts
+    images = torch.stack([loaders.query.dataset[i][0] for i in range(4)])
+    model.eval()
+    with torch.no_grad():
+        both = [torch.nn.functional.normalize(model(x)["features"]) for x in (images, images.flip(-1))]
+    torch.testing.assert_close(embed(model, loaders.query, flip=True)[:4], sum(both) / 2, atol=1e-5, rtol=1e-4)
+    assert embed(model, loaders.query, scales=(1.0, 1.5)).shape == embed(model, loaders.query).shape
+
+
+def test_bfloat16_features_are_near(parts):
+    model, loaders = parts
+    exact, near = embed(model, loaders.query), embed(model, loaders.query, amp=True)
+    assert near.dtype == torch.float32 and torch.cosine_similarity(exact, near).min() > 0.99
+
+
+def test_re_ranking_is_k_reciprocal(parts, features, config_file):
+    _, loaders = parts
+    query, gallery = loaders.query.dataset, loaders.gallery.dataset
+    expected = ranking_metrics(-k_reciprocal(*features), query.labels, gallery.labels, query.cameras, gallery.cameras,
+                               exclude_self=own_index(query, gallery))
+    judged = build_judge(load_config(config_file({"Global.re_ranking": True})))
+    assert judged(*features, query, gallery) == pytest.approx({k: expected[k] for k in judged.names}, abs=1e-6)
+
+
+def test_steps_of_post_process_run_in_order(parts, features, config_file):
+    _, loaders = parts
+    query, gallery = loaders.query.dataset, loaders.gallery.dataset
+    steps = [{"Whitening": {"dimensions": 8}}, {"AlphaQueryExpansion": {"k": 2}}, {"DatabaseAugmentation": {"k": 2}}]
+    judged = build_judge(load_config(config_file({"PostProcess": steps})))
+    train = torch.randn(40, 16, generator=torch.Generator().manual_seed(0))
+    plain = judge(*features, query, gallery)
+    whitened = judge(*map(fit_whitening(train, 8), features), query, gallery)
+    assert judged(*features, query, gallery, lambda: train) != whitened != plain
+
+
+def test_a_learner_scores_with_post_process(config_file, tmp_path):
+    cfg = load_config(config_file({"PostProcess": [{"Whitening": {"dimensions": 3, "whiten": False}}]}))
+    learn = build_learner(cfg, build_model(cfg), build_loaders(cfg), tmp_path)
+    query, gallery = learn.embeddings()
+    train = embed(learn.model, learn.dls.train.new(shuffle=False).loader)
+    project = fit_whitening(train, 3, whiten=False)
+    lists = (learn.loaders.query.dataset, learn.loaders.gallery.dataset)
+    assert learn.scores() == pytest.approx(judge(project(query), project(gallery), *lists), abs=1e-5)
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"PostProcess": [{"Whitenin": {}}]}, r"PostProcess\.0\.Whitenin: .*did you mean 'Whitening'"),
+    ({"PostProcess": [{"Whitening": {"dim": 8}}]}, r"PostProcess\.0\.Whitening\.dim: .*no such argument"),
+    ({"Global.re_ranking": "yes"}, r"Global\.re_ranking: 'yes' is a str"),
+])
+def test_misspelt_post_processing_is_refused(config_file, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(config_file(changes))
+
+
+def test_only_the_metrics_asked_for_are_returned_in_their_order(parts, features):
+    _, loaders = parts
+    names = ["mINP", "recall3", "precision@2", "mAP"]
+    scores = judge(*features, loaders.query.dataset, loaders.gallery.dataset, names)
+    assert list(scores) == names and all(np.isfinite(list(scores.values())))
