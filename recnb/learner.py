@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -140,8 +141,9 @@ class RetrievalEvaluation(Callback):
                                       self.gallery, self.training_features)
 
     def training_features(self) -> Tensor:
-        "The features (N, D) of the training images, for post-processing that is fitted on them."
-        return embed(self.learn.model, self.dls.train.new(shuffle=False).loader)
+        "The features (N, D) of the training images, seen as queries are, for post-processing fitted on them."
+        images, loader = replace(self.dls.train.dataset, transform=self.query.transform), self.learn.loaders.query
+        return embed(self.learn.model, DataLoader(images, loader.batch_size, num_workers=loader.num_workers))
 
 
 class RetrievalLearner(Learner):

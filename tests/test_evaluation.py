@@ -1,7 +1,10 @@
 """Embedding and judging lists of images: caching, views, post-processing, re-ranking."""
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from recnb.config import ConfigError, load_config
 from recnb.datasets import build_loaders, own_index
@@ -78,7 +81,8 @@ def test_a_learner_scores_with_post_process(config_file, tmp_path):
     cfg = load_config(config_file({"PostProcess": [{"Whitening": {"dimensions": 3, "whiten": False}}]}))
     learn = build_learner(cfg, build_model(cfg), build_loaders(cfg), tmp_path)
     query, gallery = learn.embeddings()
-    train = embed(learn.model, learn.dls.train.new(shuffle=False).loader)
+    images = replace(learn.loaders.train.dataset, transform=learn.loaders.query.dataset.transform)
+    train = embed(learn.model, DataLoader(images, 32))
     project = fit_whitening(train, 3, whiten=False)
     lists = (learn.loaders.query.dataset, learn.loaders.gallery.dataset)
     assert learn.scores() == pytest.approx(judge(project(query), project(gallery), *lists), abs=1e-5)
