@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from recnb.config import LOADERS, ConfigError, lookup, resolve
+from recnb.config import GLOBAL, LOADERS, ConfigError, lookup, resolve
 from recnb.datasets import training_images
 from recnb.files import replacing
 from recnb.learner import Callback, RetrievalLearner
@@ -81,6 +81,7 @@ def resume(learn: RetrievalLearner, history: Callback, path: Path, config: str, 
         done, theirs = state["epoch"], json.loads(state["config"])
     except Exception as error:  # torch raises whatever its unpickler meets
         raise ConfigError(f"{path} is not a checkpoint of a run: {error}") from error
+    theirs["Global"] = {**GLOBAL, **theirs["Global"]}  # a key that is newer than the checkpoint had its default then
     differences = compare(theirs, json.loads(config))
     if differences:
         raise ConfigError(f"{path} belongs to another configuration ({'; '.join(differences)}); use another run "

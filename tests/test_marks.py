@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from recnb.marks import CAMERAS, VARIED, design_marks, draw_mark, draw_marks, photograph
+from recnb.marks import VARIED, design_marks, draw_mark, draw_marks
+from recnb.photographs import CAMERAS, photograph
 
 SMALL = {"identities": 12, "renderings": 6, "size": 32}
 

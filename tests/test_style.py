@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CHAPTERS = sorted((ROOT / "recnb").glob("*.py"))
 SOURCES = [*CHAPTERS, *(path for folder in ("tests", "scripts", "benchmarks") for path in (ROOT / folder).glob("*.py"))]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-ORDER = """registry config files transforms samplers datasets marks backbones necks heads losses model optim
+ORDER = """registry config files transforms samplers datasets photographs marks backbones necks heads losses model optim
 scores protocol ranking stats metrics verification search rerank evaluation learner checkpoints
 training gallery page widget runs""".split()
 ONLY = {"fastai": {"learner"}, "timm": {"backbones"}, "faiss": {"search"},
