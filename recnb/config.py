@@ -20,12 +20,12 @@ ROOT = PACKAGE_PARENT if (PACKAGE_PARENT / "configs").is_dir() else Path.cwd()
 
 # The keys of Global with their defaults; every other default lives in the signature of the part that it belongs to.
 GLOBAL = {
-    "checkpoints": None, "pretrained_model": None, "output_dir": "./output/", "device": "gpu", "class_num": None,
+    "checkpoints": None, "pretrained_model": None, "output_dir": None, "device": "gpu", "class_num": None,
     "save_interval": 1, "eval_during_train": True, "eval_interval": 1, "epochs": 10, "print_batch_step": 10,
     "use_visualdl": False, "image_shape": [3, 224, 224], "save_inference_dir": "./inference", "eval_mode": "retrieval",
     "seed": 0, "re_ranking": False,
 }
-NULLABLE = {"checkpoints": str, "pretrained_model": str, "class_num": int}
+NULLABLE = {"checkpoints": str, "pretrained_model": str, "output_dir": str, "class_num": int}
 CHOICES = {"device": ("gpu", "cpu"), "eval_mode": ("retrieval",)}
 LEAST = {"epochs": 0, "seed": 0, "eval_interval": 1, "print_batch_step": 1, "class_num": 1}
 
