@@ -41,11 +41,13 @@ def unpack(folder: Path, target: Path) -> None:
 
 def omniglot(target: Path) -> dict[str, list[tuple[str, int]]]:
     "Characters of images_background to train on, those of images_evaluation as query and gallery at once."
-    lists = {}
+    lists, first = {}, 0
     for name, part in (("train.txt", "images_background"), ("test.txt", "images_evaluation")):
         characters = sorted(p for p in (target / part).glob("*/*") if p.is_dir())
         lists[name] = [(image.relative_to(target).as_posix(), label)
-                       for label, character in enumerate(characters) for image in sorted(character.glob("*.png"))]
+                       for label, character in enumerate(characters, first)
+                       for image in sorted(character.glob("*.png"))]
+        first += len(characters)  # one number is one character, in both lists
     return lists
 
 
