@@ -8,7 +8,8 @@ BIN := .venv/bin
 
 demo: .venv/installed
 	@rm -rf runs/demo && mkdir -p runs/demo
-	$(BIN)/papermill notebooks/02_train.ipynb runs/demo/train.ipynb -k python3 -l python \
+	@# One thread: the demo's network is so small that more would spend their time waiting for each other.
+	OMP_NUM_THREADS=1 $(BIN)/papermill notebooks/02_train.ipynb runs/demo/train.ipynb -k python3 -l python \
 	    -p config configs/demo.yaml -p run_dir runs/demo --autosave-cell-every 30
 	@$(BIN)/python -c "import json; m = json.load(open('runs/demo/metrics.json')); b = m['before']; \
 	    print('\n'.join(f'{k:>8}  {b[k]:.3f} -> {m[k]:.3f}' for k in b))"
