@@ -15,6 +15,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.ticker import MaxNLocator
 
 from recnb.checkpoints import resolved
 from recnb.config import ROOT, ConfigError, as_yaml
@@ -77,6 +78,7 @@ def history_figure(run: Path) -> plt.Figure:
             values = history[column].dropna()
             ax.plot(values.index, values, marker=".", label=column)
         ax.set(title=title, xlabel="epoch")
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.grid(alpha=0.3)
         ax.spines[["top", "right"]].set_visible(False)
         if columns:

@@ -188,7 +188,7 @@ class History(Callback):
 
     def after_epoch(self):
         if self.recorder.cancel_valid:  # keeps the columns of the live table in step
-            self.recorder.log += [float("nan")] * (1 + len(self.learn.metrics))
+            self.recorder.log += [float("nan"), *(metric.value for metric in self.learn.metrics)]
         row = {"epoch": self.epoch + 1, "lr": self.opt.hypers[-1]["lr"], **{k: self.mean(k) for k in self.sums}}
         evaluation = getattr(self.learn, "retrieval_evaluation", None)
         if evaluation and evaluation.result:

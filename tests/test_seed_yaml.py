@@ -191,7 +191,7 @@ def test_the_missing_evaluation_block(literal, mended):
 def test_everything_else_is_taken_as_it_stands(literal):
     cfg, content = load_config(literal, MENDED), read_yaml(literal)
     assert cfg["DataLoader"].pop("Eval") == MENDED["DataLoader.Eval"]
-    assert cfg.pop("Global") == {**content.pop("Global"), "class_num": 431, "seed": 0}
+    assert cfg.pop("Global") == {**content.pop("Global"), "class_num": 431, "seed": 0, "re_ranking": False}
     assert cfg == content
 
 
