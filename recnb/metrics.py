@@ -32,7 +32,7 @@ STANDARD = ("recall{k}", "mAP", "mAP@R", "R-Precision", "mINP", "MRR", "precisio
 
 def retrieval_metrics(query, gallery, query_labels, gallery_labels=None, query_cameras=None, gallery_cameras=None,
                       exclude_self=False, topk=(1, 5), *, query_groups=None, gallery_groups=None, distance="cosine",
-                      metrics=STANDARD, per_query=False, tie=5e-7, device=None, memory=MEMORY):
+                      metrics=STANDARD, per_query=False, tie=3e-7, device=None, memory=MEMORY):
     """A dict of floats: every metric asked for, "queries" and "queries_without_positive".
 
     query (Q, D), gallery (G, D): numpy arrays (memory-mapped too) or tensors, on any device, of any float type

@@ -5,7 +5,7 @@ negatives score at least as high. So nothing is sorted and nothing of size queri
 are computed, counted and forgotten, at little more than the cost of the matrix product itself.
 
 Ties are pessimistic: a negative that scores as high as a positive is ranked before it. Scores closer than `tie` times
-the product of the norms (5e-7: about what float32 sums can tell apart) count as equal. So the order of the gallery
+the product of the norms (3e-7: about what float32 sums can tell apart) count as equal. So the order of the gallery
 changes nothing, and a model that gives every image the same embedding gets the worst ranking, not a lucky one.
 """
 
