@@ -77,6 +77,7 @@ def ranking_metrics(scores, query_labels, gallery_labels, query_cameras=None, ga
     protocol = make_protocol(len(query_labels), len(gallery_labels), exclude_self, False,
                              labels=(query_labels, gallery_labels), cameras=(query_cameras, gallery_cameras),
                              groups=(query_groups, gallery_groups))
+    scores = scores if callable(scores) or isinstance(scores, torch.Tensor) else np.asarray(scores)
     blocks = scores if callable(scores) else lambda queries: scores[queries]
     ranks = score_ranks(blocks, protocol, share(protocol, np.flatnonzero(protocol.valid)), tie, memory)
     return _report(ranks, protocol, _functions(metrics, topk), per_query)

@@ -345,7 +345,7 @@ def test_activations_are_freed_without_the_garbage_collector(resnet18):
 
 
 STOPS = ["flatten", pytest.param("layer2", marks=pytest.mark.skipif(
-    TORCH < (2, 8), reason="seen to work from torch 2.8 on; the compiler of 2.6 cannot follow an exception of our own"))]
+    TORCH < (2, 8), reason="works from torch 2.8 on; the compiler of 2.6 cannot follow an exception of our own"))]
 
 
 @pytest.mark.parametrize("stop", STOPS)

@@ -279,7 +279,9 @@ def test_ready_scores_give_the_same_as_embeddings():
     assert ranking_metrics(scores, *options) == expected
     assert ranking_metrics(lambda queries: torch.tensor(scores[queries]), *options, memory=1) == expected
     assert (scores == reference_scores(x[:90], x, "cosine")).all()
-    assert ranking_metrics(np.array([[0.5, 0.4999]]), [0], [0, 1], tie=1e-3)["recall1"] == 0
+    assert ranking_metrics([[0.5, 0.4999]], [0], [0, 1], tie=1e-3)["recall1"] == 0
+    assert ranking_metrics(np.array([[1 + 1e-12, 1]]), [0], [0, 1])["recall1"] == 1
+    assert ranking_metrics(torch.tensor([[1, 1.001]]).half(), [0], [0, 1])["recall1"] == 0
     with pytest.raises(ValueError, match="finite"):
         ranking_metrics(np.full((1, 2), np.nan), [0], [0, 1])
 
