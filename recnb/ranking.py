@@ -71,7 +71,7 @@ def _count(blocks, right, offset):
 def score_ranks(scores, protocol, share, tie, memory):
     """The same from scores: `scores(queries)` returns the (B, G) scores of some queries, higher for better."""
     items = len(protocol.label[1])
-    for queries in label_blocks(share, protocol, memory, max(1, min(256, memory // (32 * items)))):
+    for queries in label_blocks(share, protocol, memory, max(1, min(256, memory // (12 * items)))):
         tile = torch.as_tensor(scores(queries))
         tile = tile.to(torch.promote_types(tile.dtype, torch.float32), copy=True)
         if tile.shape != (len(queries), items) or not torch.isfinite(tile).all():

@@ -5,6 +5,7 @@ neighbourhoods of two images, query expansion and database augmentation average 
 whitening gives every direction of the space the same say. None of them needs a label or changes the model.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,7 +52,7 @@ class KReciprocal:
         self.rows = Rows(torch.cat([side.raw(slice(None)) for side in sides]), distance)
         self.lambda_value, self.memory = lambda_value, memory
         with exact(self.rows.device):
-            neighbours, lowest = _neighbours(self.rows, k1, memory)
+            neighbours, lowest = _neighbours(self.rows, k1, memory // 4)
         self.largest = self._squared(lowest, torch.arange(len(self.rows), device=self.rows.device)).clamp_min(1e-12)
         vectors = _averaged(self._vectors(neighbours), to_numpy(neighbours[:, :k2]))
         self.vectors, self.by_column = vectors[: self.queries], vectors[self.first:].tocsc()
@@ -61,30 +62,41 @@ class KReciprocal:
 
     def distances(self, queries):
         """Distances (B, G) float32 of the queries with these numbers (B,)."""
-        shared = _shared(self.vectors[queries], self.by_column)
-        jaccard = 1 - shared / (2 - shared)
-        with exact(self.rows.device):
-            return (1 - self.lambda_value) * jaccard + self.lambda_value * self._original(queries)
+        result = self._original(queries)
+        result += 1 - self.lambda_value
+        weight, subtract = np.float32(1 - self.lambda_value), _subtract_shared if njit else _subtract_shared_slowly
+
+        def work(rows):
+            subtract(*_parts(self.vectors[queries[rows]]), *_parts(self.by_column), weight, result[rows])
+
+        workers = torch.get_num_threads()
+        with ThreadPoolExecutor(workers) as pool:
+            list(pool.map(work, spans(len(queries), -(-len(queries) // workers))))
+        return result
 
     def _original(self, queries):
+        """The original distances (B, G), times lambda."""
         left, result = self.rows.queries(queries), np.empty((len(queries), self.items), np.float32)
         queries = torch.as_tensor(queries, device=self.rows.device)
-        for columns in spans(len(self.rows), max(1, self.memory // (16 * self.rows.width)), self.first):
-            scores = left @ self.rows.gallery(columns).T
-            part = self._squared(scores.T, queries).T / self.largest[queries][:, None]
-            result[:, columns.start - self.first:columns.stop - self.first] = part.cpu().numpy()
+        weight = self.lambda_value / self.largest[queries]
+        width = max(1, min(8192, self.memory // (32 * max(self.rows.width, len(left)))))
+        with exact(self.rows.device):
+            for columns in spans(len(self.rows), width, self.first):
+                scores = (left @ self.rows.gallery(columns).T).T
+                part = self._squared(scores, queries).mul_(weight).T
+                result[:, columns.start - self.first:columns.stop - self.first] = part.cpu().numpy()
         return result
 
     def _squared(self, scores, queries):
-        """Squared distances (..., n) of unit or raw vectors, from the scores (..., n) of these n queries."""
+        """Squared distances (..., n), in the place of the scores (..., n) of these n queries."""
         size = self.rows.norms[queries].square() if self.rows.distance == "euclidean" else 2
-        return (size - 2 * scores).clamp_min(0)
+        return scores.mul_(-2).add_(size).clamp_min_(0)
 
     def _vectors(self, neighbours):
         """Sparse (N, N): row i holds exp(-distance) of the members of i's extended neighbourhood, summing to 1."""
         count, parts, half = len(neighbours), [], neighbours[:, : int(np.around((neighbours.shape[1] - 1) / 2)) + 1]
         mutual = _mutual(half, self.memory)
-        for rows in spans(count, max(1, self.memory // (8 * neighbours.shape[1] ** 2 * half.shape[1]))):
+        for rows in spans(count, max(1, self.memory // (64 * neighbours.shape[1] ** 2 * half.shape[1]))):
             owner, member = _members(neighbours, half, mutual, rows)
             parts.append((owner, member, self._similarity(owner, member)))
         owner, member, weight = (to_numpy(torch.cat(part)) for part in zip(*parts, strict=True))
@@ -94,7 +106,7 @@ class KReciprocal:
 
     def _similarity(self, owner, member):
         result = torch.empty(len(owner), device=self.rows.device)
-        for part in spans(len(owner), max(1, self.memory // (32 * self.rows.width))):
+        for part in spans(len(owner), max(1, self.memory // (128 * self.rows.width))):
             scores = (self.rows.queries(owner[part]) * self.rows.gallery(member[part])).sum(1)
             result[part] = torch.exp(-self._squared(scores, owner[part]) / self.largest[owner[part]])
         return result
@@ -115,7 +127,7 @@ def _mutual(lists, memory):
     """Whether each image is also among the listed neighbours of its listed neighbour, bool (N, k)."""
     numbers = torch.arange(len(lists), device=lists.device)[:, None, None]
     return torch.cat([(lists[lists[rows]] == numbers[rows]).any(2)
-                      for rows in spans(len(lists), max(1, memory // (16 * lists.shape[1] ** 2)))])
+                      for rows in spans(len(lists), max(1, memory // (64 * lists.shape[1] ** 2)))])
 
 
 def _members(neighbours, half, half_mutual, rows):
@@ -145,30 +157,37 @@ def _averaged(vectors, neighbours):
     return sparse.csr_array((weights, neighbours.ravel(), np.arange(0, count * k + 1, k)), (count, count)) @ vectors
 
 
-def _shared(vectors, by_column):
-    """Sums over the columns of the lesser of two sparse rows' values: vectors (B, N) against all G, dense (B, G)."""
-    shared = np.zeros((vectors.shape[0], by_column.shape[0]), np.float32)
-    add = _add_shared if njit is not None else _add_shared_slowly
-    add(vectors.indptr, vectors.indices, vectors.data, by_column.indptr, by_column.indices, by_column.data, shared)
-    return shared
+def _parts(matrix):
+    return matrix.indptr, matrix.indices, matrix.data
 
 
-def _add_shared_slowly(starts, columns, values, item_starts, items, item_values, shared):
-    for i in range(len(shared)):
+def _subtract_shared_slowly(starts, columns, values, item_starts, items, item_values, weight, result):
+    for i in range(len(result)):
+        shared = np.zeros(result.shape[1], np.float32)
         for place in range(starts[i], starts[i + 1]):
             part = slice(item_starts[columns[place]], item_starts[columns[place] + 1])
-            shared[i, items[part]] += np.minimum(values[place], item_values[part])
+            shared[items[part]] += np.minimum(values[place], item_values[part])
+        result[i] -= weight * shared / (2 - shared)
 
 
 if njit is not None:
 
     @njit(nogil=True)
-    def _add_shared(starts, columns, values, item_starts, items, item_values, shared):
-        for i in range(len(shared)):
+    def _subtract_shared(starts, columns, values, item_starts, items, item_values, weight, result):
+        """Turns a Jaccard distance of 1, times weight, into 1 - shared / (2 - shared): few pairs share anything."""
+        shared, touched = np.zeros(result.shape[1], np.float32), np.empty(result.shape[1], np.int64)
+        for i in range(len(result)):
+            count = 0
             for place in range(starts[i], starts[i + 1]):
                 column, value = columns[place], values[place]
-                for item in range(item_starts[column], item_starts[column + 1]):
-                    shared[i, items[item]] += min(value, item_values[item])
+                for j in range(item_starts[column], item_starts[column + 1]):
+                    if shared[items[j]] == 0:
+                        touched[count] = items[j]
+                        count += 1
+                    shared[items[j]] += min(value, item_values[j])
+            for item in touched[:count]:
+                result[i, item] -= weight * shared[item] / (2 - shared[item])
+                shared[item] = 0
 
 
 def alpha_query_expansion(query, gallery=None, k=10, alpha=3.0, device=None, memory=MEMORY):
