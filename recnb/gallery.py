@@ -25,12 +25,12 @@ from PIL import Image, ImageColor, ImageOps
 from torch.nn.functional import normalize
 
 from recnb.metrics import ranking_metrics, retrieval_metrics
+from recnb.ranking import TIE
 from recnb.scores import to_numpy
 
 RIGHT, WRONG, EXCLUDED, END = "right", "wrong", "excluded", ""
 # Okabe and Ito's blue and vermillion: told apart with every common colour vision, and on white as on black.
 COLOURS = {RIGHT: "#0072B2", WRONG: "#D55E00", EXCLUDED: "#7F7F7F"}
-TIE = 1e-6  # cosines closer than this are equal: what float32 can tell apart
 Picture = str | Path | Image.Image | np.ndarray  # an array is uint8, (H, W) or (H, W, 3)
 Names = Sequence[str] | Mapping | None           # identity -> text
 LATER = {"gallery_html": "page", "gallery_widget": "widget", "gallery_pages": "widget"}
@@ -109,7 +109,7 @@ def rank(query, gallery, query_labels, gallery_labels, query_cameras=None, galle
     """
     given = query_labels, gallery_labels, query_cameras, gallery_cameras
     if scores is None:
-        _, arrays = retrieval_metrics(query, gallery, *given, exclude_self, metrics=["mAP"], per_query=True, tie=TIE)
+        _, arrays = retrieval_metrics(query, gallery, *given, exclude_self, metrics=["mAP"], per_query=True)
     else:
         _, arrays = ranking_metrics(scores, *given, exclude_self, metrics=["mAP"], per_query=True)
     ql, gl, qc, gc = (None if values is None else to_numpy(values) for values in given)

@@ -24,7 +24,7 @@ import pandas as pd
 import torch
 
 from recnb.protocol import make_protocol
-from recnb.ranking import embedding_ranks, score_ranks, share, sum_over_processes
+from recnb.ranking import TIE, embedding_ranks, score_ranks, share, sum_over_processes
 from recnb.scores import MEMORY, exact, pair, to_numpy
 
 STANDARD = ("recall{k}", "mAP", "mAP@R", "R-Precision", "mINP", "MRR", "precision@{k}", "NDCG@{k}")
@@ -32,7 +32,7 @@ STANDARD = ("recall{k}", "mAP", "mAP@R", "R-Precision", "mINP", "MRR", "precisio
 
 def retrieval_metrics(query, gallery, query_labels, gallery_labels=None, query_cameras=None, gallery_cameras=None,
                       exclude_self=False, topk=(1, 5), *, query_groups=None, gallery_groups=None, distance="cosine",
-                      metrics=STANDARD, per_query=False, tie=3e-7, device=None, memory=MEMORY):
+                      metrics=STANDARD, per_query=False, tie=TIE, device=None, memory=MEMORY):
     """A dict of floats: every metric asked for, "queries" and "queries_without_positive".
 
     query (Q, D), gallery (G, D): numpy arrays (memory-mapped too) or tensors, on any device, of any float type

@@ -5,8 +5,8 @@ negatives score at least as high. So nothing is sorted and nothing of size queri
 are computed, counted and forgotten, at little more than the cost of the matrix product itself.
 
 Ties are pessimistic: a negative that scores as high as a positive is ranked before it. Scores closer than `tie` times
-the product of the norms (3e-7: about what float32 sums can tell apart) count as equal. So the order of the gallery
-changes nothing, and a model that gives every image the same embedding gets the worst ranking, not a lucky one.
+the product of the norms (by default TIE, about what float32 sums can tell apart) count as equal. So the order of the
+gallery changes nothing, and a model that gives every image the same embedding gets the worst ranking, not a lucky one.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +23,7 @@ try:
 except ImportError:  # torch then makes the counts: the same numbers, more slowly
     njit = None
 
+TIE = 3e-7
 CPU_TILE, LARGE_TILE = (256, 1024), (1024, 16384)  # a tile of scores stays in a core's cache, or fills a GPU
 
 

@@ -53,7 +53,8 @@ class KReciprocal:
         self.lambda_value, self.memory = lambda_value, memory
         with exact(self.rows.device):
             neighbours, lowest = _neighbours(self.rows, k1, memory // 4)
-        self.largest = self._squared(lowest, torch.arange(len(self.rows), device=self.rows.device)).clamp_min(1e-12)
+        every = torch.arange(len(self.rows), device=self.rows.device)  # rounding is no distance: hence the least one
+        self.largest = self._squared(lowest, every).maximum(1e-6 * self._size(every) + 1e-30)
         vectors = _averaged(self._vectors(neighbours), to_numpy(neighbours[:, :k2]))
         self.vectors, self.by_column = vectors[: self.queries], vectors[self.first:].tocsc()
 
@@ -62,9 +63,8 @@ class KReciprocal:
 
     def distances(self, queries):
         """Distances (B, G) float32 of the queries with these numbers (B,)."""
-        result = self._original(queries)
-        result += 1 - self.lambda_value
-        weight, subtract = np.float32(1 - self.lambda_value), _subtract_shared if njit else _subtract_shared_slowly
+        result, weight = self._unshared(queries), np.float32(1 - self.lambda_value)
+        subtract = _subtract_shared if njit else _subtract_shared_slowly
 
         def work(rows):
             subtract(*_parts(self.vectors[queries[rows]]), *_parts(self.by_column), weight, result[rows])
@@ -74,23 +74,25 @@ class KReciprocal:
             list(pool.map(work, spans(len(queries), -(-len(queries) // workers))))
         return result
 
-    def _original(self, queries):
-        """The original distances (B, G), times lambda."""
-        left, result = self.rows.queries(queries), np.empty((len(queries), self.items), np.float32)
-        queries = torch.as_tensor(queries, device=self.rows.device)
+    def _unshared(self, queries):
+        """Distances (B, G) as if no two images shared a neighbour: 1 - lambda + lambda x the original distance."""
+        result, least = np.empty((len(queries), self.items), np.float32), 1 - self.lambda_value
         weight = self.lambda_value / self.largest[queries]
+        left, bias = self.rows.queries(queries) * (-2 * weight[:, None]), weight * self._size(queries) + least
         width = max(1, min(8192, self.memory // (32 * max(self.rows.width, len(left)))))
         with exact(self.rows.device):
             for columns in spans(len(self.rows), width, self.first):
-                scores = (left @ self.rows.gallery(columns).T).T
-                part = self._squared(scores, queries).mul_(weight).T
+                part = torch.addmm(bias[:, None], left, self.rows.gallery(columns).T).clamp_min_(least)
                 result[:, columns.start - self.first:columns.stop - self.first] = part.cpu().numpy()
         return result
 
     def _squared(self, scores, queries):
-        """Squared distances (..., n), in the place of the scores (..., n) of these n queries."""
-        size = self.rows.norms[queries].square() if self.rows.distance == "euclidean" else 2
-        return scores.mul_(-2).add_(size).clamp_min_(0)
+        """Squared distances (n,) of unit or raw vectors, from the scores (n,) of these queries."""
+        return (self._size(queries) - 2 * scores).clamp_min(0)
+
+    def _size(self, queries):
+        index = torch.as_tensor(queries, device=self.rows.device)
+        return self.rows.norms[index].square() if self.rows.distance == "euclidean" else self.rows.norms.new_tensor(2.0)
 
     def _vectors(self, neighbours):
         """Sparse (N, N): row i holds exp(-distance) of the members of i's extended neighbourhood, summing to 1."""
@@ -100,7 +102,8 @@ class KReciprocal:
             owner, member = _members(neighbours, half, mutual, rows)
             parts.append((owner, member, self._similarity(owner, member)))
         owner, member, weight = (to_numpy(torch.cat(part)) for part in zip(*parts, strict=True))
-        vectors = sparse.csr_array((weight, (owner, member)), shape=(count, count))
+        places = owner.astype(np.int32), member.astype(np.int32)
+        vectors = sparse.csr_array((weight, places), shape=(count, count))
         vectors.data /= np.repeat(vectors.sum(1), np.diff(vectors.indptr))
         return vectors
 
@@ -154,7 +157,8 @@ def _averaged(vectors, neighbours):
     """Each sparse row replaced by the mean of its neighbours' rows (the local query expansion of the paper)."""
     count, k = neighbours.shape
     weights = np.full(count * k, 1 / k, np.float32)
-    return sparse.csr_array((weights, neighbours.ravel(), np.arange(0, count * k + 1, k)), (count, count)) @ vectors
+    starts, columns = np.arange(0, count * k + 1, k, dtype=np.int32), neighbours.ravel().astype(np.int32)
+    return sparse.csr_array((weights, columns, starts), (count, count)) @ vectors
 
 
 def _parts(matrix):
@@ -174,20 +178,15 @@ if njit is not None:
 
     @njit(nogil=True)
     def _subtract_shared(starts, columns, values, item_starts, items, item_values, weight, result):
-        """Turns a Jaccard distance of 1, times weight, into 1 - shared / (2 - shared): few pairs share anything."""
-        shared, touched = np.zeros(result.shape[1], np.float32), np.empty(result.shape[1], np.int64)
+        """Turns a Jaccard distance of 1, times weight, into 1 - shared / (2 - shared)."""
         for i in range(len(result)):
-            count = 0
+            shared = np.zeros(result.shape[1], np.float32)
             for place in range(starts[i], starts[i + 1]):
                 column, value = columns[place], values[place]
                 for j in range(item_starts[column], item_starts[column + 1]):
-                    if shared[items[j]] == 0:
-                        touched[count] = items[j]
-                        count += 1
                     shared[items[j]] += min(value, item_values[j])
-            for item in touched[:count]:
-                result[i, item] -= weight * shared[item] / (2 - shared[item])
-                shared[item] = 0
+            for item in range(len(shared)):
+                result[i, item] -= weight * shared[item] / (np.float32(2) - shared[item])
 
 
 def alpha_query_expansion(query, gallery=None, k=10, alpha=3.0, device=None, memory=MEMORY):

@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw
 from recnb import gallery
 from recnb.gallery import choose_rows, gallery_figure, gallery_html, gallery_pages, gallery_widget, rank, read_picture
 from recnb.metrics import ranking_metrics, retrieval_metrics
+from recnb.ranking import TIE
 
 IDENTITIES, EACH = 12, 6
 
@@ -49,7 +50,7 @@ def ranking(data):
 def whole_list(scores, q, labels, cameras, own):
     "(item, state, rank) down query q's list by plain loops, with ties against the query."
     items = [i for i in range(len(labels)) if i != own]
-    items.sort(key=lambda i: (-(scores[i] - 1e-6 * (labels[i] == labels[q])), labels[i] == labels[q], i))
+    items.sort(key=lambda i: (-(scores[i] - TIE * (labels[i] == labels[q])), labels[i] == labels[q], i))
     position, found = 0, []
     for i in items:
         excluded = labels[i] == labels[q] and cameras is not None and cameras[i] == cameras[q]
