@@ -91,8 +91,6 @@ def build_backbone(cfg: dict) -> nn.Module:
     section = dict(cfg["Arch"]["Backbone"])
     if isinstance(section.get("pretrained"), str):
         section["pretrained"] = resolve(section["pretrained"])
-    if isinstance(section.get("pretrained"), str):
-        section["pretrained"] = resolve(section["pretrained"])
     stop = lookup(cfg, "Arch.BackboneStopLayer.name")
     try:
         return create_backbone(**section, stop=stop, input_size=tuple(cfg["Global"]["image_shape"]))

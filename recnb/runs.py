@@ -6,8 +6,10 @@
 """
 from __future__ import annotations
 
+import json
 import platform
 import subprocess
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -18,10 +20,17 @@ import torch
 from matplotlib.ticker import MaxNLocator
 
 from recnb.checkpoints import resolved
-from recnb.config import ROOT, ConfigError, as_yaml
+from recnb.config import ROOT, ConfigError, as_yaml, load_config, resolve
+from recnb.datasets import ImageList, evaluation_images, own_index
 from recnb.files import replacing, write_json, write_text
+from recnb.gallery import Ranking, rank
+from recnb.model import RecModel, build_model, load_weights
+from recnb.rerank import k_reciprocal
+from recnb.transforms import build_transform
 
 PACKAGES = ("recnb", "torch", "torchvision", "fastai", "timm", "faiss-cpu", "numpy", "pillow", "papermill")
+
+
 def open_run(run_dir: str | Path, cfg: dict) -> Path:
     "The run folder, made where it is missing, with config.yaml and env.json written."
     run = Path(run_dir)
@@ -93,3 +102,65 @@ def save_metrics(run: Path, before: dict, after: dict) -> dict:
     content = {**after, "before": before, "gain": {k: after[k] - before[k] for k in after if k in before}}
     write_json(run / "metrics.json", content)
     return content
+
+
+@dataclass
+class Run:
+    "A finished run as its folder tells it: configuration, evaluation lists and their features, results."
+
+    folder: Path
+    cfg: dict
+    query: ImageList
+    gallery: ImageList
+    query_features: np.ndarray  # (Q, D) float32
+    gallery_features: np.ndarray  # (G, D)
+    metrics: dict
+    history: pd.DataFrame
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def exclude_self(self) -> np.ndarray:
+        "(Q,) where each query's own file stands in the gallery, -1 where it does not."
+        return own_index(self.query, self.gallery)
+
+    def rank(self, k: int = 10, re_ranking: bool = False) -> Ranking:
+        "The judged first k of every query, by cosine or by k-reciprocal distance."
+        others = None if self.query.paths == self.gallery.paths else self.gallery_features
+        scores = -k_reciprocal(self.query_features, others) if re_ranking else None
+        return rank(self.query_features, self.gallery_features, self.query.labels, self.gallery.labels,
+                    self.query.cameras, self.gallery.cameras, self.exclude_self, k, scores=scores)
+
+    def model(self) -> RecModel:
+        "The trained model in evaluation mode, on the CPU."
+        model = build_model({**self.cfg, "Arch": untrained(self.cfg["Arch"])})
+        load_weights(model, self.folder / "model.safetensors")
+        return model.eval()
+
+
+def untrained(arch: dict) -> dict:
+    "The section Arch without pretrained weights: those of the run replace them."
+    return {**arch, "Backbone": {**arch["Backbone"], "pretrained": False}}
+
+
+def load_run(folder: str | Path) -> Run:
+    "The run of a folder that training has finished; raises ConfigError naming what it lacks."
+    run = resolve(folder)
+    parts = {name: run / "embeddings" / f"{name}.npy" for name in ("query", "gallery")}
+    for path in (run / "config.yaml", run / "metrics.json", run / "history.csv", *parts.values()):
+        if not path.is_file():
+            raise ConfigError(f"{run}: is not the folder of a finished run, {path.relative_to(run)} is missing; "
+                              "02_train writes one")
+    cfg = load_config(run / "config.yaml")
+    lists = evaluation_images(cfg)
+    for part, images in zip(("Query", "Gallery"), lists, strict=True):
+        images.transform = build_transform(cfg, f"DataLoader.Eval.{part}.dataset")
+    features = [np.load(path, allow_pickle=False) for path in parts.values()]
+    for images, values in zip(lists, features, strict=True):
+        if len(images) != len(values):
+            raise ConfigError(f"{run}: embeddings has {len(values)} rows for the {len(images)} images of "
+                              f"{images.source}; the list has changed since the run")
+    return Run(run, cfg, *lists, *features, json.loads((run / "metrics.json").read_text()),
+               pd.read_csv(run / "history.csv"))

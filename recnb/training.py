@@ -96,11 +96,14 @@ def evaluation_loss(cfg: dict, loaders: Loaders) -> CombinedLoss | None:
     return loss if len(loss.losses) else None
 
 
-def fit_config(learn: RetrievalLearner, plan: Plan) -> None:
-    "None; runs the plan, going on behind the last checkpoint where the run folder holds one."
+def fit_config(learn: RetrievalLearner, plan: Plan, on_epoch: Callable[[], object] | None = None) -> None:
+    """None; runs the plan, going on behind the last checkpoint where the run folder holds one.
+
+    `on_epoch()` is called after each epoch, when its row stands in history.csv: to draw the curves anew.
+    """
     plan.folder.mkdir(parents=True, exist_ok=True)
-    history, kept = History(plan), plan.folder / "checkpoints"
-    callbacks = [FollowPlan(plan), history, Checkpoints(kept, plan.config, plan.save_interval)]
+    history, kept, pace = History(plan, on_epoch), plan.folder / "checkpoints", Pace()
+    callbacks = [FollowPlan(plan), history, pace, Checkpoints(kept, plan.config, plan.save_interval)]
     if plan.scalars:
         callbacks.append(Scalars(plan.folder / "vdl"))
     learn.create_opt()
@@ -117,6 +120,8 @@ def fit_config(learn: RetrievalLearner, plan: Plan) -> None:
         name, value = learn.names[0], history.best["value"]
         print(f"the model holds the weights of epoch {history.best['epoch']}, the best by {name} ({value:.4f})")
     save_weights(learn.model.state_dict(), plan.folder / "model.safetensors")
+    if pace.images:
+        print(pace)
 
 
 def write_row(write: Callable, row: list) -> None:
@@ -164,8 +169,8 @@ class History(Callback):
 
     order = 45
 
-    def __init__(self, plan: Plan):
-        self.plan, self.rows, self.best, self.sums = plan, [], {}, {}
+    def __init__(self, plan: Plan, on_epoch: Callable[[], object] | None = None):
+        self.plan, self.on_epoch, self.rows, self.best, self.sums = plan, on_epoch, [], {}, {}
 
     def before_fit(self):  # so that the live table has a column for each term
         self.shown = [ValueMetric(partial(self.mean, name), name) for name in self.loss_func.train_loss.names]
@@ -200,6 +205,35 @@ class History(Callback):
         self.rows.append(row)
         with replacing(self.plan.folder / "history.csv") as path:
             pd.DataFrame(self.rows).to_csv(path, index=False)
+        if self.on_epoch:
+            self.on_epoch()
+
+
+class Pace(Callback):
+    "Counts training images and the seconds they take, evaluation apart, and how long the loader made the model wait."
+
+    order = 80
+
+    def __init__(self):
+        self.images, self.seconds, self.waited = 0, 0.0, 0.0
+
+    def before_train(self):
+        self.started = self.ready = time.perf_counter()
+
+    def before_batch(self):
+        if self.training:
+            self.waited += time.perf_counter() - self.ready
+            self.images += len(self.xb[0])
+
+    def after_batch(self):
+        self.ready = time.perf_counter()
+
+    def after_train(self):
+        self.seconds += time.perf_counter() - self.started
+
+    def __str__(self) -> str:
+        return (f"{self.images:,} training images in {self.seconds:.0f} s: {self.images / self.seconds:,.0f} a second, "
+                f"{self.waited / self.seconds:.0%} of the time spent waiting for the loader")
 
 
 class Scalars(Callback):

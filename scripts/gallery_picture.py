@@ -5,20 +5,15 @@
 import sys
 from pathlib import Path
 
-import numpy as np
-
-from recnb import load_config
-from recnb.datasets import evaluation_images, own_index
-from recnb.gallery import choose_rows, gallery_figure, rank
+from recnb.gallery import choose_rows, gallery_figure
+from recnb.runs import load_run
 
 
-def main(run: str, picture: str) -> None:
-    query, items = evaluation_images(load_config(Path(run) / "config.yaml"))
-    features = [np.load(Path(run) / "embeddings" / f"{name}.npy") for name in ("query", "gallery")]
-    ranking = rank(*features, query.labels, items.labels, query.cameras, items.cameras,
-                   exclude_self=own_index(query, items), k=10)
+def main(folder: str, picture: str) -> None:
+    run = load_run(folder)
+    ranking = run.rank()
     Path(picture).parent.mkdir(parents=True, exist_ok=True)
-    gallery_figure(ranking, query.paths, items.paths, rows=choose_rows(ranking, 6)).savefig(picture)
+    gallery_figure(ranking, run.query.paths, run.gallery.paths, rows=choose_rows(ranking, 6)).savefig(picture)
 
 
 if __name__ == "__main__":

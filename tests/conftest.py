@@ -3,6 +3,8 @@
     drawn        a folder with images/, train.txt (15 identities x 6), query.txt and gallery.txt (9 others)
     tiny_config  writes a file of the whole schema over that set, small enough to train in seconds; returns its path
     config_file  the same as a fixture, in the test's own folder: config_file({"Global.epochs": 2}) -> path
+    run_notebook executes a notebook by papermill as a user does: run_notebook(name, folder, **parameters) -> its file
+    trained_run  the run folder that 02_train makes of the tiny configuration, with train.ipynb in it
 
 The changes are dotted keys as in `load_config`, but they may add what is not there, and `...` removes what is.
 """
@@ -11,7 +13,9 @@ import os
 os.environ["MPLBACKEND"] = "Agg"
 
 from pathlib import Path
+from unittest.mock import patch
 
+import papermill
 import pytest
 import torch
 import yaml
@@ -21,6 +25,7 @@ from recnb.marks import draw_marks
 torch.set_num_threads(1)  # tiny models on busy cores: threads would wait for each other
 
 PIXELS = 32
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="session")
@@ -28,6 +33,24 @@ def drawn(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("drawn")
     draw_marks(root, identities=24, renderings=6, size=48)
     return root
+
+
+def run_notebook(name: str, folder: Path, cwd: Path = ROOT, **parameters) -> Path:
+    folder.mkdir(exist_ok=True)
+    with patch.dict(os.environ):
+        os.environ.pop("MPLBACKEND", None)  # the notebook's own, which shows figures
+        papermill.execute_notebook(ROOT / "notebooks" / f"{name}.ipynb", folder / f"{name[3:]}.ipynb", parameters,
+                                   kernel_name="python3", language="python", cwd=cwd, progress_bar=False,
+                                   execution_timeout=300)
+    return folder / f"{name[3:]}.ipynb"
+
+
+@pytest.fixture(scope="session")
+def trained_run(drawn, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    config = tiny_config(drawn, folder / "tiny.yaml")
+    run_notebook("02_train", folder / "run", config=str(config), run_dir=str(folder / "run"))
+    return folder / "run"
 
 
 @pytest.fixture
