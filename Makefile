@@ -1,10 +1,11 @@
 # make demo   train on drawn images and leave an executed notebook (a few minutes on two CPU cores)
 # make test   the default test suite        make lab   JupyterLab on the notebooks
+# make test-browser   the galleries in a real Chromium (installed by apt where that may be)
 # make PYTHON=python3.12 demo               to use another Python than python3 (3.10 or newer)
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lab picture clean
+.PHONY: demo test test-browser lab pictures clean
 
 demo: .venv/installed
 	@rm -rf runs/demo && mkdir -p runs/demo
@@ -18,6 +19,13 @@ demo: .venv/installed
 test: .venv/installed
 	$(BIN)/python -m pytest
 
+test-browser: .venv/installed
+	@command -v chromium >/dev/null || { test "$$(id -u)" = 0 && command -v apt-get >/dev/null \
+	    && apt-get update -qq && apt-get install -y -qq chromium >/dev/null; } \
+	    || echo "no chromium, and it cannot be installed here: install Debian's package chromium"
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[browser]'
+	$(BIN)/python -m pytest -m browser
+
 lab: .venv/installed
 	$(BIN)/jupyter lab notebooks
 
@@ -28,8 +36,9 @@ lab: .venv/installed
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[lab,test]'
 	@touch $@
 
-picture: .venv/installed  # the one in the README, after make demo
+pictures: .venv/installed  # those in the README, after make demo
 	$(BIN)/python scripts/gallery_picture.py runs/demo docs/gallery.png
+	$(BIN)/python scripts/evaluation_picture.py runs/demo docs/evaluation.png
 
 clean:
 	rm -rf .venv runs data/demo

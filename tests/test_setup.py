@@ -57,7 +57,7 @@ def test_python_is_the_one_that_ruff_and_make_check():
 
 def test_make_has_its_targets():
     makefile = (ROOT / "Makefile").read_text()
-    assert {"demo", "test", "lab"} <= set(re.findall(r"^(\w+):", makefile, re.MULTILINE))
+    assert {"demo", "test", "test-browser", "lab", "pictures"} <= set(re.findall(r"^([\w-]+):", makefile, re.MULTILINE))
     for file in ("constraints.txt", "notebooks/02_train.ipynb", "configs/demo.yaml"):
         assert file in makefile and (ROOT / file).is_file()
     assert "make test" in (ROOT / ".ci" / "run").read_text()
