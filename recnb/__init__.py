@@ -1,8 +1,8 @@
 """recnb: a notebook-first kit for learning image features for retrieval.
 
 Read the chapters in this order: registry, config, files, transforms, samplers, datasets, photographs, marks, lint,
-backbones, necks, heads, losses, model, optim, scores, protocol, ranking, stats, metrics, verification, search, rerank,
-evaluation, learner, checkpoints, training, gallery, page, widget, runs. Importing the package loads none of them.
+backbones, necks, heads, losses, pairs, hashing, model, optim, scores, protocol, ranking, stats, metrics, verification,
+search, rerank, evaluation, learner, checkpoints, training, gallery, page, widget, runs. Importing the package loads none of them.
 """
 from importlib import import_module
 

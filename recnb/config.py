@@ -48,7 +48,8 @@ KEYS = {  # the keys of the sections that are not constructor calls
 }
 LOADERS = ("Train", "Eval.Query", "Eval.Gallery")
 REQUIRED = ("DataLoader.Train.dataset", "Arch.Backbone.name", "Loss.Train", "Optimizer", "Optimizer.lr")
-CHAPTERS = ("datasets", "transforms", "samplers", "necks", "heads", "losses", "optim", "evaluation", "training")
+CHAPTERS = ("datasets", "transforms", "samplers", "necks", "heads", "losses", "pairs", "hashing", "optim", "evaluation",
+            "training")
 
 
 def resolve(path: str | Path) -> Path:

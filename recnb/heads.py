@@ -61,3 +61,80 @@ class ArcMargin(nn.Module):
     def extra_repr(self) -> str:
         classes, size = self.weight.shape
         return f"embedding_size={size}, class_num={classes}, margin={self.margin}, scale={self.scale}"
+
+
+@HEADS.register
+class CosMargin(nn.Module):
+    """Additive cosine margin, CosFace (https://arxiv.org/abs/1801.09414): (B, embedding_size) -> (B, class_num).
+
+    The target logit is scale * (cosine - margin).
+    """
+
+    def __init__(self, embedding_size: int, class_num: int, margin: float = 0.35, scale: float = 64.0):
+        super().__init__()
+        self.weight = nn.Parameter(nn.init.xavier_normal_(torch.empty(class_num, embedding_size)))
+        self.margin, self.scale = margin, scale
+
+    def forward(self, features: Tensor, y: Tensor | None = None) -> Tensor:  # (B, D), (B,) -> (B, class_num)
+        cos = cosine(features, self.weight)
+        if y is None or not self.training:
+            return cos
+        return self.scale * (cos - self.margin * F.one_hot(y, len(self.weight)))
+
+
+@HEADS.register
+class CircleMargin(nn.Module):
+    """Circle loss at class level (https://arxiv.org/abs/2002.10857): (B, embedding_size) -> (B, class_num).
+
+    Each logit is weighted by how far its cosine is from its optimum, 1 + margin for the target and -margin for the
+    others; the weights pass no gradient on.
+    """
+
+    def __init__(self, embedding_size: int, class_num: int, margin: float, scale: float):
+        super().__init__()
+        self.weight = nn.Parameter(nn.init.xavier_normal_(torch.empty(class_num, embedding_size)))
+        self.margin, self.scale = margin, scale
+
+    def forward(self, features: Tensor, y: Tensor | None = None) -> Tensor:  # (B, D), (B,) -> (B, class_num)
+        cos = cosine(features, self.weight)
+        if y is None or not self.training:
+            return cos
+        positive = (1 + self.margin - cos.detach()).clamp_min(0) * (cos - 1 + self.margin)
+        negative = (cos.detach() + self.margin).clamp_min(0) * (cos - self.margin)
+        return self.scale * torch.where(F.one_hot(y, len(self.weight)).bool(), positive, negative)
+
+
+@HEADS.register
+class AdaMargin(nn.Module):
+    """AdaFace (https://arxiv.org/abs/2204.00964): (B, embedding_size) -> (B, class_num); `m`, `h`, `s` as there.
+
+    The margin grows with the length of the feature, which stands for the quality of the image. `t_alpha` is the rate
+    at which mean and deviation of the lengths follow the batches; they are learnt in training only.
+    """
+
+    def __init__(self, embedding_size: int, class_num: int, m: float = 0.4, h: float = 0.333, s: float = 64.0,
+                 t_alpha: float = 1.0):
+        super().__init__()
+        weight = torch.empty(class_num, embedding_size).uniform_(-1, 1)
+        self.weight = nn.Parameter(F.normalize(weight))
+        self.m, self.h, self.s, self.t_alpha = m, h, s, t_alpha
+        self.register_buffer("mean", torch.tensor(20.0))
+        self.register_buffer("std", torch.tensor(100.0))
+
+    def forward(self, features: Tensor, y: Tensor | None = None) -> Tensor:  # (B, D), (B,) -> (B, class_num)
+        cos = cosine(features, self.weight)
+        if y is None or not self.training:
+            return cos
+        quality = self.quality(torch.linalg.vector_norm(features.detach().float(), dim=1, keepdim=True))  # (B, 1)
+        theta = cos.clamp(-1 + 1e-3, 1 - 1e-3).acos()  # away from the ends, where the slope of acos is infinite
+        target = (theta - self.m * quality).clamp(1e-3, math.pi - 1e-3).cos() - self.m * (1 + quality)
+        return self.s * torch.where(F.one_hot(y, len(self.weight)).bool(), target, theta.cos())
+
+    @torch.no_grad()
+    def quality(self, length: Tensor) -> Tensor:
+        "(B, 1) in -1..1: how long a feature is among those seen, after its batch has been counted."
+        length = length.clamp(1e-3, 100)
+        if len(length) > 1:  # one feature has no deviation
+            self.mean.lerp_(length.mean(), self.t_alpha)
+            self.std.lerp_(length.std(), self.t_alpha)
+        return (self.h * (length - self.mean) / (self.std + 1e-3)).clamp(-1, 1)

@@ -10,7 +10,8 @@ from typing import NamedTuple
 from recnb.config import items, lookup
 from recnb.datasets import Loaders
 
-PAIR_LOSSES = ("SupConLoss",)
+PAIR_LOSSES = ("SupConLoss", "TripletLoss", "TripletLossV2", "TripletAngularMarginLoss", "PairwiseCosface", "MSMLoss",
+               "TriHardLoss", "EmlLoss", "NpairsLoss", "ContrastiveLoss")
 PER_IDENTITY = ("sample_per_id", "num_instances")
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from recnb.heads import FC, ArcMargin, cosine, unit
+from recnb.heads import FC, HEADS, ArcMargin, cosine, unit
 
 DATA = Path(__file__).parent / "data"
 ARRAYS = np.load(DATA / "oracle.npz")
@@ -57,21 +57,71 @@ def plain_cross_entropy(features, labels, weight, **args):
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["key"])
-def test_arc_margin_is_the_original(case):
+def test_each_margin_head_is_the_original(case):
     features, labels, weight = arrays("head/features", "head/labels", "head/weight")
     features.requires_grad_()
-    head = ArcMargin(**case["args"])
-    head.load_state_dict({"weight": weight.T})
+    head = HEADS[case["name"]](**case["args"])
+    head.load_state_dict({"weight": weight.T}, strict=False)
     logits = head(features, labels)
     F.cross_entropy(logits, labels).backward()
-    wanted = arrays(*(f"{case['key']}/{name}" for name in ("logits", "grad_features", "grad_weight", "eval_logits")))
-    torch.testing.assert_close(logits, wanted[0], rtol=1e-5, atol=2e-4)
+    torch.testing.assert_close(logits, *arrays(f"{case['key']}/logits"), rtol=1e-5, atol=2e-4)
     # The original's softmax on a CPU takes whatever is more than 64 below the largest logit for exactly 64 below.
     shifted = (logits - logits.amax(1, keepdim=True)).clamp_min(-64)
     assert F.cross_entropy(shifted, labels).item() == pytest.approx(case["ce"], rel=1e-5)
-    torch.testing.assert_close(features.grad, wanted[1], rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(head.weight.grad.T, wanted[2], rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(head.eval()(features, labels), wanted[3], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(features.grad, *arrays(f"{case['key']}/grad_features"), rtol=1e-3, atol=1e-4)
+    if case["name"] != "AdaMargin":  # the original has no evaluation of it, and its weight is not a leaf
+        torch.testing.assert_close(head.weight.grad.T, *arrays(f"{case['key']}/grad_weight"), rtol=1e-3, atol=1e-4)
+        wanted = arrays(f"{case['key']}/eval_logits")
+        torch.testing.assert_close(head.eval()(features, labels), *wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", sorted(set(HEADS) - {"FC"}))
+def test_every_margin_head_is_the_cosine_without_labels_and_safe_at_the_ends(name):
+    features, labels, weight = problem()
+    features[3] = 0
+    features[:2] = torch.stack([weight[labels[0]], -weight[labels[1]]])
+    features.requires_grad_()
+    head = HEADS[name](6, 5, **({"margin": 0.3, "scale": 16} if name == "CircleMargin" else {}))
+    head.load_state_dict({"weight": weight}, strict=False)
+    assert torch.equal(head(features), cosine(features, weight))
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = head(features, labels)
+        F.cross_entropy(logits, labels).backward()
+    assert logits.dtype == torch.float32 and features.grad[3].eq(0).all()
+    assert features.grad.isfinite().all() and head.weight.grad.isfinite().all()
+    state = {key: value.clone() for key, value in head.state_dict().items()}
+    assert torch.equal(head.eval()(features, labels), cosine(features, weight))
+    assert all(torch.equal(value, state[key]) for key, value in head.state_dict().items())
+
+
+def test_cos_and_circle_margin_are_the_plain_loop():
+    features, labels, weight = problem()
+    for name in ("CosMargin", "CircleMargin"):
+        head = HEADS[name](6, 5, margin=0.3, scale=16)
+        head.load_state_dict({"weight": weight})
+        logits = head(features, labels)
+        for i, j in np.ndindex(*logits.shape):
+            c, target = F.cosine_similarity(features[i], weight[j], dim=0).item(), labels[i].item() == j
+            wanted = c - 0.3 * target
+            if name == "CircleMargin":
+                wanted = max(1.3 - c, 0) * (c - 0.7) if target else max(c + 0.3, 0) * (c - 0.3)
+            assert logits[i, j].item() == pytest.approx(16 * wanted, abs=1e-4)
+
+
+def test_ada_margin_asks_more_of_long_features():
+    features, labels, weight = problem(rows=20)
+    features = F.normalize(features) * torch.linspace(1, 40, 20)[:, None]
+    head = HEADS["AdaMargin"](6, 5, t_alpha=0.5)
+    head.load_state_dict({"weight": weight}, strict=False)
+    logits = head(features, labels).detach() / 64
+    length = features.norm(dim=1)
+    assert head.mean.item() == pytest.approx(0.5 * 20 + 0.5 * length.mean().item(), rel=1e-5)
+    assert head.std.item() == pytest.approx(0.5 * 100 + 0.5 * length.std().item(), rel=1e-5)
+    for i, j in enumerate(labels.tolist()):
+        g = max(-1.0, min(1.0, 0.333 * (length[i].item() - head.mean.item()) / (head.std.item() + 1e-3)))
+        theta = math.acos(max(-0.999, min(0.999, cosine(features, weight)[i, j].item())))
+        wanted = math.cos(min(max(theta - 0.4 * g, 1e-3), math.pi - 1e-3)) - 0.4 * (1 + g)
+        assert logits[i, j].item() == pytest.approx(wanted, abs=1e-5)
 
 
 @pytest.mark.parametrize("args", BRANCHES)

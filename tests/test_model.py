@@ -23,8 +23,9 @@ from recnb.runs import open_run, resolved
 CHANNELS, CLASSES, ROWS = 16, 5, 8
 EXAMPLES = {  # arguments that a part needs and that the walk below can neither derive nor leave out
     "neck": {"VehicleNeck": {"out_channels": 6}, "FC": {"class_num": 6}},
-    "head": {},
-    "loss": {},
+    "head": {"CircleMargin": {"margin": 0.35, "scale": 64}},
+    "loss": {"PairwiseCosface": {"margin": 0.35, "gamma": 64}, "DSHSDLoss": {"alpha": 0.05},
+             "DCHLoss": {"gamma": 20.0, "_lambda": 0.1}},
     "optimizer": {},
     "learning-rate schedule": {"Cosine": {"learning_rate": 0.1}, "ConstLR": {"learning_rate": 0.1},
                                "MultiStepDecay": {"learning_rate": 0.1, "milestones": [2, 4]},

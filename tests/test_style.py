@@ -14,8 +14,8 @@ ROOT = Path(__file__).resolve().parents[1]
 CHAPTERS = sorted((ROOT / "recnb").glob("*.py"))
 SOURCES = [*CHAPTERS, *(path for folder in ("tests", "scripts", "benchmarks") for path in (ROOT / folder).glob("*.py"))]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-ORDER = """registry config files transforms samplers datasets photographs marks lint backbones necks heads losses model
-optim scores protocol ranking stats metrics verification search rerank prepare evaluation learner checkpoints training
+ORDER = """registry config files transforms samplers datasets photographs marks lint backbones necks heads losses pairs hashing
+model optim scores protocol ranking stats metrics verification search rerank prepare evaluation learner checkpoints training
 gallery page static widget regions analysis runs compare""".split()
 ONLY = {"fastai": {"learner"}, "timm": {"backbones"}, "faiss": {"search"},
         "ipywidgets": {"gallery", "widget"}, "papermill": set()}
