@@ -108,7 +108,8 @@ def build_neck(cfg: dict, backbone: nn.Module) -> tuple[nn.Module | None, int]:
         return None, prod(shape)
     source = f"the backbone cut at {stop} gives"
     neck = NECKS.build(cfg["Arch"]["Neck"], "Arch.Neck", in_channels=(backbone.out_channels, source),
-                       num_features=(prod(shape), source), embedding_size=(prod(shape), source))
+                       num_features=(prod(shape), source), embedding_size=(prod(shape), source),
+                       prefix_tokens=(backbone.prefix_tokens, source))
     try:
         with torch.no_grad():
             features = neck.eval()(torch.zeros(1, *shape))

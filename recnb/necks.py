@@ -7,6 +7,8 @@ from __future__ import annotations
 import inspect
 import math
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recnb.config import Registry, suggest
@@ -108,3 +110,81 @@ class BNNeck(nn.Module):
         if self.use_global_stats:
             self.bn.eval()
         return self.bn(x.flatten(1))
+
+
+@NECKS.register
+class Tanh(nn.Module):
+    "The features (B, D) squashed to -1..1, whose signs are a binary code."
+
+    def __init__(self):  # its own, so that the registry sees that it takes no argument
+        super().__init__()
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, D) or (B, D, 1, 1) -> (B, D)
+        return x.flatten(1).tanh()
+
+
+@NECKS.register
+class FRFNNeck(nn.Module):
+    "Two linear layers with a leaky ReLU between them, at length 1: (B, num_features) -> (B, out_feat)."
+
+    def __init__(self, num_features: int, out_feat: int):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(num_features, num_features), nn.LeakyReLU(0.1),
+                                    nn.Linear(num_features, out_feat))
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, num_features) -> (B, out_feat)
+        return F.normalize(self.layers(x.flatten(1)), dim=1)
+
+
+@NECKS.register
+class MLP(nn.Module):
+    "Linear, batch normalisation, ReLU, linear: (B, embedding_size) -> (B, class_num), the names as for FC."
+
+    def __init__(self, embedding_size: int, class_num: int, hidden: int | None = None):
+        super().__init__()
+        hidden = hidden or embedding_size
+        self.layers = nn.Sequential(nn.Linear(embedding_size, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(),
+                                    nn.Linear(hidden, class_num))
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, embedding_size) -> (B, class_num)
+        return self.layers(x.flatten(1))
+
+
+@NECKS.register
+class GeM(nn.Module):
+    """Generalised-mean pooling (https://arxiv.org/abs/1711.02512): (B, in_channels, H, W) -> (B, in_channels).
+
+    The mean of x ** p, to the power of 1 / p: 1 averages, a large p takes the maximum. `train_p` learns it.
+    """
+
+    def __init__(self, in_channels: int, p: float = 3.0, train_p: bool = True, eps: float = 1e-6):
+        super().__init__()
+        self.p = nn.Parameter(torch.tensor([float(p)]), requires_grad=train_p)
+        self.in_channels, self.eps = in_channels, eps
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) or (B, C) -> (B, C)
+        x = x if x.dim() != 2 else x[:, :, None, None]
+        if x.dim() != 4 or x.shape[1] != self.in_channels:
+            raise RuntimeError(f"GeM pools maps (B, {self.in_channels}, H, W) and got {tuple(x.shape)}")
+        with torch.autocast(x.device.type, enabled=False):  # powers overflow in half precision
+            return x.float().clamp_min(self.eps).pow(self.p).mean((2, 3)).pow(1 / self.p)
+
+
+@NECKS.register
+class Tokens(nn.Module):
+    """One vector of a transformer's tokens: (B, prefix_tokens + N, C) -> (B, C).
+
+    pool: 'cls' takes the first token, 'mean' averages those of the image; the others before them do not count.
+    """
+
+    def __init__(self, prefix_tokens: int, pool: str = "cls"):
+        super().__init__()
+        if pool not in ("cls", "mean") or (pool == "cls" and not prefix_tokens):
+            raise ValueError(f"pool is '{pool}': there is 'mean', and 'cls' where the backbone has a class token "
+                             f"(it has {prefix_tokens} tokens before the image's)")
+        self.prefix_tokens, self.pool = prefix_tokens, pool
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, L, C) -> (B, C)
+        if x.dim() != 3:
+            raise RuntimeError(f"Tokens takes (B, tokens, C) and got {tuple(x.shape)}")
+        return x[:, 0] if self.pool == "cls" else x[:, self.prefix_tokens :].mean(1)

@@ -22,7 +22,8 @@ from recnb.runs import open_run, resolved
 
 CHANNELS, CLASSES, ROWS = 16, 5, 8
 EXAMPLES = {  # arguments that a part needs and that the walk below can neither derive nor leave out
-    "neck": {"VehicleNeck": {"out_channels": 6}, "FC": {"class_num": 6}},
+    "neck": {"VehicleNeck": {"out_channels": 6}, "FC": {"class_num": 6}, "MLP": {"class_num": 6},
+             "FRFNNeck": {"out_feat": 6}},
     "head": {"CircleMargin": {"margin": 0.35, "scale": 64}},
     "loss": {"PairwiseCosface": {"margin": 0.35, "gamma": 64}, "DSHSDLoss": {"alpha": 0.05},
              "DCHLoss": {"gamma": 20.0, "_lambda": 0.1}},
@@ -63,11 +64,11 @@ def check_gradients(part, inputs):
 @pytest.mark.parametrize("name", sorted(NECKS))
 def test_every_neck(name, tmp_path):
     def make():
-        return built(NECKS, name, in_channels=CHANNELS, num_features=CHANNELS, embedding_size=CHANNELS)
+        return built(NECKS, name, in_channels=CHANNELS, num_features=CHANNELS, embedding_size=CHANNELS, prefix_tokens=1)
 
     neck = make()
-    for x in (torch.randn(ROWS, CHANNELS), torch.randn(ROWS, CHANNELS, 1, 1)):
-        x.requires_grad_()
+    for shape in ((5, CHANNELS),) if name == "Tokens" else ((CHANNELS,), (CHANNELS, 1, 1)):
+        x = torch.randn(ROWS, *shape, requires_grad=True)
         for autocast in (False, True):
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 y = neck.train()(x)

@@ -120,3 +120,34 @@ def test_weight_attributes(name):
 def test_unknown_attributes_are_errors(attr, message):
     with pytest.raises(ConfigError, match=f"Arch.Neck: .*{message}"):
         NECKS.build({"name": "FC", "class_num": 3, "weight_attr": attr}, "Arch.Neck", embedding_size=(4, ""))
+
+
+def test_gem_is_between_the_mean_and_the_maximum():
+    maps = torch.rand(2, 3, 4, 5)
+    torch.testing.assert_close(NECKS["GeM"](3, p=1.0)(maps), maps.mean((2, 3)))
+    torch.testing.assert_close(NECKS["GeM"](3, p=200.0)(maps), maps.amax((2, 3)), rtol=0.02, atol=0)
+    wanted = [[(sum(v**3 for v in maps[b, c].flatten().tolist()) / 20) ** (1 / 3) for c in range(3)] for b in range(2)]
+    torch.testing.assert_close(NECKS["GeM"](3)(maps), torch.tensor(wanted))
+    assert not NECKS["GeM"](3, train_p=False).p.requires_grad
+
+
+def test_gem_refuses_what_is_no_map_of_its_channels():
+    with pytest.raises(RuntimeError, match=r"maps \(B, 3, H, W\) and got \(2, 4, 4, 3\)"):
+        NECKS["GeM"](3)(torch.rand(2, 4, 4, 3))
+
+
+def test_tokens_take_the_class_token_or_the_mean_of_the_image():
+    tokens = torch.arange(24.0).view(1, 6, 4)
+    assert NECKS["Tokens"](2)(tokens).tolist() == [[0, 1, 2, 3]]
+    assert NECKS["Tokens"](2, pool="mean")(tokens).tolist() == [[14, 15, 16, 17]]
+    with pytest.raises(ValueError, match="has 0 tokens before"):
+        NECKS["Tokens"](0)
+
+
+def test_tanh_and_frfn_necks():
+    features = torch.randn(4, 8)
+    torch.testing.assert_close(NECKS["Tanh"]()(features[:, :, None, None]), features.tanh())
+    neck = NECKS["FRFNNeck"](8, 5)
+    hidden = features @ neck.layers[0].weight.T + neck.layers[0].bias
+    wanted = torch.where(hidden > 0, hidden, 0.1 * hidden) @ neck.layers[2].weight.T + neck.layers[2].bias
+    torch.testing.assert_close(neck(features), wanted / wanted.norm(dim=1, keepdim=True))
