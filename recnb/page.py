@@ -115,12 +115,14 @@ class Pages:
 
 def gallery_html(ranking: Ranking, query_images: Sequence[Picture], gallery_images: Sequence[Picture],
                  path: str | Path | None = None, rows: Sequence[int] | None = None, k: int = 10, order: str = "worst",
-                 label_names: Names = None, title: str = "Gallery", max_queries: int = 100, size: int = 112) -> str:
+                 label_names: Names = None, title: str = "Gallery", max_queries: int = 100, size: int = 112,
+                 summary: str = "") -> str:
     """A self-contained HTML page of queries and their hits, also written to `path` where one is given.
 
     Queries are those of `rows`, or all by `order` ('worst' or 'best' AP first, 'index'); beyond `max_queries` the page
-    says how many it leaves out. Each picture is embedded once, at most `size` pixels wide. Labels and file names are
-    escaped. FileNotFoundError or ValueError names a picture that cannot be read.
+    says how many it leaves out. `summary` stands below the title in place of the ranking's numbers. Each picture is
+    embedded once, at most `size` pixels wide. Labels and file names are escaped. FileNotFoundError or ValueError names
+    a picture that cannot be read.
     """
     pages = Pages(ranking, query_images, gallery_images, label_names, size, keep=None)
     wanted = ranking.order(order).tolist() if rows is None else [int(q) for q in rows]
@@ -142,8 +144,8 @@ def gallery_html(ranking: Ranking, query_images: Sequence[Picture], gallery_imag
                      for value, text in choices.items())
     which = {"worst": ", the worst by AP", "best": ", the best by AP"}.get(first, ", the first")
     cut = f"{len(shown)} of {len(wanted):,} queries are on this page{which}." if len(shown) < len(wanted) else ""
-    page = PAGE.format(title=escape(title), style=STYLE + PAGE_STYLE, pictures=pictures, summary=_summary(ranking),
-                       cut=cut, legend=_legend(ranking), orders=orders, entries=listed, articles=articles,
+    page = PAGE.format(title=escape(title), style=STYLE + PAGE_STYLE, pictures=pictures, cut=cut,
+                       summary=escape(summary) or _summary(ranking), legend=_legend(ranking), orders=orders, entries=listed, articles=articles,
                        script=SCRIPT)
     if path is not None:
         write_text(path, page)

@@ -1,0 +1,163 @@
+"Batches of runs, and the notebook that compares them: scripts/sweep.py, scripts/run_notebook.py, 06_compare."
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+import yaml
+from conftest import tiny_config
+
+from recnb.config import ConfigError
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import run_notebook  # noqa: E402
+import sweep  # noqa: E402
+
+TRAIN, COMPARE = ROOT / "notebooks" / "02_train.ipynb", ROOT / "notebooks" / "06_compare.ipynb"
+
+
+def script(name, *args, cwd=ROOT):
+    return subprocess.run([sys.executable, ROOT / "scripts" / name, *map(str, args)], cwd=cwd, text=True,
+                          capture_output=True)
+
+
+def batch_file(drawn, folder: Path, **content) -> Path:
+    config = tiny_config(drawn, folder / "tiny.yaml", {"Global.epochs": 1})
+    path = folder / "batch.yaml"
+    path.write_text(yaml.safe_dump({"config": str(config), "run_dir": str(folder / "runs"), **content}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def batch(drawn, tmp_path_factory):
+    "A batch of two sound runs and one that fails once it has begun, and what the script printed."
+    folder = tmp_path_factory.mktemp("sweep")
+    path = batch_file(drawn, folder, list=[{"Arch.Head.margin": 0.1}, {"Arch.Head.margin": 0.3},
+                                           {"DataLoader.Train.dataset.cls_label_path": str(folder / "none.txt")}])
+    return path, folder / "runs", script("sweep.py", path, "--jobs", 2)
+
+
+def test_grid_and_list_are_combined():
+    runs = sweep.expand({"overrides": {"Global.epochs": 3},
+                         "grid": {"Arch.Head.margin": [0.1, 0.3], "Arch.Head.scale": [16]},
+                         "list": [{}, {"Optimizer.lr.learning_rate": 0.001, "Global.image_shape": [3, 64, 64]}]})
+    assert list(runs) == ["margin-0.1", "margin-0.3", "margin-0.1_learning_rate-0.001_image_shape-3-64-64",
+                          "margin-0.3_learning_rate-0.001_image_shape-3-64-64"]  # scale is the same in all
+    assert runs["margin-0.3"] == {"Global.epochs": 3, "Arch.Head.margin": 0.3, "Arch.Head.scale": 16}
+    assert sweep.expand({}) == {"base": {}}
+    assert list(sweep.expand({"grid": {"Arch.Head.name": ["A", "B"], "Arch.Neck.name": ["C"]},
+                              "list": [{"Arch.Backbone.name": "x/y"}, {}]})) == [
+        "Head.name-A_Backbone.name-y", "Head.name-B_Backbone.name-y", "Head.name-A", "Head.name-B"]
+
+
+@pytest.mark.parametrize("content, message", [
+    ({"grid": {"a.b": [1, 1]}}, "two runs are named"),
+    ({"list": [{}, {}]}, "two runs are named base"),
+    ({"grid": {"a.b": 1}}, "a.b: 1 is not a list"),
+    ({"grid": {"a.b": [1]}, "list": [{"a.b": 2}]}, "a.b stands in grid and in overrides or list"),
+    ({"list": {"a.b": 1}}, "is a dict, not a list"),
+])
+def test_what_cannot_be_meant_is_refused(content, message):
+    with pytest.raises(ConfigError, match=message):
+        sweep.expand(content)
+
+
+def test_the_example_is_sound_and_print_runs_nothing(tmp_path):
+    result = script("sweep.py", "configs/sweeps/demo_margin.yaml", "--run-dir", tmp_path / "runs", "--print")
+    lines = result.stdout.splitlines()
+    assert result.returncode == 0 and len(lines) == 6 and not (tmp_path / "runs").exists(), result.stderr
+    for line in lines:
+        before, command = line.split(" && ")
+        assert shlex.split(before)[:2] == ["mkdir", "-p"] and subprocess.run(["bash", "-nc", line]).returncode == 0
+        words = shlex.split(command)
+        assert words[1:3] == ["-m", "papermill"] and Path(words[3]) == TRAIN
+        assert set(yaml.safe_load(words[words.index("-y") + 1])) == {"config", "run_dir", "overrides"}
+        assert Path(words[4]).parent == Path(shlex.split(before)[2])
+
+
+@pytest.mark.parametrize("content, message", [
+    ({"grid": {"Arch.Head.margn": [0.1, 0.3]}}, "margn-0.1: .*did you mean 'margin'"),
+    ({"gird": {}}, "gird: there is no such key; did you mean 'grid'"),
+    ({"list": [{}, {"Arch.Head.margin": 0.2}]}, "base and margin-0.2 are the same configuration"),
+])
+def test_a_batch_is_checked_before_anything_starts(drawn, tmp_path, content, message):
+    path = batch_file(drawn, tmp_path, **content)
+    with pytest.raises(ConfigError, match=message):
+        sweep.plan(str(path), None)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_failing_run_keeps_its_notebook_and_the_others_go_on(batch):
+    _, runs, result = batch
+    assert result.returncode == 1, result.stdout + result.stderr
+    states = {folder.name[:10]: (folder / "metrics.json").exists() for folder in runs.iterdir()}
+    assert states == {"margin-0.1": True, "margin-0.3": True, "cls_label_": False}
+    failed = next(runs.glob("cls_label_*"))
+    cells = nbformat.read(failed / "train.ipynb", 4).cells
+    assert any(output.output_type == "error" for cell in cells for output in cell.get("outputs", []))
+    assert "failed after" in result.stdout and "there is no file" in result.stdout
+    table = result.stdout[result.stdout.rindex("seconds"):]
+    assert table.count(" done ") == 2 and table.count(" failed ") == 1 and "mAP" in table
+
+
+def test_what_is_done_is_skipped_and_another_config_refused(batch, drawn, monkeypatch):
+    path, runs, _ = batch
+    content = {**yaml.safe_load(path.read_text()), "list": [{"Arch.Head.margin": 0.1}, {"Arch.Head.margin": 0.3}]}
+    path.write_text(yaml.safe_dump(content))
+    monkeypatch.setattr(sweep.Batch, "run_one", lambda self, job: pytest.fail(f"{job.name} is run again"))
+    monkeypatch.setattr(sys, "argv", ["sweep.py", str(path)])
+    assert sweep.main() == 0
+    (runs / "margin-0.1" / "metrics.json").rename(runs / "kept.json")
+    assert [job.state for job in sweep.plan(str(path), None)] == ["interrupted", "done"]
+    (runs / "kept.json").rename(runs / "margin-0.1" / "metrics.json")
+    path.write_text(yaml.safe_dump({**content, "overrides": {"Arch.Head.scale": 8}}))
+    with pytest.raises(ConfigError, match=r"0.1 holds a run of another configuration \(Arch.Head.scale: 16 -> 8"):
+        sweep.plan(str(path), None)
+
+
+def test_the_runs_are_compared(batch, tmp_path):
+    _, runs, _ = batch
+    result = script("run_notebook.py", COMPARE, tmp_path / "new" / "compare.ipynb", "-p", "pattern", runs / "*",
+                    "-p", "out_dir", tmp_path / "out")
+    assert result.returncode == 0, result.stderr[-2000:]
+    board = pd.read_csv(tmp_path / "out" / "leaderboard.csv")
+    # the failing run never came to write a config.yaml, or wrote one and nothing more
+    assert {"margin-0.1", "margin-0.3"} <= set(board.run) and (board.state == "finished").sum() == 2
+    scores = {name: json.loads((runs / name / "metrics.json").read_text())["mAP"] for name in board.run[:2]}
+    assert board.mAP[:2].tolist() == pytest.approx(list(scores.values()))
+    executed = tmp_path / "new" / "compare.ipynb"
+    outputs = [output for cell in nbformat.read(executed, 4).cells for output in cell.get("outputs", [])]
+    assert [output.text for output in outputs if output.get("name") == "stderr"] == []
+    assert any("Arch.Head.margin" in str(output.get("data")) for output in outputs)
+    assert executed.stat().st_size < 1_500_000
+
+
+def test_a_single_run_is_a_leaderboard_of_one(batch, tmp_path):
+    _, runs, _ = batch
+    result = script("run_notebook.py", COMPARE, tmp_path / "compare.ipynb", "-y",
+                    yaml.safe_dump({"run_dirs": [str(runs / "margin-0.1")], "pattern": "", "out_dir": str(tmp_path)}))
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "nothing to pair" in (tmp_path / "compare.ipynb").read_text()
+
+
+def test_unknown_parameters_and_wrong_types_are_refused(tmp_path):
+    result = script("run_notebook.py", TRAIN, tmp_path / "x" / "out.ipynb", "-p", "overide", "{}")
+    assert result.returncode == 1 and "there is no parameter 'overide'; did you mean 'overrides'?" in result.stderr
+    assert not (tmp_path / "x").exists()
+    result = script("run_notebook.py", TRAIN, tmp_path / "out.ipynb", "-p", "overrides", "[1]")
+    assert "overrides: [1] is a list, not dict" in result.stderr
+    with pytest.raises(ConfigError, match=r"there is no such notebook; did you mean '02_train.ipynb'"):
+        run_notebook.check(ROOT / "notebooks" / "02_trian.ipynb", {})
+
+
+def test_values_arrive_as_they_were_meant(tmp_path):
+    given = run_notebook.parameters_of(TRAIN, [["run_dir", "1e-3"], ["overrides", "{a.b: 1e-5, c.d: 'yes'}"]], "")
+    assert given == {"run_dir": "1e-3", "overrides": {"a.b": 1e-5, "c.d": "yes"}}
+    words = run_notebook.papermill_command(TRAIN, tmp_path / "out.ipynb", given)
+    assert yaml.safe_load(words[words.index("-y") + 1]) == given
