@@ -2,7 +2,8 @@
 
 Read the chapters in this order: registry, config, files, transforms, samplers, datasets, photographs, marks, lint,
 backbones, necks, heads, losses, pairs, hashing, model, optim, scores, protocol, ranking, stats, metrics, verification,
-search, rerank, evaluation, learner, checkpoints, training, gallery, page, widget, runs. Importing the package loads none of them.
+search, rerank, prepare, evaluation, learner, checkpoints, training, gallery, page, static, widget, regions, analysis,
+runs, compare. Importing the package loads none of them.
 """
 from importlib import import_module
 

@@ -33,7 +33,7 @@ RIGHT, WRONG, EXCLUDED, END = "right", "wrong", "excluded", ""
 COLOURS = {RIGHT: "#0072B2", WRONG: "#D55E00", EXCLUDED: "#7F7F7F"}
 Picture = str | Path | Image.Image | np.ndarray  # an array is uint8, (H, W) or (H, W, 3)
 Names = Sequence[str] | Mapping | None           # identity -> text
-LATER = {"gallery_html": "page", "gallery_widget": "widget", "gallery_pages": "widget"}
+LATER = {"gallery_html": "page", "gallery_widget": "widget", "gallery_static": "static"}
 
 
 def __getattr__(name: str):

@@ -19,6 +19,7 @@ from recnb.files import write_text
 from recnb.gallery import EXCLUDED, RIGHT, WRONG, Names, Picture, Ranking, label_text, read_picture
 
 MISSED = "missed"
+MARKS = {RIGHT: "✓", WRONG: "✗", EXCLUDED: "-", MISSED: "…"}  # seen where a viewer strips style and drawings
 PATHS = {RIGHT: "M5.5 10.5l3 3 6-7", WRONG: "M6 6l8 8M14 6l-8 8", EXCLUDED: "M5.5 10h9", MISSED: "M10 5v5l3.5 2"}
 MEANING = {RIGHT: "right", WRONG: "wrong", EXCLUDED: "own camera, not counted", MISSED: "right, but further down"}
 EMPTY = "data:image/gif;base64,R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7"  # one clear pixel
@@ -71,21 +72,25 @@ class Pages:
         labels = self.ranking.query_labels if side == "query" else self.ranking.gallery_labels
         return label_text(labels[i], self.label_names)
 
-    def article(self, q: int, k: int) -> str:
-        "One query with its facts, its first k hits and the first positives that these miss."
-        r, identity = self.ranking, self.identity("query", q)
-        hits = [self._hit(q, place) for place in range(min(k, r.ids.shape[1])) if r.ids[q, place] >= 0]
-        missed = [self._tile(item, MISSED, f"{rank} · {score:.3f}", f"rank {rank}") for item, rank, score
-                  in r.missed(q, k)]
-        later = f"<h3>First positives missed, with their rank</h3><ol>{''.join(missed)}</ol>" if missed else ""
+    def article(self, q: int, k: int, hits: bool = True) -> str:
+        "One query with its facts and, where asked for, its first k hits and the first positives that these miss."
+        identity = self.identity("query", q)
+        found = f'<div class="found">{self._hits(q, k)}{self.missed(q, k)}</div>' if hits else ""
         return (f'<article id="q{q}" tabindex="-1" aria-label="query {q}, {escape(identity)}"><div class="about">'
                 f"<h2>{wrapped(identity)}</h2><figure>{self.picture('query', q, f'query {q}, {identity}')}"
                 f"<figcaption>{wrapped(self.name('query', q))}</figcaption></figure>{self._facts(q, k)}</div>"
-                f"<div class=\"found\"><h3>First {len(hits)}</h3><ol>{''.join(hits)}</ol>{later}</div></article>")
+                f"{found}</article>")
 
-    def block(self, q: int, k: int) -> str:
-        "An article as a notebook shows it: within the class that its style is bound to."
-        return f'<div class="recnb">{self.article(q, k)}</div>'
+    def _hits(self, q: int, k: int) -> str:
+        r = self.ranking
+        hits = [self._hit(q, place) for place in range(min(k, r.ids.shape[1])) if r.ids[q, place] >= 0]
+        return f"<h3>First {len(hits)}</h3><ol>{''.join(hits)}</ol>"
+
+    def missed(self, q: int, k: int) -> str:
+        "The first positives that are not among the first k, with their rank; empty where there is none."
+        tiles = [self._tile(item, MISSED, f"{rank} · {score:.3f}", f"rank {rank}") for item, rank, score
+                 in self.ranking.missed(q, k)]
+        return f"<h3>First positives missed, with their rank</h3><ol>{''.join(tiles)}</ol>" if tiles else ""
 
     def _facts(self, q: int, k: int) -> str:
         r = self.ranking
@@ -110,7 +115,7 @@ class Pages:
             picture = f'<a href="#q{self.query_of[item]}" title="make it the query">{picture}</a>'
         title = escape(f"{MEANING[state]}: {self.name('item', item)}")
         return (f'<li class="{state}" title="{title}">{picture}{sign(state)}'
-                f"<b>{caption}</b><small>{wrapped(identity)}</small>{camera}</li>")
+                f"<b><i>{MARKS[state]} </i>{caption}</b><small>{wrapped(identity)}</small>{camera}</li>")
 
 
 def gallery_html(ranking: Ranking, query_images: Sequence[Picture], gallery_images: Sequence[Picture],
@@ -145,8 +150,8 @@ def gallery_html(ranking: Ranking, query_images: Sequence[Picture], gallery_imag
     which = {"worst": ", the worst by AP", "best": ", the best by AP"}.get(first, ", the first")
     cut = f"{len(shown)} of {len(wanted):,} queries are on this page{which}." if len(shown) < len(wanted) else ""
     page = PAGE.format(title=escape(title), style=STYLE + PAGE_STYLE, pictures=pictures, cut=cut,
-                       summary=escape(summary) or _summary(ranking), legend=_legend(ranking), orders=orders, entries=listed, articles=articles,
-                       script=SCRIPT)
+                       summary=escape(summary) or _summary(ranking), legend=_legend(ranking), orders=orders,
+                       entries=listed, articles=articles, script=SCRIPT)
     if path is not None:
         write_text(path, page)
     return page
@@ -186,7 +191,8 @@ STYLE = """
 .recnb article { display: flex; flex-wrap: wrap; gap: 8px 28px; outline: none; }
 .recnb .about { flex: 1 1 168px; display: flex; flex-wrap: wrap; gap: 6px 20px; align-content: flex-start; }
 .recnb .found { flex: 999 1 440px; min-width: 0; padding-right: 6px; }
-.recnb h2 { flex: 1 0 100%; margin: 0 0 4px; font-size: 18px; line-height: 1.25; overflow-wrap: anywhere; }
+.recnb h2 { flex: 1 0 100%; margin: 0 0 4px; font-size: 18px; font-weight: 600; line-height: 1.25;
+  overflow-wrap: anywhere; }
 .recnb h3 { margin: 3px 0 10px; font-size: 13px; font-weight: 600; opacity: .75; }
 .recnb ol + h3 { margin-top: 22px; }
 .recnb figure { margin: 0; width: 160px; } .recnb figcaption { font-size: 11px; opacity: .7; overflow-wrap: anywhere; }
@@ -207,6 +213,7 @@ STYLE = """
 .recnb .found li .sign { position: absolute; top: -6px; right: -6px; }
 .recnb .found li b { display: block; margin-top: 3px; font-size: 13px; font-weight: 500; text-align: center;
   font-variant-numeric: tabular-nums; }
+.recnb .found li b i { display: none; }
 .recnb .found li small { display: block; font-size: 11px; line-height: 1.25; text-align: center; opacity: .75;
   overflow-wrap: anywhere; }
 .recnb .sign { width: 20px; height: 20px; flex: none; border-radius: 50%; background: var(--c); fill: none;
@@ -248,7 +255,7 @@ main { padding: 20px 24px 40px; } main article + article { margin-top: 26px; pad
 .js main article { display: none; margin: 0 !important; padding: 0 !important; border: 0 !important; }
 .js main article.now { display: flex; }
 @media (max-width: 900px) { .sides { grid-template-columns: 216px minmax(0, 1fr); }
-  nav small { display: none; }
+  nav small { display: none; } .controls [type=search] { width: 120px; }
   main { padding: 16px; } header { padding: 14px 16px 10px; } }
 @media (max-width: 600px) { .sides { display: block; } nav { position: static; max-height: 30vh; border-right: 0;
   border-bottom: 1px solid var(--line); } }
@@ -322,6 +329,7 @@ for (const id of ["order", "failed", "find"]) at(id).oninput = update;
 at("controls").hidden = false;
 update();
 follow();
+if (!location.hash && shown.length) history.replaceState(null, "", "#q" + shown[now].dataset.q);
 """
 
 PAGE = """<!DOCTYPE html>

@@ -18,12 +18,13 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.ticker import MaxNLocator
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 from recnb.checkpoints import resolved
 from recnb.config import ROOT, ConfigError, as_yaml, load_config, resolve
 from recnb.datasets import ImageList, evaluation_images, own_index
 from recnb.files import replacing, write_json, write_text
-from recnb.gallery import Ranking, rank
+from recnb.gallery import Ranking, rank, read_picture
 from recnb.model import RecModel, build_model, load_weights
 from recnb.rerank import k_reciprocal
 from recnb.transforms import build_transform
@@ -138,6 +139,17 @@ class Run:
         model = build_model({**self.cfg, "Arch": untrained(self.cfg["Arch"])})
         load_weights(model, self.folder / "model.safetensors")
         return model.eval()
+
+
+def model_input(run: Run, picture) -> torch.Tensor:
+    "(3, H, W): a picture (path, PIL image or array) as the run's evaluation shows it to the model."
+    return run.query.transform(pil_to_tensor(read_picture(picture, 4096)))
+
+
+def embed_picture(run: Run, model: RecModel, picture) -> np.ndarray:
+    "(D,) the feature of one picture."
+    with torch.inference_mode():
+        return model(model_input(run, picture)[None])["features"][0].float().numpy()
 
 
 def untrained(arch: dict) -> dict:

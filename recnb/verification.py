@@ -41,8 +41,8 @@ def verification_metrics(query, gallery, query_labels, gallery_labels=None, quer
     low, high, levels = _range(query, gallery)
     counts = np.zeros((2, levels))
     with exact(query.device):
-        for kind, scores in _pair_scores(query, gallery, protocol, memory):
-            counts[kind] += _histogram(scores, low, high, levels)
+        for kind, scores in pair_scores(query, gallery, protocol, memory):
+            counts[kind] += histogram(scores, low, high, levels)
     counts = sum_over_processes(counts)
     edges = low + np.arange(levels) * ((high - low) / levels)
     if distance == "euclidean":
@@ -78,7 +78,7 @@ def roc_metrics(levels, positives, negatives, fpr=(1e-2, 1e-3, 1e-4)):
     return {key: float(value) for key, value in result.items()}
 
 
-def _histogram(scores, low, high, levels):
+def histogram(scores, low, high, levels):
     step = (high - low) / levels
     place = scores.clamp_min(low - step).sub_(low).div_(step).add_(1).to(torch.int32)  # -infinity goes to place 0
     return torch.bincount(place.flatten(), minlength=levels + 1)[1:].cpu().numpy()
@@ -103,7 +103,7 @@ def _range(query, gallery):
     return -bound, bound, LEVELS
 
 
-def _pair_scores(query, gallery, protocol, memory):
+def pair_scores(query, gallery, protocol, memory):
     """Yields (1, scores of positive pairs) and (0, scores of negative pairs, -infinity for all other pairs)."""
     limit, width = tile_shape(gallery, memory, counted=False)
     for queries in label_blocks(share(protocol, np.arange(len(query))), protocol, memory, limit):

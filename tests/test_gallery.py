@@ -10,7 +10,7 @@ from matplotlib import pyplot as plt
 from PIL import Image, ImageDraw
 
 from recnb import gallery
-from recnb.gallery import choose_rows, gallery_figure, gallery_html, gallery_pages, gallery_widget, rank, read_picture
+from recnb.gallery import choose_rows, gallery_figure, gallery_html, gallery_static, gallery_widget, rank, read_picture
 from recnb.metrics import ranking_metrics, retrieval_metrics
 from recnb.ranking import TIE
 
@@ -166,7 +166,7 @@ def test_pictures_are_paths_pil_images_or_arrays(paths):
         read_picture(np.zeros((3, 8, 8), np.float32), 30)
 
 
-@pytest.mark.parametrize("show", [gallery_figure, gallery_html, gallery_widget, gallery_pages])
+@pytest.mark.parametrize("show", [gallery_figure, gallery_html, gallery_widget, gallery_static])
 def test_a_missing_or_broken_picture_is_named(ranking, paths, tmp_path, show):
     with pytest.raises(FileNotFoundError, match=r"the picture 'nowhere/gone\.png' does not exist"):
         show(ranking, ["nowhere/gone.png"] * len(paths), ["nowhere/gone.png"] * len(paths))
@@ -223,9 +223,9 @@ def test_the_page_agrees_with_the_ranking(ranking, paths, tmp_path):
         hits, _, missed = text.partition("First positives missed")
         assert re.findall(r'<li class="(\w+)"', hits) == ranking.state[q, :6].tolist()
         captions = [f"{p or '-'} · {s:.3f}" for p, s in zip(ranking.position[q], ranking.scores[q], strict=True)]
-        assert re.findall(r"<b>(.*?)</b>", hits) == captions[:6]
+        assert re.findall(r"</i>(.*?)</b>", hits) == captions[:6]
         assert f"<dd>{ranking.AP[q]:.3f}</dd>" in text and f"<dd>rank {ranking.first_hit[q]}</dd>" in text
-        assert re.findall(r"<b>(\d+) ·", missed) == [str(place) for _, place, _ in ranking.missed(q, 6)]
+        assert re.findall(r"</i>(\d+) ·", missed) == [str(place) for _, place, _ in ranking.missed(q, 6)]
     listed = re.findall(r'<li data-q="(\d+)".*?class="(\w+)"', page)
     assert {int(q) for q, state in listed if state == "wrong"} == set(np.flatnonzero(ranking.failed))
     assert f"mAP {ranking.AP.mean():.3f}" in page
@@ -275,7 +275,7 @@ def widget(ranking, paths):
 
 
 def shown(widget):
-    return next(iter(articles(widget.page.value)))
+    return next(iter(articles(widget.about.value)))
 
 
 def test_the_slider_walks_the_order(widget, ranking):
@@ -319,11 +319,11 @@ def test_next_failure_goes_round(widget, ranking):
 
 def test_k_and_following_a_hit(widget, ranking):
     widget.k.value = 3
-    hits, _, _ = widget.page.value.partition("First positives missed")
-    assert hits.count("<li class=") == 3 and len(widget.hit.options) == 4
+    assert len(widget.hits.row.children) == 3 and widget.hits.items == ranking.ids[widget.query, :3].tolist()
     target = int(ranking.ids[widget.query, 1])  # query and gallery are one set
-    widget.hit.index = 2
-    assert widget.query == target == shown(widget) and widget.hit.value == -1
+    widget.hits.row.children[1].children[0].click()
+    assert widget.query == target == shown(widget)
+    assert widget.hits.items == ranking.ids[target, :3].tolist()
 
 
 def test_thumbnails_are_made_on_demand_and_once(ranking, paths, monkeypatch):
@@ -343,12 +343,11 @@ def test_no_failure_is_said(data, paths):
     widget = gallery_widget(rank(clean, clean, labels, labels, exclude_self=True), paths, paths)
     widget.failures.value = True
     widget.next_failure.click()
-    assert widget.where.value == "no query fails"
+    assert widget.where.value == "no query is left by the filters"
 
 
-def test_static_pages_are_linked_in_the_browser(ranking, paths):
-    box = gallery_pages(ranking, paths, paths, rows=[4, 9, 2], k=4)
-    stack = box.children[-1]
-    assert [next(iter(articles(page.value))) for page in stack.children] == [4, 9, 2]
-    assert stack.selected_index == 0 and len(box.children[1].children[0].options) == 3
-    assert all("data:image/jpeg" in page.value and "http" not in page.value for page in stack.children)
+def test_static_pages_hold_their_queries(ranking, paths):
+    page = gallery_static(ranking, paths, paths, rows=[4, 9, 2], k=4).data
+    assert [int(q) for q in re.findall(r'<article id="pages-[\w-]+-q(\d+)"', page)] == [4, 9, 2]
+    assert page.count('type="radio"') == 3 and len(re.findall("<input [^>]*checked", page)) == 1
+    assert "data:image/jpeg" in page and "http" not in page and "<script" not in page

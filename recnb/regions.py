@@ -1,0 +1,59 @@
+"""Regions: where two pictures agree, read off a model's last spatial map without a gradient.
+
+The heat of a location of A is its cosine with the mean vector of B's map: 0 is no agreement, 1 the same direction.
+The scale is fixed, so heats of different pairs compare.
+"""
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate, normalize
+
+
+def agreement(model: nn.Module, a: Tensor, b: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    "The heats (H, W) in [0, 1] of two model inputs (3, H, W), each against the other."
+    maps = [spatial_map(model, x) for x in (a, b)]
+    return tuple(heat(own, other, x.shape[1:]) for own, other, x in zip(maps, maps[::-1], (a, b), strict=True))
+
+
+def heat(own: Tensor, other: Tensor, size: tuple[int, int]) -> np.ndarray:
+    "(H, W) in [0, 1] of size: the cosine of each location of map `own` (C, h, w) with the mean vector of `other`."
+    own, other = (normalize(x.float(), dim=0) for x in (own, other))
+    cosine = torch.einsum("chw,c->hw", own, normalize(other.mean((1, 2)), dim=0)).clamp(0, 1)
+    return interpolate(cosine[None, None], tuple(size), mode="bilinear")[0, 0].cpu().numpy()
+
+
+def spatial_map(model: nn.Module, x: Tensor) -> Tensor:
+    "The last map (C, h, w) that the backbone makes of one input (3, H, W); ValueError where it makes none."
+    backbone, found = getattr(model, "backbone", model), []
+    prefix = getattr(backbone, "prefix_tokens", 0) or 0
+
+    def keep(_, __, out) -> None:
+        values = as_map(out[0], x.shape[1] / x.shape[2], prefix) if isinstance(out, Tensor) and len(out) == 1 else None
+        if values is not None:
+            found[:] = [values]
+
+    hooks = [module.register_forward_hook(keep) for module in backbone.modules()]
+    try:
+        with torch.no_grad():
+            backbone(x[None].to(next(model.parameters()).device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not found:
+        raise ValueError("the backbone makes no spatial map, so there are no regions to compare")
+    return found[0]
+
+
+def as_map(out: Tensor, aspect: float, prefix: int = 0) -> Tensor | None:
+    "One output as (C, h, w), from (C, h, w), (h, w, C) or tokens (prefix + h * w, C); None for what has no place."
+    if out.ndim == 2 and len(out) - prefix > 1:
+        tokens = out[prefix:]
+        height = max(1, round((len(tokens) * aspect) ** 0.5))
+        return None if len(tokens) % height else tokens.T.reshape(out.shape[1], height, -1)
+    if out.ndim != 3:
+        return None
+    last = abs(out.shape[0] / out.shape[1] - aspect) < abs(out.shape[1] / out.shape[2] - aspect)
+    out = out.permute(2, 0, 1) if last else out
+    return out if out.shape[1:].numel() > 1 else None
