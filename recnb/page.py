@@ -203,7 +203,7 @@ STYLE = """
 .recnb dl { display: grid; grid-template-columns: auto auto; gap: 1px 12px; margin: 0; font-size: 13px;
   align-content: start; justify-content: start; }
 .recnb .about dl :is(dt, dd) { float: none; width: auto; margin: 0; padding: 0; font-weight: 400; white-space: nowrap; }
-.recnb .about dl dt { opacity: .7; } .recnb dd { font-variant-numeric: tabular-nums; }
+.recnb dl { line-height: 1.5; } .recnb .about dl dt { opacity: .7; } .recnb dd { font-variant-numeric: tabular-nums; }
 .recnb .found ol { display: grid; grid-template-columns: repeat(auto-fill, minmax(104px, 1fr)); gap: 14px 12px;
   margin: 0; padding: 0; list-style: none; }
 .recnb .found li { position: relative; min-width: 0; margin: 0; max-width: 150px; }

@@ -25,14 +25,17 @@ def heat(own: Tensor, other: Tensor, size: tuple[int, int]) -> np.ndarray:
 
 
 def spatial_map(model: nn.Module, x: Tensor) -> Tensor:
-    "The last map (C, h, w) that the backbone makes of one input (3, H, W); ValueError where it makes none."
-    backbone, found = getattr(model, "backbone", model), []
+    """The last map (C, h, w) of at least 4 x 4 places that the backbone makes of one input (3, H, W).
+
+    Where it has none so fine, the last of any size; ValueError where it makes no map at all.
+    """
+    backbone, found = getattr(model, "backbone", model), {}
     prefix = getattr(backbone, "prefix_tokens", 0) or 0
 
     def keep(_, __, out) -> None:
         values = as_map(out[0], x.shape[1] / x.shape[2], prefix) if isinstance(out, Tensor) and len(out) == 1 else None
         if values is not None:
-            found[:] = [values]
+            found[values.shape[1:].numel() >= 16] = values
 
     hooks = [module.register_forward_hook(keep) for module in backbone.modules()]
     try:
@@ -43,7 +46,7 @@ def spatial_map(model: nn.Module, x: Tensor) -> Tensor:
             hook.remove()
     if not found:
         raise ValueError("the backbone makes no spatial map, so there are no regions to compare")
-    return found[0]
+    return found.get(True, found.get(False))
 
 
 def as_map(out: Tensor, aspect: float, prefix: int = 0) -> Tensor | None:

@@ -79,6 +79,7 @@ def roc_metrics(levels, positives, negatives, fpr=(1e-2, 1e-3, 1e-4)):
 
 
 def histogram(scores, low, high, levels):
+    """How many scores lie in each of `levels` equal steps from `low` to `high`, (levels,); -infinity in none."""
     step = (high - low) / levels
     place = scores.clamp_min(low - step).sub_(low).div_(step).add_(1).to(torch.int32)  # -infinity goes to place 0
     return torch.bincount(place.flatten(), minlength=levels + 1)[1:].cpu().numpy()

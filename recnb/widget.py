@@ -23,7 +23,7 @@ from recnb.page import PATHS, STYLE, Pages, gallery_html, wrapped
 from recnb.search import knn
 
 ORDERS = [("worst AP first", "worst"), ("best AP first", "best"), ("by number", "index")]
-ANY, NONE = "any", "none"
+ANY, NONE, SIDES = "any", "none", ("the query", "the hit")
 SIGN = ("<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 20 20'><circle cx='10' cy='10' r='10' fill='{colour}'/>"
         "<path d='{path}' fill='none' stroke='white' stroke-width='2.2' stroke-linecap='round'/></svg>")
 FILL = {RIGHT: "%230072B2", WRONG: "%23D55E00", "excluded": "%23767676"}  # '#' escaped, as a URI wants it
@@ -113,9 +113,9 @@ class GalleryWidget(widgets.VBox):
         self.pages_of, self.embed, self.features, self.regions = pages, embed, gallery_features, regions
         self.export_folder, self.rows, self.rng = export_folder, [], np.random.default_rng(0)
         self._make_controls(k, order)
-        self.about, self.later = widgets.HTML(layout=widgets.Layout(flex="0 1 190px")), widgets.HTML()
+        self.about, self.later = widgets.HTML(layout=widgets.Layout(flex="1 1 190px")), widgets.HTML()
         self.hits, self.others = (Hits(self.pages, self.pick) for _ in range(2))
-        room = {"flex": "1 1 320px"}
+        room = {"flex": "999 1 320px"}
         own = widgets.VBox([self.hits, self.later], layout=widgets.Layout(**room))
         found = widgets.Box([own, self.others], layout=widgets.Layout(flex_flow="row wrap", **room))
         line = {"layout": widgets.Layout(flex_flow="row wrap", align_items="center", grid_gap="4px 12px")}
@@ -149,7 +149,7 @@ class GalleryWidget(widgets.VBox):
         identities = sorted({self.pages.identity("query", q) for q in range(len(ranking))})
         self.identity = widgets.Combobox(options=identities[:2000], placeholder=ANY, style=plain,
                                          description="identity")
-        self.confused = widgets.Dropdown(description="confused", style=plain, layout=wide)
+        self.confused = widgets.Dropdown(options=[(ANY, ANY)], description="confused", style=plain, layout=wide)
         cameras = [] if ranking.query_cameras is None else np.unique(ranking.query_cameras).tolist()
         self.camera = widgets.Dropdown(options=[ANY, *cameras], description="camera", style=plain, layout=wide)
         self.change = widgets.Dropdown(options=[("all", "all")], description="changed", style=plain, layout=wide)
@@ -199,7 +199,7 @@ class GalleryWidget(widgets.VBox):
         "Brings the filters in step with the rankings chosen."
         confusions = self._confusions()
         example = {pair: q for q, pair in confusions.items()}
-        self.confused.options = [(ANY, None), *((f"{' taken for '.join(self._texts(example[pair]))} ({n})", pair)
+        self.confused.options = [(ANY, ANY), *((f"{' taken for '.join(self._texts(example[pair]))} ({n})", pair)
                                                 for pair, n in Counter(confusions.values()).most_common(100))]
         fixed, broken = self.changed()
         self.change.options = [("all", "all")] if self.compare.value == NONE else [
@@ -238,7 +238,7 @@ class GalleryWidget(widgets.VBox):
             keep &= ranking.query_cameras == self.camera.value
         if self.change.value != "all":
             keep &= np.isin(np.arange(len(ranking)), self.changed()[self.change.value == "broken"])
-        if self.confused.value is not None:
+        if self.confused.value != ANY:
             keep &= np.isin(np.arange(len(ranking)), [q for q, pair in self._confusions().items()
                                                       if pair == self.confused.value])
         wanted, own = self.find.value.lower(), self.identity.value
@@ -251,7 +251,7 @@ class GalleryWidget(widgets.VBox):
         self._show()
 
     def _clear_filters(self) -> None:
-        for control, value in ((self.failures, False), (self.find, ""), (self.identity, ""), (self.confused, None),
+        for control, value in ((self.failures, False), (self.find, ""), (self.identity, ""), (self.confused, ANY),
                                (self.camera, ANY), (self.change, "all")):
             control.value = value
 
@@ -337,9 +337,13 @@ class GalleryWidget(widgets.VBox):
         if opened is None or self.panels.titles[opened] != "where two pictures agree" or self.hit.value is None:
             return
         pair = [self.pages.images["query"][self.query], self.pages.images["item"][self.hit.value]]
-        figures = "".join(f'<figure><img src="{as_uri(overlaid(picture, heat))}" alt="regions that agree"></figure>'
-                          for picture, heat in zip(pair, self.regions(*pair), strict=True))
-        self.heat.value = f'<div class="recnb-heat">{figures}</div>'
+        heats = self.regions(*pair)
+        low, high = min(map(np.min, heats)), max(map(np.max, heats))
+        figures = "".join(
+            f'<figure><img src="{as_uri(overlaid(picture, (heat - low) / max(high - low, 1e-6)))}" alt="agreement">'
+            f"<figcaption>{side}</figcaption></figure>" for picture, heat, side in zip(pair, heats, SIDES, strict=True))
+        self.heat.value = (f'<div class="recnb-heat">{figures}</div><p>cosine with the other picture as a whole: '
+                           f"{low:.2f} where darkest, {high:.2f} where brightest</p>")
 
     # ---- what is kept ----
 

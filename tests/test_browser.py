@@ -18,13 +18,13 @@ from urllib.request import urlopen
 import nbformat
 import numpy as np
 import pytest
+from conftest import ROOT
 from PIL import Image
 
 from recnb.gallery import gallery_html, rank
 
 pytestmark = pytest.mark.browser
 
-ROOT = Path(__file__).resolve().parents[1]
 SCREENSHOTS = Path(os.environ.get("RECNB_SCREENSHOTS") or ROOT / "screenshots")
 WIDTHS = (1280, 800)
 LOOKS = list(product(WIDTHS, ("light", "dark")))
@@ -346,6 +346,26 @@ def test_the_widget_answers_in_jupyterlab(browser, lab, folder, ranking, width):
         assert changed(page, before) in [f"q{q}" for q in ranking.ids[int(before.removeprefix("q")), :6]]
         assert unseen(page.locator(".recnb")) == []
         screenshot(page, f"lab-{width}", page.locator(".widget-slider").first)
+
+
+def test_the_gallery_notebook_in_jupyterlab(browser, lab, folder, trained_run):
+    notebook = nbformat.read(ROOT / "notebooks" / "04_gallery.ipynb", 4)
+    cells = {cell.id: cell for cell in notebook.cells}
+    cells["parameters"].source = cells["parameters"].source.replace("runs/demo", str(trained_run))
+    notebook.cells = [cells[name] for name in ("parameters", "setup", "browse")]
+    nbformat.write(notebook, folder / "gallery.ipynb")
+    with in_lab(browser, lab, folder / "gallery.ipynb") as page:
+        run_all(page)
+        page.locator("select", has_text="re-ranked").last.select_option(index=2)
+        page.get_by_text("re-ranked, AP").wait_for()
+        page.get_by_text("filters", exact=True).click()
+        page.locator("select", has_text="fixed by").wait_for()
+        screenshot(page, "lab-compare", page.locator(".widget-slider").first)
+        page.get_by_text("where two pictures agree", exact=True).click()
+        heats = page.locator(".recnb-heat img")
+        heats.nth(1).wait_for()
+        assert heats.count() == 2 and unseen(page.locator(".recnb")) == []
+        screenshot(page, "lab-heat", heats.first)
 
 
 def test_the_static_gallery_pages_in_jupyterlab(browser, lab, folder):

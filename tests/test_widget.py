@@ -96,7 +96,7 @@ def test_filters_leave_the_queries_they_name(widget, rankings, pictures):
     assert len(widget.rows) == counts[0] and set(labels[widget.rows]) == {pair[0]}
     widget.find.value = "no such name"
     assert widget.rows == [] and widget.where.value == "no query is left by the filters"
-    widget.find.value, widget.confused.value = "ID 16", None
+    widget.find.value, widget.confused.value = "ID 16", "any"
     assert set(widget.rows) == set(np.flatnonzero(labels == 16).tolist())
     widget.random.click()
     assert widget.query in widget.rows
