@@ -13,7 +13,8 @@ def main(folder: str, picture: str) -> None:
     run = load_run(folder)
     ranking = run.rank()
     Path(picture).parent.mkdir(parents=True, exist_ok=True)
-    gallery_figure(ranking, run.query.paths, run.gallery.paths, rows=choose_rows(ranking, 6)).savefig(picture)
+    gallery_figure(ranking, run.query.paths, run.gallery.paths, rows=choose_rows(ranking, 6),
+                   label_names=run.query.names).savefig(picture)
 
 
 if __name__ == "__main__":
