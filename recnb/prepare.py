@@ -286,12 +286,12 @@ def alike(prints: pd.DataFrame, rows: np.ndarray, distance: int) -> list[tuple]:
     return [(a, b, bits, "looks alike") for bits, a, b in sorted(pairs)]
 
 
-def samples_figure(table: pd.DataFrame, rows: int = 8, columns: int = 8):
+def samples_figure(table: pd.DataFrame, rows: int = 6, columns: int = 8):
     "A page of samples, an identity a row, spread over the identities by size; under each picture its camera or split."
     counts = table.label.value_counts(ascending=False, sort=True)
     names = counts.index[np.unique(np.linspace(0, len(counts) - 1, rows).round().astype(int))]
     columns = min(columns, counts.iloc[0])
-    figure = plt.figure(figsize=(1.2 * columns + 1.8, 1.4 * len(names)), dpi=90, facecolor="white")
+    figure = plt.figure(figsize=(1.2 * columns + 1.8, 1.4 * len(names)), dpi=72, facecolor="white")
     plt.close(figure)  # shown once, as a cell's value, and not again when pyplot shows what is open
     axes = figure.subplots(len(names), columns + 1, squeeze=False, width_ratios=[1.3] + [1] * columns)
     figure.subplots_adjust(0.01, 0.01, 0.99, 0.97, 0.06, 0.16)
