@@ -111,8 +111,15 @@ def tiles(blocks, right):
     buffer = torch.empty(max(len(block.queries) for block in blocks) * len(right), device=right.device)
     for block in blocks:
         tile = buffer[: len(block.queries) * len(right)].view(len(block.queries), len(right))
-        torch.mm(block.left, right.T, out=tile)
-        yield block, tile
+        yield block, product(block.left, right, tile)
+
+
+def product(left, right, out=None):
+    """left @ right.T (B, C). A single row is doubled for it: as a vector, some processors add its terms otherwise."""
+    if min(len(left), len(right)) > 1:
+        return torch.mm(left, right.T, out=out)
+    left2, right2 = (rows.repeat(2, 1) if len(rows) == 1 else rows for rows in (left, right))
+    return torch.mm(left2, right2.T)[: len(left), : len(right)].contiguous()
 
 
 def share(protocol, queries):
@@ -143,7 +150,7 @@ class Block:
     def positive_scores(self, gallery, width):
         """The block's scores (B, U) with `rows`: the gallery rows that have any of its labels."""
         parts = [gallery.gallery(self.rows[part]) for part in spans(len(self.rows), width)]
-        return torch.cat([self.left @ part.T for part in parts], 1)
+        return torch.cat([product(self.left, part) for part in parts], 1)
 
     def positive_mask(self):
         """Which of `rows` are positives of which queries, bool (B, U)."""
