@@ -61,3 +61,14 @@ def test_a_misspelt_override_stops_in_the_first_cell(drawn, tmp_path):
     with pytest.raises(papermill.PapermillExecutionError, match="did you mean 'margin'"):
         train(config, tmp_path / "run", overrides={"Arch.Head.margn": 0.3})
     assert not (tmp_path / "run" / "metrics.json").exists()
+
+
+def test_the_gallery_notebook_shows_the_run_beside_itself(trained_run, tmp_path):
+    executed = run_notebook("04_gallery", tmp_path / "look", run=str(trained_run), other=str(trained_run), k=5)
+    shown = outputs(executed)
+    assert executed.stat().st_size < 1_500_000
+    assert sum("image/png" in output.get("data", {}) for output in shown) == 1
+    assert sum("application/vnd.jupyter.widget-view+json" in output.get("data", {}) for output in shown) == 1
+    pages = [html for output in shown if 'type="radio"' in (html := output.get("data", {}).get("text/html", ""))]
+    assert len(pages) == 1 and pages[0].count("<article") > 1 and "http" not in pages[0]
+    assert [output.text for output in shown if output.get("name") == "stderr"] == []
