@@ -1,4 +1,4 @@
-"""The gallery as a widget: live in Jupyter, VS Code and Colab, one query at a time.
+"""The gallery as a widget: live in a notebook, one query at a time.
 
 What is shown is what a `Ranking` says, so it agrees with the metrics to the item. Hits are buttons, since only a widget
 can tell Python that it was clicked; thumbnails are made when first looked at, so that any size of gallery will do.
