@@ -18,7 +18,7 @@ from matplotlib.ticker import MaxNLocator
 from recnb.checkpoints import FREE
 from recnb.config import ROOT, ConfigError, resolve
 from recnb.datasets import DataError
-from recnb.gallery import Ranking, label_text
+from recnb.gallery import Ranking, changed, label_text
 from recnb.runs import Run, load_run
 from recnb.stats import paired_difference
 
@@ -133,13 +133,6 @@ def unpaired(first: Run, second: Run) -> str:
             if not np.array_equal(getattr(ours, kind), getattr(theirs, kind)):
                 return f"the {part} lists of {first.name} and {second.name} give the same files other {kind}"
     return ""
-
-
-def changed(first: Ranking, second: Ranking) -> tuple[np.ndarray, np.ndarray]:
-    "The queries whose first hit only the second has right, and only the first has; the largest change in AP first."
-    order = np.argsort(-np.abs(np.nan_to_num(second.AP - first.AP)), kind="stable")
-    return tuple(order[(good.first_hit[order] == 1) & bad.failed[order]]
-                 for good, bad in ((second, first), (first, second)))
 
 
 def paired(rankings: dict[str, Ranking], baseline: str) -> pd.DataFrame:

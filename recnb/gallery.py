@@ -188,6 +188,13 @@ def choose_rows(ranking: Ranking, n: int = 6) -> np.ndarray:
     return np.array(sorted(chosen.values(), key=order.index), dtype=int)
 
 
+def changed(first: Ranking, second: Ranking) -> tuple[np.ndarray, np.ndarray]:
+    "The queries whose first hit only the second has right, and only the first has; the largest change in AP first."
+    order = np.argsort(-np.abs(np.nan_to_num(second.AP - first.AP)), kind="stable")
+    return tuple(order[(good.first_hit[order] == 1) & bad.failed[order]]
+                 for good, bad in ((second, first), (first, second)))
+
+
 # ---- pictures and words ----------------------------------------------------------------------------------------------
 
 def read_picture(picture: Picture, size: int) -> Image.Image:

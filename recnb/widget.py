@@ -18,7 +18,7 @@ import numpy as np
 import traitlets
 from PIL import Image
 
-from recnb.gallery import END, RIGHT, WRONG, Names, Picture, Ranking, gallery_figure, read_picture
+from recnb.gallery import END, RIGHT, WRONG, Names, Picture, Ranking, changed, gallery_figure, read_picture
 from recnb.page import PATHS, STYLE, Pages, gallery_html, wrapped
 from recnb.search import knn
 
@@ -225,9 +225,7 @@ class GalleryWidget(widgets.VBox):
         "The queries whose first hit the ranking beside has right and this one wrong, and the other way round."
         if self.compare.value == NONE:
             return [], []
-        here, there = self.pages.ranking, self.pages_of[self.compare.value].ranking
-        return (np.flatnonzero(here.failed & ~there.failed).tolist(),
-                np.flatnonzero(~here.failed & there.failed).tolist())
+        return tuple(rows.tolist() for rows in changed(self.pages.ranking, self.pages_of[self.compare.value].ranking))
 
     def _list(self, _=None, first: bool = False) -> None:
         "The rows to walk, after a change of order or filter; the query shown stays where it is one of them."
