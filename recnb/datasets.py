@@ -7,8 +7,12 @@ file gives `class_num` (then labels are taken literally) or says `relabel: False
 """
 from __future__ import annotations
 
+import csv
 import os
+import re
+from array import array
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,11 +24,12 @@ from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from recnb.config import ConfigError, Registry, lookup, resolve
+from recnb.config import ConfigError, Registry, class_num, lookup, resolve
+from recnb.files import replacing
 from recnb.samplers import SAMPLERS
 from recnb.transforms import build_transform, output_shape
 
-DATASETS = Registry("dataset", "DataLoader.*.dataset", beside={"transform_ops": list})
+DATASETS = Registry("dataset", "DataLoader.*.dataset", beside={"transform_ops": list, "batch_transform_ops": list})
 EXTENSIONS = tuple(Image.registered_extensions())
 
 
@@ -36,8 +41,9 @@ class DataError(RuntimeError):
 class ImageList(Dataset):
     """Images with an identity each and, where known, a camera: item i is (transformed image (3, H, W), label).
 
-    `names[label]` is what an identity is called in the list file or on disk. An item may also be asked for as
-    `(index, seed)`: its random transforms are then drawn from that seed alone.
+    `names[label]` is what an identity is called in the list file or on disk. With `boxes`, an image is the part of its
+    file within (left, top, right, bottom), in pixels. An item may also be asked for as `(index, seed)`: its random
+    transforms are then drawn from that seed alone.
     """
 
     paths: list[str]
@@ -47,6 +53,7 @@ class ImageList(Dataset):
     lines: np.ndarray | None = None  # (N,) line numbers in `source`
     names: np.ndarray | None = None
     transform: object = field(default=None, repr=False)
+    boxes: np.ndarray | None = None  # (N, 4) int64
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -56,10 +63,15 @@ class ImageList(Dataset):
         return f"{self.source} line {self.lines[index]}" if self.lines is not None else self.paths[index]
 
     def image(self, index: int) -> torch.Tensor:
-        "uint8 (3, H, W), RGB, EXIF rotation applied; raises DataError naming the file where it cannot be decoded."
+        "uint8 (3, H, W), RGB, EXIF rotation and box applied; raises DataError with the file that cannot be decoded."
         try:
             with Image.open(self.paths[index]) as image:
-                return pil_to_tensor(to_rgb(ImageOps.exif_transpose(image)))
+                pixels = pil_to_tensor(to_rgb(ImageOps.exif_transpose(image)))
+            if self.boxes is None:
+                return pixels
+            left, top, right, bottom = self.boxes[index].tolist()
+            check_box(left, top, right, bottom, *pixels.shape[:0:-1])
+            return pixels[:, top:bottom, left:right]
         except Exception as error:  # decoders raise whatever a broken file leads them to
             raise DataError(f"{self.place(index)}: the image {self.paths[index]} cannot be decoded: {error}") from error
 
@@ -94,29 +106,51 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def check_box(left: int, top: int, right: int, bottom: int, width: int, height: int) -> None:
+    "None; raises ValueError where a box holds no pixels or reaches out of the image."
+    if not (0 <= left < right <= width and 0 <= top < bottom <= height):
+        raise ValueError(f"the box {left} {top} {right} {bottom} is not within the {width} x {height} pixels of the "
+                         "image")
+
+
 def read_list(image_root: str, cls_label_path: str, delimiter: str | None, columns: tuple[int, ...]) -> ImageList:
     "The table of a list file; raises DataError with file and line for whatever is not `path label [camera]`."
-    root, path = resolve(image_root), resolve(cls_label_path)
+    root, path = str(resolve(image_root)), resolve(cls_label_path)
+    paths, cells, lines, width, most = [], array("q"), array("q"), 0, max(columns) - 1
+    for number, line in numbered_lines(path):
+        row = line.split() if delimiter is None else line.strip().rsplit(delimiter, most)
+        if len(row) != width:
+            if width or len(row) not in columns:
+                wanted = f"{width} as on the lines before" if width else " or ".join(map(str, columns))
+                raise DataError(f"{path} line {number}: {len(row)} columns, not {wanted} (path label [camera])")
+            width = len(row)
+        paths.append(os.path.join(root, row[0]))  # noqa: PTH118 (a Path takes four times as long)
+        for cell in row[1:]:
+            cells.append(integer(cell, path, number))
+        lines.append(number)
+    if not paths:
+        raise DataError(f"{path}: the list is empty")
+    labels, *cameras = np.array(cells).reshape(len(paths), -1).T.copy()
+    return ImageList(paths, labels, cameras[0] if cameras else None, str(path), np.array(lines))
+
+
+def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
+    "(number from 1, text) of the lines of a list that are not blank; raises DataError where there is no such text."
     if not path.is_file():
         raise DataError(f"cls_label_path: there is no file {path}")
-    rows, lines = [], []
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} line {error.object.count(10, 0, error.start) + 1}: is not UTF-8 text") from None
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            row = line.split(delimiter) if delimiter is None else line.strip().rsplit(delimiter, max(columns) - 1)
-            if len(row) not in columns or len(row) != len(rows[0] if rows else row):
-                wanted = f"{len(rows[0])} as on the lines before" if rows else " or ".join(map(str, columns))
-                raise DataError(f"{path} line {number}: {len(row)} columns, not {wanted} (path label [camera])")
-            rows.append((row[0], *(integer(cell, path, number) for cell in row[1:])))
-            lines.append(number)
-    if not rows:
-        raise DataError(f"{path}: the list is empty")
-    paths, labels, *cameras = zip(*rows, strict=True)
-    return ImageList([str(root / p) for p in paths], np.array(labels, np.int64),
-                     np.array(cameras[0], np.int64) if cameras else None, str(path), np.array(lines))
+        with path.open(encoding="utf-8-sig") as file:
+            for number, line in enumerate(file, 1):
+                if not line.isspace():
+                    yield number, line
+    except UnicodeDecodeError:
+        raise DataError(f"{path} line {undecodable(path)}: is not UTF-8 text") from None
+
+
+def undecodable(path: Path) -> int:
+    "The number of the first line that is not UTF-8: reading a file in parts tells the place within a part only."
+    with path.open(encoding="utf-8", errors="surrogateescape") as file:
+        return next(number for number, line in enumerate(file, 1) if re.search("[\udc80-\udcff]", line))
 
 
 def integer(cell: str, path: Path, number: int) -> int:
@@ -131,16 +165,16 @@ def integer(cell: str, path: Path, number: int) -> int:
 
 
 @DATASETS.register
-def VeriWild(image_root: str, cls_label_path: str, relabel: bool | None = None) -> ImageList:
-    "The images of a list `path label [camera]`, columns separated by white space."
+def VeriWild(image_root: str, cls_label_path: str, relabel: bool | None = None, backend: str = "cv2") -> ImageList:
+    "The images of a list `path label [camera]`, columns separated by white space; `backend` changes nothing."
     return read_list(image_root, cls_label_path, None, (2, 3))
 
 
 @DATASETS.register
-def ImageNetDataset(image_root: str, cls_label_path: str, delimiter: str = " ",
+def ImageNetDataset(image_root: str, cls_label_path: str, delimiter: str | None = " ",
                     relabel: bool | None = None) -> ImageList:
     "The images of a list `path label`; with the default delimiter, paths may hold spaces."
-    return read_list(image_root, cls_label_path, delimiter, (2,))
+    return read_list(image_root, cls_label_path, delimiter or " ", (2,))
 
 
 @DATASETS.register
@@ -157,18 +191,26 @@ def ImageFolder(image_root: str, relabel: bool | None = None) -> ImageList:
 
 
 def check_images(images: ImageList) -> None:
-    "None; raises DataError for the first image (and counts the others) that is missing or not an image."
+    "None; raises DataError for the first image (counting the others) that is missing, no image, or without its box."
     def problem(index: int) -> str | None:
         try:
-            with Image.open(images.paths[index]):
+            with Image.open(images.paths[index]) as image:
+                if images.boxes is not None:
+                    ImageOps.exif_transpose(image, in_place=True)
+                    check_box(*images.boxes[index].tolist(), *image.size)
                 return None
         except FileNotFoundError:
             return "there is no image"
         except (OSError, Image.DecompressionBombError):
             return "cannot be read as an image:"
+        except ValueError as error:
+            return str(error)
+
+    def problems(start: int) -> list[tuple[int, str]]:
+        return [(i, text) for i in range(start, min(start + 1000, len(images))) if (text := problem(i))]
 
     with ThreadPoolExecutor(8) as pool:
-        bad = [(i, text) for i, text in enumerate(pool.map(problem, range(len(images)))) if text]
+        bad = [one for some in pool.map(problems, range(0, len(images), 1000)) for one in some]
     if bad:
         others = f" (and {len(bad) - 1} more of {len(images)})" if len(bad) > 1 else ""
         raise DataError(f"{images.place(bad[0][0])}: {bad[0][1]} {images.paths[bad[0][0]]}{others}")
@@ -191,26 +233,47 @@ def training_images(cfg: dict) -> ImageList:
     Raises DataError where a label is not below the class_num that the file gives, naming both and their places.
     """
     images = read_split(cfg, "DataLoader.Train")
-    where = "Arch.Head.class_num" if lookup(cfg, "Arch.Head.class_num") else "Global.class_num"
-    class_num, relabel = lookup(cfg, where), lookup(cfg, "DataLoader.Train.dataset.relabel")
+    (where, classes), relabel = class_num(cfg), lookup(cfg, "DataLoader.Train.dataset.relabel")
     ids, labels = np.unique(images.labels, return_inverse=True)
-    literal = ids.dtype.kind != "U" and not (class_num is None if relabel is None else relabel)
+    literal = ids.dtype.kind != "U" and not (classes is None if relabel is None else relabel)
     if not literal:
         images.labels = labels.reshape(-1)
-    if class_num and images.labels.max() >= class_num:
-        first = int(np.argmax(images.labels >= class_num))
-        raise DataError(f"{images.place(first)}: label {images.labels[first]} is out of range: {where} is {class_num}, "
+    if classes and images.labels.max() >= classes:
+        first = int(np.argmax(images.labels >= classes))
+        raise DataError(f"{images.place(first)}: label {images.labels[first]} is out of range: {where} is {classes}, "
                         f"the list has {len(ids)} identities up to {ids[-1]}; correct {where} or leave it out")
     images.names = np.arange(ids[-1] + 1) if literal else ids
     return images
 
 
-def evaluation_images(cfg: dict) -> tuple[ImageList, ImageList]:
-    """The query and the gallery tables, labelled alike.
+def save_label_map(images: ImageList, path: str | Path) -> None:
+    "None; writes which label each identity has as CSV, `label,name`, in the order of the labels."
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([("label", "name"), *enumerate(images.names.tolist())])
 
-    Raises DataError where no query has anything to find, or where only one of the lists has cameras.
+
+def evaluation_places(cfg: dict) -> tuple[str, str]:
+    "Where a configuration declares its query and its gallery images."
+    single = cfg["Global"]["eval_mode"] == "classification"
+    return ("DataLoader.Eval",) * 2 if single else ("DataLoader.Eval.Query", "DataLoader.Eval.Gallery")
+
+
+def evaluation_images(cfg: dict) -> tuple[ImageList, ImageList]:
+    """The query and the gallery tables, labelled alike; in classification one table, labelled as in training, twice.
+
+    Raises DataError where no query has anything to find, where only one of the lists has cameras, or where a class is
+    none of the training's.
     """
-    query, gallery = (read_split(cfg, f"DataLoader.Eval.{part}") for part in ("Query", "Gallery"))
+    if cfg["Global"]["eval_mode"] == "classification":
+        images, classes = read_split(cfg, "DataLoader.Eval"), training_images(cfg).names
+        known = {name: i for i, name in enumerate(classes.tolist())}
+        unknown = [i for i, label in enumerate(images.labels.tolist()) if label not in known]
+        if unknown:
+            raise DataError(f"{images.place(unknown[0])}: {images.labels[unknown[0]]} is none of the training classes; "
+                            "correct the list, or judge unseen identities with Global.eval_mode: retrieval")
+        images.names, images.labels = classes, np.array([known[label] for label in images.labels.tolist()])
+        return images, images
+    query, gallery = (read_split(cfg, where) for where in evaluation_places(cfg))
     if (query.cameras is None) != (gallery.cameras is None):
         with_cameras, without = (query, gallery) if gallery.cameras is None else (gallery, query)
         raise DataError(f"{with_cameras.source} has a third column, the camera, and {without.source} has none: give "
@@ -256,20 +319,20 @@ def build_loaders(cfg: dict) -> Loaders:
 
     Raises ConfigError or DataError, before anything is trained, for whatever would fail or mislead later.
     """
-    images = {"Train": training_images(cfg)}
+    images = {"DataLoader.Train": training_images(cfg)}
     if cfg["Global"]["eval_during_train"] or lookup(cfg, "DataLoader.Eval"):
-        images["Eval.Query"], images["Eval.Gallery"] = evaluation_images(cfg)
+        images |= zip(evaluation_places(cfg), evaluation_images(cfg), strict=True)
     loaders = {}
-    for part, table in images.items():
-        where = f"DataLoader.{part}"
+    for where, table in images.items():
         table.transform = build_transform(cfg, f"{where}.dataset")
         shape, wanted = output_shape(table.transform, where), tuple(cfg["Global"]["image_shape"])
-        if part != "Train" and shape != wanted:
+        if where != "DataLoader.Train" and shape != wanted:
             raise ConfigError(f"{where}.dataset.transform_ops make images of {shape}, Global.image_shape is {wanted}")
-        loaders[part] = build_loader(cfg, where, table)
+        loaders[where] = build_loader(cfg, where, table)
     for table in {(t.source, t.paths[0]): t for t in images.values()}.values():
         check_images(table)
-    return Loaders(*loaders.values())
+    train, *evaluation = loaders.values()
+    return Loaders(train, *evaluation * (2 // max(1, len(evaluation))))
 
 
 def build_loader(cfg: dict, where: str, images: ImageList) -> DataLoader:
@@ -286,7 +349,9 @@ def build_loader(cfg: dict, where: str, images: ImageList) -> DataLoader:
                 "generator": torch.Generator().manual_seed(seed)}
     if where == "DataLoader.Train":
         known = {"labels": (images.labels, ""), "seed": (seed, "Global.seed is")}
-        return DataLoader(images, batch_sampler=SAMPLERS.build(section, f"{where}.sampler", **known), **options)
+        sampler = SAMPLERS.build(section, f"{where}.sampler", **known)
+        sampler.steps = cfg["Global"]["iter_per_epoch"]
+        return DataLoader(images, batch_sampler=sampler, **options)
     if section.get("drop_last"):
         raise ConfigError(f"{where}.sampler.drop_last: True would leave images out of the evaluation")
     return DataLoader(images, batch_size=section["batch_size"], **options)

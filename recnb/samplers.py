@@ -2,12 +2,13 @@
 
 Each sampler here is a batch sampler: iterating gives lists of `(index, seed)`, one list a batch. The seed belongs to
 that place in that epoch, so that its augmentation is the same whichever worker process makes it, and another one where
-an image is repeated. `len()` is exact, an
-epoch depends on `(seed, epoch)` alone, and with several ranks all draw the same epoch and each takes its own share.
+an image is repeated. `len()` is exact, an epoch depends on `(seed, epoch)` alone, and with several ranks all draw the
+same epoch and each takes its own share.
 """
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import count, islice
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -29,16 +30,21 @@ class EpochSampler(Sampler):
             raise ValueError(f"the list makes no whole batch of {batch_size} for each of {world_size} processes")
         self.draw, self.length, self.batch_size = draw, length, batch_size
         self.seed, self.rank, self.world_size, self.epoch = seed, rank, world_size, 0
+        self.steps: int | None = None  # how many batches an epoch has, where it is not one pass
 
     def set_epoch(self, epoch: int) -> None:
         "None; the next iteration draws this epoch."
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.length
+        return self.steps or self.length
 
     def __iter__(self):
-        rng = np.random.default_rng([self.seed, self.epoch])
+        return islice((batch for again in count() for batch in self.one_pass(again)), len(self))
+
+    def one_pass(self, again: int):
+        "The batches of the first pass of the epoch, or of a pass `again` behind it."
+        rng = np.random.default_rng([self.seed, self.epoch, *[again] * (again > 0)])
         batches = self.draw(rng)
         seeds = rng.integers(2**62, size=(len(batches), self.batch_size))
         for i in range(self.rank, self.length * self.world_size, self.world_size):
@@ -112,18 +118,21 @@ def deal_groups(taken: np.ndarray, wanted: int, rng) -> tuple[np.ndarray, np.nda
 
 @SAMPLERS.register
 def PKSampler(labels, batch_size: int, sample_per_id: int, sample_method: str = "sample_avg_prob",
-              drop_last: bool = True, shuffle: bool = True, seed: int = 0, rank: int = 0,
-              world_size: int = 1) -> EpochSampler:
+              id_list: list | None = None, ratio: list | None = None, drop_last: bool = True, shuffle: bool = True,
+              seed: int = 0, rank: int = 0, world_size: int = 1) -> EpochSampler:
     """P identities drawn without replacement, `sample_per_id` images of each.
 
-    `sample_method` weighs the draw: `sample_avg_prob` by the number of images, `id_avg_prob` evenly. An identity with
-    fewer images than `sample_per_id` repeats some. An epoch has as many batches as the list has whole ones.
+    `sample_method` weighs the draw: `sample_avg_prob` by the number of images, `id_avg_prob` evenly. `id_list`, pairs
+    of a first and a last identity counted from 0 in sorted order, and `ratio`, one number for each pair, make these
+    identities that many times as probable (of pairs that overlap, the first counts). An identity with fewer images than
+    `sample_per_id` repeats some. An epoch has as many batches as the list has whole ones.
     """
     ids = Identities(labels, batch_size, sample_per_id, "sample_per_id")
     weights = {"sample_avg_prob": ids.counts, "id_avg_prob": np.ones(len(ids.counts))}
     if sample_method not in weights:
         raise ValueError(f"sample_method '{sample_method}' is neither {' nor '.join(weights)}")
-    cumulative = np.cumsum(weights[sample_method]) / np.sum(weights[sample_method])
+    cumulative = np.cumsum(weights[sample_method] * ratios(len(ids.counts), id_list or [], ratio or []))
+    cumulative = cumulative / cumulative[-1]
     length = max(1, len(ids.labels) // (batch_size * world_size))
 
     def draw(rng) -> np.ndarray:
@@ -133,6 +142,21 @@ def PKSampler(labels, batch_size: int, sample_per_id: int, sample_method: str = 
         return shuffled[ids.start[identity][:, None] + offset % count].reshape(length * world_size, -1)
 
     return EpochSampler(draw, length, batch_size, seed, rank, world_size)
+
+
+def ratios(identities: int, id_list: list[int], ratio: list[float]) -> np.ndarray:
+    "(identities,) how many times as often as by default each is drawn; raises ValueError for ranges that are none."
+    if len(id_list) != 2 * len(ratio) or not all(number > 0 for number in ratio):
+        raise ValueError(f"id_list {id_list} needs the first and the last identity for each number of ratio {ratio}, "
+                         "and these must be positive")
+    factors = np.ones(identities)
+    for first, last, times in reversed(list(zip(id_list[::2], id_list[1::2], ratio, strict=True))):
+        if not 0 <= first <= last < identities:
+            raise ValueError(f"id_list has the identities {first} to {last}, and the training list those from 0 to "
+                             f"{identities - 1}; it was made for another list: correct it, or leave out id_list and "
+                             "ratio")
+        factors[first : last + 1] = times
+    return factors
 
 
 def distinct(cumulative: np.ndarray, count: int, rng) -> np.ndarray:

@@ -1,4 +1,5 @@
 """Lists and folders become tables with the right labels, pictures of any kind become RGB, and no mistake passes."""
+import csv
 import re
 
 import numpy as np
@@ -18,6 +19,7 @@ from recnb.datasets import (
     evaluation_images,
     own_index,
     positives,
+    save_label_map,
     training_images,
 )
 
@@ -57,6 +59,7 @@ def test_a_list_with_cameras(tmp_path):
 
 
 @pytest.mark.parametrize(("text", "arguments"), [("my cat 1.jpg 4\n", {}), ("my cat 1.jpg\t4\n", {"delimiter": "\t"}),
+                                                 ("my cat 1.jpg 4\n", {"delimiter": None}),
                                                  ("my cat 1.jpg,4\n", {"delimiter": ","}),
                                                  ("my cat 1.jpg, 4\n", {"delimiter": ","})])
 def test_paths_with_spaces(tmp_path, text, arguments):
@@ -69,6 +72,17 @@ def test_line_ends_blank_lines_and_other_scripts(tmp_path):
     images = VeriWild("/images", str(listed(tmp_path, text)))
     assert images.paths == ["/images/车/红旗.jpg", "/images/naïve/é.jpg"]
     assert [images.place(i) for i in range(2)] == [f"{tmp_path / 'list.txt'} line {n}" for n in (1, 4)]
+
+
+def test_line_ends_of_old_macs(tmp_path):
+    images = VeriWild("/images", str(listed(tmp_path, "a.jpg 1\rb.jpg 2\r")))
+    assert images.paths == ["/images/a.jpg", "/images/b.jpg"] and images.lines.tolist() == [1, 2]
+
+
+def test_text_that_cannot_be_decoded_far_down_a_list(tmp_path):
+    path = listed(tmp_path, b"a.jpg 1\n" * 5000 + b"\n" + "车.jpg 2\n".encode("gbk") + b"a.jpg 1\n" * 5000)
+    with pytest.raises(DataError, match=f"^{path} line 5002: is not UTF-8 text"):
+        VeriWild("/images", str(path))
 
 
 def test_absolute_paths_stay(tmp_path):
@@ -185,6 +199,21 @@ def test_how_sparse_labels_are_numbered(config_file, tmp_path, class_num, relabe
     images = training_images(load_config(config_file(changes)))
     assert images.labels.tolist() == labels
     assert images.names.tolist() == list(names)
+
+
+def test_the_labels_of_identities_are_saved(config_file, tmp_path):
+    path = listed(tmp_path, "a.jpg 7\nb.jpg 3\nc.jpg 3\nd.jpg 40\n")
+    save_label_map(training_images(load_config(config_file({f"{TRAIN}.cls_label_path": str(path)}))),
+                   tmp_path / "run" / "labels.csv")
+    assert (tmp_path / "run" / "labels.csv").read_text() == "label,name\n0,3\n1,7\n2,40\n"
+    assert [file.name for file in (tmp_path / "run").iterdir()] == ["labels.csv"]
+
+
+def test_names_of_any_kind_are_saved(tmp_path):
+    images = ImageList([], np.array([]), names=np.array(["a, b", 'the "c"', "车"]))
+    save_label_map(images, tmp_path / "labels.csv")
+    with (tmp_path / "labels.csv").open(encoding="utf-8", newline="") as file:
+        assert list(csv.reader(file)) == [["label", "name"], ["0", "a, b"], ["1", 'the "c"'], ["2", "车"]]
 
 
 @pytest.mark.parametrize(("label", "class_num", "relabel"), [(40, 40, None), (4 * 10**12, 40, None), (40, 2, True)])

@@ -1,4 +1,5 @@
 """Batches hold P identities x K images, epochs follow from (seed, epoch), ranks share them, and nothing is left out."""
+import re
 from collections import Counter
 
 import numpy as np
@@ -14,6 +15,7 @@ from recnb.samplers import (
     deal_groups,
     distinct,
     most_batches,
+    ratios,
 )
 
 ARGUMENTS = {"PKSampler": {"batch_size": 8, "sample_per_id": 2}, "DistributedBatchSampler": {"batch_size": 8},
@@ -210,6 +212,33 @@ def test_how_often_an_identity_is_drawn(method, share):
     assert abs(np.mean(np.array(drawn) == 100) - share) < 4 * np.sqrt(share * (1 - share) / len(drawn))
 
 
+@pytest.mark.parametrize(("id_list", "ratio", "factors"), [
+    ([1, 2], [4], [1, 4, 4, 1, 1, 1, 1]), ([0, 0, 5, 6], [3, 0.5], [3, 1, 1, 1, 1, 0.5, 0.5]),
+    ([1, 4, 3, 6], [2, 7], [1, 2, 2, 2, 2, 7, 7]), ([], [], [1] * 7),
+])
+def test_how_often_identities_of_a_range_are_drawn(id_list, ratio, factors):
+    assert ratios(7, id_list, ratio).tolist() == factors
+    ranges = {"sample_method": "id_avg_prob", "id_list": id_list, "ratio": ratio}
+    sampler = PKSampler(UNEVEN, batch_size=1, sample_per_id=1, **ranges)
+    drawn = [UNEVEN[batch[0][0]] for number in range(60) for batch in epoch(sampler, number)]
+    for label, factor in zip(np.unique(UNEVEN), factors, strict=True):
+        share = factor / sum(factors)
+        assert abs(np.mean(np.array(drawn) == label) - share) < 4 * np.sqrt(share * (1 - share) / len(drawn))
+
+
+@pytest.mark.parametrize(("id_list", "ratio", "message"), [
+    ([50030, 80700], [4], "id_list has the identities 50030 to 80700, and the training list those from 0 to 6; it was "
+                          "made for another list: correct it, or leave out id_list and ratio"),
+    ([0, 7], [4], "id_list has the identities 0 to 7"), ([3, 2], [4], "id_list has the identities 3 to 2"),
+    ([-1, 2], [4], "id_list has the identities -1 to 2"), ([0, 2, 4], [4, 4], "id_list [0, 2, 4] needs the first and"),
+    (None, [4], "id_list [] needs the first and the last identity for each number of ratio [4]"),
+    ([0, 2], None, "id_list [0, 2] needs"), ([0, 2], [0], "ratio [0], and these must be positive"),
+])
+def test_ranges_that_cannot_be_meant(id_list, ratio, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make("PKSampler", id_list=id_list, ratio=ratio)
+
+
 def test_identities_are_drawn_without_replacement_by_weight():
     labels = np.repeat([0, 1, 2], [6, 3, 1])
     sampler = PKSampler(labels, batch_size=2, sample_per_id=1)
@@ -271,3 +300,16 @@ def test_a_million_images_of_a_hundred_thousand_identities(sampler, key):
     identities = labels[batches].reshape(len(drawn), 32, 4)
     assert (identities == identities[..., :1]).all()
     assert (np.diff(np.sort(identities[..., 0], 1), axis=1) > 0).all()
+
+
+@pytest.mark.parametrize("steps", [1, 5, 23])
+def test_an_epoch_may_have_any_number_of_batches(steps):
+    sampler = DistributedBatchSampler(np.arange(20), 4, shuffle=True)
+    sampler.steps = steps
+    batches = list(sampler)
+    assert len(sampler) == len(batches) == steps and batches == list(sampler)
+    drawn = [index for batch in batches for index, _ in batch]
+    for first in range(0, 4 * steps, 20):  # pass after pass, each in an order of its own
+        assert sorted(drawn[first : first + 20]) == list(range(20)) or first + 20 > 4 * steps
+    assert steps < 10 or drawn[:20] != drawn[20:40]
+    assert len({seed for batch in batches for _, seed in batch}) == 4 * steps
