@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recnb.config import ConfigError, Registry, items
+from recnb.config import Registry, check_logits, items
 from recnb.heads import unit
 
 LOSSES = Registry("loss", "Loss.Train[]", "Loss.Eval[]", beside={"weight": float})
@@ -74,11 +74,11 @@ class CombinedLoss(nn.Module):
     before weighting, detached.
     """
 
-    def __init__(self, weighted: list[tuple[float, nn.Module]]):
+    def __init__(self, weighted: list[tuple[float, nn.Module]], kinds: list[str] | None = None):
         super().__init__()
         self.weights = [weight for weight, _ in weighted]
         self.losses = nn.ModuleList(loss for _, loss in weighted)
-        kinds = [type(loss).__name__ for loss in self.losses]
+        kinds = kinds or [type(loss).__name__ for loss in self.losses]
         seen = [kinds[: i + 1].count(kind) for i, kind in enumerate(kinds)]
         self.names = [kind if n == 1 else f"{kind}_{n}" for kind, n in zip(kinds, seen, strict=True)]
         self.terms: dict[str, Tensor] = {}
@@ -89,12 +89,21 @@ class CombinedLoss(nn.Module):
         return sum(weight * value for weight, value in zip(self.weights, values, strict=True))
 
 
-def build_loss(cfg: dict, where: str = "Loss.Train") -> CombinedLoss:
-    "The weighted sum of the losses at `where`; raises ConfigError where one needs a head and there is none."
-    weighted = []
+def build_loss(cfg: dict, where: str = "Loss.Train", classes: int | None = None,
+               sizes: dict[str, int] | None = None) -> CombinedLoss:
+    """The weighted sum of the losses at `where`; raises ConfigError where one needs a head and there is none.
+
+    `classes` and `sizes` (of `features` and `backbone`, flat) fill in what a loss with centres or a memory leaves out.
+    """
+    weighted, kinds = [], []
     for place, name, args in items(cfg, where):
-        loss = LOSSES.build({"name": name, **args}, place)
-        if loss.needs_logits and not cfg["Arch"].get("Head"):
-            raise ConfigError(f"{place}: {name} needs logits, and Arch.Head, which makes them, is missing")
+        known = {"num_classes": (classes, "the training identities are")} if classes else {}
+        size = (sizes or {}).get(args.get("feature_from", "features"))
+        if size:
+            known |= dict.fromkeys(("feat_dim", "embedding_size"), (size, "the model gives features of size"))
+        loss = LOSSES.build({"name": name, **args}, place, **known)
+        if loss.needs_logits:
+            check_logits(cfg, place, name)
         weighted.append((float(args.get("weight", 1.0)), loss))
-    return CombinedLoss(weighted)
+        kinds.append(name)
+    return CombinedLoss(weighted, kinds)

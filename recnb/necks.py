@@ -6,44 +6,63 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recnb.config import Registry, suggest
+from recnb.config import Registry, fits, suggest
 
 NECKS = Registry("neck", "Arch.Neck")
 INITIALIZERS = {
     "Normal": lambda p, mean=0.0, std=1.0: nn.init.normal_(p, mean, std),
     "Constant": lambda p, value=0.0: nn.init.constant_(p, value),
-    "KaimingUniform": lambda p, fan_in=None: nn.init.uniform_(p, -(b := math.sqrt(6 / (fan_in or fan(p)))), b),
-    "KaimingNormal": lambda p, fan_in=None: nn.init.normal_(p, 0, math.sqrt(2 / (fan_in or fan(p)))),
+    "KaimingUniform": lambda p, fan_in=None, negative_slope=0.0, nonlinearity="relu": nn.init.uniform_(
+        p, -(bound := math.sqrt(3) * kaiming(p, fan_in, negative_slope, nonlinearity)), bound),
+    "KaimingNormal": lambda p, fan_in=None, negative_slope=0.0, nonlinearity="relu": nn.init.normal_(
+        p, 0, kaiming(p, fan_in, negative_slope, nonlinearity)),
     "XavierNormal": lambda p: nn.init.xavier_normal_(p),
 }
 
 
-def fan(p: Tensor) -> int:
-    "How many inputs reach one output of a weight."
-    return p[0].numel()
+def kaiming(p: Tensor, fan_in: int | None, negative_slope: float, nonlinearity: str) -> float:
+    "The standard deviation (https://arxiv.org/abs/1502.01852); `fan_in` is by default how many inputs reach an output."
+    return nn.init.calculate_gain(nonlinearity, negative_slope) / math.sqrt(fan_in or p[0].numel())
 
 
 def initialize(parameter: nn.Parameter, attr: dict | bool | None, default: dict) -> None:
-    "None; fills a parameter as `attr` (`{initializer: {name: Normal, std: 0.01}}`) says, otherwise as `default` does."
+    """None; fills a parameter as `attr` (`{initializer: {name: Normal, std: 0.01}}`) says, otherwise as `default` does.
+
+    `learning_rate` in it is a share of the optimizer's, 0 of which is no training, `regularizer` (L2) replaces its
+    weight decay: both are left on the parameter for the optimizer.
+    """
     attr = attr if isinstance(attr, dict) else {}  # True is the default, as in the original
-    unknown = set(attr) - {"initializer"}
+    unknown = set(attr) - {"initializer", "learning_rate", "regularizer"}
     if unknown:
-        raise ValueError(f"a parameter attribute has no key '{unknown.pop()}', only 'initializer'")
-    section = attr.get("initializer") or default
-    if not isinstance(section, dict) or section.get("name") not in INITIALIZERS:
-        name = section.get("name") if isinstance(section, dict) else section
-        raise ValueError(f"there is no initializer '{name}' (written {{name: Normal, std: 0.01}}); "
-                         f"{suggest(name, INITIALIZERS)}")
-    initializer, args = INITIALIZERS[section["name"]], {k: v for k, v in section.items() if k != "name"}
-    known = list(inspect.signature(initializer).parameters)[1:]
-    for key in set(args) - set(known):
-        raise ValueError(f"the initializer {section['name']} has no argument '{key}'; {suggest(key, known)}")
-    initializer(parameter, **args)
+        raise ValueError(f"a parameter attribute has no key '{unknown.pop()}', only initializer, learning_rate and "
+                         "regularizer")
+    choose(attr.get("initializer") or default, INITIALIZERS, "initializer", "{name: Normal, std: 0.01}")(parameter)
+    if attr.get("learning_rate") is not None:
+        if not fits(attr["learning_rate"], float) or attr["learning_rate"] < 0:
+            raise ValueError(f"learning_rate is {attr['learning_rate']!r}, not a share of the optimizer's from 0")
+        parameter.lr_multiplier = float(attr["learning_rate"])
+        parameter.requires_grad_(parameter.lr_multiplier > 0)
+    if attr.get("regularizer"):
+        known = {"L2": lambda p, coeff=0.0: setattr(p, "weight_decay", coeff)}
+        choose(attr["regularizer"], known, "regularizer of a parameter", "{name: L2, coeff: 0.}")(parameter)
+
+
+def choose(section, known: dict, kind: str, example: str) -> Callable:
+    "The function of one parameter that a section names, with its arguments; raises ValueError for an unknown one."
+    name = section.get("name") if isinstance(section, dict) else section
+    if not isinstance(section, dict) or name not in known:
+        raise ValueError(f"there is no {kind} '{name}' (written {example}); {suggest(name, known)}")
+    args = {k: v for k, v in section.items() if k != "name"}
+    accepted = list(inspect.signature(known[name]).parameters)[1:]
+    for key in set(args) - set(accepted):
+        raise ValueError(f"the {kind} {name} has no argument '{key}'; {suggest(key, accepted)}")
+    return lambda parameter: known[name](parameter, **args)
 
 
 @NECKS.register
@@ -103,7 +122,8 @@ class BNNeck(nn.Module):
         self.bn = nn.BatchNorm1d(num_features)
         initialize(self.bn.weight, weight_attr, {"name": "Constant", "value": 1.0})
         initialize(self.bn.bias, bias_attr, {"name": "Constant"})
-        self.bn.bias.requires_grad_(bias_attr is not None and bias_attr is not False)
+        if bias_attr is None or bias_attr is False:
+            self.bn.bias.requires_grad_(False)
         self.use_global_stats = use_global_stats
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C) or (B, C, 1, 1) -> (B, C)

@@ -1,30 +1,36 @@
-"""Optimizers and learning-rate schedules under the original's names, on torch.optim.
+"""Optimizers under the original's names, on torch.optim, and which parameters each of them trains, how strongly.
 
-A schedule here is a plain function from the number of steps taken to the learning rate of the next one. It holds no
-state, so there is none to save, and a resumed run continues on the same curve.
+Parameters come in groups of one optimizer, one share of the learning rate and one weight decay. The shares multiply:
+what a parameter was given where it was made (`lr_multiplier`), and a decay by depth (AdamWDL).
 """
 from __future__ import annotations
 
-import math
-from bisect import bisect_right
+import re
+from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
-from itertools import pairwise
 
 import torch
+from torch import Tensor, nn
 
-from recnb.config import ConfigError, Registry, lookup
+from recnb.config import ConfigError, Registry, optimizers
 
-OPTIMIZERS = Registry("optimizer", "Optimizer", beside={"lr": dict, "regularizer": dict})
-WARMUP = {"warmup_epoch": float, "warmup_start_lr": float, "by_epoch": bool, "last_epoch": int, "verbose": bool}
-SCHEDULES = Registry("learning-rate schedule", "Optimizer.lr", beside=WARMUP)
+BESIDE = {"lr": dict, "regularizer": dict, "scope": str, "clip_norm": float, "no_weight_decay_name": str,
+          "one_dim_param_no_weight_decay": bool, "multi_precision": bool}  # torch's parameters are float32 throughout
+OPTIMIZERS = Registry("optimizer", "Optimizer", beside=BESIDE)
 REGULARIZERS = Registry("regularizer", "Optimizer.regularizer")
 
 
 @REGULARIZERS.register
-def L2(coeff: float = 0.0) -> float:
-    "The coefficient that is multiplied by each parameter and added to its gradient."
-    return coeff
+def L2(coeff: float = 0.0) -> dict:
+    "`coeff` times each parameter is added to its gradient."
+    return {"weight_decay": coeff}
+
+
+@REGULARIZERS.register
+def L1(coeff: float = 0.0) -> dict:
+    "`coeff` times the sign of each parameter is added to its gradient."
+    return {"l1": coeff}
 
 
 @OPTIMIZERS.register
@@ -46,95 +52,189 @@ def Adam(beta1: float = 0.9, beta2: float = 0.999, epsilon: float = 1e-8, weight
 
 
 @OPTIMIZERS.register
+def RMSProp(momentum: float = 0.0, rho: float = 0.95, epsilon: float = 1e-6, weight_decay: float = 0.0) -> Callable:
+    "RMSProp; unlike the original torch adds `epsilon` behind the square root."
+    return partial(torch.optim.RMSprop, momentum=momentum, alpha=rho, eps=epsilon, weight_decay=weight_decay)
+
+
+@OPTIMIZERS.register
 def AdamW(beta1: float = 0.9, beta2: float = 0.999, epsilon: float = 1e-8, weight_decay: float = 0.01) -> Callable:
     "Adam with decoupled weight decay (https://arxiv.org/abs/1711.05101)."
     return partial(torch.optim.AdamW, betas=(beta1, beta2), eps=epsilon, weight_decay=weight_decay)
 
 
+@OPTIMIZERS.register
+def AdamWDL(beta1: float = 0.9, beta2: float = 0.999, epsilon: float = 1e-8, weight_decay: float = 0.01,
+            layerwise_decay: float = 0.75, filter_bias_and_bn: bool = True) -> Callable:
+    """AdamW whose rate shrinks by `layerwise_decay` with each layer from the backbone's end to its beginning.
+
+    As in the fine-tuning of transformers (https://arxiv.org/abs/1906.08237). `filter_bias_and_bn`: parameters of one
+    dimension do not decay.
+    """
+    return AdamW(beta1, beta2, epsilon, weight_decay)
+
+
 def build_optimizer(cfg: dict) -> Callable:
-    "A function `(parameters, lr) -> torch optimizer`; L2 regularisation becomes its weight decay."
-    section = dict(cfg["Optimizer"])
-    if section.get("regularizer"):
-        if "weight_decay" in section:
-            raise ConfigError("Optimizer: gives both 'regularizer' and 'weight_decay'; keep one of them")
-        if section.get("name") == "AdamW":
-            raise ConfigError("Optimizer.regularizer: AdamW decays weights apart from their gradient, L2 is a part of "
-                              "it; give weight_decay instead, or take Adam")
-        section["weight_decay"] = REGULARIZERS.build(section["regularizer"], "Optimizer.regularizer")
-    return OPTIMIZERS.build(section, "Optimizer")
+    """A function `(groups, lr) -> torch optimizer`, or what behaves as one where the file lists several.
 
-
-@SCHEDULES.register
-def ConstLR(learning_rate: float) -> Callable:
-    "The same learning rate throughout."
-    return lambda epoch: learning_rate
-
-
-@SCHEDULES.register
-def Cosine(learning_rate: float, epochs: float, eta_min: float = 0.0) -> Callable:
-    "Half a cosine from `learning_rate` to `eta_min` over `epochs` (those that follow the warm-up)."
-    def rate(epoch: float) -> float:
-        share = min(epoch / epochs, 1.0) if epochs > 0 else float(epoch > 0)
-        return eta_min + (learning_rate - eta_min) * (1 + math.cos(math.pi * share)) / 2
-
-    return rate
-
-
-def check_rising(name: str, epochs: list) -> None:
-    "None; raises ValueError where the epochs are not in rising order."
-    if any(a >= b for a, b in pairwise(epochs)):
-        raise ValueError(f"{name} {epochs} must rise from one to the next")
-
-
-@SCHEDULES.register
-def MultiStepDecay(learning_rate: float, milestones: list, gamma: float = 0.1) -> Callable:
-    "`learning_rate` times `gamma` at each milestone (in epochs)."
-    check_rising("milestones", milestones)
-    return lambda epoch: learning_rate * gamma ** bisect_right(milestones, epoch)
-
-
-@SCHEDULES.register
-def Piecewise(learning_rate: float | None = None, decay_epochs: list | None = None,
-              values: list | None = None) -> Callable:
-    """`values[i]` between the i-th and the next of `decay_epochs`; without them, `learning_rate` / 10 every 30 epochs.
-
-    Raises ValueError where `learning_rate` contradicts `values`: the original then drops the values without a word.
+    `groups` are those of `parameter_groups`, or anything that torch takes. Raises ConfigError for a section that
+    contradicts itself.
     """
-    if values is None and decay_epochs is None and learning_rate is not None:
-        return lambda epoch: learning_rate * 0.1 ** (epoch // 30)
-    if not values or decay_epochs is None or len(values) != len(decay_epochs) + 1:
-        raise ValueError("Piecewise needs 'decay_epochs' and one more of 'values', or 'learning_rate' alone")
-    if learning_rate is not None and learning_rate != values[0]:
-        raise ValueError(f"learning_rate {learning_rate} contradicts values[0] {values[0]}; leave learning_rate out")
-    check_rising("decay_epochs", decay_epochs)
-    return lambda epoch: values[bisect_right(decay_epochs, epoch)]
+    makers = [build_entry(section, where) for where, section in optimizers(cfg)]
+
+    def make(groups, lr: float):
+        groups = [group if isinstance(group, dict) else {"params": group} for group in groups]
+        if isinstance(groups[0]["params"], Tensor):
+            groups = [{"params": [group["params"] for group in groups]}]
+        made = [build([group for group in groups if group.get("entry", 0) == i], lr=lr)
+                for i, build in enumerate(makers)]
+        return made[0] if len(made) == 1 else Several(made)
+
+    return make
 
 
-def warmed_up(rate: Callable[[float], float], step_each_epoch: int, warmup_epoch: float = 0,
-              warmup_start_lr: float = 0.0, by_epoch: bool = False, last_epoch: int = -1,
-              verbose: bool = False) -> Callable[[int], float]:
-    """The schedule `steps taken -> learning rate`: a linear warm-up to `rate(0)`, then `rate(epochs since)`.
+def build_entry(section: dict, where: str) -> Callable:
+    "A function `(groups, lr) -> torch optimizer` for one entry; L1 and the clipping happen before its steps."
+    section = dict(section)
+    regular = REGULARIZERS.build(section["regularizer"], f"{where}.regularizer") if section.get("regularizer") else {}
+    if regular and "weight_decay" in section:
+        raise ConfigError(f"{where}: gives both 'regularizer' and 'weight_decay'; keep one of them")
+    if "weight_decay" in regular and section["name"].startswith("AdamW"):
+        raise ConfigError(f"{where}.regularizer: AdamW decays weights apart from their gradient, L2 is a part of it; "
+                          "give weight_decay instead, or take Adam")
+    build = OPTIMIZERS.build({**section, **{k: v for k, v in regular.items() if k == "weight_decay"}}, where)
 
-    The rate begins anew behind the warm-up, so milestones come `warmup_epoch` later. With `by_epoch` it changes between
-    epochs only. `last_epoch: 0` starts one step (with `by_epoch`: one epoch) into the curve. `verbose` has no effect.
+    def make(groups, lr: float) -> torch.optim.Optimizer:
+        optimizer = build(groups, lr=lr)
+        if section.get("clip_norm"):
+            optimizer.register_step_pre_hook(partial(clip, section["clip_norm"]))
+        if regular.get("l1"):
+            optimizer.register_step_pre_hook(partial(add_signs, regular["l1"]))
+        return optimizer
+
+    return make
+
+
+def clip(norm: float, optimizer: torch.optim.Optimizer, *_) -> None:
+    "None; scales each parameter's gradient down to `norm` where it is longer, one parameter at a time."
+    for gradient in (p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None):
+        gradient.mul_(norm / torch.linalg.vector_norm(gradient).clamp_min(norm))
+
+
+def add_signs(coeff: float, optimizer: torch.optim.Optimizer, *_) -> None:
+    "None; adds `coeff` times the parameters' signs to their gradients."
+    for p in (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None):
+        p.grad.add_(p.detach().sign(), alpha=coeff)
+
+
+class Several:
+    "Optimizers that each train their own parameters, with the interface of one."
+
+    def __init__(self, optimizers: list[torch.optim.Optimizer]):
+        self.optimizers, self.state = optimizers, {}
+
+    @property
+    def param_groups(self) -> list[dict]:
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none)
+
+    def step(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def state_dict(self) -> dict:
+        return {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
+
+    def load_state_dict(self, state: dict) -> None:
+        for optimizer, own in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(own)
+
+
+def in_backbone(name: str) -> bool:
+    "Whether a parameter of a model, or of one of the models that are distilled together, belongs to its backbone."
+    return re.match(r"(models\.[^.]+\.)?backbone\.", name) is not None
+
+
+def parameter_groups(cfg: dict, model: nn.Module, loss: nn.Module) -> list[dict]:
+    """The trainable parameters of model and loss in groups, the backbone's first.
+
+    Each is a dict of `params`, `entry` (which optimizer of the file), `lr_scale` (its share of that one's rate), and
+    `weight_decay` where it is not that one's own. Raises ConfigError where a parameter has no optimizer or the reverse.
     """
-    per_epoch = 1 if by_epoch else step_each_epoch
-    warmup = round(warmup_epoch * per_epoch)
+    entries, shares = list(optimizers(cfg)), depth_shares(cfg, model)
+    owners = [scope_names(section.get("scope"), where, model, loss) for where, section in entries]
+    named = [(name, p) for name, p in [*model.named_parameters(), *loss_parameters(loss)] if p.requires_grad]
+    groups: dict[tuple, list] = defaultdict(list)
+    for name, p in sorted(named, key=lambda item: not in_backbone(item[0])):
+        entry = next((i for i, names in enumerate(owners) if name in names), None)
+        if entry is None:
+            raise ConfigError(f"Optimizer: no entry's scope covers {name}; add one with 'scope: {type(model).__name__}'"
+                              " or freeze what shall not be trained")
+        decay = 0.0 if undecayed(name, p, entries[entry][1]) else getattr(p, "weight_decay", None)
+        scale = getattr(p, "lr_multiplier", 1.0) * shares.get(name, 1.0)
+        groups[in_backbone(name), entry, scale, decay].append(p)
+    for i, (where, section) in enumerate(entries):
+        if not any(key[1] == i for key in groups):
+            raise ConfigError(f"{where}.scope: '{section.get('scope')}' has no trainable parameter that the entries "
+                              "before it leave; put the narrower scope first")
+    return [{"params": params, "entry": entry, "lr_scale": scale, "backbone": own,
+             **({} if decay is None else {"weight_decay": decay})}
+            for (own, entry, scale, decay), params in groups.items()]
 
-    def at(step: int) -> float:
-        position = (step // step_each_epoch if by_epoch else step) + last_epoch + 1
-        if position < warmup:
-            return warmup_start_lr + (rate(0) - warmup_start_lr) * position / warmup
-        return rate((position - warmup) / per_epoch)
 
-    return at
+def loss_parameters(loss: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    "(name, parameter) of what the terms of a CombinedLoss learn, such as CenterLoss.centers."
+    terms = zip(getattr(loss, "names", ["loss"]), getattr(loss, "losses", [loss]), strict=True)
+    return [(f"{term}.{name}", p) for term, part in terms for name, p in part.named_parameters()]
 
 
-def build_schedule(cfg: dict, step_each_epoch: int) -> Callable[[int], float]:
-    "The learning rate as a function of the steps taken."
-    section = lookup(cfg, "Optimizer.lr") or {}
-    SCHEDULES.check(section, "Optimizer.lr")
-    warmup = {key: section[key] for key in WARMUP if key in section}
-    epochs = cfg["Global"]["epochs"] - warmup.get("warmup_epoch", 0)
-    return warmed_up(SCHEDULES.build(section, "Optimizer.lr", epochs=(epochs, "behind the warm-up there are")),
-                     step_each_epoch, **warmup)
+def scope_names(scope: str | None, where: str, model: nn.Module, loss: nn.Module) -> set[str]:
+    """The names of the parameters in a scope: the model's or a loss's class, a part of the model, or a pattern.
+
+    A pattern is a regular expression that a submodule's or parameter's whole name fits. Raises ConfigError where
+    nothing does.
+    """
+    names = {name for name, _ in model.named_parameters()}
+    of_losses = {name for name, _ in loss_parameters(loss)}
+    if scope is None:
+        return names | of_losses
+    if scope == type(model).__name__:
+        return names
+    found = {name for name in of_losses if name.startswith(f"{scope}.")}
+    try:
+        prefixes = [name for name, _ in model.named_modules() if name and re.fullmatch(scope, name)]
+        found |= {name for name in names if re.fullmatch(scope, name)
+                  or any(name.startswith(f"{prefix}.") for prefix in prefixes)}
+    except re.error as error:
+        raise ConfigError(f"{where}.scope: '{scope}' is no regular expression: {error}") from None
+    if not found:
+        parts = ", ".join([type(model).__name__, *(n for n, _ in model.named_children()),
+                           *sorted({name.split(".")[0] for name in of_losses})])
+        raise ConfigError(f"{where}.scope: nothing is called '{scope}'; there is {parts}, or a pattern of names")
+    return found
+
+
+def undecayed(name: str, p: nn.Parameter, section: dict) -> bool:
+    "Whether an entry of Optimizer exempts a parameter from weight decay."
+    named = any(part in name for part in (section.get("no_weight_decay_name") or "").split())
+    flat = section.get("one_dim_param_no_weight_decay") or (
+        section["name"] == "AdamWDL" and section.get("filter_bias_and_bn", True))
+    return named or (bool(flat) and p.dim() <= 1)
+
+
+def depth_shares(cfg: dict, model: nn.Module) -> dict[str, float]:
+    "For AdamWDL the share of the rate of each parameter of a backbone, by how far it lies before the end."
+    decay = next((section.get("layerwise_decay", 0.75) for _, section in optimizers(cfg)
+                  if section["name"] == "AdamWDL"), None)
+    shares = {}
+    if decay:
+        from recnb.backbones import layer_depths
+    for prefix, part in model.named_modules() if decay else ():
+        if re.fullmatch(r"(models\.[^.]+\.)?backbone", prefix):
+            depths = layer_depths(part)
+            last = max(depths.values(), default=0) + 1  # neck and head are the layer behind the backbone's last
+            shares |= {f"{prefix}.{name}": decay ** (last - depth) for name, depth in depths.items()}
+    return shares

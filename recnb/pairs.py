@@ -30,6 +30,12 @@ def squared_distances(x: Tensor) -> Tensor:  # (B, D) -> (B, B)
         return (length[:, None] + length - 2 * x @ x.T).clamp_min(0)
 
 
+def products(a: Tensor, b: Tensor) -> Tensor:  # (B, D), (M, D) -> (B, M)
+    "Inner products in float32 under autocast too: cosines where the rows have length 1."
+    with torch.autocast(a.device.type, enabled=False):
+        return a @ b.T
+
+
 def rows(out: dict[str, Tensor], feature_from: str, normalize: bool) -> Tensor:
     "(B, D) float32 features of the output dict, at length 1 where asked for."
     features = out[feature_from].float().flatten(1)
@@ -95,13 +101,15 @@ class TripletAngularMarginLoss(nn.Module):
 
     def forward(self, out: dict[str, Tensor], y: Tensor) -> Tensor:
         features = rows(out, self.feature_from, self.normalize_feature)
-        positive, negative, anchor = masks(y)
-        with torch.autocast(features.device.type, enabled=False):
-            similarity = features @ features.T
+        positive, negative, _ = masks(y)
+        return self.between(products(features, features), positive, negative)
+
+    def between(self, similarity: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
+        "The loss of the rows of a matrix of similarities (B, M), with the masks of its positives and negatives."
         near, far = hardest(similarity, negative, True), hardest(similarity, positive, False)
         loss = (near - far + self.margin).clamp_min(0)
         absolute = (self.ap_value - far).clamp_min(0) + (near - self.an_value).clamp_min(0)
-        return mean(loss + self.absolute_loss_weight * absolute, anchor)
+        return mean(loss + self.absolute_loss_weight * absolute, positive.any(1) & negative.any(1))
 
 
 @LOSSES.register
@@ -120,8 +128,7 @@ class PairwiseCosface(nn.Module):
     def forward(self, out: dict[str, Tensor], y: Tensor) -> Tensor:
         features = rows(out, self.feature_from, True)
         positive, negative, anchor = masks(y)
-        with torch.autocast(features.device.type, enabled=False):
-            similarity = features @ features.T
+        similarity = products(features, features)
         least = torch.finfo(torch.float32).min
         near = (-self.gamma * similarity).masked_fill(~positive, least).logsumexp(1)
         far = (self.gamma * (similarity + self.margin)).masked_fill(~negative, least).logsumexp(1)
@@ -217,8 +224,7 @@ class NpairsLoss(nn.Module):
         regular = self.reg_lambda / 2 * features.square().sum(1).mean()
         if not len(paired):
             return regular
-        with torch.autocast(features.device.type, enabled=False):
-            return F.cross_entropy(anchors @ positives.T, torch.arange(len(paired), device=y.device)) + regular
+        return F.cross_entropy(products(anchors, positives), torch.arange(len(paired), device=y.device)) + regular
 
 
 @LOSSES.register
@@ -238,9 +244,10 @@ class ContrastiveLoss(nn.Module):
 
     def forward(self, out: dict[str, Tensor], y: Tensor) -> Tensor:
         features = rows(out, self.feature_from, self.normalize_feature)
-        with torch.autocast(features.device.type, enabled=False):
-            similarity = features @ features.T
-        same = y[:, None] == y
+        return self.between(products(features, features), y[:, None] == y)
+
+    def between(self, similarity: Tensor, same: Tensor) -> Tensor:
+        "The loss of the rows of a matrix of similarities (B, M), with the mask of its pairs of one identity."
         near = torch.where(same & (similarity < 1 - self.epsilon), 1 - similarity, 0)
         far = torch.where(~same & (similarity > self.margin), similarity, 0)
-        return (near + far).sum() / len(y)
+        return (near + far).sum() / len(same)

@@ -115,8 +115,10 @@ def test_weight_attributes(name):
     ({"initializer": "Normal"}, "no initializer 'Normal' .written {name: Normal, std: 0.01}"),
     ({"initializer": {"std": 1.0}}, "no initializer 'None'"),
     ({"initializer": {"name": "Normal", "sdt": 1.0}}, "Normal has no argument 'sdt'; did you mean 'std'"),
-    ({"learning_rate": 0.1}, "no key 'learning_rate', only 'initializer'"),
-], ids=["name", "no mapping", "no name", "argument", "key"])
+    ({"trainable": True}, "no key 'trainable', only initializer, learning_rate"),
+    ({"learning_rate": -1.0}, "learning_rate is -1.0, not a share"),
+    ({"regularizer": {"name": "L1"}}, "no regularizer of a parameter 'L1'"),
+], ids=["name", "no mapping", "no name", "argument", "key", "rate", "regularizer"])
 def test_unknown_attributes_are_errors(attr, message):
     with pytest.raises(ConfigError, match=f"Arch.Neck: .*{message}"):
         NECKS.build({"name": "FC", "class_num": 3, "weight_attr": attr}, "Arch.Neck", embedding_size=(4, ""))

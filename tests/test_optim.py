@@ -1,19 +1,24 @@
 "Optimizers and schedules: the original's learning rates step by step, and one step of each rule by hand."
+import copy
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
 
 from recnb.config import ConfigError
-from recnb.optim import build_optimizer, build_schedule
+from recnb.losses import CombinedLoss
+from recnb.memories import CenterLoss
+from recnb.optim import build_optimizer, loss_parameters, parameter_groups
+from recnb.schedules import build_schedules
 
 CASES = [case for case in json.loads((Path(__file__).parent / "data/oracle.json").read_text()) if case["kind"] == "lr"]
 
 
 def schedule(**section):
     "The schedule of twelve epochs of five steps."
-    return build_schedule({"Global": {"epochs": 12}, "Optimizer": {"name": "SGD", "lr": section}}, 5)
+    return build_schedules({"Global": {"epochs": 12}, "Optimizer": {"name": "SGD", "lr": section}}, 5)[0]
 
 
 def descend(section, gradients, lr=0.1, start=1.0):
@@ -36,8 +41,8 @@ def test_schedules_are_the_original(case):
         assert rate(step) == pytest.approx(case["values"][step // steps_each_value], rel=1e-9, abs=1e-15), step
 
 
-def test_all_four_schedules_have_cases():
-    assert {case["name"] for case in CASES} == {"MultiStepDecay", "Cosine", "Piecewise", "ConstLR"}
+def test_the_schedules_with_cases():
+    assert {case["name"] for case in CASES} == {"MultiStepDecay", "Cosine", "Piecewise", "ConstLR", "Step", "Linear"}
 
 
 def test_warm_up_by_step_and_by_epoch():
@@ -81,7 +86,7 @@ def test_schedules_that_cannot_be_meant(section, message):
 
 def test_a_missing_schedule_is_named():
     with pytest.raises(ConfigError, match=r"Optimizer\.lr: holds .*not a mapping with a 'name'"):
-        build_schedule({"Global": {"epochs": 1}, "Optimizer": {"name": "SGD"}}, 5)
+        build_schedules({"Global": {"epochs": 1}, "Optimizer": {"name": "SGD"}}, 5)
 
 
 @pytest.mark.parametrize("nesterov", [False, True])
@@ -123,10 +128,125 @@ def test_l2_adds_to_the_gradient(name):
 @pytest.mark.parametrize(("section", "message"), [
     ({"name": "Adam", "regularizer": {"name": "L2", "coeff": 0.1}, "weight_decay": 0.1}, "keep one of them"),
     ({"name": "AdamW", "regularizer": {"name": "L2", "coeff": 0.1}}, "give weight_decay instead"),
-    ({"name": "SGD", "regularizer": {"name": "L1", "coeff": 0.1}}, "no regularizer 'L1'"),
+    ({"name": "SGD", "regularizer": {"name": "L3", "coeff": 0.1}}, "no regularizer 'L3'"),
     ({"name": "Momentum", "momentun": 0.9}, r"Optimizer\.momentun: .*did you mean 'momentum'"),
     ({"name": "Adagrad"}, "there is no optimizer 'Adagrad'"),
 ], ids=["both", "AdamW", "name of the regularizer", "argument", "name"])
 def test_optimizers_that_cannot_be_meant(section, message):
     with pytest.raises(ConfigError, match=message):
         build_optimizer({"Optimizer": section})
+
+
+class Two(torch.nn.Module):
+    "A model of two parts, and a loss that learns."
+
+    def __init__(self):
+        super().__init__()
+        self.backbone, self.head = torch.nn.Linear(3, 4), torch.nn.Linear(4, 2)
+
+
+def groups(section, model=None, loss=None):
+    "What parameter_groups makes of a section, as {(backbone, entry, lr_scale, weight_decay): names}."
+    model = model or Two()
+    loss = loss or CombinedLoss([(1.0, CenterLoss(5, 4))])
+    names = {id(p): name for name, p in [*model.named_parameters(), *loss_parameters(loss)]}
+    return {(group["backbone"], group["entry"], group["lr_scale"], group.get("weight_decay")):
+            [names[id(p)] for p in group["params"]] for group in parameter_groups({"Optimizer": section}, model, loss)}
+
+
+def test_one_optimizer_takes_model_and_loss():
+    assert [name for names in groups({"name": "SGD"}).values() for name in names] == [
+        "backbone.weight", "backbone.bias", "head.weight", "head.bias", "CenterLoss.centers"]
+
+
+def test_scopes_by_class_attribute_and_pattern():
+    made = groups([{"Adam": {"scope": "backbone"}}, {"SGD": {"scope": ".*bias"}}, {"SGD": {}}])
+    assert made == {(True, 0, 1.0, None): ["backbone.weight", "backbone.bias"], (False, 1, 1.0, None): ["head.bias"],
+                    (False, 2, 1.0, None): ["head.weight", "CenterLoss.centers"]}
+
+
+@pytest.mark.parametrize(("section", "message"), [
+    ([{"Adam": {"scope": "Two"}}], "no entry's scope covers CenterLoss.centers"),
+    ([{"Adam": {"scope": "neck"}}], "Optimizer.0.Adam.scope: nothing is called 'neck'; there is Two, backbone, head, "),
+    ([{"Adam": {"scope": "(head"}}], "is no regular expression"),
+    ([{"Adam": {}}, {"SGD": {"scope": "head"}}], "Optimizer.1.SGD.scope: 'head' has no trainable parameter"),
+], ids=["left over", "unknown", "pattern", "nothing left"])
+def test_scopes_that_cannot_be_meant(section, message):
+    with pytest.raises(ConfigError, match=message):
+        groups(section)
+
+
+def test_frozen_parameters_have_no_group_and_shares_make_their_own():
+    model = Two()
+    model.head.bias.requires_grad_(False)
+    model.head.weight.lr_multiplier, model.backbone.bias.weight_decay = 0.5, 0.0
+    assert groups({"name": "SGD", "weight_decay": 0.1}, model) == {
+        (True, 0, 1.0, None): ["backbone.weight"], (True, 0, 1.0, 0.0): ["backbone.bias"],
+        (False, 0, 0.5, None): ["head.weight"], (False, 0, 1.0, None): ["CenterLoss.centers"]}
+
+
+@pytest.mark.parametrize(("extra", "exempt"), [
+    ({"one_dim_param_no_weight_decay": True}, {"backbone.bias", "head.bias"}),
+    ({"no_weight_decay_name": "head centers"}, {"head.weight", "head.bias", "CenterLoss.centers"}),
+], ids=["1-d", "name"])
+def test_what_does_not_decay(extra, exempt):
+    made = groups({"name": "AdamW", **extra})
+    assert {name for (*_, decay), names in made.items() if decay == 0 for name in names} == exempt
+
+
+def test_several_optimizers_step_their_own_and_are_kept_together():
+    def make():
+        torch.manual_seed(0)
+        model, loss = Two(), CombinedLoss([(1.0, CenterLoss(5, 4))])
+        cfg = {"Optimizer": [{"Adam": {"scope": "Two"}}, {"Momentum": {"scope": "CenterLoss", "momentum": 0.5}}]}
+        return model, loss, build_optimizer(cfg)(parameter_groups(cfg, model, loss), lr=0.1)
+
+    def step(model, loss, optimizer):
+        loss({"features": model.backbone(torch.ones(2, 3))}, torch.tensor([1, 2])).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    one, other = make(), make()
+    for _ in range(2):
+        step(*one)
+    for ours, theirs in zip(other, one, strict=True):
+        ours.load_state_dict(copy.deepcopy(theirs.state_dict()))
+    step(*one), step(*other)
+    assert all(torch.equal(a, b) for i in (0, 1)
+               for a, b in zip(one[i].parameters(), other[i].parameters(), strict=True))
+    assert {type(part).__name__ for part in one[2].optimizers} == {"Adam", "SGD"}
+
+
+def test_clipping_is_by_parameter_and_comes_before_the_regularizer():
+    assert descend({"name": "SGD", "clip_norm": 0.5}, [3.0, 0.2], start=1.0) == pytest.approx([0.95, 0.93])
+    section = {"name": "SGD", "clip_norm": 0.5, "regularizer": {"name": "L1", "coeff": 0.25}}
+    assert descend(section, [3.0], start=1.0) == pytest.approx([1 - 0.1 * 0.75])
+
+
+def test_rmsprop_by_hand():
+    assert descend({"name": "RMSProp", "rho": 0.9, "epsilon": 1e-12}, [2.0]) == pytest.approx([1 - 0.1 / 0.1**0.5])
+
+
+@pytest.mark.parametrize("three_phase", [False, True])
+def test_one_cycle_rises_and_falls(three_phase):
+    rate = schedule(name="OneCycleLR", max_learning_rate=1.0, divide_factor=10.0, end_learning_rate=0.01,
+                    phase_pct=0.25, three_phase=three_phase)
+    assert [rate(step) for step in (0, 15, 30, 60)] == pytest.approx(
+        [0.1, 1.0, 0.1, 0.01] if three_phase else [0.1, 1.0, 0.7525, 0.01])
+
+
+def test_cyclic_goes_up_and_down():
+    rate = schedule(name="Cyclic", base_learning_rate=0.1, max_learning_rate=0.5, step_size_up=4, step_size_down=8,
+                    mode="triangular2")
+    assert [rate(step) for step in (0, 2, 4, 8, 12, 16)] == pytest.approx([0.1, 0.3, 0.5, 0.3, 0.1, 0.3])
+
+
+def test_a_plateau_lowers_the_rate():
+    rate = schedule(name="ReduceOnPlateau", learning_rate=0.1, mode="max", patience=1, factor=0.5, by_epoch=True)
+    assert [rate(0, values) for values in ([], [0.2, 0.3], [0.2, 0.3, 0.3, 0.3], [0.2, 0.3, 0.3, 0.3, 0.4])] == [
+        0.1, 0.1, 0.05, 0.05]
+
+
+def test_fixmatch_ends_at_seven_sixteenths_of_a_turn():
+    rate = schedule(name="CosineFixmatch", learning_rate=0.2, num_warmup_steps=10)
+    assert [rate(step) for step in (0, 5, 10, 60)] == pytest.approx([0, 0.1, 0.2, 0.2 * math.cos(math.pi * 7 / 16)])
