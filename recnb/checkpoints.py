@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from recnb.config import GLOBAL, LOADERS, ConfigError, lookup, resolve
+from recnb.config import GLOBAL, LOADERS, ConfigError, architectures, class_num, lookup, resolve
 from recnb.datasets import training_images
 from recnb.files import replacing
 from recnb.learner import Callback, RetrievalLearner
@@ -22,17 +22,20 @@ from recnb.learner import Callback, RetrievalLearner
 FREE = ("Global.checkpoints", "Global.output_dir", "Global.device", "Global.save_interval", "Global.print_batch_step",
         "Global.use_visualdl", "Global.save_inference_dir", "Global.pretrained_model")
 PATHS = {**{f"DataLoader.{part}.dataset": ("image_root", "cls_label_path") for part in LOADERS},
-         "Arch.Backbone": ("pretrained",), "Global": ("pretrained_model", "checkpoints")}
+         "Global": ("pretrained_model", "checkpoints")}
 
 
 def resolved(cfg: dict) -> dict:
     "The configuration with what the run derived filled in: paths made absolute, the number of classes, relabelling."
     cfg = copy.deepcopy(cfg)
-    if lookup(cfg, "Arch.Head") and not (lookup(cfg, "Arch.Head.class_num") or lookup(cfg, "Global.class_num")):
-        cfg["Arch"]["Head"]["class_num"] = len(training_images(cfg).names)
+    heads = [section["Head"] for _, section in architectures(cfg) if section.get("Head")]
+    if heads and not class_num(cfg)[1]:
+        classes = len(training_images(cfg).names)
+        for head in heads:
+            head["class_num"] = classes
         cfg["DataLoader"]["Train"]["dataset"].setdefault("relabel", True)
-    for place, keys in PATHS.items():
-        section = lookup(cfg, place) or {}
+    backbones = [(section.get("Backbone") or {}, ("pretrained",)) for _, section in architectures(cfg)]
+    for section, keys in [*((lookup(cfg, place) or {}, keys) for place, keys in PATHS.items()), *backbones]:
         section |= {k: str(resolve(section[k]).absolute()) for k in keys if isinstance(section.get(k), str)}
     return cfg
 
@@ -47,10 +50,14 @@ class Checkpoints(Callback):
 
     def after_epoch(self):
         epoch, rows, best = self.epoch + 1, self.history.rows, self.history.best
+        average = getattr(self.learn, "moving_average", None)
         if best.get("epoch") == epoch:
-            save_weights(self.model.state_dict(), self.folder / "best.safetensors")
-        state = {"model": self.model.state_dict(), "optimizer": self.opt.state_dict(), "epoch": epoch,
-                 "history": rows, "best": best, "config": self.recipe, "rng": random_state()}
+            judged = self.model if average is None else average.average.module
+            save_weights(judged.state_dict(), self.folder / "best.safetensors")
+        state = {"model": self.model.state_dict(), "loss": self.loss_func.train_loss.state_dict(),
+                 "optimizer": self.opt.state_dict(), "epoch": epoch, "history": rows, "best": best,
+                 "config": self.recipe, "rng": random_state(),
+                 "callbacks": {cb.name: cb.state_dict() for cb in self.learn.cbs if hasattr(type(cb), "state_dict")}}
         with replacing(self.folder / "latest.pt") as path:
             torch.save(state, path)
         if self.save_interval > 0 and epoch % self.save_interval == 0:
@@ -70,8 +77,8 @@ def random_state() -> dict[str, torch.Tensor | list]:
     return {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
 
 
-def resume(learn: RetrievalLearner, history: Callback, path: Path, config: str, folder: Path) -> int:
-    """How many epochs are done at the checkpoint `path`, whose state learner and history then have.
+def resume(learn: RetrievalLearner, callbacks: list[Callback], path: Path, config: str, folder: Path) -> int:
+    """How many epochs are done at the checkpoint `path`, whose state the learner and the callbacks then have.
 
     `folder` keeps this run's checkpoints. Raises ConfigError where the checkpoint belongs to a configuration other
     than `config` (JSON text), with the differences.
@@ -87,7 +94,11 @@ def resume(learn: RetrievalLearner, history: Callback, path: Path, config: str, 
         raise ConfigError(f"{path} belongs to another configuration ({'; '.join(differences)}); use another run "
                           "folder, or delete this one to begin anew")
     learn.model.load_state_dict(state["model"])
+    learn.loss_func.train_loss.load_state_dict(state["loss"])
     learn.opt.load_state_dict(state["optimizer"])
+    for callback in (cb for cb in callbacks if cb.name in state["callbacks"]):
+        callback.load_state_dict(state["callbacks"][callback.name])
+    history = next(cb for cb in callbacks if cb.name == "history")
     history.rows, history.best = state["history"], state["best"]
     if not (folder / "best.safetensors").exists():  # a checkpoint from another folder
         if history.best.get("epoch") == done:

@@ -23,33 +23,56 @@ GLOBAL = {
     "checkpoints": None, "pretrained_model": None, "output_dir": None, "device": "gpu", "class_num": None,
     "save_interval": 1, "eval_during_train": True, "eval_interval": 1, "epochs": 10, "print_batch_step": 10,
     "use_visualdl": False, "image_shape": [3, 224, 224], "save_inference_dir": "./inference", "eval_mode": "retrieval",
-    "seed": 0, "re_ranking": False,
+    "seed": 0, "re_ranking": False, "start_eval_epoch": 0, "update_freq": 1, "iter_per_epoch": None,
+    "retrieval_feature_from": "features", "feature_normalize": True, "feature_binarize": None,
 }
-NULLABLE = {"checkpoints": str, "pretrained_model": str, "output_dir": str, "class_num": int}
-CHOICES = {"device": ("gpu", "cpu"), "eval_mode": ("retrieval",)}
-LEAST = {"epochs": 0, "seed": 0, "eval_interval": 1, "print_batch_step": 1, "class_num": 1}
+# Keys of the original that change no result here: how it computes or logs.
+WITHOUT_EFFECT = {"use_dali": bool, "to_static": bool, "sim_block_size": int, "print_mem_info": bool, "log_ranks": str,
+                  "infer_imgs": str, "warmup_iter": int, "use_multilabel": bool}
+NULLABLE = {"checkpoints": str, "pretrained_model": str, "output_dir": str, "class_num": int, "iter_per_epoch": int,
+            "feature_binarize": str}
+CHOICES = {"device": ("gpu", "cpu"), "eval_mode": ("retrieval", "classification"),
+           "feature_binarize": ("round", "sign"), "retrieval_feature_from": ("features", "neck", "backbone")}
+LEAST = {"epochs": 0, "seed": 0, "eval_interval": 1, "print_batch_step": 1, "class_num": 1, "update_freq": 1,
+         "iter_per_epoch": 1}
+# What the original has and this has not, with the reason.
+UNSUPPORTED = {
+    "UnLabelLoss": "semi-supervised training on unlabelled images (FixMatch, CCSSL) has no counterpart here",
+    "IndexProcess": "it configures a tool that turns a gallery into a classifier; recnb.search builds an index instead",
+    "Global.train_mode": "other training loops (metabin, fixmatch, fixmatch_ccssl, progressive) have no counterpart "
+                         "here; the default loop is the only one",
+}
+AMP = {"use_amp": True, "level": "O1", "dtype": None, "scale_loss": 1.0, "use_dynamic_loss_scaling": True,
+       "use_fp16_test": False, "use_promote": False}
+EMA = {"decay": 0.9999}
 
 LOADER = {"num_workers": int, "use_shared_memory": bool, "prefetch_factor": int}  # torch always shares memory
 KEYS = {  # the keys of the sections that are not constructor calls
-    "the file": ("Global", "DataLoader", "Arch", "Loss", "Optimizer", "Metric", "PostProcess"),
-    "Global": tuple(GLOBAL),
+    "the file": ("Global", "AMP", "EMA", "DataLoader", "Arch", "Loss", "Optimizer", "Metric", "PostProcess", "Slim",
+                 "Infer"),
+    "Global": (*GLOBAL, *WITHOUT_EFFECT),
+    "AMP": tuple(AMP),
+    "EMA": tuple(EMA),
     "DataLoader": ("Train", "Eval"),
     "DataLoader.Train": ("dataset", "sampler", "loader"),
-    "DataLoader.Eval": ("Query", "Gallery"),
+    "DataLoader.Eval": ("Query", "Gallery", "dataset", "sampler", "loader"),
     "DataLoader.Eval.Query": ("dataset", "sampler", "loader"),
     "DataLoader.Eval.Gallery": ("dataset", "sampler", "loader"),
     "DataLoader.Train.loader": tuple(LOADER),
+    "DataLoader.Eval.loader": tuple(LOADER),
     "DataLoader.Eval.Query.loader": tuple(LOADER),
     "DataLoader.Eval.Gallery.loader": tuple(LOADER),
-    "Arch": ("name", "infer_output_key", "infer_add_softmax", "Backbone", "BackboneStopLayer", "Neck", "Head"),
-    "Arch.BackboneStopLayer": ("name",),
     "Loss": ("Train", "Eval"),
-    "Metric": ("Eval",),
+    "Metric": ("Train", "Eval"),
 }
-LOADERS = ("Train", "Eval.Query", "Eval.Gallery")
-REQUIRED = ("DataLoader.Train.dataset", "Arch.Backbone.name", "Loss.Train", "Optimizer", "Optimizer.lr")
-CHAPTERS = ("datasets", "transforms", "samplers", "necks", "heads", "losses", "pairs", "hashing", "optim", "evaluation",
-            "training")
+ARCH = ("name", "infer_output_key", "infer_add_softmax", "head_feature_from", "is_rec", "use_sync_bn", "freeze",
+        "Backbone", "BackboneStopLayer", "Neck", "Head")
+DISTILLATION = ("name", "infer_output_key", "infer_add_softmax", "is_rec", "use_sync_bn", "infer_model_name", "models",
+                "freeze_params_list", "pretrained_list")
+LOADERS = ("Train", "Eval.Query", "Eval.Gallery", "Eval")
+REQUIRED = ("DataLoader.Train.dataset", "Arch", "Loss.Train", "Optimizer")
+CHAPTERS = ("datasets", "layouts", "transforms", "augment", "samplers", "necks", "heads", "losses", "pairs", "hashing",
+            "memories", "distillation", "pml", "optim", "schedules", "evaluation", "training")
 
 
 def resolve(path: str | Path) -> Path:
@@ -158,6 +181,7 @@ def load_config(path: str | Path, overrides: dict | None = None) -> dict:
     for key, value in overrides.items():
         override(cfg, key, unshared(value))
     fill_global(cfg)
+    fill_loaders(cfg)
     check(cfg)
     return cfg
 
@@ -176,14 +200,29 @@ def fill_global(cfg: dict) -> None:
     cfg["Global"] = {**unshared(GLOBAL), **given}
 
 
-def check_keys(section, where: str) -> None:
-    "None; raises ConfigError where a section is no mapping, or has a key that is not in KEYS."
+def fill_loaders(cfg: dict) -> None:
+    "None; a sampler without a name is the plain one, and an evaluation list that stands alone is query and gallery."
+    for section in (lookup(cfg, f"DataLoader.{part}.sampler") for part in LOADERS):
+        if isinstance(section, dict):
+            section.setdefault("name", "DistributedBatchSampler")
+    lists = lookup(cfg, "DataLoader.Eval")
+    if isinstance(lists, dict) and cfg["Global"]["eval_mode"] == "retrieval":
+        for one, other in (("Query", "Gallery"), ("Gallery", "Query")):
+            if lists.get(other) and not lists.get(one):
+                lists[one] = unshared(lists[other])
+
+
+def check_keys(section, where: str, known: tuple[str, ...] | None = None) -> None:
+    "None; raises ConfigError where a section is no mapping, or has a key that is not among the known, those of KEYS."
     if not isinstance(section, dict):
-        raise ConfigError(f"{where}: holds {section!r}, not a mapping of {', '.join(KEYS[where])}")
+        raise ConfigError(f"{where}: holds {section!r}, not a mapping of {', '.join(known or KEYS[where])}")
+    known = KEYS[where] if known is None else known
     for key in section:
-        if key not in KEYS[where]:
-            place = str(key) if where == "the file" else f"{where}.{key}"
-            raise ConfigError(f"{place}: there is no such key; {suggest(key, KEYS[where])}")
+        place = str(key) if where == "the file" else f"{where}.{key}"
+        if place in UNSUPPORTED:
+            raise ConfigError(f"{place}: {UNSUPPORTED[place]}")
+        if key not in known:
+            raise ConfigError(f"{place}: there is no such key; {suggest(key, known)}")
 
 
 def check(cfg: dict) -> None:
@@ -195,26 +234,31 @@ def check(cfg: dict) -> None:
         if section is not None:
             check_keys(section, where)
     check_global(cfg["Global"])
+    check_precision(cfg)
     check_loaders(cfg)
-    check_arch(cfg.get("Arch") or {})
-    check_class_num(cfg)
-    check_evaluation(cfg)
     for where in (place for place in REQUIRED if not lookup(cfg, place)):
         raise ConfigError(f"{where}: the file has no such section, and nothing can be trained without it")
+    for where, section in architectures(cfg):
+        check_arch(section, where)
+    check_class_num(cfg)
+    check_evaluation(cfg)
+    for where, section in optimizers(cfg):
+        if not section.get("lr"):
+            raise ConfigError(f"{where}.lr: the file has no such section, and nothing can be trained without it")
     for where, section, registry in named_sections(cfg):
         registry.check(section, where)
-        if getattr(registry[section["name"]], "needs_logits", False) and not lookup(cfg, "Arch.Head"):
-            raise ConfigError(f"{where}: {section['name']} needs logits, and Arch.Head, which makes them, is missing")
+        if getattr(registry[section["name"]], "needs_logits", False):
+            check_logits(cfg, where, section["name"])
 
 
 def check_global(section: dict) -> None:
     "None; raises ConfigError for a value of Global of the wrong kind, or one that is not among the possible."
     for key, value in section.items():
-        hint = NULLABLE[key] | None if key in NULLABLE else type(GLOBAL[key])
+        hint = NULLABLE[key] | None if key in NULLABLE else WITHOUT_EFFECT.get(key) or type(GLOBAL[key])
         if not fits(value, hint):
             wanted = inspect.formatannotation(hint)
             raise ConfigError(f"Global.{key}: {value!r} is a {type(value).__name__}, not {wanted}")
-        if value not in CHOICES.get(key, (value,)):
+        if value is not None and value not in CHOICES.get(key, (value,)):
             raise ConfigError(f"Global.{key}: '{value}' is not supported; {suggest(value, CHOICES[key])}")
         if key in LEAST and value is not None and value < LEAST[key]:
             raise ConfigError(f"Global.{key}: {value} is too small; the least is {LEAST[key]}")
@@ -223,14 +267,51 @@ def check_global(section: dict) -> None:
         raise ConfigError(f"Global.image_shape: {shape} is not [3, height, width]; images are read in RGB")
 
 
-def check_arch(section: dict) -> None:
-    "None; raises ConfigError for values of Arch that are read as they stand."
-    for place, kind in (("infer_add_softmax", bool), ("infer_output_key", str)):
-        if not fits(section.get(place), kind | None):
-            raise ConfigError(f"Arch.{place}: {section[place]!r} is not a {kind.__name__}")
+def check_precision(cfg: dict) -> None:
+    "None; raises ConfigError for a value of the sections AMP and EMA that cannot be meant."
+    amp, ema = cfg.get("AMP") or {}, cfg.get("EMA") or {}
+    for key, value in amp.items():
+        if key == "dtype" and value not in (None, "float16", "bfloat16"):
+            raise ConfigError(f"AMP.dtype: '{value}' is neither float16 nor bfloat16")
+        if (key != "dtype" and not fits(value, type(AMP[key]))) or (key == "level" and value not in ("O1", "O2")):
+            wanted = "O1 or O2" if key == "level" else type(AMP[key]).__name__
+            raise ConfigError(f"AMP.{key}: {value!r} is not {wanted}")
+    if ema and not (fits(ema.get("decay", 0.5), float) and 0 < ema.get("decay", 0.5) < 1):
+        raise ConfigError(f"EMA.decay: {ema['decay']!r} is not a number between 0 and 1")
+
+
+def check_arch(section: dict, where: str) -> None:
+    "None; raises ConfigError for what a model's section cannot mean; the parts are checked by their registries."
+    check_keys(section, where, ARCH)
+    if section.get("name", "RecModel") != "RecModel":
+        raise ConfigError(f"{where}.name: there is no model '{section['name']}'; "
+                          f"{suggest(section['name'], ('RecModel', 'DistillationModel'))}")
+    if str(section.get("infer_add_softmax", "true")).lower() not in ("true", "false"):
+        raise ConfigError(f"{where}.infer_add_softmax: {section['infer_add_softmax']!r} is neither True nor False")
+    for key, kind in (("infer_output_key", str), ("freeze", list), ("Backbone", dict),
+                      ("BackboneStopLayer", dict)):
+        if not fits(section.get(key), kind | None):
+            raise ConfigError(f"{where}.{key}: {section[key]!r} is not a {kind.__name__}")
+    if section.get("head_feature_from", "neck") not in ("neck", "backbone"):
+        raise ConfigError(f"{where}.head_feature_from: '{section['head_feature_from']}' is neither neck nor backbone")
+    check_keys(section.get("BackboneStopLayer") or {}, f"{where}.BackboneStopLayer", ("name", "output_dim"))
+    if not lookup(section, "Backbone.name"):
+        raise ConfigError(f"{where}.Backbone.name: the file has no such section, and nothing can be trained without it")
     pretrained = lookup(section, "Backbone.pretrained")
     if not fits(pretrained, bool | str | None):
-        raise ConfigError(f"Arch.Backbone.pretrained: {pretrained!r} is neither True, False nor the path of a file")
+        raise ConfigError(f"{where}.Backbone.pretrained: {pretrained!r} is neither True, False nor the path of a file")
+
+
+def adds_softmax(section: dict) -> bool:
+    "Whether a model's section asks for a softmax behind what is exported; the text 'false' is no."
+    return str(section.get("infer_add_softmax", False)).lower() == "true"
+
+
+def check_logits(cfg: dict, where: str, name: str) -> None:
+    "None; raises ConfigError where a part that needs logits is asked for and a model has no head."
+    for place, section in architectures(cfg):
+        if not section.get("Head"):
+            raise ConfigError(f"{where}: {name} needs logits, and {place}.Head, which makes them, is missing")
 
 
 def check_loaders(cfg: dict) -> None:
@@ -244,18 +325,34 @@ def check_loaders(cfg: dict) -> None:
 
 def check_class_num(cfg: dict) -> None:
     "None; raises ConfigError where the file gives two different numbers of training identities."
-    ours, head = cfg["Global"]["class_num"], lookup(cfg, "Arch.Head.class_num")
-    if ours and head and ours != head:
-        raise ConfigError(f"Global.class_num is {ours}, but Arch.Head.class_num is {head}: both count the training "
-                          "identities, so give the same number or leave one of them out")
+    given = [("Global.class_num", cfg["Global"]["class_num"]), *(
+        (f"{where}.Head.class_num", lookup(section, "Head.class_num")) for where, section in architectures(cfg))]
+    (one, ours), *others = [pair for pair in given if pair[1]] or [("", None)]
+    for other, number in others:
+        if number != ours:
+            raise ConfigError(f"{one} is {ours}, but {other} is {number}: both count the training identities, so give "
+                              "the same number or leave one of them out")
+
+
+def class_num(cfg: dict) -> tuple[str, int | None]:
+    "(the place, the number) of training identities where the file gives one, otherwise the place is Global's."
+    given = [(f"{where}.Head.class_num", lookup(section, "Head.class_num")) for where, section in architectures(cfg)]
+    return next((pair for pair in given if pair[1]), ("Global.class_num", cfg["Global"]["class_num"]))
 
 
 def check_evaluation(cfg: dict) -> None:
-    "None; raises ConfigError where evaluation is asked for, or one of its lists given, and a list is missing."
-    missing = [part for part in ("Query", "Gallery") if not lookup(cfg, f"DataLoader.Eval.{part}")]
-    if missing and (cfg["Global"]["eval_during_train"] or lookup(cfg, "DataLoader.Eval")):
-        raise ConfigError(f"DataLoader.Eval.{missing[0]}: there is no such section; retrieval is evaluated with both "
-                          "DataLoader.Eval.Query and DataLoader.Eval.Gallery (one list may serve as both): add it, or "
+    "None; raises ConfigError where evaluation is asked for and its list is missing, or is one of another mode."
+    lists, wanted = lookup(cfg, "DataLoader.Eval") or {}, cfg["Global"]["eval_during_train"]
+    single = cfg["Global"]["eval_mode"] == "classification"
+    for key in (key for key in lists if (key in ("Query", "Gallery")) == single):
+        raise ConfigError(f"DataLoader.Eval.{key}: does not belong to Global.eval_mode {cfg['Global']['eval_mode']}, "
+                          f"which is evaluated with DataLoader.Eval.{'dataset' if single else 'Query and .Gallery'}")
+    if single and not lists.get("dataset") and (wanted or lists):
+        raise ConfigError("DataLoader.Eval.dataset: there is no such section; add it, or leave DataLoader.Eval out and "
+                          "set Global.eval_during_train: False")
+    if not single and not lists.get("Query") and (wanted or lists):
+        raise ConfigError("DataLoader.Eval.Query: there is no such section; retrieval is evaluated with "
+                          "DataLoader.Eval.Query and DataLoader.Eval.Gallery (one alone serves as both): add it, or "
                           "leave DataLoader.Eval out and set Global.eval_during_train: False")
 
 
@@ -267,31 +364,55 @@ def lookup(cfg: dict, where: str):
     return node
 
 
-def items(cfg: dict, where: str) -> list[tuple[str, str, dict]]:
-    "The entries of a list of `{Name: arguments}` as (place, name, arguments)."
+def items(cfg: dict, where: str, named: bool = False) -> list[tuple[str, str, dict]]:
+    "The entries of a list of `{Name: arguments}` as (place, name, arguments); `named`: these may have a 'name' too."
     section = lookup(cfg, where) or []
     if not isinstance(section, list):
         raise ConfigError(f"{where}: must be a list of '- Name: {{arguments}}' entries")
-    return [entry(item, f"{where}.{i}") for i, item in enumerate(section)]
+    return [entry(item, f"{where}.{i}", named) for i, item in enumerate(section)]
 
 
-def entry(item, where: str) -> tuple[str, str, dict]:
+def entry(item, where: str, named: bool = False) -> tuple[str, str, dict]:
     "(place, name, arguments) of one `- Name: {arguments}`; raises ConfigError for anything else."
     pairs = list(item.items()) if isinstance(item, dict) else []
-    if len(pairs) != 1 or not isinstance(pairs[0][1], dict | None) or "name" in (pairs[0][1] or {}):
+    if len(pairs) != 1 or not isinstance(pairs[0][1], dict | None) or (not named and "name" in (pairs[0][1] or {})):
         raise ConfigError(f"{where}: {item!r} is not of the form '- Name: {{arguments}}'")
     name, args = pairs[0]
     return f"{where}.{name}", name, args or {}
 
 
+def architectures(cfg: dict) -> list[tuple[str, dict]]:
+    "The (place, section) of every model of a configuration: Arch itself, or those that Arch.models lists."
+    section = lookup(cfg, "Arch") or {}
+    if not isinstance(section, dict) or section.get("name") != "DistillationModel":
+        return [("Arch", section)]
+    check_keys(section, "Arch", DISTILLATION)
+    models = [(place, args) for place, _, args in items(cfg, "Arch.models", named=True)]
+    if not models:
+        raise ConfigError("Arch.models: DistillationModel needs a list of '- Name: {a RecModel}'")
+    return models
+
+
+def optimizers(cfg: dict) -> list[tuple[str, dict]]:
+    "The (place, section with its name) of each optimizer: the section is one, or a list of `- Name: {arguments}`."
+    section = cfg.get("Optimizer")
+    if isinstance(section, list):
+        return [(place, {"name": name, **args}) for place, name, args in items(cfg, "Optimizer")]
+    return [("Optimizer", section)] if isinstance(section, dict) else []
+
+
 def named_sections(cfg: dict):
     "Every (place, section, registry) of a configuration whose section picks a part by name."
+    roots = {"Arch": architectures(cfg), "Optimizer": optimizers(cfg)}
     for registry in Registry.made:
         for slot in registry.slots:
             for loader in LOADERS if "*" in slot else ("",):
-                where = slot.replace("*", loader).removesuffix("[]")
-                if slot.endswith("[]"):
-                    entries = [(place, {"name": name, **args}) for place, name, args in items(cfg, where)]
-                else:
-                    entries = [(where, section)] if (section := lookup(cfg, where)) is not None else []
-                yield from ((place, section, registry) for place, section in entries)
+                first, _, rest = slot.replace("*", loader).removesuffix("[]").partition(".")
+                for root, section in roots.get(first, [(first, cfg.get(first) or {})]):
+                    where = f"{root}.{rest}" if rest else root
+                    found = lookup(section, rest) if rest else section
+                    if slot.endswith("[]"):
+                        entries = [(place, {"name": name, **args}) for place, name, args in items(cfg, where)]
+                    else:
+                        entries = [(where, found)] if found is not None else []
+                    yield from ((place, section, registry) for place, section in entries)

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from recnb.config import Registry, items
+from recnb.config import ConfigError, Registry, items
 from recnb.datasets import ImageList, own_index
 from recnb.files import replacing
 from recnb.metrics import ranking_metrics, retrieval_metrics
 from recnb.rerank import KReciprocal, alpha_query_expansion, database_augmentation, fit_whitening
 
-METRICS = Registry("metric", "Metric.Eval[]")
+METRICS = Registry("metric", "Metric.Eval[]", "Metric.Train[]")
 POST_PROCESS = Registry("post-processing step", "PostProcess[]")
 DEFAULT_METRICS = ("recall1", "recall5", "mAP")
 
@@ -52,6 +52,12 @@ def mINP() -> list[str]:
     return ["mINP"]
 
 
+@METRICS.register
+def TopkAcc(topk: list | None = None) -> list[str]:
+    "top{k}: in classification, the share of images with their class among the k most likely."
+    return [f"top{k}" for k in topk or (1, 5)]
+
+
 @POST_PROCESS.register
 def AlphaQueryExpansion(k: int = 10, alpha: float = 3.0) -> Callable:
     "Each query joined by its k nearest, weighted by cosine ** alpha."
@@ -71,20 +77,57 @@ def Whitening(dimensions: int | None = None, whiten: bool = True) -> Callable:
 
 
 def build_metrics(cfg: dict) -> list[str]:
-    "The keys of the metrics that a configuration lists, in its order; recall1, recall5 and mAP where it lists none."
-    names = [key for place, name, args in items(cfg, "Metric.Eval")
-             for key in METRICS.build({"name": name, **args}, place)]
-    return names or list(DEFAULT_METRICS)
+    """The keys of the metrics that a configuration lists, in its order; the usual ones of its mode where it lists none.
+
+    Raises ConfigError for a metric that belongs to the other mode.
+    """
+    single, names = cfg["Global"]["eval_mode"] == "classification", []
+    for place, name, args in items(cfg, "Metric.Eval"):
+        if (name == "TopkAcc") != single:
+            raise ConfigError(f"{place}: {name} does not belong to Global.eval_mode {cfg['Global']['eval_mode']}; "
+                              f"{'list TopkAcc' if single else 'list Recallk, mAP, mINP or Precisionk'}")
+        names += METRICS.build({"name": name, **args}, place)
+    return names or (TopkAcc() if single else list(DEFAULT_METRICS))
 
 
-def build_judge(cfg: dict) -> Callable:
-    "`judge` with the metrics, the post-processing and the re-ranking of a configuration."
+def binarized(kind: str) -> Callable:
+    "The step that makes codes of -1 and 1: by the sign, or ('round', for features between 0 and 1) from 0.5 on."
+    def step(query: Tensor, gallery: Tensor, train: Callable | None) -> tuple[Tensor, Tensor]:
+        return tuple(x.sign() if kind == "sign" else (x >= 0.5).float() * 2 - 1 for x in (query, gallery))
+
+    return step
+
+
+def classified(names: Sequence[str], model: nn.Module, features: Tensor, images: ImageList) -> dict[str, float]:
+    "top{k} of the features (N, D) of images, by the logits of the model's head, or by the features where it has none."
+    head = getattr(model, "head", None)
+    with torch.inference_mode():
+        logits = features if head is None else head(features.to(next(model.parameters()).device)).float().cpu()
+    own = logits.gather(1, torch.from_numpy(images.labels)[:, None])
+    place = (logits >= own).sum(1) - 1  # how many classes come before, one that is as likely among them
+    return {name: (place < int(name[3:])).float().mean().item() for name in names}
+
+
+def build_judge(cfg: dict, model: nn.Module | None = None) -> Callable:
+    """`judge` with the metrics, the post-processing and the re-ranking of a configuration.
+
+    In classification it is the accuracy of `model`'s head.
+    """
     steps = [POST_PROCESS.build({"name": name, **args}, place) for place, name, args in items(cfg, "PostProcess")]
     names, re_ranking = build_metrics(cfg), cfg["Global"]["re_ranking"]
+    normalize = cfg["Global"]["feature_normalize"]
+    if cfg["Global"]["feature_binarize"]:
+        steps.insert(0, binarized(cfg["Global"]["feature_binarize"]))
+    if cfg["Global"]["eval_mode"] == "classification":
+        def judged(query_features, gallery_features, query, gallery, train=None):
+            return classified(names, model, query_features, query)
+
+        judged.names = names
+        return judged
 
     def judged(query_features: Tensor, gallery_features: Tensor, query: ImageList, gallery: ImageList,
                train: Callable | None = None) -> dict[str, float]:
-        return judge(query_features, gallery_features, query, gallery, names, steps, re_ranking, train)
+        return judge(query_features, gallery_features, query, gallery, names, steps, re_ranking, train, normalize)
 
     judged.names = names
     return judged
@@ -92,7 +135,7 @@ def build_judge(cfg: dict) -> Callable:
 
 def judge(query_features, gallery_features, query: ImageList, gallery: ImageList,
           names: Sequence[str] = DEFAULT_METRICS, steps: Sequence[Callable] = (), re_ranking: bool = False,
-          train: Callable | None = None) -> dict[str, float]:
+          train: Callable | None = None, normalize: bool = True) -> dict[str, float]:
     """The metrics `names` of query features (Q, D) against gallery features (G, D), which belong to the two lists.
 
     `steps` change the features in turn; `train()` gives the training images' where a step asks for them. The order is
@@ -107,6 +150,7 @@ def judge(query_features, gallery_features, query: ImageList, gallery: ImageList
         same = query is gallery
         scores = ranking_metrics(KReciprocal(query_features, None if same else gallery_features), *lists, **options)
     else:
+        options["distance"] = "cosine" if normalize else "dot"
         scores = retrieval_metrics(query_features, gallery_features, *lists, **options)
     return {name: scores[name] for name in names}
 
@@ -145,7 +189,8 @@ def views(model: nn.Module, x: Tensor, flip: bool, scales: Sequence[float]) -> T
 
 def fingerprint(model: nn.Module, images: ImageList, *options) -> str:
     "A key of all that features depend on: weights, transforms, the files with their sizes and times, and options."
-    key = hashlib.sha256(repr((str(model), str(images.transform), options)).encode())
+    boxes = None if images.boxes is None else images.boxes.tolist()
+    key = hashlib.sha256(repr((str(model), str(images.transform), boxes, options)).encode())
     for name, value in model.state_dict().items():
         key.update(name.encode())
         key.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())

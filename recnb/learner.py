@@ -24,7 +24,13 @@ from recnb.transforms import display_image
 
 with warnings.catch_warnings():  # fastai's import warns of torch's and pandas' futures
     warnings.simplefilter("ignore")
-    from fastai.callback.core import Callback, CancelEpochException, CancelValidException  # noqa: F401
+    from fastai.callback.core import (  # noqa: F401
+        Callback,
+        CancelBatchException,
+        CancelEpochException,
+        CancelStepException,
+        CancelValidException,
+    )
     from fastai.callback.progress import ProgressCallback  # noqa: F401 (its import gives the progress bars)
     from fastai.callback.schedule import ParamScheduler  # noqa: F401 (its import gives fit_one_cycle and lr_find)
     from fastai.data.core import DataLoaders
@@ -105,12 +111,11 @@ class PassLabels(Callback):
         self.loss_func.eval()
 
     def before_batch(self):
+        if self.training and self.learn.mix is not None:
+            x, y = self.learn.mix(*self.xb, *self.yb)
+            self.learn.xb, self.learn.yb = (x,), (y,)
         if self.training or getattr(self.loss_func.eval_loss, "needs_logits", False):
             self.learn.xb = (*self.xb, *self.yb)
-
-    def after_pred(self):
-        if not self.training:  # maps of the backbone would fill the memory of get_preds
-            self.learn.pred = {k: v for k, v in self.pred.items() if k in ("features", "logits")}
 
     def after_loss(self):
         if hasattr(self.learn, "gather_preds"):  # get_preds gives embeddings
@@ -149,9 +154,10 @@ class RetrievalEvaluation(Callback):
 class RetrievalLearner(Learner):
     """A fastai Learner over `Loaders`, a RecModel and a loss `(out, y) -> scalar`.
 
-    `optimizer` makes a torch optimizer from `(parameters, lr)`. Parameter groups are the backbone, then neck and head,
-    so that `freeze()` trains the latter and `slice(lr)` spreads over both. `metrics` are keys of `retrieval_metrics`,
-    or a function like `judge` that computes them, with their `names`.
+    `optimizer` makes a torch optimizer from `(groups, lr)`, the groups being those of `splitter(model, loss)`: the
+    backbone's, then the others', so that `freeze()` trains the latter and `slice(lr)` spreads over both. `metrics` are
+    keys of `retrieval_metrics`, or a function like `judge` that computes them, with their `names`. `mix` is a batch
+    transform `(x, y) -> (x, soft labels)` for training.
     """
 
     first_epoch = 0
@@ -159,7 +165,7 @@ class RetrievalLearner(Learner):
     def __init__(self, loaders: Loaders, model: nn.Module, loss: nn.Module, eval_loss: nn.Module | None = None,
                  optimizer: Callable = torch.optim.AdamW, metrics: Sequence[str] | Callable = DEFAULT_METRICS,
                  device: str | torch.device | None = None, path: str | Path = ".", cbs: Sequence[Callback] = (),
-                 **kwargs):
+                 splitter: Callable | None = None, mix: Callable | None = None, **kwargs):
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         adapted = [FastaiLoader(dl, device) for dl in (loaders.train, evaluation_loader(loaders)) if dl is not None]
         self.names = list(getattr(metrics, "names", metrics))
@@ -167,9 +173,16 @@ class RetrievalLearner(Learner):
         evaluation = [RetrievalEvaluation(loaders, judged)] if loaders.query else []
         shown = [ValueMetric(partial(self.score, name), name) for name in self.names] if evaluation else []
         super().__init__(DataLoaders(*adapted, path=path), model.to(device), RunLoss(loss, eval_loss).to(device),
-                         opt_func=partial(OptimWrapper, opt=optimizer), splitter=backbone_and_rest,
-                         metrics=shown, path=path, cbs=[PassLabels(), *evaluation, *cbs], **kwargs)
-        self.loaders = loaders
+                         opt_func=partial(OptimWrapper, opt=optimizer), metrics=shown, path=path,
+                         splitter=lambda model: (splitter or backbone_and_rest)(model, loss),
+                         cbs=[PassLabels(), *evaluation, *cbs], **kwargs)
+        self.loaders, self.mix = loaders, mix
+
+    def freeze(self):
+        "None; from now on only what does not belong to the backbone is trained."
+        if self.opt is None:
+            self.create_opt()
+        self.freeze_to(sum(group["backbone"] for group in self.opt.opt.param_groups))
 
     def score(self, name: str) -> float | None:
         return self.retrieval_evaluation.result.get(name)
@@ -202,11 +215,12 @@ def named(names: Sequence[str], query_features, gallery_features, query, gallery
     return judge(query_features, gallery_features, query, gallery, names)
 
 
-def backbone_and_rest(model: nn.Module) -> list[list[nn.Parameter]]:
-    "The trainable parameters in two groups, the backbone's and the others', empty groups left out."
+def backbone_and_rest(model: nn.Module, loss: nn.Module) -> list[dict]:
+    "The trainable parameters in two groups, the backbone's and the others' with the loss's, empty groups left out."
     backbone = set(model.backbone.parameters())
-    groups = [[p for p in model.parameters() if p.requires_grad and (p in backbone) == own] for own in (True, False)]
-    return [group for group in groups if group]
+    both = [p for part in (model, loss) for p in part.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in both if (p in backbone) == own], "backbone": own} for own in (True, False)]
+    return [group for group in groups if group["params"]]
 
 
 def evaluation_loader(loaders: Loaders) -> DataLoader | None:

@@ -7,8 +7,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from recnb.config import items, lookup
+from recnb.config import LOADERS, WITHOUT_EFFECT, ConfigError, adds_softmax, architectures, items, lookup, optimizers
 from recnb.datasets import Loaders
+from recnb.transforms import output_shape
 
 PAIR_LOSSES = ("SupConLoss", "TripletLoss", "TripletLossV2", "TripletAngularMarginLoss", "PairwiseCosface", "MSMLoss",
                "TriHardLoss", "EmlLoss", "NpairsLoss", "ContrastiveLoss")
@@ -22,13 +23,20 @@ class Finding(NamedTuple):
     what: str
     why: str
     mend: str
+    strict: bool = False  # nothing useful can come of it
 
 
 def lint(cfg: dict, loaders: Loaders | None = None) -> list[Finding]:
     "The findings of a checked configuration; with its loaders, those of the lists too."
-    checks = [losses, augmentation, inference, schedule]
+    checks = [losses, augmentation, inference, schedule, without_effect]
     findings = [finding for check in checks for finding in check(cfg)]
-    return findings + (list(identities(loaders)) if loaders else [])
+    return findings + ([*identities(loaders), *shapes(cfg, loaders)] if loaders else [])
+
+
+def stop(findings: list[Finding]) -> None:
+    "None; raises ConfigError for the first strict finding."
+    for finding in (finding for finding in findings if finding.strict):
+        raise ConfigError(f"{finding.place}: {finding.what}: {finding.why}; {finding.mend}")
 
 
 def losses(cfg: dict) -> Iterator[Finding]:
@@ -43,6 +51,8 @@ def losses(cfg: dict) -> Iterator[Finding]:
         if drawn and args.get("views", drawn) != drawn:
             yield Finding(f"{place}.views", f"{args['views']}, but the sampler draws {drawn} images of an identity",
                           "the loss goes by the labels here, so views has no effect", f"write views: {drawn}")
+    if terms and all(args.get("weight") == 0 for _, _, args in terms):
+        yield Finding("Loss.Train", "every weight is 0", "no gradient comes of it", "give one loss a weight", True)
     if len(terms) == 1 and terms[0][2].get("weight", 1) != 1:
         yield Finding(f"{terms[0][0]}.weight", f"{terms[0][2]['weight']} on the only loss",
                       "PaddleClas ignores the weight of a single loss, here it scales the gradients",
@@ -53,33 +63,69 @@ def augmentation(cfg: dict) -> Iterator[Finding]:
     "Erasing on the wrong side of the normalisation."
     ops = list(items(cfg, "DataLoader.Train.dataset.transform_ops"))
     names = [name for _, name, _ in ops]
-    if "RandomErasing" in names and "NormalizeImage" in names:
+    normalize = next((name for name in names if name in ("NormalizeImage", "Normalize")), None)
+    if "RandomErasing" in names and normalize:
         place, _, args = ops[names.index("RandomErasing")]
-        behind = names.index("RandomErasing") > names.index("NormalizeImage")
+        behind = names.index("RandomErasing") > names.index(normalize)
         mean = args.get("mean") or [0.0]
         if behind and any(mean):
-            yield Finding(f"{place}.mean", f"{mean} behind NormalizeImage",
+            yield Finding(f"{place}.mean", f"{mean} behind {normalize}",
                           "it is written as it stands: in normalised values, 0 is the mean colour",
                           "write mean: [0., 0., 0.]")
         if not behind:
-            yield Finding(place, "RandomErasing before NormalizeImage",
-                          "0 is black there and not the mean colour", "move it behind NormalizeImage")
+            yield Finding(place, f"RandomErasing before {normalize}",
+                          "0 is black there and not the mean colour", f"move it behind {normalize}")
+    for part in (part for part in LOADERS if part != "Train"):
+        for place, name, _ in items(cfg, f"DataLoader.{part}.dataset.transform_ops"):
+            if name.startswith("Rand"):
+                yield Finding(place, f"{name} in evaluation", "the metrics change from one evaluation to the next",
+                              "leave it out there")
 
 
 def inference(cfg: dict) -> Iterator[Finding]:
     "A softmax over an embedding."
-    key = lookup(cfg, "Arch.infer_output_key") or "features"
-    if lookup(cfg, "Arch.infer_add_softmax") and key != "logits":
-        yield Finding("Arch.infer_add_softmax", f"True, and infer_output_key is {key}",
-                      "a softmax over an embedding destroys its distances", "write infer_add_softmax: False")
+    for place, section in [("Arch", cfg["Arch"]), *architectures(cfg)[:1]]:
+        key, given = section.get("infer_output_key") or "features", section.get("infer_add_softmax")
+        if isinstance(given, str):
+            yield Finding(f"{place}.infer_add_softmax", f"the text '{given}'",
+                          "PaddleClas takes any text as True, here it means what it says", f"write {given.title()}")
+        if adds_softmax(section) and key != "logits":
+            yield Finding(f"{place}.infer_add_softmax", f"True, and infer_output_key is {key}",
+                          "a softmax over an embedding destroys its distances", "write infer_add_softmax: False")
+        if place == "Arch" and section.get("name", "RecModel") == "RecModel":
+            return
 
 
 def schedule(cfg: dict) -> Iterator[Finding]:
     "A warm-up that never ends."
-    warmup, epochs = lookup(cfg, "Optimizer.lr.warmup_epoch") or 0, cfg["Global"]["epochs"]
-    if epochs and warmup >= epochs:
-        yield Finding("Optimizer.lr.warmup_epoch", f"{warmup} of {epochs} epochs",
-                      "the learning rate only rises and its schedule never begins", "lower it or raise Global.epochs")
+    epochs = cfg["Global"]["epochs"]
+    for where, section in optimizers(cfg):
+        warmup = section["lr"].get("warmup_epoch") or 0
+        if epochs and warmup >= epochs:
+            yield Finding(f"{where}.lr.warmup_epoch", f"{warmup} of {epochs} epochs",
+                          "the rate only rises and its schedule never begins", "lower it or raise Global.epochs")
+
+
+def without_effect(cfg: dict) -> Iterator[Finding]:
+    "What the original has and this has not, or does not need."
+    for key in (key for key in WITHOUT_EFFECT if cfg["Global"].get(key)):
+        yield Finding(f"Global.{key}", f"{cfg['Global'][key]}", "it changes nothing here", "leave it out")
+    for key, why in (("Slim", "pruning and quantisation while training have no counterpart here, the model is trained "
+                              "without them"), ("Infer", "the exported model holds its own preprocessing")):
+        if cfg.get(key):
+            yield Finding(key, ", ".join(cfg[key]), why, "leave the section out")
+    if lookup(cfg, "Metric.Train"):
+        yield Finding("Metric.Train", "metrics of the training batches", "logits carry the margin while training, so "
+                      "their accuracy says little; the loss terms are shown instead", "leave it out")
+
+
+def shapes(cfg: dict, loaders: Loaders) -> Iterator[Finding]:
+    "Training images of another size than those that are evaluated."
+    shape = output_shape(loaders.train.dataset.transform, "DataLoader.Train")
+    if list(shape) != cfg["Global"]["image_shape"]:
+        yield Finding("DataLoader.Train.dataset.transform_ops", f"images of {list(shape)}, Global.image_shape is "
+                      f"{cfg['Global']['image_shape']}", "sizes of ops are [width, height], image_shape is [3, height, "
+                      "width]: training and evaluation see different sizes", "write the same size in both")
 
 
 def identities(loaders: Loaders) -> Iterator[Finding]:

@@ -5,6 +5,9 @@ evaluation and export.
 """
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Sequence
+from fnmatch import fnmatch
 from math import prod
 from pathlib import Path
 from pickle import UnpicklingError
@@ -14,8 +17,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from recnb.backbones import create_backbone
-from recnb.config import ConfigError, lookup, resolve
+from recnb.config import ConfigError, architectures, class_num, lookup, resolve, suggest
 from recnb.datasets import training_images
+from recnb.distillation import DistillationModel
 from recnb.heads import HEADS
 from recnb.necks import NECKS
 
@@ -23,23 +27,56 @@ from recnb.necks import NECKS
 class RecModel(nn.Module):
     """`model(x, y=None) -> dict` with `backbone`, `neck` (where there is one), `features` (B, D) and `logits`.
 
-    `features` is the neck's output, or the backbone's. Logits are computed only when there is a head and labels `y` are
-    given: retrieval never needs them.
+    `features` is the neck's output, or the backbone's; in evaluation, what `retrieval_feature_from` names. Logits, from
+    the features or from `head_feature_from`, are computed only when there is a head and labels `y` are given: retrieval
+    never needs them. `precision` (float16 or bfloat16) is that of training under autocast, with `half_evaluation` of
+    evaluation too. `frozen` names parts whose weights and batch statistics stay as they are.
     """
+
+    retrieval_feature_from, head_feature_from = "features", "neck"
+    precision: torch.dtype | None = None
+    sizes: dict[str, int] | None = None  # of `backbone` (flat) and `features`, where they are known
+    half_evaluation = False
+    frozen: tuple[str, ...] = ()
 
     def __init__(self, backbone: nn.Module, neck: nn.Module | None = None, head: nn.Module | None = None):
         super().__init__()
         self.backbone, self.neck, self.head = backbone, neck, head
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:  # (B, 3, H, W), (B,)
+        half = self.precision is not None and (self.training or self.half_evaluation)
+        with torch.autocast(x.device.type, self.precision) if half else contextlib.nullcontext():
+            return self.parts(x, y)
+
+    def parts(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        "What `forward` gives, in the precision that it is called in."
         out = {"backbone": self.backbone(x)}
         if self.neck is not None:
             out["neck"] = self.neck(out["backbone"])
-        features = out.get("neck", out["backbone"])
-        out["features"] = features.flatten(1) if features.shape[2:].numel() == 1 else features  # (B, D)
+        out["features"] = vectors(out.get("neck", out["backbone"]))  # (B, D)
         if self.head is not None and y is not None:
-            out["logits"] = self.head(out["features"], y)  # (B, class_num)
+            given = vectors(out["backbone"]) if self.head_feature_from == "backbone" else out["features"]
+            out["logits"] = self.head(given, y)  # (B, class_num)
+        if not self.training and self.retrieval_feature_from != "features":
+            out["features"] = vectors(out[self.retrieval_feature_from])
         return out
+
+    def train(self, mode: bool = True) -> RecModel:
+        super().train(mode)
+        for name in self.frozen:
+            self.get_submodule(name).eval()
+        return self
+
+    def freeze(self, names: Sequence[str]) -> None:
+        "None; keeps these parts (patterns of module names such as 'backbone.model.layer1*') as they are from now on."
+        known = [name for name, _ in self.named_modules()]
+        for pattern in names:
+            found = [name for name in known if name and fnmatch(name, pattern)]
+            if not found:
+                raise ValueError(f"freeze: no part is called '{pattern}'; {suggest(pattern, known)}")
+            self.frozen = (*self.frozen, *found)
+        for name in self.frozen:
+            self.get_submodule(name).eval().requires_grad_(False)
 
     def describe(self) -> str:
         "A line for each part: what it is, what it gives, how many parameters it has."
@@ -53,73 +90,126 @@ class RecModel(nn.Module):
         return "\n".join(f"{part:<9} {kind:<14} {text:<36} {count:>12,} parameters" for part, kind, text, count in rows)
 
 
-def build_model(cfg: dict) -> RecModel:
+def vectors(x: Tensor) -> Tensor:
+    "(B, D) from maps of one pixel (B, D, 1, 1); anything else as it is."
+    return x.flatten(1) if x.shape[2:].numel() == 1 else x
+
+
+def build_model(cfg: dict) -> RecModel | DistillationModel:
     """The model of a configuration, its weights drawn from Global.seed or read from the files it names.
 
     Sizes that the file leaves out are derived: the neck's input from the cut backbone, the head's from the neck and
     from the training list. Raises ConfigError, naming both numbers and both places, where a given size disagrees.
     """
-    if cfg["Arch"].get("name", "RecModel") != "RecModel":
-        raise ConfigError(f"Arch.name: '{cfg['Arch']['name']}' is not supported, only 'RecModel'")
-    classes = class_number(cfg) if cfg["Arch"].get("Head") else None
+    sections = architectures(cfg)
+    classes = class_number(cfg) if any(section.get("Head") for _, section in sections) else None
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(cfg["Global"]["seed"])  # torch.manual_seed would reach GPUs too
-        backbone = build_backbone(cfg)
-        neck, size = build_neck(cfg, backbone)
-        head = None
-        if classes:
-            source = f"Arch.{'Neck' if neck else 'Backbone'} gives features of size"
-            head = HEADS.build({**cfg["Arch"]["Head"], "class_num": classes}, "Arch.Head",
-                               embedding_size=(size, source))
-    model = RecModel(backbone, neck, head)
+        models = {where: build_recmodel(cfg, section, where, classes) for where, section in sections}
+    model = models.get("Arch") or build_distillation(cfg, {where.split(".")[-1]: m for where, m in models.items()})
     if cfg["Global"]["pretrained_model"]:
         print(load_weights(model, cfg["Global"]["pretrained_model"]))
     return model
 
 
+def build_recmodel(cfg: dict, section: dict, where: str, classes: int | None) -> RecModel:
+    "The model of one section; `classes` is the number of training identities."
+    backbone = build_backbone(cfg, section, where)
+    neck, size = build_neck(section, where, backbone)
+    head, given = None, section.get("head_feature_from", "neck")
+    if section.get("Head"):
+        behind = given == "backbone" or neck is None
+        source = f"{where}.{'Backbone' if behind else 'Neck'} gives features of size"
+        head = HEADS.build({**section["Head"], "class_num": classes}, f"{where}.Head",
+                           embedding_size=(prod(backbone.out_shape) if behind else size, source))
+    model = RecModel(backbone, neck, head)
+    model.sizes = {"backbone": prod(backbone.out_shape), "features": size}
+    model.head_feature_from = given
+    model.retrieval_feature_from = cfg["Global"]["retrieval_feature_from"] if neck else "features"
+    amp = cfg.get("AMP")
+    if amp is not None and amp.get("use_amp", True):
+        model.precision = precision(amp, cfg["Global"]["device"])
+        model.half_evaluation = amp.get("use_fp16_test", False) or amp.get("level") == "O2"
+    try:
+        model.freeze(section.get("freeze") or ())
+    except ValueError as error:
+        raise ConfigError(f"{where}.{error}") from None
+    return model
+
+
+def precision(amp: dict, device: str) -> torch.dtype:
+    "What autocast computes in: as AMP.dtype says, otherwise bfloat16 where it is fast or the only one, else float16."
+    on_gpu = device == "gpu" and torch.cuda.is_available()
+    fallback = "float16" if on_gpu and not torch.cuda.is_bf16_supported() else "bfloat16"
+    return getattr(torch, amp.get("dtype") or fallback)
+
+
+def build_distillation(cfg: dict, models: dict[str, RecModel]) -> DistillationModel:
+    "The models trained together, some frozen or with weights of their own; `infer_model_name` or the last is used."
+    section, names = cfg["Arch"], list(models)
+    chosen = section.get("infer_model_name") or names[-1]
+    if chosen not in models:
+        raise ConfigError(f"Arch.infer_model_name: there is no model '{chosen}'; {suggest(chosen, names)}")
+    for key in ("freeze_params_list", "pretrained_list"):
+        given = section.get(key) or [None] * len(names)
+        if not isinstance(given, list) or len(given) != len(names):
+            raise ConfigError(f"Arch.{key}: must have one entry for each of the models {', '.join(names)}")
+        for name, value in zip(names, given, strict=True):
+            if value and key == "pretrained_list":
+                print(load_weights(models[name], value, f"Arch.{key}"))
+            elif value:
+                models[name].freeze([part for part, _ in models[name].named_children()])
+    return DistillationModel(models, chosen)
+
+
 def class_number(cfg: dict) -> int:
     "How many classes the head tells apart: as the file says, otherwise the identities of the training list."
-    given = lookup(cfg, "Arch.Head.class_num") or cfg["Global"]["class_num"]
+    given = class_num(cfg)[1]
     listed = len(training_images(cfg).names)  # raises where `given` is too small for the list
     if given and given > listed:
         print(f"class_num is {given}, the training list has {listed} identities: the others will never be seen")
     return given or listed
 
 
-def build_backbone(cfg: dict) -> nn.Module:
-    "The backbone of a configuration, cut where it says; raises ConfigError for what timm or the cut refuse."
-    section = dict(cfg["Arch"]["Backbone"])
-    if isinstance(section.get("pretrained"), str):
-        section["pretrained"] = resolve(section["pretrained"])
-    stop = lookup(cfg, "Arch.BackboneStopLayer.name")
+def build_backbone(cfg: dict, section: dict, where: str) -> nn.Module:
+    "The backbone of a model's section, cut where it says; raises ConfigError for what timm or the cut refuse."
+    given, stop = dict(section["Backbone"]), section.get("BackboneStopLayer") or {}
+    if isinstance(given.get("pretrained"), str):
+        given["pretrained"] = resolve(given["pretrained"])
+    name, size = stop.get("name"), stop.get("output_dim")
     try:
-        return create_backbone(**section, stop=stop, input_size=tuple(cfg["Global"]["image_shape"]))
+        backbone = create_backbone(**given, stop=name, input_size=tuple(cfg["Global"]["image_shape"]))
     except (ValueError, TypeError) as error:
-        raise ConfigError(f"Arch.{'BackboneStopLayer' if str(stop) in str(error) else 'Backbone'}: {error}") from error
+        part = "BackboneStopLayer" if str(name) in str(error) else "Backbone"
+        raise ConfigError(f"{where}.{part}: {error}") from error
+    if size and size != backbone.out_channels:
+        raise ConfigError(f"{where}.BackboneStopLayer.output_dim is {size}, but {given['name']} cut at {name} gives "
+                          f"{backbone.out_channels} channels")
+    return backbone
 
 
-def build_neck(cfg: dict, backbone: nn.Module) -> tuple[nn.Module | None, int]:
+def build_neck(section: dict, where: str, backbone: nn.Module) -> tuple[nn.Module | None, int]:
     "(the neck or None, the size of the features); the backbone's output is checked to suit it."
-    shape, stop = backbone.out_shape, lookup(cfg, "Arch.BackboneStopLayer.name") or "its end"
-    if not cfg["Arch"].get("Neck"):
+    shape, stop = backbone.out_shape, lookup(section, "BackboneStopLayer.name") or "its end"
+    if not section.get("Neck"):
         if len(shape) > 1 and prod(shape[1:]) > 1:
-            raise ConfigError(f"Arch.Neck: is missing, and the backbone cut at {stop} gives maps {shape}, no vector; "
-                              "add a neck or cut at 'flatten'")
+            raise ConfigError(f"{where}.Neck: is missing, and the backbone cut at {stop} gives maps {shape}, no "
+                              "vector; add a neck or cut at 'flatten'")
         return None, prod(shape)
     source = f"the backbone cut at {stop} gives"
-    neck = NECKS.build(cfg["Arch"]["Neck"], "Arch.Neck", in_channels=(backbone.out_channels, source),
+    neck = NECKS.build(section["Neck"], f"{where}.Neck", in_channels=(backbone.out_channels, source),
                        num_features=(prod(shape), source), embedding_size=(prod(shape), source),
                        prefix_tokens=(backbone.prefix_tokens, source))
     try:
         with torch.no_grad():
             features = neck.eval()(torch.zeros(1, *shape))
     except RuntimeError as error:
-        raise ConfigError(f"Arch.Neck: cannot take the {shape} that {source}: {error}") from error
+        raise ConfigError(f"{where}.Neck: cannot take the {shape} that {source}: {error}") from error
     neck.train()
     return neck, features.shape[1]
 
 
-def load_weights(model: nn.Module, path: str | Path) -> str:
+def load_weights(model: nn.Module, path: str | Path, where: str = "Global.pretrained_model") -> str:
     """A sentence that says what was loaded; tensors that are missing or of another shape keep their values.
 
     Reads .safetensors and weights-only .pth / .pt files (also checkpoints of a run). Raises ConfigError where the file
@@ -129,16 +219,16 @@ def load_weights(model: nn.Module, path: str | Path) -> str:
     try:
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except UnpicklingError as error:
-        raise ConfigError(f"Global.pretrained_model: {path} holds other things than tensors, and is not read since "
+        raise ConfigError(f"{where}: {path} holds other things than tensors, and is not read since "
                           "that could run code; save a state_dict, best as .safetensors") from error
     except Exception as error:  # a broken file can fail in any way
-        raise ConfigError(f"Global.pretrained_model: {path} cannot be read as weights: {error}") from error
+        raise ConfigError(f"{where}: {path} cannot be read as weights: {error}") from error
     state, own = state.get("model", state) if isinstance(state, dict) else {}, model.state_dict()
     state = {k: v for k, v in state.items() if isinstance(v, Tensor)} if isinstance(state, dict) else {}
     fitting = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
     if not fitting:
         first = [next((f"{k} {tuple(v.shape)}" for k, v in tensors.items()), "no tensor") for tensors in (state, own)]
-        raise ConfigError(f"Global.pretrained_model: nothing in {path} fits this model (the file begins with "
+        raise ConfigError(f"{where}: nothing in {path} fits this model (the file begins with "
                           f"{first[0]}, the model with {first[1]})")
     model.load_state_dict(fitting, strict=False)
     others = sorted(set(own) - set(fitting))

@@ -73,7 +73,10 @@ class Registry(dict):
         part = self[name].__init__ if inspect.isclass(self[name]) else self[name]
         hints = {**dict.fromkeys(self.parameters(name), typing.Any), **typing.get_type_hints(part), **self.beside}
         hints.pop("return", None)
-        for key, value in ((k, v) for k, v in section.items() if k != "name"):
+        free = [k for k, p in self.parameters(name).items() if p.kind is p.VAR_KEYWORD]  # the part checks the rest
+        for key in free:
+            hints.pop(key)
+        for key, value in ((k, v) for k, v in section.items() if k != "name" and (k in hints or not free)):
             if key not in hints:
                 raise ConfigError(f"{where}.{key}: {name} has no such argument; {suggest(key, hints)}")
             if not fits(value, hints[key]):
@@ -96,7 +99,8 @@ class Registry(dict):
                 raise ConfigError(f"{where}.{key} is {args[key]}, but {source} {value}")
             if key in parameters:
                 args[key] = value
-        missing = [k for k, p in parameters.items() if p.default is p.empty and k not in args]
+        missing = [k for k, p in parameters.items()
+                   if p.default is p.empty and p.kind is not p.VAR_KEYWORD and k not in args]
         if missing:
             raise ConfigError(f"{where}: {name} needs a value for '{missing[0]}'")
         try:

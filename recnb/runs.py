@@ -6,6 +6,7 @@
 """
 from __future__ import annotations
 
+import copy
 import json
 import platform
 import subprocess
@@ -21,8 +22,8 @@ from matplotlib.ticker import MaxNLocator
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from recnb.checkpoints import resolved
-from recnb.config import ROOT, ConfigError, as_yaml, load_config, resolve
-from recnb.datasets import ImageList, evaluation_images, own_index
+from recnb.config import ROOT, ConfigError, architectures, as_yaml, load_config, resolve
+from recnb.datasets import ImageList, evaluation_images, evaluation_places, own_index
 from recnb.files import replacing, write_json, write_text
 from recnb.gallery import Ranking, rank, read_picture
 from recnb.model import RecModel, build_model, load_weights
@@ -136,7 +137,7 @@ class Run:
 
     def model(self) -> RecModel:
         "The trained model in evaluation mode, on the CPU."
-        model = build_model({**self.cfg, "Arch": untrained(self.cfg["Arch"])})
+        model = build_model(untrained(self.cfg))
         load_weights(model, self.folder / "model.safetensors")
         return model.eval()
 
@@ -152,9 +153,14 @@ def embed_picture(run: Run, model: RecModel, picture) -> np.ndarray:
         return model(model_input(run, picture)[None])["features"][0].float().numpy()
 
 
-def untrained(arch: dict) -> dict:
-    "The section Arch without pretrained weights: those of the run replace them."
-    return {**arch, "Backbone": {**arch["Backbone"], "pretrained": False}}
+def untrained(cfg: dict) -> dict:
+    "The configuration without pretrained weights: those of the run replace them."
+    cfg = copy.deepcopy(cfg)
+    cfg["Global"]["pretrained_model"] = None
+    cfg["Arch"].pop("pretrained_list", None)
+    for _, section in architectures(cfg):
+        section["Backbone"]["pretrained"] = False
+    return cfg
 
 
 def load_run(folder: str | Path) -> Run:
@@ -167,8 +173,8 @@ def load_run(folder: str | Path) -> Run:
                               "02_train writes one")
     cfg = load_config(run / "config.yaml")
     lists = evaluation_images(cfg)
-    for part, images in zip(("Query", "Gallery"), lists, strict=True):
-        images.transform = build_transform(cfg, f"DataLoader.Eval.{part}.dataset")
+    for where, images in zip(evaluation_places(cfg), lists, strict=True):
+        images.transform = build_transform(cfg, f"{where}.dataset")
     features = [np.load(path, allow_pickle=False) for path in parts.values()]
     for images, values in zip(lists, features, strict=True):
         if len(images) != len(values):

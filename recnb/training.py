@@ -18,15 +18,26 @@ import pandas as pd
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from recnb.augment import build_batch_transform
 from recnb.checkpoints import Checkpoints, resolved, resume, save_weights
-from recnb.config import ConfigError, resolve
-from recnb.datasets import Loaders
+from recnb.config import EMA, ConfigError, architectures, items, lookup, resolve
+from recnb.datasets import Loaders, save_label_map, seeded
 from recnb.evaluation import build_judge
 from recnb.files import replacing
-from recnb.learner import Callback, CancelValidException, RetrievalLearner, ValueMetric
+from recnb.learner import (
+    Callback,
+    CancelBatchException,
+    CancelStepException,
+    CancelValidException,
+    RetrievalLearner,
+    ValueMetric,
+)
 from recnb.losses import CombinedLoss, build_loss
-from recnb.optim import build_optimizer, build_schedule
+from recnb.model import precision
+from recnb.optim import build_optimizer, parameter_groups
+from recnb.schedules import build_schedules
 
 
 @dataclass
@@ -34,7 +45,7 @@ class Plan:
     "What `fit_config` does: how long, at which learning rates, and what it evaluates and keeps, where."
 
     epochs: int
-    schedule: Callable[[int], float]
+    schedules: list[Callable]  # one for each optimizer, from the optimizer's steps so far and the metric's values
     folder: Path
     config: str = "{}"  # the configuration as JSON text, kept in the checkpoint and compared on resuming
     checkpoint: Path | None = None  # to resume from where the folder holds none
@@ -42,6 +53,10 @@ class Plan:
     save_interval: int = 1
     log_interval: int = 10
     scalars: bool = False
+    first_evaluation: int = 0  # the epochs before it are not evaluated
+    update_freq: int = 1  # batches to one step of the optimizer
+    decay: float | None = None  # of the moving average of the weights
+    half: torch.dtype | None = None  # with float16, losses are scaled
 
 
 def build_learner(cfg: dict, model: nn.Module, loaders: Loaders, run_dir: str | Path) -> RetrievalLearner:
@@ -50,11 +65,28 @@ def build_learner(cfg: dict, model: nn.Module, loaders: Loaders, run_dir: str | 
     Raises ConfigError where the configuration asks for what is not installed.
     """
     plan = build_plan(cfg, loaders, Path(run_dir))
-    learn = RetrievalLearner(loaders, model, build_loss(cfg), evaluation_loss(cfg, loaders) if loaders.query else None,
-                             build_optimizer(cfg), build_judge(cfg), pick_device(cfg["Global"]["device"]),
-                             path=run_dir)
+    with seeded(cfg["Global"]["seed"]):  # centres are drawn
+        loss = build_loss(cfg, classes=len(loaders.train.dataset.names), sizes=getattr(model, "sizes", None))
+    mix = build_batch_transform(cfg, len(loaders.train.dataset.names))
+    if mix:
+        check_mixable(cfg)
+    learn = RetrievalLearner(loaders, model, loss, evaluation_loss(cfg, loaders) if loaders.query else None,
+                             build_optimizer(cfg), build_judge(cfg, model), pick_device(cfg["Global"]["device"]),
+                             path=run_dir, splitter=partial(parameter_groups, cfg), mix=mix)
+    learn.create_opt()  # what no optimizer would train is found now
     learn.fit_config = partial(fit_config, learn, plan)
     return learn
+
+
+def check_mixable(cfg: dict) -> None:
+    "None; raises ConfigError where a head or a loss needs one label for each image and images are blended."
+    where = "DataLoader.Train.dataset.batch_transform_ops: blends images and their labels, but"
+    for place, section in architectures(cfg):
+        if lookup(section, "Head.name") not in (None, "FC"):
+            raise ConfigError(f"{where} {place}.Head {section['Head']['name']} needs one label each; take FC")
+    for place, name, _ in items(cfg, "Loss.Train"):
+        if name != "CELoss":
+            raise ConfigError(f"{where} {place} needs one label each; only CELoss takes shares of labels")
 
 
 def build_plan(cfg: dict, loaders: Loaders, folder: Path) -> Plan:
@@ -65,9 +97,13 @@ def build_plan(cfg: dict, loaders: Loaders, folder: Path) -> Plan:
     checkpoint = resolve(settings["checkpoints"]) if settings["checkpoints"] else None
     if checkpoint and not checkpoint.is_file():
         raise ConfigError(f"Global.checkpoints: there is no file {checkpoint}")
-    return Plan(settings["epochs"], build_schedule(cfg, len(loaders.train)), folder, json.dumps(resolved(cfg)),
-                checkpoint, settings["eval_interval"] if settings["eval_during_train"] else 0,
-                settings["save_interval"], settings["print_batch_step"], settings["use_visualdl"])
+    amp, ema = cfg.get("AMP"), cfg.get("EMA")
+    half = precision(amp, settings["device"]) if amp is not None and amp.get("use_amp", True) else None
+    steps = -(-len(loaders.train) // settings["update_freq"])
+    return Plan(settings["epochs"], build_schedules(cfg, steps), folder, json.dumps(resolved(cfg)), checkpoint,
+                settings["eval_interval"] if settings["eval_during_train"] else 0, settings["save_interval"],
+                settings["print_batch_step"], settings["use_visualdl"], settings["start_eval_epoch"],
+                settings["update_freq"], None if ema is None else ema.get("decay", EMA["decay"]), half)
 
 
 def pick_device(name: str) -> torch.device:
@@ -102,23 +138,28 @@ def fit_config(learn: RetrievalLearner, plan: Plan, on_epoch: Callable[[], objec
     `on_epoch()` is called after each epoch, when its row stands in history.csv: to draw the curves anew.
     """
     plan.folder.mkdir(parents=True, exist_ok=True)
+    save_label_map(learn.loaders.train.dataset, plan.folder / "labels.csv")
     history, kept, pace = History(plan, on_epoch), plan.folder / "checkpoints", Pace()
     callbacks = [FollowPlan(plan), history, pace, Checkpoints(kept, plan.config, plan.save_interval)]
-    if plan.scalars:
-        callbacks.append(Scalars(plan.folder / "vdl"))
+    callbacks += [Accumulate(plan.update_freq)] if plan.update_freq > 1 else []
+    callbacks += [ScaleLoss(learn.dls.device)] if plan.half == torch.float16 else []
+    callbacks += [MovingAverage(learn.model, plan.decay)] if plan.decay else []
+    callbacks += [Scalars(plan.folder / "vdl")] if plan.scalars else []
     learn.create_opt()
     latest = kept / "latest.pt" if (kept / "latest.pt").exists() else plan.checkpoint
     if latest:
-        learn.first_epoch = resume(learn, history, latest, plan.config, kept)
+        learn.first_epoch = resume(learn, callbacks, latest, plan.config, kept)
         print(f"resuming behind epoch {learn.first_epoch} of {plan.epochs}")
     try:
-        learn.fit(plan.epochs, lr=plan.schedule(0), cbs=callbacks)
+        learn.fit(plan.epochs, lr=plan.schedules[0](0), cbs=callbacks)
     finally:
         learn.first_epoch = 0
     if history.best:
         learn.model.load_state_dict(load_file(kept / "best.safetensors"))
         name, value = learn.names[0], history.best["value"]
         print(f"the model holds the weights of epoch {history.best['epoch']}, the best by {name} ({value:.4f})")
+    elif plan.decay:
+        next(cb for cb in callbacks if isinstance(cb, MovingAverage)).swap()
     save_weights(learn.model.state_dict(), plan.folder / "model.safetensors")
     if pace.images:
         print(pace)
@@ -149,11 +190,20 @@ class FollowPlan(Callback):
 
     def before_batch(self):
         if self.training:
-            self.opt.set_hyper("lr", self.plan.schedule(self.train_iter))
+            steps = -(-self.n_iter // self.plan.update_freq)
+            self.rates = self.at(self.epoch * steps + self.iter // self.plan.update_freq)
+            for group in self.opt.opt.param_groups:
+                group["lr"] = self.rates[group["entry"]] * group["lr_scale"]
+
+    def at(self, step: int) -> list[float]:
+        "The learning rate of each optimizer."
+        values = [row[self.learn.names[0]] for row in self.history.rows if self.learn.names[0] in row]
+        return [schedule(step, values) for schedule in self.plan.schedules]
 
     def before_validate(self):
-        interval, last = self.plan.eval_interval, self.epoch + 1 == self.n_epoch
-        if not interval or ((self.epoch + 1) % interval and not last):
+        interval, epoch = self.plan.eval_interval, self.epoch + 1
+        due = interval and epoch % interval == 0 and epoch >= self.plan.first_evaluation
+        if not due and not (interval and epoch == self.n_epoch):
             raise CancelValidException
 
     def after_batch(self):
@@ -161,7 +211,7 @@ class FollowPlan(Callback):
             terms = ", ".join(f"{k}: {v.item():.5f}" for k, v in self.loss_func.train_loss.terms.items())
             with (self.plan.folder / "train.log").open("a") as log:
                 log.write(f"{time.strftime('%H:%M:%S')} epoch {self.epoch + 1}/{self.n_epoch} step {self.iter + 1}/"
-                          f"{self.n_iter} lr {self.opt.hypers[-1]['lr']:.6g} loss {self.loss.item():.5f} ({terms})\n")
+                          f"{self.n_iter} lr {self.rates[0]:.6g} loss {self.loss.item():.5f} ({terms})\n")
 
 
 class History(Callback):
@@ -194,7 +244,7 @@ class History(Callback):
     def after_epoch(self):
         if self.recorder.cancel_valid:  # keeps the columns of the live table in step
             self.recorder.log += [float("nan"), *(metric.value for metric in self.learn.metrics)]
-        row = {"epoch": self.epoch + 1, "lr": self.opt.hypers[-1]["lr"], **{k: self.mean(k) for k in self.sums}}
+        row = {"epoch": self.epoch + 1, "lr": self.follow_plan.rates[0], **{k: self.mean(k) for k in self.sums}}
         evaluation = getattr(self.learn, "retrieval_evaluation", None)
         if evaluation and evaluation.result:
             loss = self.recorder.loss.value
@@ -207,6 +257,77 @@ class History(Callback):
             pd.DataFrame(self.rows).to_csv(path, index=False)
         if self.on_epoch:
             self.on_epoch()
+
+
+class Accumulate(Callback):
+    "Sums the gradients of several batches, the loss of each divided by their number, before a step of the optimizer."
+
+    def __init__(self, batches: int):
+        self.batches = batches
+
+    def before_backward(self):
+        self.learn.loss_grad = self.loss_grad / self.batches
+
+    def before_step(self):  # the last batches of an epoch may be fewer
+        if (self.iter + 1) % self.batches and self.iter + 1 < self.n_iter:
+            raise CancelBatchException
+
+
+class ScaleLoss(Callback):
+    "Keeps the gradients of float16 from vanishing; a step whose gradients overflow is left out and the scale halved."
+
+    order = 10  # behind Accumulate
+
+    def __init__(self, device: torch.device):
+        self.scaler = torch.amp.GradScaler(device.type)
+
+    def before_backward(self):
+        self.learn.loss_grad = self.scaler.scale(self.loss_grad)
+
+    def before_step(self):
+        self.scaler.step(self.opt.opt)
+        self.scaler.update()
+        raise CancelStepException  # it has been done, or had to be left out
+
+    def state_dict(self) -> dict:
+        return self.scaler.state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        self.scaler.load_state_dict(state)
+
+
+class MovingAverage(Callback):
+    """An exponential moving average of the weights and buffers, which is what is evaluated and kept as the best.
+
+    `decay` a step; training goes on with the weights themselves.
+    """
+
+    order = 30
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+
+    def after_step(self):
+        self.average.update_parameters(self.learn.model)
+
+    def before_validate(self):
+        self.swap()
+
+    def after_validate(self):
+        self.swap()
+
+    def swap(self):
+        for own, other in zip(*([*m.parameters(), *m.buffers()] for m in (self.learn.model, self.average.module)),
+                              strict=True):
+            held = own.detach().clone()
+            own.data.copy_(other)
+            other.data.copy_(held)
+
+    def state_dict(self) -> dict:
+        return self.average.state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        self.average.load_state_dict(state)
 
 
 class Pace(Callback):

@@ -214,11 +214,44 @@ def test_sections_that_cannot_be_left_out(config, section):
 
 
 @pytest.mark.parametrize(("there", "missing"), [("Query", "Gallery"), ("Gallery", "Query")])
-@pytest.mark.parametrize("evaluates", [True, False])
-def test_query_without_gallery(config, there, missing, evaluates):
-    message = refused(config({f"DataLoader.Eval.{missing}": ..., "Global.eval_during_train": evaluates}))
-    assert message.startswith(f"DataLoader.Eval.{missing}: there is no such section; retrieval is evaluated with both "
-                              "DataLoader.Eval.Query and DataLoader.Eval.Gallery")
+def test_a_list_that_stands_alone_is_query_and_gallery(config, there, missing):
+    lists = load_config(config({f"DataLoader.Eval.{missing}": ...}))["DataLoader"]["Eval"]
+    assert lists[missing] == lists[there] and lists[missing] is not lists[there]
+
+
+def test_classification_has_one_list(config):
+    assert "DataLoader.Eval.Query: does not belong to Global.eval_mode classification" in refused(
+        config({"Global.eval_mode": "classification"}))
+    alone = {"DataLoader.Eval": {"dataset": {"name": "VeriWild", "image_root": ".", "cls_label_path": "query.txt"}}}
+    assert "DataLoader.Eval.dataset: does not belong to Global.eval_mode retrieval" in refused(config(alone))
+
+
+def test_what_has_no_counterpart_says_why(config):
+    assert refused(config({"UnLabelLoss": {"Train": []}})).startswith("UnLabelLoss: semi-supervised training")
+    assert refused(config({"Global.train_mode": "metabin"})).startswith("Global.train_mode: other training loops")
+    assert load_config(config({"Slim": {"quant": {"name": "pact"}}, "Global.use_dali": True}))
+
+
+def test_a_sampler_without_a_name_is_the_plain_one(config):
+    cfg = load_config(config({"DataLoader.Train.sampler": {"batch_size": 4, "shuffle": True}}))
+    assert cfg["DataLoader"]["Train"]["sampler"]["name"] == "DistributedBatchSampler"
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"AMP": {"level": "O3"}}, "AMP.level: 'O3' is not O1 or O2"),
+    ({"AMP": {"scale_loss": "much"}}, "AMP.scale_loss: 'much' is not float"),
+    ({"AMP": {"dtype": "float8"}}, "AMP.dtype: 'float8' is neither"),
+    ({"AMP": {"levle": "O1"}}, "AMP.levle: there is no such key; did you mean 'level'"),
+    ({"EMA": {"decay": 1.5}}, "EMA.decay: 1.5 is not a number between 0 and 1"),
+    ({"Arch.head_feature_from": "head"}, "Arch.head_feature_from: 'head' is neither"),
+    ({"Arch.name": "RecModle"}, "Arch.name: there is no model 'RecModle'; did you mean 'RecModel'"),
+    ({"Arch": {"name": "DistillationModel", "models": []}}, "Arch.models: DistillationModel needs a list"),
+    ({"Optimizer": [{"Adam": {"scope": "RecModel"}}]}, "Optimizer.0.Adam.lr: the file has no such section"),
+    ({"Optimizer": [{"Adm": {"lr": {"name": "ConstLR", "learning_rate": 0.1}}}]}, "Optimizer.0.Adm: .*mean 'Adam'"),
+    ({"Global.feature_binarize": "floor"}, "Global.feature_binarize: 'floor' is not supported"),
+], ids=lambda value: str(value)[:40] if isinstance(value, dict) else "")
+def test_the_newer_sections_are_checked(config, changes, message):
+    assert re.match(message, refused(config(changes)))
 
 
 def test_nothing_to_evaluate_has_to_be_said(config):
@@ -377,7 +410,7 @@ LOADING = [
     ({f"{TRAIN}.dataset.transform_ops.1": {"NormalizeImage": {"scale": "1/0"}}},
      f"{TRAIN}.dataset.transform_ops.1.NormalizeImage: "),
     ({f"{TRAIN}.dataset.transform_ops": [{"ResizeImage": {"size": 32}}, {"NormalizeImage": {"mean": [0.1, 0.2]}}]},
-     f"{TRAIN}.dataset.transform_ops: cannot be applied in this order: "),
+     f"{TRAIN}.dataset.transform_ops.1.NormalizeImage: mean is [0.1, 0.2]"),
 ]
 
 

@@ -103,3 +103,37 @@ def test_only_the_metrics_asked_for_are_returned_in_their_order(parts, features)
     names = ["mINP", "recall3", "precision@2", "mAP"]
     scores = judge(*features, loaders.query.dataset, loaders.gallery.dataset, names)
     assert list(scores) == names and all(np.isfinite(list(scores.values())))
+
+
+def test_codes_are_made_before_anything_else(parts, features, config_file):
+    _, loaders = parts
+    query, gallery = loaders.query.dataset, loaders.gallery.dataset
+    for kind, codes in (("sign", [x.sign() for x in features]), ("round", [(x >= 0.5) * 2.0 - 1 for x in features])):
+        judged = build_judge(load_config(config_file({"Global.feature_binarize": kind})))
+        assert judged(*features, query, gallery) == judge(*codes, query, gallery)
+
+
+def test_features_may_be_compared_as_they_are(parts, features, config_file):
+    _, loaders = parts
+    query, gallery = loaders.query.dataset, loaders.gallery.dataset
+    stretched = features[1] * torch.linspace(0.1, 10, len(gallery))[:, None]
+    plain = build_judge(load_config(config_file({"Global.feature_normalize": False})))
+    wanted = ranking_values(features[0] @ stretched.T, query, gallery)
+    assert plain(features[0], stretched, query, gallery) == pytest.approx(wanted)
+    assert judge(features[0], stretched, query, gallery) == pytest.approx(judge(*features, query, gallery))
+
+
+def ranking_values(scores, query, gallery):
+    "The default metrics of a matrix of scores."
+    made = ranking_metrics(scores, query.labels, gallery.labels, query.cameras, gallery.cameras,
+                           exclude_self=own_index(query, gallery))
+    return {name: made[name] for name in ("recall1", "recall5", "mAP")}
+
+
+@pytest.mark.parametrize("source", ["backbone", "neck"])
+def test_what_is_retrieved_with_can_be_the_backbone(config_file, source):
+    cfg = load_config(config_file({"Global.retrieval_feature_from": source}))
+    model, x = build_model(cfg).eval(), torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        out = model(x)
+    assert torch.equal(out["features"], out[source]) and (source == "neck" or out["features"].shape[1] != 16)

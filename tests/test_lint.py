@@ -2,7 +2,8 @@
 import pytest
 
 from recnb import build_loaders, load_config
-from recnb.lint import lint
+from recnb.config import ConfigError
+from recnb.lint import lint, stop
 
 PLANTED = [
     ("DataLoader.Train.sampler", {"name": "DistributedBatchSampler", "batch_size": 8}, "take PKSampler"),
@@ -10,6 +11,13 @@ PLANTED = [
     ("Loss.Train", [{"CELoss": {"weight": 0.5}}], "write weight: 1.0 for the original's behaviour"),
     ("Arch.infer_add_softmax", True, "write infer_add_softmax: False"),
     ("Optimizer.lr.warmup_epoch", 2, "lower it or raise Global.epochs"),
+    ("Loss.Train", [{"CELoss": {"weight": 0}}, {"SupConLoss": {"weight": 0, "views": 2}}], "give one loss a weight"),
+    ("Arch.infer_add_softmax", "false", "write False"),
+    ("Global.use_dali", True, "leave it out"),
+    ("Slim", {"prune": {"name": "fpgm"}}, "leave the section out"),
+    ("Metric.Train", [{"TopkAcc": {"topk": [1]}}], "leave it out"),
+    ("DataLoader.Eval.Query.dataset.transform_ops", [{"RandFlipImage": {}}, {"ResizeImage": {"size": 32}}],
+     "leave it out there"),
 ]
 
 
@@ -46,3 +54,15 @@ def test_test_identities_that_are_trained_on_are_counted(config_file, drawn):
 @pytest.mark.parametrize("name", ["demo", "grocery", "omniglot"])
 def test_the_shipped_configurations_have_no_finding(name):
     assert mends(f"configs/{name}.yaml") == []
+
+
+def test_training_images_of_another_size_are_found(config_file):
+    cfg = load_config(config_file({"DataLoader.Train.dataset.transform_ops": [{"ResizeImage": {"size": [24, 32]}}]}))
+    (finding,) = lint(cfg, build_loaders(cfg))
+    assert finding.what == "images of [3, 32, 24], Global.image_shape is [3, 32, 32]"
+
+
+def test_strict_findings_stop_the_run(config_file):
+    stop(lint(load_config(config_file({"Global.use_dali": True}))))
+    with pytest.raises(ConfigError, match=r"Loss\.Train: every weight is 0: no gradient comes of it"):
+        stop(lint(load_config(config_file({"Loss.Train": [{"CELoss": {"weight": 0}}, {"CELoss": {"weight": 0}}]}))))

@@ -17,8 +17,9 @@ from recnb.heads import HEADS, ArcMargin, cosine
 from recnb.losses import LOSSES, CombinedLoss, build_loss
 from recnb.model import RecModel, build_model, load_weights
 from recnb.necks import FC, NECKS, VehicleNeck
-from recnb.optim import OPTIMIZERS, SCHEDULES, build_optimizer, build_schedule
+from recnb.optim import OPTIMIZERS, build_optimizer
 from recnb.runs import open_run, resolved
+from recnb.schedules import SCHEDULES, build_schedules
 
 CHANNELS, CLASSES, ROWS = 16, 5, 8
 EXAMPLES = {  # arguments that a part needs and that the walk below can neither derive nor leave out
@@ -26,9 +27,20 @@ EXAMPLES = {  # arguments that a part needs and that the walk below can neither 
              "FRFNNeck": {"out_feat": 6}},
     "head": {"CircleMargin": {"margin": 0.35, "scale": 64}},
     "loss": {"PairwiseCosface": {"margin": 0.35, "gamma": 64}, "DSHSDLoss": {"alpha": 0.05},
-             "DCHLoss": {"gamma": 20.0, "_lambda": 0.1}},
+             "DCHLoss": {"gamma": 20.0, "_lambda": 0.1}, "ContrastiveLoss_XBM": {"xbm_size": 20, "start_iter": 0},
+             "TripletAngularMarginLoss_XBM": {"xbm_size": 20, "start_iter": 0, "xbm_weight": 1.0},
+             "DistillationGTCELoss": {"model_names": ["One", "Other"]},
+             "DistillationDMLLoss": {"model_name_pairs": [["One", "Other"]]},
+             "DistillationDistanceLoss": {"model_name_pairs": [["One", "Other"]]},
+             "PML": {"loss": "ProxyAnchorLoss", "num_classes": 5, "embedding_size": 8}},
     "optimizer": {},
     "learning-rate schedule": {"Cosine": {"learning_rate": 0.1}, "ConstLR": {"learning_rate": 0.1},
+                               "Constant": {"learning_rate": 0.1}, "Linear": {"learning_rate": 0.1},
+                               "Step": {"learning_rate": 0.1, "step_size": 2},
+                               "CosineFixmatch": {"learning_rate": 0.1},
+                               "OneCycleLR": {"max_learning_rate": 0.1, "phase_pct": 0.5},
+                               "ReduceOnPlateau": {"learning_rate": 0.1},
+                               "Cyclic": {"base_learning_rate": 0.01, "max_learning_rate": 0.1, "step_size_up": 3},
                                "MultiStepDecay": {"learning_rate": 0.1, "milestones": [2, 4]},
                                "Piecewise": {"decay_epochs": [2, 4], "values": [0.1, 0.01, 0.001]}},
 }
@@ -38,7 +50,7 @@ def example(registry, name, **known):
     "A section that builds the part, as a YAML file would give it."
     args = EXAMPLES[registry.kind].get(name, {})
     needed = [key for key, p in registry.parameters(name).items()
-              if p.default is p.empty and key not in args and key not in known]
+              if p.default is p.empty and p.kind is not p.VAR_KEYWORD and key not in args and key not in known]
     if needed:
         pytest.fail(f"{name} needs a value for {', '.join(needed)}: give it one in EXAMPLES['{registry.kind}']")
     return yaml.safe_load(yaml.safe_dump({"name": name, **args}))
@@ -97,7 +109,7 @@ def test_every_head(name, tmp_path):
 @pytest.mark.parametrize("name", sorted(LOSSES))
 def test_every_loss(name, tmp_path):
     def make():
-        return built(LOSSES, name, class_num=CLASSES, embedding_size=CHANNELS)
+        return built(LOSSES, name, num_classes=CLASSES, embedding_size=CHANNELS, feat_dim=CHANNELS)
 
     loss, y = make(), torch.arange(ROWS) % 3
     assert isinstance(getattr(loss, "needs_logits", None), bool), f"{name} must say whether it `needs_logits`"
@@ -105,6 +117,9 @@ def test_every_loss(name, tmp_path):
     features, logits = given.split((CHANNELS, CLASSES), 1)
     out = {"backbone": features[:, :, None, None], "features": features}
     out |= {"logits": logits} if loss.needs_logits else {}
+    if name.startswith("Distillation"):
+        out |= {"One": {"features": features, "logits": logits},
+                "Other": {"features": features.flip(0), "logits": logits.flip(0)}}
     for autocast in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             value = loss.train()(out, y)
@@ -143,8 +158,8 @@ def test_every_optimizer(name, tmp_path):
 @pytest.mark.parametrize("shared", [{}, {"warmup_epoch": 2, "warmup_start_lr": 0.001, "by_epoch": True, "last_epoch": 0,
                                          "verbose": False}], ids=["plain", "warm-up"])
 def test_every_schedule(name, shared):
-    section = {**example(SCHEDULES, name, epochs=6), **shared}
-    rate = build_schedule({"Global": {"epochs": 6}, "Optimizer": {"name": "SGD", "lr": section}}, 3)
+    section = {**example(SCHEDULES, name, epochs=6, step_each_epoch=3), **shared}
+    rate = build_schedules({"Global": {"epochs": 6}, "Optimizer": {"name": "SGD", "lr": section}}, 3)[0]
     rates = [rate(step) for step in range(18)]
     assert max(rates) == pytest.approx(0.1) and min(rates) >= 0 and all(isinstance(value, float) for value in rates)
 
@@ -251,7 +266,7 @@ def test_a_neck_on_maps(config):
     ({"Arch.Backbone.name": "test_eficientnet"}, r"Arch\.Backbone: no backbone .*test_efficientnet"),
     ({"Arch.Backbone.widht": 2}, r"Arch\.Backbone: .*widht"),
     ({"Arch.Backbone.stop": "flatten"}, r"Arch\.Backbone.*: .*stop"),
-    ({"Arch.name": "RecModell"}, r"Arch\.name: 'RecModell' is not supported"),
+    ({"Arch.name": "RecModell"}, r"Arch\.name: there is no model 'RecModell'; did you mean 'RecModel'"),
 ], ids=lambda value: next(iter(value)) if isinstance(value, dict) else "")
 def test_sizes_and_names_that_conflict(config, changes, message):
     with pytest.raises(ConfigError, match=message):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from recnb import build_learner, build_loaders, build_model, load_config
-from recnb.config import ConfigError, read_yaml
+from recnb.config import GLOBAL, ConfigError, read_yaml
 
 LITERAL = """
 Global:
@@ -183,15 +183,15 @@ def test_the_missing_evaluation_block(literal, mended):
     with pytest.raises(ConfigError) as error:
         load_config(literal, mended)
     assert str(error.value) == (
-        "DataLoader.Eval.Query: there is no such section; retrieval is evaluated with both DataLoader.Eval.Query and "
-        "DataLoader.Eval.Gallery (one list may serve as both): add it, or leave DataLoader.Eval out and set "
+        "DataLoader.Eval.Query: there is no such section; retrieval is evaluated with DataLoader.Eval.Query and "
+        "DataLoader.Eval.Gallery (one alone serves as both): add it, or leave DataLoader.Eval out and set "
         "Global.eval_during_train: False")
 
 
 def test_everything_else_is_taken_as_it_stands(literal):
     cfg, content = load_config(literal, MENDED), read_yaml(literal)
     assert cfg["DataLoader"].pop("Eval") == MENDED["DataLoader.Eval"]
-    assert cfg.pop("Global") == {**content.pop("Global"), "class_num": 431, "seed": 0, "re_ranking": False}
+    assert cfg.pop("Global") == {**GLOBAL, **content.pop("Global"), "class_num": 431}
     assert cfg == content
 
 

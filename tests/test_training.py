@@ -9,11 +9,11 @@ import yaml
 from safetensors.torch import load_file
 
 from recnb.config import ConfigError, load_config, lookup
-from recnb.datasets import build_loaders
+from recnb.datasets import DataError, build_loaders
 from recnb.learner import Callback
 from recnb.model import build_model
-from recnb.optim import build_schedule
 from recnb.runs import history_figure, open_run, save_metrics
+from recnb.schedules import build_schedules
 from recnb.training import build_learner
 
 
@@ -51,7 +51,7 @@ def test_steps_follow_the_schedule(config_file, tmp_path):
     learn.add_cb(Watch())
     learn.fit_config()
     steps = len(learn.dls.train)
-    schedule = build_schedule(load_config(config_file(changes)), steps)
+    schedule = build_schedules(load_config(config_file(changes)), steps)[0]
     assert rates == [schedule(step) for step in range(2 * steps)]
 
 
@@ -192,3 +192,135 @@ def test_metrics_json_has_before_after_and_gain(tmp_path):
     save_metrics(tmp_path, {"mAP": 0.25}, {"mAP": 0.75})
     assert json.loads((tmp_path / "metrics.json").read_text()) == {
         "mAP": 0.75, "before": {"mAP": 0.25}, "gain": {"mAP": 0.5}}
+
+
+SECTIONS = {
+    "center loss with its own optimizer": {
+        "Loss.Train": [{"CELoss": {}}, {"CenterLoss": {"weight": 0.01, "feature_from": "features"}}],
+        "Optimizer": [{"Adam": {"scope": "RecModel", "lr": {"name": "Cosine", "learning_rate": 0.002}}},
+                      {"SGD": {"scope": "CenterLoss", "lr": {"name": "Constant", "learning_rate": 50.0}}}]},
+    "cross-batch memory": {"Loss.Train": [{"ContrastiveLoss_XBM": {"xbm_size": 30, "start_iter": 3}}]},
+    "moving average": {"EMA": {"decay": 0.9}},
+    "bfloat16": {"AMP": {"level": "O1"}},
+    "float16": {"AMP": {"dtype": "float16"}},
+    "accumulation": {"Global.update_freq": 3},
+    "plateau": {"Optimizer.lr": {"name": "ReduceOnPlateau", "learning_rate": 0.002, "mode": "max", "patience": 0,
+                                 "threshold": 10.0, "by_epoch": True}},
+}
+
+
+@pytest.mark.parametrize("changes", SECTIONS.values(), ids=SECTIONS)
+def test_every_section_ends_the_same_when_it_is_interrupted(config_file, tmp_path, changes):
+    changes = {"Global.epochs": 3, **changes}
+    make(config_file, tmp_path / "whole", changes).fit_config()
+    learn = make(config_file, tmp_path / "cut", changes)
+    with pytest.raises(KeyboardInterrupt):
+        learn.add_cb(Stop()).fit_config()
+    learn = make(config_file, tmp_path / "cut", changes)
+    learn.fit_config()
+    for file in ("history.csv", "model.safetensors"):
+        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "cut" / file).read_bytes()
+    states = [torch.load(tmp_path / run / "checkpoints" / "latest.pt", weights_only=True) for run in ("whole", "cut")]
+    for key in ("loss", "callbacks"):
+        assert str(states[0][key]) == str(states[1][key])
+    assert pd.read_csv(tmp_path / "whole" / "history.csv").train_loss.notna().all()
+
+
+def test_centres_are_trained_at_their_own_rate(config_file, tmp_path):
+    learn = make(config_file, tmp_path, SECTIONS["center loss with its own optimizer"])
+    centers = learn.loss_func.train_loss.losses[1].centers
+    before, model = centers.detach().clone(), {k: v.clone() for k, v in learn.model.state_dict().items()}
+    learn.fit_config()
+    assert (centers - before).abs().max() > 0.01 and not torch.equal(learn.model.head.weight, model["head.weight"])
+    assert sorted({group["entry"]: round(group["lr"], 3) for group in learn.opt.opt.param_groups}.items())[1] == (1, 50)
+
+
+def test_the_moving_average_is_what_is_judged_and_kept(config_file, tmp_path):
+    learn = make(config_file, tmp_path, {"EMA": {"decay": 0.5}, "Global.epochs": 1})
+    weights = []
+
+    class Watch(Callback):
+        order = 100
+
+        def after_step(self):
+            weights.append(self.learn.model.head.weight.detach().clone())
+
+    learn.add_cb(Watch()).fit_config()
+    average = weights[0]
+    for weight in weights[1:]:
+        average = average + 0.5 * (weight - average)
+    torch.testing.assert_close(load_file(tmp_path / "model.safetensors")["head.weight"], average)
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch(config_file, tmp_path):
+    plain = {"Loss.Train": [{"CELoss": {}}], "Optimizer": {"name": "SGD", "lr": {"name": "ConstLR",
+                                                                                       "learning_rate": 0.1}},
+             "DataLoader.Train.sampler": {"batch_size": 45}, "Global.epochs": 1, "Arch.freeze": ["backbone"]}
+    make(config_file, tmp_path / "whole", plain).fit_config()
+    parts = {**plain, "DataLoader.Train.sampler": {"batch_size": 15}, "Global.update_freq": 3}
+    make(config_file, tmp_path / "parts", parts).fit_config()
+    whole, parts = (load_file(tmp_path / run / "model.safetensors") for run in ("whole", "parts"))
+    torch.testing.assert_close(whole, parts)
+
+
+def test_half_precision_computes_in_it_while_training_only(config_file, tmp_path):
+    learn, kinds = make(config_file, tmp_path, {"AMP": {}, "Global.epochs": 1}), set()
+
+    class Watch(Callback):
+        def after_pred(self):
+            kinds.add((self.training, self.pred["features"].dtype, self.model.head.weight.dtype))
+
+    learn.add_cb(Watch()).fit_config()
+    assert kinds == {(True, torch.bfloat16, torch.float32), (False, torch.float32, torch.float32)}
+
+
+def test_a_frozen_backbone_stays_as_it_is(config_file, tmp_path):
+    learn = make(config_file, tmp_path, {"Arch.freeze": ["backbone.model.layer[12]", "backbone.model.*1"]})
+    before = {key: value.clone() for key, value in learn.model.state_dict().items()}
+    learn.fit_config()
+    changed = {key.split(".")[2] for key, value in learn.model.state_dict().items()
+               if key.startswith("backbone") and not torch.equal(value, before[key])}
+    assert changed == {"layer3", "layer4"}  # batch statistics do not move either
+    with pytest.raises(ConfigError, match=r"Arch.freeze: no part is called 'backbone.model.layer9'; did you mean"):
+        make(config_file, tmp_path, {"Arch.freeze": ["backbone.model.layer9"]})
+
+
+def test_classification_is_judged_by_the_head(config_file, drawn, tmp_path):
+    train = load_config(config_file())["DataLoader"]["Train"]
+    known = {"Global.eval_mode": "classification", "DataLoader.Eval": {
+        "dataset": {**train["dataset"], "transform_ops": [{"ResizeImage": {"size": 32}}, {"NormalizeImage": {}}]},
+        "sampler": {"batch_size": 20}},
+             "Metric.Eval": [{"TopkAcc": {"topk": [1, 3]}}], "Global.epochs": 6}
+    learn = make(config_file, tmp_path / "run", known)
+    learn.fit_config()
+    scores, images = learn.scores(), learn.loaders.query.dataset
+    features, _ = learn.embeddings()
+    order = learn.model.head(features).argsort(1, descending=True)
+    hits = order == torch.from_numpy(images.labels)[:, None]
+    wanted = {"top1": hits[:, 0].float().mean().item(), "top3": hits[:, :3].any(1).float().mean().item()}
+    assert scores == pytest.approx(wanted)
+    assert scores["top1"] > 0.2
+    assert (tmp_path / "run" / "labels.csv").read_text().splitlines()[:2] == ["label,name", "0,0"]
+    unknown = {**known, "DataLoader.Eval": {**known["DataLoader.Eval"], "dataset": {
+        **train["dataset"], "cls_label_path": str(drawn / "query.txt")}}}
+    with pytest.raises(DataError, match="is none of the training classes"):
+        make(config_file, tmp_path / "other", unknown)
+    with pytest.raises(ConfigError, match=r"Recallk does not belong to Global\.eval_mode classification"):
+        make(config_file, tmp_path / "other", {**known, "Metric.Eval": [{"Recallk": {}}]})
+
+
+def test_images_may_be_blended_for_a_plain_classifier(config_file, tmp_path):
+    mixed = {"DataLoader.Train.dataset.batch_transform_ops": [{"MixupOperator": {"alpha": 0.5}}]}
+    with pytest.raises(ConfigError, match=r"Arch.Head ArcMargin needs one label each; take FC"):
+        make(config_file, tmp_path, mixed)
+    mixed["Arch.Head"] = {"name": "FC"}
+    with pytest.raises(ConfigError, match=r"Loss.Train.1.SupConLoss needs one label each"):
+        make(config_file, tmp_path, mixed)
+    learn, soft = make(config_file, tmp_path, {**mixed, "Loss.Train": [{"CELoss": {"epsilon": 0.1}}]}), []
+
+    class Watch(Callback):
+        def after_loss(self):
+            soft.append((self.training, self.yb[0].dim()))
+
+    learn.add_cb(Watch()).fit_config()
+    assert set(soft) == {(True, 2), (False, 1)}
