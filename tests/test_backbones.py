@@ -3,6 +3,7 @@
 import copy
 import gc
 import io
+import itertools
 import pickle
 import time
 import weakref
@@ -12,11 +13,13 @@ import huggingface_hub
 import pytest
 import timm
 import torch
+import torchvision
 from safetensors.torch import save_file
 from torch import nn
 
-from recnb import backbones
-from recnb.backbones import ALIASES, create_backbone, cut, list_backbones
+from recnb import backbones, cutting
+from recnb.backbones import ALIASES, NETWORKS, TORCHVISION, create_backbone, layer_depths, list_backbones, stages
+from recnb.cutting import cut
 
 SMALL = (3, 64, 64)
 TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
@@ -428,7 +431,7 @@ SWIN = {"img_size": 64, "window_size": 2, "embed_dim": 24, "depths": (1, 1), "nu
 
 @pytest.mark.parametrize(("make", "stop", "words"), [
     (lambda: timm.create_model("resnet18"), "layer5", "resnet18 has no layer 'layer5'; the closest are 'layer4', "),
-    (lambda: timm.create_model("resnet18"), "blocks[3]", "resnet18 has no layer"),
+    (lambda: timm.create_model("resnet18"), "blocks[8]", "resnet18 has no layer"),
     (lambda: timm.create_model("resnet18"), "conv1[0]", "resnet18 has no layer"),
     (lambda: timm.create_model("resnet18"), "layer3.2", "'layer3.1'"),
     (lambda: timm.create_model("resnet18"), 3, "resnet18 has no layer '3'"),
@@ -470,9 +473,9 @@ def test_shapes_and_layouts(name, options, stop, size, shape, layout, channels, 
 
 
 def test_layout_where_the_proportions_do_not_tell():
-    assert backbones._layout((96, 96, 96), (3, 384, 384), "NHWC") == "NHWC"
-    assert backbones._layout((96, 96, 96), (3, 384, 384), "NCHW") == "NCHW"
-    assert backbones._layout((96, 96, 96), (3, 384, 384), "NLC") == "NCHW"
+    assert cutting._layout((96, 96, 96), (3, 384, 384), "NHWC") == "NHWC"
+    assert cutting._layout((96, 96, 96), (3, 384, 384), "NCHW") == "NCHW"
+    assert cutting._layout((96, 96, 96), (3, 384, 384), "NLC") == "NCHW"
 
 
 @pytest.mark.parametrize(("tokens", "size", "prefix"), [
@@ -480,14 +483,15 @@ def test_layout_where_the_proportions_do_not_tell():
     (129, (3, 256, 128), 1), (1, (3, 224, 224), 0),
 ])
 def test_prefix_tokens(tokens, size, prefix):
-    assert backbones._prefix_tokens(tokens, size) == prefix
+    assert cutting._prefix_tokens(tokens, size) == prefix
 
 
 # Names of models
 
 
 def test_every_alias_is_a_model():
-    assert [alias for alias, name in ALIASES.items() if not timm.is_model(name)] == []
+    known = {*NETWORKS, *TORCHVISION}
+    assert [alias for alias, name in ALIASES.items() if not (timm.is_model(name) or name in known)] == []
 
 
 def test_backbones_by_name():
@@ -536,6 +540,218 @@ def test_backbones_that_cannot_be_made(name, options, words):
 def test_list_backbones():
     assert list_backbones("mobilenetv1*")[:2] == ["MobileNetV1", "mobilenetv1_100"]
     assert {"ResNet50", "resnet50"} < set(list_backbones())
+
+
+# The original's networks and arguments
+
+
+WRN = {"depth": 28, "dropout": 0, "low_dim": 64, "proj": False, "proj_after": False}
+CLIP = {"return_embed": True, "return_mean_embed": True}
+
+# name, arguments of the original's configuration, stop, size, shape; the comment names the configuration or the source
+NETWORK_SHAPES = [
+    ("PPLCNet_x2_5", {"use_ssld": True}, "flatten", SMALL, (1280,)),  # GeneralRecognition_PPLCNet_x2_5
+    ("PPLCNet_x2_5", {}, "avg_pool", SMALL, (1280, 1, 1)),  # 512 x 2.5 channels
+    ("PPLCNet_x2_0", {}, "avg_pool", SMALL, (1024, 1, 1)),
+    ("PPLCNet_x0_25", {"class_expand": 96}, "flatten", SMALL, (96,)),
+    ("PPLCNet_x2_5_Tanh", {"use_ssld": True, "class_num": 512}, None, SMALL, (512,)),  # ..._binary
+    ("PPLCNetV2_base", {}, "flatten", SMALL, (1280,)),
+    ("PPLCNetV2_base", {}, "stages[3]", SMALL, (1024, 2, 2)),
+    ("PPLCNetV2_base_ShiTu", {"use_ssld": True, "class_expand": 512}, "flatten", SMALL, (512,)),  # ..V2_PPLCNetV2_base
+    ("PPLCNetV2_base_ShiTu", {}, "avg_pool", SMALL, (1024, 1, 1)),
+    ("PPLCNetV2_base", {}, None, SMALL, (1280,)),
+    ("AlexNet", {"class_num": 48}, None, SMALL, (48,)),  # DeepHash/DCH
+    ("MobileNetV3_large_x1_0", {"class_num": 512}, None, SMALL, (512,)),  # MV3_Large_1x_Aliproduct_DLBHC
+    ("MobileNetV3_large_x1_0", {"class_num": 9, "class_expand": 640}, "flatten", SMALL, (640,)),
+    ("MobileNetV3_large_x1_0", {}, "avg_pool", SMALL, (960, 1, 1)),
+    ("WideResNet", {**WRN, "widen_factor": 2, "num_classes": 10}, "bn1", (3, 32, 32), (128,)),  # FixMatchCCSSL_cifar10
+    ("WideResNet", {**WRN, "depth": 10, "widen_factor": 8, "num_classes": 100}, "bn1", (3, 32, 32), (512,)),
+    ("WideResNet", {"depth": 10}, "block2", (3, 32, 32), (64, 16, 16)),
+    ("ResNet50_vd", {"stem_act": None}, "blocks[3]", SMALL, (512, 8, 8)),  # 28 x 28 at 224: the first of stage 2
+    ("ResNet18", {}, "blocks", SMALL, (512, 2, 2)),
+    ("shufflenet_v2_x0_5", {}, "flatten", SMALL, (1024,)),  # in torchvision only
+]
+
+
+@pytest.mark.parametrize(("name", "options", "stop", "size", "shape"), NETWORK_SHAPES)
+def test_the_originals_networks(name, options, stop, size, shape):
+    torch.manual_seed(0)
+    module = create_backbone(name, stop=stop, input_size=size, **options)
+    assert module.out_shape == shape and not unreached(module, images(size, 2))
+    module.train()(images(size, 4)).square().mean().backward()
+    assert all(p.grad.isfinite().all() for p in module.parameters() if p.requires_grad)
+    twin = create_backbone(name, stop=stop, input_size=size, **options)
+    twin.load_state_dict(module.state_dict())
+    assert torch.equal(twin.eval()(images(size, 1)), module.eval()(images(size, 1)))
+
+
+def test_vgg_ends_in_a_sigmoid_behind_the_codes():
+    torch.manual_seed(0)
+    module = create_backbone("VGG19Sigmoid", class_num=48, input_size=SMALL).eval()  # VGG19_CIFAR10_DeepHash
+    with torch.no_grad():
+        codes = module(images())
+        last = module.model.head.fc
+        assert codes.shape == (3, 48) and isinstance(last[1], nn.Sigmoid)
+        last[0].bias += 30
+        assert (module(images()) > 0.99).all()
+    assert [m.p for m in module.modules() if isinstance(m, nn.Dropout)] == [0.5, 0.5]
+
+
+def test_tanh_ends_at_one():
+    module = create_backbone("PPLCNet_x2_5_Tanh", class_num=8, input_size=SMALL).eval()
+    module.model.classifier[0].bias.data.copy_(torch.tensor([30.0, -30.0] * 4))
+    torch.testing.assert_close(module(images()), torch.tensor([1.0, -1.0] * 4).expand(3, 8))
+
+
+@pytest.mark.parametrize(("name", "millions"), [("PPLCNet_x2_0", 6.54), ("PPLCNet_x2_5", 9.04)])
+def test_sizes_of_pplcnet_are_the_published_ones(name, millions):
+    # docs/zh_CN/models/ImageNet1k of the original, which counts batch statistics; timm's last convolution has a bias
+    model = create_backbone(name, class_num=1000, input_size=SMALL).model
+    statistics = sum(value.numel() for key, value in model.state_dict().items() if "running" in key)
+    assert round((sum(p.numel() for p in model.parameters()) + statistics - 1280) / 1e6, 2) == millions
+    assert model.drop_rate == 0.2 and create_backbone(name, dropout_prob=0.1, input_size=SMALL).model.drop_rate == 0.1
+
+
+def test_clip_gives_the_projected_mean_of_the_images_own_tokens():
+    torch.manual_seed(0)
+    module = create_backbone("CLIP_vit_base_patch16_224", stop="flatten", input_size=SMALL, **CLIP).eval()
+    model, x = module.model, images()
+    tokens = model.head[0](model.forward_features(x))  # normalised, then projected
+    assert module.out_shape == (512,) and tokens.shape == (3, 17, 512)
+    torch.testing.assert_close(module(x), tokens[:, 1:].mean(1), rtol=1e-4, atol=1e-5)
+    assert "quick" in repr(model.blocks[0].mlp.act).lower()
+
+
+def test_clip_without_the_mean_and_without_the_projection():
+    name = "CLIP_vit_base_patch16_224"
+    assert create_backbone(name, return_embed=True, output_dim=64, input_size=SMALL).out_shape == (17, 64)
+    assert create_backbone(name, stop="flatten", input_size=SMALL).out_shape == (768,)
+
+
+def test_mean_of_the_large_clip_has_the_class_token():
+    size = (3, 56, 56)
+    module = create_backbone("CLIP_vit_large_patch14_224", stop="flatten", input_size=size, depth=2, **CLIP).eval()
+    tokens = module.model.head[0](module.model.forward_features(images(size)))
+    assert module.out_shape == (512,) and tokens.shape == (3, 17, 512)
+    torch.testing.assert_close(module(images(size)), tokens.mean(1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "activations"), [("ResNet18", 1), ("ResNet18_vd", 3)])
+def test_stem_without_its_activations(name, activations):
+    bare, usual = (create_backbone(name, stop="maxpool", stem_act=act, input_size=SMALL) for act in (None, "relu"))
+    assert bare.eval()(images()).min() < 0 <= usual.eval()(images()).min()
+    assert usual.state_dict().keys() == bare.state_dict().keys()
+    in_stem = [sum(isinstance(module, nn.ReLU) for name, module in cut.named_modules() if "layer" not in name)
+               for cut in (bare, usual)]
+    assert in_stem == [0, activations]
+
+
+def test_blocks_of_a_resnet_are_counted_in_one_row(resnet18):
+    assert [cut(resnet18, f"blocks[{i}]", SMALL).layer for i in (0, 3, 7)] == ["layer1.0", "layer2.1", "layer4.1"]
+    # MODEL_STAGES_PATTERN of the original's resnet.py: the stages of ResNet50 end with blocks 2, 6, 12 and 15
+    deep = timm.create_model("resnet50")
+    assert [cutting._resolve(deep, f"blocks[{i}]") for i in (2, 6, 12, 15)] == [
+        "layer1.2", "layer2.3", "layer3.5", "layer4.2"]
+
+
+def test_networks_of_torchvision(tmp_path):
+    given = torchvision.models.shufflenet_v2_x0_5()
+    torch.save(given.state_dict(), tmp_path / "w.pth")
+    module = create_backbone("shufflenet_v2_x0_5", pretrained=str(tmp_path / "w.pth"), class_num=7, input_size=SMALL)
+    assert module.out_shape == (7,) and torch.equal(module.model.conv1[0].weight, given.conv1[0].weight)
+    assert "alexnet" in list_backbones("alex*") and "PPLCNet_x2_5" in list_backbones("pplcnet*")
+
+
+@pytest.mark.parametrize(("name", "options", "words"), [
+    ("AdaFace_IR_18", {}, "AdaFace_IR_18 belongs to the original's AdaFace training"),
+    ("ResNet50_metabin", {"bias_lr_factor": 2.0}, "ResNet50_metabin belongs to the original's MetaBIN training"),
+    ("ResNet18", {"return_patterns": ["blocks"]}, "return_patterns: several outputs are not supported"),
+    ("ResNet18", {"return_stages": True}, "return_stages: several outputs"),
+    ("ResNet18", {"freeze_befor": "blocks"}, "freeze_befor: give lr_mult_list with 0"),
+    ("ResNet18", {"stem_act": "gelu"}, "stem_act is 'gelu', and the stem of a ResNet has 'relu' or null"),
+    ("ResNet18", {"class_expand": 5}, "resnet18 takes no argument 'class_expand'"),
+    ("PPLCNetV2_base", {"scale": 2.0}, "PPLCNetV2_base takes no argument 'scale'"),
+    ("WideResNet", {"depth": 27}, "WideResNet cannot be built: depth is 27"),
+    ("VGG19Sigmoid", {}, "ends in a Sigmoid behind its class_num outputs: give class_num"),
+    ("CLIP_vit_base_patch16_224", {"return_mean_embed": True}, "give return_embed: True as well"),
+    ("CLIP_vit_base_patch16_224", {"return_embed": True, "class_num": 5}, "give one of them"),
+    ("PPLCNet_x2_5", {"pretrained": True}, "timm has no weights for PPLCNet_x2_5: give a local file"),
+    ("PPLCNetV2_base", {"stop": "stages.4", "input_size": SMALL}, "no layer 'stages.4'; the closest are 'stages"),
+])
+def test_what_the_originals_networks_refuse(name, options, words):
+    with pytest.raises(ValueError, match=words) as caught:
+        create_backbone(name, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_use_ssld_says_that_it_has_no_effect(monkeypatch, resnet18, capsys):
+    monkeypatch.setattr(backbones, "_build", lambda *args: copy.deepcopy(resnet18))
+    create_backbone("ResNet18", pretrained=True, use_ssld=True, input_size=SMALL)
+    assert capsys.readouterr().out.startswith("use_ssld has no effect")
+    create_backbone("ResNet18", pretrained=True, input_size=SMALL)
+    assert capsys.readouterr().out == ""
+
+
+# Stages and depths
+
+
+def multipliers(module):
+    return {name.removeprefix("model."): p.lr_multiplier for name, p in module.named_parameters()}
+
+
+def test_multipliers_of_a_resnet():
+    module = create_backbone("ResNet18", class_num=5, lr_mult_list=[0, 0.1, 0.2, 0.3, 2], input_size=SMALL)
+    found = multipliers(module)
+    expected = {"conv1": 0.0, "bn1": 0.0, "layer1": 0.1, "layer2": 0.2, "layer3": 0.3, "layer4": 2.0, "fc": 1.0}
+    assert found == {name: expected[name.split(".")[0]] for name in found} and len(found) == 62
+    assert all(p.requires_grad == (p.lr_multiplier > 0) for p in module.parameters())
+    assert not any(hasattr(p, "lr_multiplier") for p in create_backbone("ResNet18", input_size=SMALL).parameters())
+
+
+def test_multipliers_survive_the_cut_and_count_the_whole_model():
+    module = create_backbone("ResNet18", stop="layer2", lr_mult_list=[1, 2, 3, 4, 5], input_size=SMALL)
+    assert set(multipliers(module).values()) == {1.0, 2.0, 3.0}
+    # six numbers, as lr_mult_list of the original's pp_lcnet.py: conv1 and blocks2 to blocks6
+    module = create_backbone("PPLCNet_x0_25", stop="flatten", lr_mult_list=[1, 2, 3, 4, 5, 6], input_size=SMALL)
+    found = multipliers(module)
+    assert [found[f"blocks.{i}.0.bn1.weight"] for i in range(6)] == [2, 3, 4, 5, 5, 6]
+    assert (found["conv_stem.weight"], found["conv_head.weight"]) == (1, 1)
+
+
+@pytest.mark.parametrize(("name", "given", "words"), [
+    ("ResNet18", [1, 1, 1], "has 3 numbers, resnet18 wants 5: one for each of the stages that begin at 'conv1"),
+    ("PPLCNet_x0_25", [1] * 7, "lr_mult_list has 7 numbers, PPLCNet_x0_25 wants 6"),
+    ("WideResNet", [1], "WideResNet wants 4: .* at 'conv1.weight', 'block1.0.before.0.weight'"),
+    ("AlexNet", [1, 1], "alexnet wants 1: .* at 'features.0.weight'$"),
+    ("ResNet18", [1, 1, 1, 1, -1], "not a list of numbers from 0 on"),
+    ("ResNet18", 0.5, "lr_mult_list is 0.5, not a list"),
+])
+def test_multipliers_that_cannot_be(name, given, words):
+    with pytest.raises(ValueError, match=words) as caught:
+        create_backbone(name, lr_mult_list=given)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "stop", "counts", "deepest"), [
+    ("ResNet18", "flatten", [3, 12, 15, 15, 15], 8), ("ResNet18", "layer2", [3, 12, 15], 4),
+    ("PPLCNet_x0_25", None, [3, 6, 12, 12, 36, 20, 2], 14), ("test_vit", "norm", [4, 12, 12, 12, 12, 12, 14], 6),
+    ("WideResNet", "bn1", [1, 25, 23, 25], 12), ("PPLCNetV2_base", "stages", [9, 12, 12, 111, 21], 12),
+])
+def test_depths(name, stop, counts, deepest):
+    module = create_backbone(name, stop=stop, input_size=(3, 160, 160) if name == "test_vit" else SMALL)
+    names = [parameter for parameter, _ in module.named_parameters()]
+    depths = layer_depths(module)
+    assert [len(stage) for stage in stages(module)] == counts
+    assert sorted(itertools.chain(*stages(module))) == sorted(names) == sorted(depths)
+    assert (min(depths.values()), max(depths.values())) == (0, deepest)
+    assert [depths[name] for stage in stages(module) for name in stage] == sorted(depths.values())
+    assert layer_depths(module.model) == {name.removeprefix("model."): depth for name, depth in depths.items()}
+
+
+def test_depths_of_a_model_that_does_not_say_its_stages():
+    assert stages(Habits()) == [["scale", "stem.weight", "stem.bias"], ["body.weight", "body.bias"],
+                                ["late.weight", "late.bias"]]
+    assert layer_depths(Habits())["late.bias"] == 2
 
 
 # Weights
