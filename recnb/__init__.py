@@ -3,8 +3,8 @@
 Read the chapters in this order: registry, config, files, transforms, augment, samplers, datasets, layouts,
 photographs, marks, lint, cutting, architectures, backbones, necks, heads, losses, pairs, hashing, memories,
 distillation, pml, model, schedules, optim, scores, protocol, ranking, stats, metrics, verification, search, rerank,
-prepare, evaluation, learner, checkpoints, training, gallery, page, static, widget, regions, analysis, runs, compare.
-Importing the package loads none of them.
+prepare, evaluation, learner, guard, lock, checkpoints, training, gallery, page, static, widget, regions, analysis,
+runs, compare. Importing the package loads none of them.
 """
 from importlib import import_module
 

@@ -1,7 +1,7 @@
 """Checkpoints: everything needed to go on after each epoch, and the refusal to go on with something else.
 
 A checkpoint holds weights, optimizer, history, random state and the resolved configuration. It is written whole or not
-at all, and read with `weights_only=True`.
+at all, read with `weights_only=True`, and a run that goes on from one ends with the same bits as one that did not stop.
 """
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from recnb.config import GLOBAL, LOADERS, ConfigError, architectures, class_num, lookup, resolve
+from recnb.config import GLOBAL, LOADERS, ConfigError, architectures, class_num, lookup, optimizers, resolve
 from recnb.datasets import training_images
 from recnb.files import replacing
+from recnb.guard import TrainingError
 from recnb.learner import Callback, RetrievalLearner
+from recnb.schedules import SCHEDULES
 
 # What may differ between a checkpoint's configuration and the one that resumes it: nothing of this changes the numbers.
-FREE = ("Global.checkpoints", "Global.output_dir", "Global.device", "Global.save_interval", "Global.print_batch_step",
+FREE = ("Global.checkpoints", "Global.save_steps", "Global.keep_checkpoints", "Global.on_nonfinite",
+        "Global.output_dir", "Global.device", "Global.save_interval", "Global.print_batch_step",
         "Global.use_visualdl", "Global.save_inference_dir", "Global.pretrained_model")
 PATHS = {**{f"DataLoader.{part}.dataset": ("image_root", "cls_label_path") for part in LOADERS},
          "Global": ("pretrained_model", "checkpoints")}
@@ -41,29 +44,74 @@ def resolved(cfg: dict) -> dict:
 
 
 class Checkpoints(Callback):
-    "Everything needed to go on, after each epoch, and the weights of the best epoch apart."
+    """Everything needed to go on, after each epoch and every `save_steps` batches, and apart the best epoch's weights.
 
-    order = 90
+    `epoch_N.pt` is kept every `save_interval` epochs, the last `keep` of them. `wish` says when to save and stop.
+    """
 
-    def __init__(self, folder: Path, recipe: str, save_interval: int):
-        self.folder, self.recipe, self.save_interval = folder, recipe, save_interval
+    order = 90  # behind everything whose state is kept
+
+    def __init__(self, folder: Path, recipe: str, save_interval: int = 1, save_steps: int | None = None,
+                 keep: int | None = None, wish=None):
+        self.folder, self.recipe, self.save_interval, self.keep = folder, recipe, save_interval, keep
+        self.save_steps, self.wish, self.restored = save_steps, wish, None
+
+    def before_train(self):
+        self.since = 0
+        if self.restored:  # only now, since whatever ran before may have drawn on the generators
+            if self.restored["batch"]:
+                self.history.sums, self.history.count = self.restored["sums"], self.restored["count"]
+            set_random_state(self.restored["rng"])
+            self.restored = None
+
+    def after_batch(self):
+        if not self.training:
+            return
+        self.since, step = self.since + 1, self.iter + 1
+        whole = step % self.history.plan.update_freq == 0 or step == self.n_iter  # no gradients are waiting
+        if whole and (self.wish.asked or (self.save_steps and self.since >= self.save_steps)):
+            self.since = 0
+            self.save(self.epoch, step)
+            self.stop_if_asked(f"epoch {self.epoch + 1} step {step}")
 
     def after_epoch(self):
-        epoch, rows, best = self.epoch + 1, self.history.rows, self.history.best
-        average = getattr(self.learn, "moving_average", None)
-        if best.get("epoch") == epoch:
-            judged = self.model if average is None else average.average.module
-            save_weights(judged.state_dict(), self.folder / "best.safetensors")
-        state = {"model": self.model.state_dict(), "loss": self.loss_func.train_loss.state_dict(),
-                 "optimizer": self.opt.state_dict(), "epoch": epoch, "history": rows, "best": best,
-                 "config": self.recipe, "rng": random_state(),
-                 "callbacks": {cb.name: cb.state_dict() for cb in self.learn.cbs if hasattr(type(cb), "state_dict")}}
-        with replacing(self.folder / "latest.pt") as path:
-            torch.save(state, path)
+        epoch = self.epoch + 1
+        self.save(epoch, 0)
+        if self.history.best.get("epoch") == epoch:
+            self.save_best()
         if self.save_interval > 0 and epoch % self.save_interval == 0:
             kept = self.folder / f"epoch_{epoch}.pt"
             kept.unlink(missing_ok=True)
             os.link(self.folder / "latest.pt", kept)  # `latest` is replaced, never rewritten, so a link is a copy
+            numbered = sorted(self.folder.glob("epoch_*.pt"), key=lambda path: int(path.stem.split("_")[1]))
+            for path in numbered[: -self.keep] if self.keep else ():
+                path.unlink()
+        if epoch < self.n_epoch:
+            self.stop_if_asked(f"epoch {epoch}")
+
+    def stop_if_asked(self, place: str) -> None:
+        if self.wish.asked:
+            raise KeyboardInterrupt(f"stopped behind {place}, all saved: the same command goes on from there")
+
+    def save(self, epoch: int, batch: int) -> None:
+        "None; writes latest.pt: `epoch` epochs are done, and `batch` batches of the next."
+        state = {"model": self.model.state_dict(), "loss": self.loss_func.train_loss.state_dict(),
+                 "optimizer": self.opt.state_dict(), "epoch": epoch, "batch": batch, "history": self.history.rows,
+                 "best": self.history.best, "config": self.recipe, "rng": random_state(), "sums": self.history.sums,
+                 "count": self.history.count,
+                 "callbacks": {cb.name: cb.state_dict() for cb in self.learn.cbs if hasattr(type(cb), "state_dict")}}
+        path = self.folder / "latest.pt"
+        try:
+            with replacing(path) as temporary:
+                torch.save(state, temporary)
+        except (OSError, RuntimeError) as error:  # torch's writer has no error of its own
+            intact = "the one before it is intact" if path.exists() else "there is none yet"
+            raise TrainingError(f"{path}: the checkpoint cannot be written, {intact} ({error})") from error
+
+    def save_best(self) -> None:
+        average = getattr(self.learn, "moving_average", None)
+        save_weights((self.model if average is None else average.average.module).state_dict(),
+                     self.folder / "best.safetensors")
 
 
 def save_weights(state: dict[str, torch.Tensor], path: Path) -> None:
@@ -77,39 +125,55 @@ def random_state() -> dict[str, torch.Tensor | list]:
     return {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
 
 
-def resume(learn: RetrievalLearner, callbacks: list[Callback], path: Path, config: str, folder: Path) -> int:
-    """How many epochs are done at the checkpoint `path`, whose state the learner and the callbacks then have.
+def set_random_state(state: dict) -> None:
+    "None; sets torch's generators as they were."
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
 
-    `folder` keeps this run's checkpoints. Raises ConfigError where the checkpoint belongs to a configuration other
-    than `config` (JSON text), with the differences.
+
+def resume(learn: RetrievalLearner, callbacks: list[Callback], path: Path) -> None:
+    """None; the learner and the callbacks have the state of the checkpoint `path` and go on from there.
+
+    Raises ConfigError where the checkpoint belongs to another configuration, with the differences.
     """
+    history, checkpoints = (next(cb for cb in callbacks if cb.name == name) for name in ("history", "checkpoints"))
     try:
         state = torch.load(path, "cpu", weights_only=True)
-        done, theirs = state["epoch"], json.loads(state["config"])
+        theirs = json.loads(state["config"])
     except Exception as error:  # torch raises whatever its unpickler meets
         raise ConfigError(f"{path} is not a checkpoint of a run: {error}") from error
     theirs["Global"] = {**GLOBAL, **theirs["Global"]}  # a key that is newer than the checkpoint had its default then
-    differences = compare(theirs, json.loads(config))
-    if differences:
-        raise ConfigError(f"{path} belongs to another configuration ({'; '.join(differences)}); use another run "
-                          "folder, or delete this one to begin anew")
+    check_same(theirs, json.loads(checkpoints.recipe), path)
     learn.model.load_state_dict(state["model"])
     learn.loss_func.train_loss.load_state_dict(state["loss"])
     learn.opt.load_state_dict(state["optimizer"])
     for callback in (cb for cb in callbacks if cb.name in state["callbacks"]):
         callback.load_state_dict(state["callbacks"][callback.name])
-    history = next(cb for cb in callbacks if cb.name == "history")
-    history.rows, history.best = state["history"], state["best"]
-    if not (folder / "best.safetensors").exists():  # a checkpoint from another folder
-        if history.best.get("epoch") == done:
-            save_weights(state["model"], folder / "best.safetensors")
-        elif history.best:
-            print(f"the best epoch so far, {history.best['epoch']}, is not in {folder}: the best is found anew")
-            history.best = {}
-    torch.set_rng_state(state["rng"]["torch"])
-    if state["rng"]["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["rng"]["cuda"])
-    return done
+    history.rows, history.best, checkpoints.restored = state["history"], state["best"], state
+    learn.first_epoch, learn.first_batch = state["epoch"], state["batch"]
+    best, kept = history.best.get("epoch"), checkpoints.folder / "best.safetensors"
+    if best == state["epoch"] and not state["batch"]:  # the process may have ended before they were written
+        average = next((cb.average.module for cb in callbacks if cb.name == "moving_average"), learn.model)
+        save_weights(average.state_dict(), kept)
+    elif best and not kept.exists():  # a checkpoint from another folder
+        print(f"the best epoch so far, {best}, is not in {checkpoints.folder}: the best is found anew")
+        history.best = {}
+
+
+def check_same(theirs: dict, ours: dict, path: Path) -> None:
+    "None; raises ConfigError where a checkpoint's configuration differs from this one in what changes numbers."
+    differences = compare(theirs, ours)
+    bound = [section["lr"]["name"] for _, section in optimizers(ours)
+             if "epochs" in SCHEDULES.parameters(section["lr"]["name"])]
+    longer = [text for text in differences if text.startswith("Global.epochs:")]
+    if longer and not bound:  # a schedule that does not know the end may go on behind it
+        differences.remove(longer[0])
+    if differences:
+        end = f" ({bound[0]} runs over Global.epochs: with others its rates would differ from the start)"
+        raise ConfigError(f"{path} belongs to another configuration ({'; '.join(differences)}){end * bool(longer)}; "
+                          "use another run folder (Global.pretrained_model takes weights along), or delete this one to "
+                          "begin anew")
 
 
 def compare(old, new, where: str = "") -> list[str]:

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -20,6 +21,7 @@ from torch.utils.data import ConcatDataset, DataLoader
 
 from recnb.datasets import Loaders
 from recnb.evaluation import DEFAULT_METRICS, embed, judge
+from recnb.samplers import EpochSampler
 from recnb.transforms import display_image
 
 with warnings.catch_warnings():  # fastai's import warns of torch's and pandas' futures
@@ -51,8 +53,22 @@ class FastaiLoader:
         return len(self.loader)
 
     def __iter__(self):
-        for x, y in self.loader:
+        return self.moved(iter(self.loader))
+
+    def moved(self, batches):
+        for x, y in batches:
             yield x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
+
+    def begin_at(self, batch: int):
+        "An iterator that begins behind the first batches; those of this kit's samplers are not even read."
+        sampler = getattr(self.loader, "batch_sampler", None)
+        if not batch or not isinstance(sampler, EpochSampler):
+            return islice(self, batch, None)
+        sampler.first = batch
+        try:  # torch may ask for the sampler's iterator twice, and does it here and now
+            return self.moved(iter(self.loader))
+        finally:
+            sampler.first = 0
 
     def to(self, device) -> FastaiLoader:
         self.device = device
@@ -160,7 +176,7 @@ class RetrievalLearner(Learner):
     transform `(x, y) -> (x, soft labels)` for training.
     """
 
-    first_epoch = 0
+    first_epoch, first_batch = 0, 0  # where a resumed fit begins
 
     def __init__(self, loaders: Loaders, model: nn.Module, loss: nn.Module, eval_loss: nn.Module | None = None,
                  optimizer: Callable = torch.optim.AdamW, metrics: Sequence[str] | Callable = DEFAULT_METRICS,
@@ -203,6 +219,13 @@ class RetrievalLearner(Learner):
     def _do_epoch_validate(self, ds_idx: int = 1, dl=None):
         if dl is not None or len(self.dls.loaders) > 1:  # nothing to evaluate: train only
             super()._do_epoch_validate(ds_idx, dl)
+
+    def all_batches(self):  # as fastai's, which cannot begin in the middle of an epoch
+        self.n_iter, start = len(self.dl), self.first_batch if self.training else 0
+        if self.training:
+            self.first_batch = 0
+        for number, batch in enumerate(self.dl.begin_at(start), start):
+            self.one_batch(number, batch)
 
     def _do_fit(self):  # as fastai's, which cannot begin anywhere but at the first epoch
         for epoch in range(self.first_epoch, self.n_epoch):

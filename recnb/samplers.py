@@ -31,6 +31,7 @@ class EpochSampler(Sampler):
         self.draw, self.length, self.batch_size = draw, length, batch_size
         self.seed, self.rank, self.world_size, self.epoch = seed, rank, world_size, 0
         self.steps: int | None = None  # how many batches an epoch has, where it is not one pass
+        self.first = 0  # how many batches an iteration leaves out
 
     def set_epoch(self, epoch: int) -> None:
         "None; the next iteration draws this epoch."
@@ -40,7 +41,7 @@ class EpochSampler(Sampler):
         return self.steps or self.length
 
     def __iter__(self):
-        return islice((batch for again in count() for batch in self.one_pass(again)), len(self))
+        return islice((batch for again in count() for batch in self.one_pass(again)), self.first, len(self))
 
     def one_pass(self, again: int):
         "The batches of the first pass of the epoch, or of a pass `again` behind it."

@@ -26,6 +26,7 @@ from recnb.config import EMA, ConfigError, architectures, items, lookup, resolve
 from recnb.datasets import Loaders, save_label_map, seeded
 from recnb.evaluation import build_judge
 from recnb.files import replacing
+from recnb.guard import Guard, Wish, explained, stoppable
 from recnb.learner import (
     Callback,
     CancelBatchException,
@@ -34,6 +35,7 @@ from recnb.learner import (
     RetrievalLearner,
     ValueMetric,
 )
+from recnb.lock import locked
 from recnb.losses import CombinedLoss, build_loss
 from recnb.model import precision
 from recnb.optim import build_optimizer, parameter_groups
@@ -57,6 +59,10 @@ class Plan:
     update_freq: int = 1  # batches to one step of the optimizer
     decay: float | None = None  # of the moving average of the weights
     half: torch.dtype | None = None  # with float16, losses are scaled
+    save_steps: int | None = None
+    keep_checkpoints: int | None = None
+    skip_nonfinite: bool = False
+    seed: int = 0
 
 
 def build_learner(cfg: dict, model: nn.Module, loaders: Loaders, run_dir: str | Path) -> RetrievalLearner:
@@ -103,7 +109,9 @@ def build_plan(cfg: dict, loaders: Loaders, folder: Path) -> Plan:
     return Plan(settings["epochs"], build_schedules(cfg, steps), folder, json.dumps(resolved(cfg)), checkpoint,
                 settings["eval_interval"] if settings["eval_during_train"] else 0, settings["save_interval"],
                 settings["print_batch_step"], settings["use_visualdl"], settings["start_eval_epoch"],
-                settings["update_freq"], None if ema is None else ema.get("decay", EMA["decay"]), half)
+                settings["update_freq"], None if ema is None else ema.get("decay", EMA["decay"]), half,
+                settings["save_steps"], settings["keep_checkpoints"], settings["on_nonfinite"] == "skip",
+                settings["seed"])
 
 
 def pick_device(name: str) -> torch.device:
@@ -137,32 +145,43 @@ def fit_config(learn: RetrievalLearner, plan: Plan, on_epoch: Callable[[], objec
 
     `on_epoch()` is called after each epoch, when its row stands in history.csv: to draw the curves anew.
     """
-    plan.folder.mkdir(parents=True, exist_ok=True)
-    save_label_map(learn.loaders.train.dataset, plan.folder / "labels.csv")
-    history, kept, pace = History(plan, on_epoch), plan.folder / "checkpoints", Pace()
-    callbacks = [FollowPlan(plan), history, pace, Checkpoints(kept, plan.config, plan.save_interval)]
+    with locked(plan.folder), stoppable() as wish, explained(learn):
+        save_label_map(learn.loaders.train.dataset, plan.folder / "labels.csv")
+        history, kept, pace = History(plan, on_epoch), plan.folder / "checkpoints", Pace()
+        callbacks = build_callbacks(learn, plan, history, pace, wish)
+        learn.create_opt()
+        latest = kept / "latest.pt" if (kept / "latest.pt").exists() else plan.checkpoint
+        if latest:
+            resume(learn, callbacks, latest)
+            inside = f" and step {learn.first_batch} of the next" * bool(learn.first_batch)
+            print(f"resuming behind epoch {learn.first_epoch} of {plan.epochs}{inside}")
+        else:
+            torch.manual_seed(plan.seed)  # of dropout and of blended batches
+        try:
+            learn.fit(plan.epochs, lr=plan.schedules[0](0), cbs=callbacks)
+        finally:
+            learn.first_epoch = learn.first_batch = 0
+        if history.best:
+            learn.model.load_state_dict(load_file(kept / "best.safetensors"))
+            name, value = learn.names[0], history.best["value"]
+            print(f"the model holds the weights of epoch {history.best['epoch']}, the best by {name} ({value:.4f})")
+        elif plan.decay:
+            next(cb for cb in callbacks if isinstance(cb, MovingAverage)).swap()
+        save_weights(learn.model.state_dict(), plan.folder / "model.safetensors")
+        if pace.images:
+            print(pace)
+
+
+def build_callbacks(learn: RetrievalLearner, plan: Plan, history: History, pace: Pace, wish: Wish) -> list[Callback]:
+    "What fit_config adds to the learner while it runs."
+    folder = plan.folder / "checkpoints"
+    kept = Checkpoints(folder, plan.config, plan.save_interval, plan.save_steps, plan.keep_checkpoints, wish)
+    callbacks = [FollowPlan(plan), history, pace, kept, Guard(plan.skip_nonfinite, plan.half != torch.float16)]
     callbacks += [Accumulate(plan.update_freq)] if plan.update_freq > 1 else []
     callbacks += [ScaleLoss(learn.dls.device)] if plan.half == torch.float16 else []
     callbacks += [MovingAverage(learn.model, plan.decay)] if plan.decay else []
     callbacks += [Scalars(plan.folder / "vdl")] if plan.scalars else []
-    learn.create_opt()
-    latest = kept / "latest.pt" if (kept / "latest.pt").exists() else plan.checkpoint
-    if latest:
-        learn.first_epoch = resume(learn, callbacks, latest, plan.config, kept)
-        print(f"resuming behind epoch {learn.first_epoch} of {plan.epochs}")
-    try:
-        learn.fit(plan.epochs, lr=plan.schedules[0](0), cbs=callbacks)
-    finally:
-        learn.first_epoch = 0
-    if history.best:
-        learn.model.load_state_dict(load_file(kept / "best.safetensors"))
-        name, value = learn.names[0], history.best["value"]
-        print(f"the model holds the weights of epoch {history.best['epoch']}, the best by {name} ({value:.4f})")
-    elif plan.decay:
-        next(cb for cb in callbacks if isinstance(cb, MovingAverage)).swap()
-    save_weights(learn.model.state_dict(), plan.folder / "model.safetensors")
-    if pace.images:
-        print(pace)
+    return callbacks
 
 
 def write_row(write: Callable, row: list) -> None:
@@ -182,7 +201,7 @@ class FollowPlan(Callback):
         self.plan = plan
 
     def before_fit(self):
-        self.learn.train_iter = self.first_epoch * len(self.dls.train)
+        self.learn.train_iter = self.first_epoch * len(self.dls.train) + self.first_batch
         self.learn.logger = partial(write_row, self.learn.logger)
         bar = getattr(getattr(self.learn, "progress", None), "mbar", None)
         if self.first_epoch and bar:  # fastai's bar has to be told of a start at 0 before any other
@@ -230,13 +249,13 @@ class History(Callback):
         self.learn.metrics = [metric for metric in self.learn.metrics if metric not in self.shown]
 
     def mean(self, name: str) -> float:
-        return (self.sums[name] / self.count).item()
+        return (self.sums[name] / self.count).item() if self.count else float("nan")
 
     def before_train(self):
         self.sums, self.count = {}, 0
 
     def after_batch(self):
-        if self.training:
+        if self.training and not self.guard.skipped:
             self.count += 1
             for name, value in (("train_loss", self.loss.detach()), *self.loss_func.train_loss.terms.items()):
                 self.sums[name] = self.sums.get(name, 0) + value

@@ -65,53 +65,6 @@ def test_two_runs_with_one_seed_are_the_same_bytes(config_file, tmp_path):
     assert (tmp_path / "a" / "history.csv").read_text() != (tmp_path / "c" / "history.csv").read_text()
 
 
-class Stop(Callback):
-    order = 100
-
-    def after_epoch(self):
-        if self.epoch == 1:
-            raise KeyboardInterrupt
-
-
-def test_an_interrupted_run_ends_like_an_uninterrupted_one(config_file, tmp_path, capsys):
-    make(config_file, tmp_path / "whole", {"Global.epochs": 4}).fit_config()
-    learn = make(config_file, tmp_path / "cut", {"Global.epochs": 4})
-    with pytest.raises(KeyboardInterrupt):
-        learn.add_cb(Stop()).fit_config()
-    make(config_file, tmp_path / "cut", {"Global.epochs": 4}).fit_config()
-    assert "resuming behind epoch 2 of 4" in capsys.readouterr().out
-    for file in ("history.csv", "model.safetensors"):
-        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "cut" / file).read_bytes()
-
-
-def test_global_checkpoints_resumes_into_another_folder(config_file, tmp_path):
-    learn = make(config_file, tmp_path / "a", {"Global.save_interval": 1})
-    learn.fit_config()
-    first = tmp_path / "a" / "checkpoints" / "epoch_1.pt"
-    make(config_file, tmp_path / "b", {"Global.checkpoints": str(first), "Global.save_interval": 1}).fit_config()
-    assert (tmp_path / "a" / "history.csv").read_bytes() == (tmp_path / "b" / "history.csv").read_bytes()
-
-
-def test_a_checkpoint_of_another_configuration_is_refused(config_file, tmp_path):
-    make(config_file, tmp_path).fit_config()
-    with pytest.raises(ConfigError, match=r"another configuration \(Arch.Head.margin: 0.2 -> 0.3\)"):
-        make(config_file, tmp_path, {"Arch.Head.margin": 0.3}).fit_config()
-
-
-def test_checkpoints_load_with_weights_only(config_file, tmp_path):
-    make(config_file, tmp_path).fit_config()
-    state = torch.load(tmp_path / "checkpoints" / "latest.pt", weights_only=True)
-    assert state["epoch"] == 2 and json.loads(state["config"])["Global"]["seed"] == 0
-
-
-def test_missing_and_foreign_checkpoints_are_named(config_file, tmp_path):
-    with pytest.raises(ConfigError, match=r"Global.checkpoints: there is no file .*nowhere.pt"):
-        make(config_file, tmp_path, {"Global.checkpoints": "nowhere.pt"})
-    (tmp_path / "text.pt").write_text("no checkpoint")
-    with pytest.raises(ConfigError, match="is not a checkpoint of a run"):
-        make(config_file, tmp_path / "run", {"Global.checkpoints": str(tmp_path / "text.pt")}).fit_config()
-
-
 def test_pretrained_model_starts_from_a_runs_weights(config_file, tmp_path, capsys):
     learn = make(config_file, tmp_path)
     learn.fit_config()
@@ -194,40 +147,13 @@ def test_metrics_json_has_before_after_and_gain(tmp_path):
         "mAP": 0.75, "before": {"mAP": 0.25}, "gain": {"mAP": 0.5}}
 
 
-SECTIONS = {
-    "center loss with its own optimizer": {
-        "Loss.Train": [{"CELoss": {}}, {"CenterLoss": {"weight": 0.01, "feature_from": "features"}}],
-        "Optimizer": [{"Adam": {"scope": "RecModel", "lr": {"name": "Cosine", "learning_rate": 0.002}}},
-                      {"SGD": {"scope": "CenterLoss", "lr": {"name": "Constant", "learning_rate": 50.0}}}]},
-    "cross-batch memory": {"Loss.Train": [{"ContrastiveLoss_XBM": {"xbm_size": 30, "start_iter": 3}}]},
-    "moving average": {"EMA": {"decay": 0.9}},
-    "bfloat16": {"AMP": {"level": "O1"}},
-    "float16": {"AMP": {"dtype": "float16"}},
-    "accumulation": {"Global.update_freq": 3},
-    "plateau": {"Optimizer.lr": {"name": "ReduceOnPlateau", "learning_rate": 0.002, "mode": "max", "patience": 0,
-                                 "threshold": 10.0, "by_epoch": True}},
-}
-
-
-@pytest.mark.parametrize("changes", SECTIONS.values(), ids=SECTIONS)
-def test_every_section_ends_the_same_when_it_is_interrupted(config_file, tmp_path, changes):
-    changes = {"Global.epochs": 3, **changes}
-    make(config_file, tmp_path / "whole", changes).fit_config()
-    learn = make(config_file, tmp_path / "cut", changes)
-    with pytest.raises(KeyboardInterrupt):
-        learn.add_cb(Stop()).fit_config()
-    learn = make(config_file, tmp_path / "cut", changes)
-    learn.fit_config()
-    for file in ("history.csv", "model.safetensors"):
-        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "cut" / file).read_bytes()
-    states = [torch.load(tmp_path / run / "checkpoints" / "latest.pt", weights_only=True) for run in ("whole", "cut")]
-    for key in ("loss", "callbacks"):
-        assert str(states[0][key]) == str(states[1][key])
-    assert pd.read_csv(tmp_path / "whole" / "history.csv").train_loss.notna().all()
+CENTRES = {"Loss.Train": [{"CELoss": {}}, {"CenterLoss": {"weight": 0.01, "feature_from": "features"}}],
+           "Optimizer": [{"Adam": {"scope": "RecModel", "lr": {"name": "Cosine", "learning_rate": 0.002}}},
+                         {"SGD": {"scope": "CenterLoss", "lr": {"name": "Constant", "learning_rate": 50.0}}}]}
 
 
 def test_centres_are_trained_at_their_own_rate(config_file, tmp_path):
-    learn = make(config_file, tmp_path, SECTIONS["center loss with its own optimizer"])
+    learn = make(config_file, tmp_path, CENTRES)
     centers = learn.loss_func.train_loss.losses[1].centers
     before, model = centers.detach().clone(), {k: v.clone() for k, v in learn.model.state_dict().items()}
     learn.fit_config()
