@@ -127,7 +127,10 @@ def _read(key: str, path: Path):
     if not path.is_file():
         raise ConfigError(f"embeddings: {key}: there is no file {path}")
     if path.suffix == ".npy":  # "c": nothing is written back, yet torch takes it without a warning
-        values = np.load(path, mmap_mode="c" if key in ("query", "gallery") else None, allow_pickle=False)
+        try:
+            values = np.load(path, mmap_mode="c" if key in ("query", "gallery") else None, allow_pickle=False)
+        except Exception as error:  # numpy raises whatever a damaged file leads it to
+            raise ConfigError(f"embeddings: {key}: {path} cannot be read as an array: {error}") from error
         return values.astype(str).tolist() if key.endswith("paths") else values
     lines = path.read_text(encoding="utf-8").splitlines()
     if key.endswith("paths"):
@@ -357,7 +360,8 @@ def map_figure(points: np.ndarray, labels, pictures: Sequence | None = None, gro
     colours = np.full(len(labels), "#C4C4C4", dtype=object)
     for group, colour in zip(groups, GROUPS, strict=False):
         colours[labels == group] = colour
-        ax.plot([], [], "o", color=colour, markersize=7, label=shorten(label_text(group, names), 24))
+        ax.plot([], [], "o", color=colour, markersize=7,
+                label=shorten(label_text(group, names), 24).replace("$", r"\$"))  # no formula
     ax.scatter(*points.T, s=16, c=list(colours), linewidths=0)
     ax.margins(0.04)
     ax.set(xticks=[], yticks=[])

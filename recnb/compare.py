@@ -107,7 +107,8 @@ def curves(runs: dict[str, Run], metric: str = "") -> plt.Figure:
         for (name, run), (colour, line) in zip(runs.items(), cycle(STYLES)):
             history = run.history.set_index("epoch")
             values = history[column].dropna() if column in history else pd.Series(dtype=float)
-            ax.plot(values.index, values, line, color=colour, linewidth=1.5, marker=".", markersize=5, label=name)
+            ax.plot(values.index, values, line, color=colour, linewidth=1.5, marker=".", markersize=5,
+                    label=name.replace("$", r"\$"))  # no formula
         ax.set(title=column, xlabel="epoch")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.grid(alpha=0.3)

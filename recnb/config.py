@@ -8,11 +8,12 @@ from __future__ import annotations
 import contextlib
 import importlib
 import inspect
-import re
 from pathlib import Path
 
 import yaml
 
+from recnb.plain import Loader as Loader
+from recnb.plain import read_plain
 from recnb.registry import ConfigError, Registry, fits, suggest
 
 PACKAGE_PARENT = Path(__file__).resolve().parents[1]
@@ -24,19 +25,25 @@ GLOBAL = {
     "save_interval": 1, "eval_during_train": True, "eval_interval": 1, "epochs": 10, "print_batch_step": 10,
     "use_visualdl": False, "image_shape": [3, 224, 224], "save_inference_dir": "./inference", "eval_mode": "retrieval",
     "seed": 0, "re_ranking": False, "start_eval_epoch": 0, "update_freq": 1, "iter_per_epoch": None,
+    "devices": 1, "channels_last": False, "compile": False, "grad_cache": None, "save_steps": None,
+    "keep_checkpoints": None, "on_nonfinite": "stop",
+    "on_bad_image": "stop",
     "retrieval_feature_from": "features", "feature_normalize": True, "feature_binarize": None,
 }
 # Keys of the original that change no result here: how it computes or logs.
 WITHOUT_EFFECT = {"use_dali": bool, "to_static": bool, "sim_block_size": int, "print_mem_info": bool, "log_ranks": str,
                   "infer_imgs": str, "warmup_iter": int, "use_multilabel": bool}
 NULLABLE = {"checkpoints": str, "pretrained_model": str, "output_dir": str, "class_num": int, "iter_per_epoch": int,
-            "feature_binarize": str}
-CHOICES = {"device": ("gpu", "cpu"), "eval_mode": ("retrieval", "classification"),
+            "feature_binarize": str, "save_steps": int, "keep_checkpoints": int,
+            "grad_cache": int}
+CHOICES = {"device": ("gpu", "cpu"), "on_nonfinite": ("stop", "skip"), "on_bad_image": ("stop", "drop"),
+           "eval_mode": ("retrieval", "classification"),
            "feature_binarize": ("round", "sign"), "retrieval_feature_from": ("features", "neck", "backbone")}
 LEAST = {"epochs": 0, "seed": 0, "eval_interval": 1, "print_batch_step": 1, "class_num": 1, "update_freq": 1,
-         "iter_per_epoch": 1}
+         "iter_per_epoch": 1, "grad_cache": 1, "save_steps": 1, "keep_checkpoints": 1}
 # What the original has and this has not, with the reason.
 UNSUPPORTED = {
+    "SSL": "semi-supervised training on unlabelled images (FixMatch, CCSSL) has no counterpart here",
     "UnLabelLoss": "semi-supervised training on unlabelled images (FixMatch, CCSSL) has no counterpart here",
     "IndexProcess": "it configures a tool that turns a gallery into a classifier; recnb.search builds an index instead",
     "Global.train_mode": "other training loops (metabin, fixmatch, fixmatch_ccssl, progressive) have no counterpart "
@@ -76,52 +83,17 @@ CHAPTERS = ("datasets", "layouts", "transforms", "augment", "samplers", "necks",
 
 
 def resolve(path: str | Path) -> Path:
-    "The path itself where it exists from here, otherwise the same path below the project's root."
-    path = Path(path).expanduser()
-    return path if path.is_absolute() or path.exists() else ROOT / path
-
-
-class Loader(yaml.SafeLoader):
-    "Plain YAML values only, with the two silent traps of YAML 1.1 closed: `1e-3` is a number, a repeated key an error."
-
-
-Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
-                             list("-+0123456789"))
-
-
-def mapping(loader: Loader, node: yaml.MappingNode) -> dict:
-    "The dict of a YAML mapping; raises ConstructorError where a key is given twice."
-    seen = set()
-    for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-        if key.value in seen:
-            raise yaml.constructor.ConstructorError(None, None, f"the key '{key.value}' is given twice", key.start_mark)
-        seen.add(key.value)
-    return loader.construct_mapping(node, deep=True)
-
-
-Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
+    "The path itself where it exists from here, otherwise the same path below the project's root; ConfigError for none."
+    try:
+        path = Path(path).expanduser()
+        return path if path.exists() or path.is_absolute() else ROOT / path
+    except (OSError, RuntimeError) as error:  # RuntimeError: ~ of someone who is not known
+        raise ConfigError(f"'{str(path)[:100]}' cannot be a path: {getattr(error, 'strerror', error)}") from None
 
 
 def read_yaml(path: str | Path) -> dict:
     "The mapping that a YAML file holds; raises ConfigError with file and line where it is anything else."
-    path = resolve(path)
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8-sig"), Loader)  # a SafeLoader
-    except FileNotFoundError:
-        here = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
-        raise ConfigError(f"{path}: there is no such file; {suggest(path.name, here)}") from None
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date or number that cannot be
-        mark = getattr(error, "problem_mark", None)
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        if "could not determine a constructor" in problem:
-            problem = f"{problem.split(' for ')[-1]} would build an object, and only plain values are allowed here"
-        raise ConfigError(f"{path}{f' line {mark.line + 1}' if mark else ''}: {problem}") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: holds a {type(content).__name__}, not a mapping of sections such as "
-                          "'Global:' and 'Arch:'")
-    return content
+    return read_plain(resolve(path))
 
 
 def as_yaml(cfg: dict) -> str:
@@ -179,7 +151,10 @@ def load_config(path: str | Path, overrides: dict | None = None) -> dict:
     check_keys(cfg, "the file")
     fill_global(cfg)
     for key, value in overrides.items():
-        override(cfg, key, unshared(value))
+        try:
+            override(cfg, key, unshared(value))
+        except RecursionError:
+            raise ConfigError(f"override '{key}': its value contains itself, or is too deeply nested") from None
     fill_global(cfg)
     fill_loaders(cfg)
     check(cfg)
@@ -197,7 +172,8 @@ def fill_global(cfg: dict) -> None:
     "None; gives Global, in place, every key that it leaves out."
     given = {} if cfg.get("Global") is None else cfg["Global"]
     check_keys(given, "Global")
-    cfg["Global"] = {**unshared(GLOBAL), **given}
+    mode = {"eval_mode": "classification"} if lookup(cfg, "DataLoader.Eval.dataset") else {}
+    cfg["Global"] = {**unshared(GLOBAL), **mode, **given}
 
 
 def fill_loaders(cfg: dict) -> None:
@@ -254,7 +230,13 @@ def check(cfg: dict) -> None:
 def check_global(section: dict) -> None:
     "None; raises ConfigError for a value of Global of the wrong kind, or one that is not among the possible."
     for key, value in section.items():
+        if key == "devices":
+            if value != "auto" and (not fits(value, int) or value < 1):
+                raise ConfigError(f"Global.devices: {value!r} is neither a number of processes nor 'auto'")
+            continue
         hint = NULLABLE[key] | None if key in NULLABLE else WITHOUT_EFFECT.get(key) or type(GLOBAL[key])
+        if value is None and key in WITHOUT_EFFECT:
+            continue
         if not fits(value, hint):
             wanted = inspect.formatannotation(hint)
             raise ConfigError(f"Global.{key}: {value!r} is a {type(value).__name__}, not {wanted}")
@@ -297,6 +279,8 @@ def check_arch(section: dict, where: str) -> None:
     check_keys(section.get("BackboneStopLayer") or {}, f"{where}.BackboneStopLayer", ("name", "output_dim"))
     if not lookup(section, "Backbone.name"):
         raise ConfigError(f"{where}.Backbone.name: the file has no such section, and nothing can be trained without it")
+    if not isinstance(section["Backbone"]["name"], str):
+        raise ConfigError(f"{where}.Backbone.name: {section['Backbone']['name']!r} is not the name of a backbone")
     pretrained = lookup(section, "Backbone.pretrained")
     if not fits(pretrained, bool | str | None):
         raise ConfigError(f"{where}.Backbone.pretrained: {pretrained!r} is neither True, False nor the path of a file")

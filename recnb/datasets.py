@@ -1,9 +1,10 @@
 """List files and folders become tables of (path, label, camera), and tables become data loaders.
 
 A list file has one image a line, `path label` or `path label camera`, paths relative to `image_root`. Everything that
-can be wrong with one is found here, before training: each error names the file and the line. An image that cannot be
-read is an error and never another image. Identities of the training list are numbered 0..N-1 in sorted order unless the
-file gives `class_num` (then labels are taken literally) or says `relabel: False`.
+can be wrong with one is found here, before training: each error names the file and the line. Every image is decoded
+once before training too, and one that cannot be is an error, or is left out (`Global.on_bad_image`), and never another
+image. Identities of the training list are numbered 0..N-1 in sorted order unless the file gives `class_num` (then
+labels are taken literally) or says `relabel: False`.
 """
 from __future__ import annotations
 
@@ -12,29 +13,29 @@ import os
 import re
 from array import array
 from collections import Counter
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
-from torch.utils.data import DataLoader, Dataset
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from recnb.config import ConfigError, Registry, class_num, lookup, resolve
 from recnb.files import replacing
+from recnb.images import DataError, faults, printable, read_rgb, reason
 from recnb.samplers import SAMPLERS
+from recnb.sharding import ranks
 from recnb.transforms import build_transform, output_shape
 
 DATASETS = Registry("dataset", "DataLoader.*.dataset", beside={"transform_ops": list, "batch_transform_ops": list})
 EXTENSIONS = tuple(Image.registered_extensions())
-
-
-class DataError(RuntimeError):
-    "Images or list files that cannot be used; the message names the file and the line."
+MOST = 10**8  # classes, more than any head has room for
+REPORTED = 20  # how many images a report names
+ODD = re.compile(r"^/|\.\.|\0")  # what a path may hold that does not simply lead down
 
 
 @dataclass
@@ -53,30 +54,48 @@ class ImageList(Dataset):
     lines: np.ndarray | None = None  # (N,) line numbers in `source`
     names: np.ndarray | None = None
     transform: object = field(default=None, repr=False)
+    begun: torch.Tensor = field(default_factory=lambda: torch.full((64,), -1).share_memory_(), repr=False)
     boxes: np.ndarray | None = None  # (N, 4) int64
+    dropped: list[tuple] = field(default_factory=list, repr=False)  # (list, line, path, reason) of what was left out
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def place(self, index: int) -> str:
         "Where an item was declared: `train.txt line 7`, or its path."
-        return f"{self.source} line {self.lines[index]}" if self.lines is not None else self.paths[index]
+        return f"{self.source} line {self.lines[index]}" if self.lines is not None else printable(self.paths[index])
 
     def image(self, index: int) -> torch.Tensor:
-        "uint8 (3, H, W), RGB, EXIF rotation and box applied; raises DataError with the file that cannot be decoded."
+        "uint8 (3, H, W) of `read_rgb`; raises DataError with the file that cannot be decoded and why."
+        box = None if self.boxes is None else self.boxes[index].tolist()
         try:
-            with Image.open(self.paths[index]) as image:
-                pixels = pil_to_tensor(to_rgb(ImageOps.exif_transpose(image)))
-            if self.boxes is None:
-                return pixels
-            left, top, right, bottom = self.boxes[index].tolist()
-            check_box(left, top, right, bottom, *pixels.shape[:0:-1])
-            return pixels[:, top:bottom, left:right]
+            return pil_to_tensor(read_rgb(self.paths[index], box))
         except Exception as error:  # decoders raise whatever a broken file leads them to
-            raise DataError(f"{self.place(index)}: the image {self.paths[index]} cannot be decoded: {error}") from error
+            raise DataError(self.sentence(index, reason(error))) from error
+
+    def sentence(self, index: int, reason: str) -> str:
+        "Which image cannot be used, where it was declared, and why."
+        return f"{self.place(index)}: the image {printable(self.paths[index])} {reason}"
+
+    def leave_out(self, reasons: dict[int, str]) -> None:
+        "None; takes the items with a reason out, in place, and notes them in `dropped`; numbers and names stay."
+        for i, why in reasons.items():
+            line = "" if self.lines is None else int(self.lines[i])
+            self.dropped.append((self.source, line, self.paths[i], why))
+        kept = [i for i in range(len(self)) if i not in reasons]
+        self.paths = [self.paths[i] for i in kept]
+        for name in ("labels", "cameras", "lines", "boxes"):
+            if getattr(self, name) is not None:
+                setattr(self, name, getattr(self, name)[kept])
+
+    def being_read(self) -> list[str]:
+        "The files that worker processes have begun to read last, one a worker."
+        return [self.paths[i] for i in self.begun.tolist() if i >= 0]
 
     def __getitem__(self, item: int | tuple[int, int]):
         index, seed = item if isinstance(item, tuple) else (item, None)
+        if (worker := get_worker_info()) is not None:
+            self.begun[worker.id % len(self.begun)] = index
         image = self.image(index)
         if self.transform is not None:
             with seeded(seed):
@@ -97,24 +116,12 @@ def seeded(seed: int | None):
             torch.set_rng_state(before)
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    "The image in RGB; 16-bit grey is scaled to 8 bits, where Pillow would clip it to white."
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise ValueError(f"its pixels are of kind {image.mode}, which have no known range; save it with 8 or 16 bits")
-    return image.convert("RGB")
+def read_list(image_root: str, cls_label_path: str, delimiter: str | None, columns: tuple[int, ...],
+              allow_outside: bool = False) -> ImageList:
+    """The table of a list file; raises DataError with file and line for whatever is not `path label [camera]`.
 
-
-def check_box(left: int, top: int, right: int, bottom: int, width: int, height: int) -> None:
-    "None; raises ValueError where a box holds no pixels or reaches out of the image."
-    if not (0 <= left < right <= width and 0 <= top < bottom <= height):
-        raise ValueError(f"the box {left} {top} {right} {bottom} is not within the {width} x {height} pixels of the "
-                         "image")
-
-
-def read_list(image_root: str, cls_label_path: str, delimiter: str | None, columns: tuple[int, ...]) -> ImageList:
-    "The table of a list file; raises DataError with file and line for whatever is not `path label [camera]`."
+    A path that leaves `image_root`, absolute or by `..`, is such an error too unless `allow_outside`; links are fine.
+    """
     root, path = str(resolve(image_root)), resolve(cls_label_path)
     paths, cells, lines, width, most = [], array("q"), array("q"), 0, max(columns) - 1
     for number, line in numbered_lines(path):
@@ -124,7 +131,7 @@ def read_list(image_root: str, cls_label_path: str, delimiter: str | None, colum
                 wanted = f"{width} as on the lines before" if width else " or ".join(map(str, columns))
                 raise DataError(f"{path} line {number}: {len(row)} columns, not {wanted} (path label [camera])")
             width = len(row)
-        paths.append(os.path.join(root, row[0]))  # noqa: PTH118 (a Path takes four times as long)
+        paths.append(below(root, row[0], allow_outside, path, number))
         for cell in row[1:]:
             cells.append(integer(cell, path, number))
         lines.append(number)
@@ -132,6 +139,21 @@ def read_list(image_root: str, cls_label_path: str, delimiter: str | None, colum
         raise DataError(f"{path}: the list is empty")
     labels, *cameras = np.array(cells).reshape(len(paths), -1).T.copy()
     return ImageList(paths, labels, cameras[0] if cameras else None, str(path), np.array(lines))
+
+
+def below(root: str, name: str, allow_outside: bool, path: Path, number: int) -> str:
+    "The file that a list names; raises DataError where that is none, or none below `root` and none may be outside."
+    file = os.path.join(root, name)  # noqa: PTH118 (a Path takes four times as long)
+    if ODD.search(name):
+        if "\0" in name:
+            raise DataError(f"{path} line {number}: '{printable(name)}' is no path")
+        if not allow_outside:  # without its dots: behind a link, the system would take them another way
+            file = os.path.normpath(file)
+            whole, top = (os.path.normpath(Path(place).absolute()) for place in (file, root))
+            if not Path(whole).is_relative_to(top):
+                raise DataError(f"{path} line {number}: '{printable(name)}' leaves image_root, {root}; correct it, "
+                                "take a higher image_root, or write allow_outside: True in the data set's section")
+    return file
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -165,16 +187,17 @@ def integer(cell: str, path: Path, number: int) -> int:
 
 
 @DATASETS.register
-def VeriWild(image_root: str, cls_label_path: str, relabel: bool | None = None, backend: str = "cv2") -> ImageList:
+def VeriWild(image_root: str, cls_label_path: str, relabel: bool | None = None, backend: str = "cv2",
+             allow_outside: bool = False) -> ImageList:
     "The images of a list `path label [camera]`, columns separated by white space; `backend` changes nothing."
-    return read_list(image_root, cls_label_path, None, (2, 3))
+    return read_list(image_root, cls_label_path, None, (2, 3), allow_outside)
 
 
 @DATASETS.register
 def ImageNetDataset(image_root: str, cls_label_path: str, delimiter: str | None = " ",
-                    relabel: bool | None = None) -> ImageList:
+                    relabel: bool | None = None, allow_outside: bool = False) -> ImageList:
     "The images of a list `path label`; with the default delimiter, paths may hold spaces."
-    return read_list(image_root, cls_label_path, delimiter or " ", (2,))
+    return read_list(image_root, cls_label_path, delimiter or " ", (2,), allow_outside)
 
 
 @DATASETS.register
@@ -183,37 +206,47 @@ def ImageFolder(image_root: str, relabel: bool | None = None) -> ImageList:
     root = resolve(image_root)
     folders = sorted(p for p in root.iterdir() if p.is_dir()) if root.is_dir() else []
     files = [(str(file), folder.name) for folder in folders
-             for file in sorted(folder.rglob("*")) if file.suffix.lower() in EXTENSIONS]
+             for file in sorted(folder.rglob("*")) if file.suffix.lower() in EXTENSIONS and not file.is_dir()]
     if not files:
         raise DataError(f"image_root: {root} has no folders with images (one folder per identity)")
     paths, names = zip(*files, strict=True)
     return ImageList(list(paths), np.array(names), source=str(root))
 
 
-def check_images(images: ImageList) -> None:
-    "None; raises DataError for the first image (counting the others) that is missing, no image, or without its box."
-    def problem(index: int) -> str | None:
-        try:
-            with Image.open(images.paths[index]) as image:
-                if images.boxes is not None:
-                    ImageOps.exif_transpose(image, in_place=True)
-                    check_box(*images.boxes[index].tolist(), *image.size)
-                return None
-        except FileNotFoundError:
-            return "there is no image"
-        except (OSError, Image.DecompressionBombError):
-            return "cannot be read as an image:"
-        except ValueError as error:
-            return str(error)
-
-    def problems(start: int) -> list[tuple[int, str]]:
-        return [(i, text) for i in range(start, min(start + 1000, len(images))) if (text := problem(i))]
-
-    with ThreadPoolExecutor(8) as pool:
-        bad = [one for some in pool.map(problems, range(0, len(images), 1000)) for one in some]
+def check_images(*tables: ImageList) -> None:
+    "None; raises DataError, one report over all tables, naming the first images that cannot be used."
+    bad = [table.sentence(i, why) for table in tables for i, why in faults(table.paths, table.boxes).items()]
     if bad:
-        others = f" (and {len(bad) - 1} more of {len(images)})" if len(bad) > 1 else ""
-        raise DataError(f"{images.place(bad[0][0])}: {bad[0][1]} {images.paths[bad[0][0]]}{others}")
+        more = [f"and {len(bad) - REPORTED} more"] * (len(bad) > REPORTED)
+        lines = "\n".join([*bad[:REPORTED], *more])
+        raise DataError(f"{len(bad)} of {sum(map(len, tables))} images cannot be used; mend them, take them out of "
+                        f"their lists, or leave them out with Global.on_bad_image: drop\n{lines}")
+
+
+def drop_faults(images: ImageList) -> None:
+    "None; leaves out, in place, the images that cannot be used, and says so; raises DataError where none is left."
+    found, identities = faults(images.paths, images.boxes), set(images.labels.tolist())
+    if not found:
+        return
+    first = images.sentence(*next(iter(found.items())))
+    images.leave_out(found)
+    if not len(images):
+        raise DataError(f"{images.source}: none of the {len(found)} images can be used; {first}")
+    lost = len(identities - set(images.labels.tolist()))
+    print(f"{images.source}: {len(found)} images are left out (Global.on_bad_image), and {lost} identities have none "
+          f"left; {first}")
+
+
+def save_dropped(rows: Iterable[tuple], path: str | Path) -> None:
+    "None; writes `Loaders.dropped`, what was left out and why, as CSV, `list,line,path,reason`."
+    write_csv([("list", "line", "path", "reason"), *rows], path)
+
+
+def write_csv(rows: Iterable[tuple], path: str | Path) -> None:
+    "None; writes the rows as CSV in UTF-8; bytes of a file name that are no text become escapes."
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8", errors="backslashreplace",
+                                                      newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows(rows)
 
 
 def read_split(cfg: dict, where: str) -> ImageList:
@@ -238,6 +271,9 @@ def training_images(cfg: dict) -> ImageList:
     literal = ids.dtype.kind != "U" and not (classes is None if relabel is None else relabel)
     if not literal:
         images.labels = labels.reshape(-1)
+    if literal and not classes and ids[-1] >= MOST:
+        raise DataError(f"{images.place(int(images.labels.argmax()))}: label {ids[-1]} would make as many classes; "
+                        "leave out relabel: False, and the identities are numbered")
     if classes and images.labels.max() >= classes:
         first = int(np.argmax(images.labels >= classes))
         raise DataError(f"{images.place(first)}: label {images.labels[first]} is out of range: {where} is {classes}, "
@@ -248,8 +284,7 @@ def training_images(cfg: dict) -> ImageList:
 
 def save_label_map(images: ImageList, path: str | Path) -> None:
     "None; writes which label each identity has as CSV, `label,name`, in the order of the labels."
-    with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([("label", "name"), *enumerate(images.names.tolist())])
+    write_csv([("label", "name"), *enumerate(images.names.tolist())], path)
 
 
 def evaluation_places(cfg: dict) -> tuple[str, str]:
@@ -261,6 +296,7 @@ def evaluation_places(cfg: dict) -> tuple[str, str]:
 def evaluation_images(cfg: dict) -> tuple[ImageList, ImageList]:
     """The query and the gallery tables, labelled alike; in classification one table, labelled as in training, twice.
 
+    Where Global.on_bad_image is drop, what cannot be decoded is left out; the identities keep their numbers.
     Raises DataError where no query has anything to find, where only one of the lists has cameras, or where a class is
     none of the training's.
     """
@@ -272,6 +308,8 @@ def evaluation_images(cfg: dict) -> tuple[ImageList, ImageList]:
             raise DataError(f"{images.place(unknown[0])}: {images.labels[unknown[0]]} is none of the training classes; "
                             "correct the list, or judge unseen identities with Global.eval_mode: retrieval")
         images.names, images.labels = classes, np.array([known[label] for label in images.labels.tolist()])
+        if cfg["Global"]["on_bad_image"] == "drop":
+            drop_faults(images)
         return images, images
     query, gallery = (read_split(cfg, where) for where in evaluation_places(cfg))
     if (query.cameras is None) != (gallery.cameras is None):
@@ -281,6 +319,8 @@ def evaluation_images(cfg: dict) -> tuple[ImageList, ImageList]:
     names = np.unique(np.concatenate([query.labels, gallery.labels]))
     for images in (query, gallery):
         images.names, images.labels = names, np.searchsorted(names, images.labels)
+        if cfg["Global"]["on_bad_image"] == "drop":
+            drop_faults(images)
     if not positives(query, gallery).any():
         raise DataError(f"{query.source}: no query has an image of its identity in {gallery.source} "
                         "(its own file, and images of its own camera, do not count)")
@@ -313,13 +353,24 @@ class Loaders:
     query: DataLoader | None = None
     gallery: DataLoader | None = None
 
+    @property
+    def dropped(self) -> list[tuple]:
+        "(list, line, path, reason) of each image that was left out, once, whatever lists it stands in."
+        parts = (part for part in (self.train, self.query, self.gallery) if part is not None)
+        return list(dict.fromkeys(row for part in parts for row in part.dataset.dropped))
+
 
 def build_loaders(cfg: dict) -> Loaders:
-    """The data loaders of a configuration, all images checked to exist and to open.
+    """The data loaders of a configuration, all images checked by decoding them (`recnb.images.faults`).
+
+    With Global.on_bad_image: drop, the others are left out of the lists, before anything but the number of classes is
+    computed from these, and stand in `Loaders.dropped` (`save_dropped`).
 
     Raises ConfigError or DataError, before anything is trained, for whatever would fail or mislead later.
     """
-    images = {"DataLoader.Train": training_images(cfg)}
+    images, drop = {"DataLoader.Train": training_images(cfg)}, cfg["Global"]["on_bad_image"] == "drop"
+    if drop:
+        drop_faults(images["DataLoader.Train"])
     if cfg["Global"]["eval_during_train"] or lookup(cfg, "DataLoader.Eval"):
         images |= zip(evaluation_places(cfg), evaluation_images(cfg), strict=True)
     loaders = {}
@@ -329,8 +380,8 @@ def build_loaders(cfg: dict) -> Loaders:
         if where != "DataLoader.Train" and shape != wanted:
             raise ConfigError(f"{where}.dataset.transform_ops make images of {shape}, Global.image_shape is {wanted}")
         loaders[where] = build_loader(cfg, where, table)
-    for table in {(t.source, t.paths[0]): t for t in images.values()}.values():
-        check_images(table)
+    if not drop:
+        check_images(*{(t.source, t.paths[0]): t for t in images.values()}.values())
     train, *evaluation = loaders.values()
     return Loaders(train, *evaluation * (2 // max(1, len(evaluation))))
 
@@ -348,7 +399,8 @@ def build_loader(cfg: dict, where: str, images: ImageList) -> DataLoader:
     options |= {"persistent_workers": workers > 0, "pin_memory": torch.cuda.is_available(),
                 "generator": torch.Generator().manual_seed(seed)}
     if where == "DataLoader.Train":
-        known = {"labels": (images.labels, ""), "seed": (seed, "Global.seed is")}
+        known = {"labels": (images.labels, ""), "seed": (seed, "Global.seed is"),
+                 "rank": (ranks()[0], "this process is"), "world_size": (ranks()[1], "there run")}
         sampler = SAMPLERS.build(section, f"{where}.sampler", **known)
         sampler.steps = cfg["Global"]["iter_per_epoch"]
         return DataLoader(images, batch_sampler=sampler, **options)

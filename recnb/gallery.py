@@ -24,6 +24,7 @@ from matplotlib.path import Path as MarkerPath
 from PIL import Image, ImageColor, ImageOps
 from torch.nn.functional import normalize
 
+from recnb.images import printable, to_rgb
 from recnb.metrics import ranking_metrics, retrieval_metrics
 from recnb.ranking import TIE
 from recnb.scores import to_numpy
@@ -203,10 +204,7 @@ def read_picture(picture: Picture, size: int) -> Image.Image:
         return _read_file(Path(picture), size)
     if isinstance(picture, np.ndarray):
         picture = _from_array(picture)
-    if picture.mode in ("LA", "PA", "RGBA") or "transparency" in picture.info:
-        picture = picture.convert("RGBA")  # on white: without alpha, what was meant to be hidden would show
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    picture = ImageOps.exif_transpose(picture).convert("RGB")
+    picture = to_rgb(ImageOps.exif_transpose(picture))
     picture.thumbnail((size, size), Image.Resampling.LANCZOS)
     return picture
 
@@ -215,10 +213,11 @@ def _read_file(path: Path, size: int) -> Image.Image:
     try:
         with Image.open(path) as image:
             image.draft("RGB", (2 * size, 2 * size))  # the JPEG decoder shrinks: many times faster on photographs
-            return read_picture(image, size)
+            ImageOps.exif_transpose(image, in_place=True)
+            return read_picture(to_rgb(image), size)
     except FileNotFoundError:
         raise FileNotFoundError(f"the picture '{path}' does not exist (working directory: {Path.cwd()})") from None
-    except OSError as error:
+    except Exception as error:  # decoders raise whatever a broken file leads them to
         raise ValueError(f"the picture '{path}' cannot be read: {error}") from None
 
 
@@ -233,8 +232,8 @@ def label_text(label, names: Names = None) -> str:
     "An identity as it is shown: its name where a list or mapping has one, itself where it is text, otherwise 'id 7'."
     plain = str(label) if isinstance(label, str) else f"id {label}"
     if isinstance(names, Mapping):
-        return str(names.get(label, plain))
-    return plain if names is None else str(names[label])
+        return printable(str(names.get(label, plain)))
+    return printable(plain if names is None else str(names[label]))
 
 
 def shorten(text: str, n: int) -> str:
@@ -320,7 +319,7 @@ def _wrap(text: str, n: int) -> list[str]:
 def _note(ax: Axes, text: str, y: float, weight: str, colour: str) -> None:
     "A line of text to the left of the tile, ending at its edge."
     ax.annotate(text, (0, y), (-7, 0), xycoords="axes fraction", textcoords="offset points", ha="right", va="top",
-                fontsize=7.5, fontweight=weight, color=colour)
+                parse_math=False, fontsize=7.5, fontweight=weight, color=colour)
 
 
 def _draw_hit(ax: Axes, ranking: Ranking, q: int, place: int, images: Sequence[Picture], names: Names) -> None:
@@ -331,7 +330,7 @@ def _draw_hit(ax: Axes, ranking: Ranking, q: int, place: int, images: Sequence[P
     ax.set_xlabel(f"{position or '-'} · {ranking.scores[q, place]:.3f}", fontsize=8, color=INK, labelpad=2)
     below = {RIGHT: "", EXCLUDED: "own camera", WRONG: shorten(label_text(ranking.gallery_labels[item], names), 17)}
     ax.annotate(below[state], (0.5, 0), (0, -14), xycoords="axes fraction", textcoords="offset points", ha="center",
-                va="top", fontsize=6.5, color=SOFT)
+                parse_math=False, va="top", fontsize=6.5, color=SOFT)
 
 
 def _draw_tile(ax: Axes, picture: Picture, colour: str, width: float, style="-") -> None:
@@ -354,7 +353,7 @@ def _draw_sign(ax: Axes, state: str, at: tuple[float, float], transform) -> None
 def _draw_head(ax: Axes, title: str, states: list[str]) -> None:
     "The title, and what the signs mean."
     ax.set_axis_off()
-    ax.text(0.1, HEAD - 0.13, title, fontsize=10.5, fontweight="bold", color=INK, va="top")
+    ax.text(0.1, HEAD - 0.13, title, fontsize=10.5, fontweight="bold", color=INK, va="top", parse_math=False)
     x = NOTES + TILE + 3 * GAP
     meaning = {RIGHT: "right", WRONG: "wrong", EXCLUDED: "own camera: not counted"}
     for state in states:

@@ -20,7 +20,7 @@ import torchvision.datasets
 from PIL import Image
 
 from recnb.config import resolve
-from recnb.datasets import DATASETS, EXTENSIONS, DataError, ImageList, integer, numbered_lines, read_list
+from recnb.datasets import DATASETS, EXTENSIONS, DataError, ImageList, below, integer, numbered_lines, read_list
 from recnb.registry import suggest
 
 JUNK = -1  # the number of detections that show no whole person
@@ -119,12 +119,12 @@ def named(numbers: Iterable[int]) -> np.ndarray:
 
 @DATASETS.register
 def CompCars(image_root: str, cls_label_path: str, label_root: str | None = None, bbox_crop: bool = False,
-             relabel: bool | None = None) -> ImageList:
+             relabel: bool | None = None, allow_outside: bool = False) -> ImageList:
     """The images of a list `path label` of CompCars (Yang et al., CVPR 2015), with `bbox_crop` cropped to the car.
 
     The box of `a/b.jpg` is the third line, `left top right bottom`, of `a/b.txt` below `label_root`.
     """
-    images = read_list(image_root, cls_label_path, None, (2,))
+    images = read_list(image_root, cls_label_path, None, (2,), allow_outside)
     if bbox_crop:
         if label_root is None:
             raise ValueError("bbox_crop needs label_root, the folder of the files with the boxes")
@@ -147,19 +147,21 @@ def read_box(path: Path, place: str) -> list[int]:
 
 
 @DATASETS.register
-def ICartoonDataset(image_root: str, cls_label_path: str, relabel: bool | None = None) -> ImageList:
+def ICartoonDataset(image_root: str, cls_label_path: str, relabel: bool | None = None,
+                    allow_outside: bool = False) -> ImageList:
     "The images of a list of iCartoonFace (Zheng et al., 2020): path and label, separated by a tab."
-    return read_list(image_root, cls_label_path, "\t", (2,))
+    return read_list(image_root, cls_label_path, "\t", (2,), allow_outside)
 
 
 @DATASETS.register
-def LogoDataset(image_root: str, cls_label_path: str, relabel: bool | None = None) -> ImageList:
+def LogoDataset(image_root: str, cls_label_path: str, relabel: bool | None = None,
+                allow_outside: bool = False) -> ImageList:
     """The images of a table of logos: columns separated by tabs, a first line that begins with `image_id`.
 
     The second column is the label, counted from 1, and the fourth the path. Labels here count from 0, as the
     original's: label 1 of the table is 0.
     """
-    path, root, rows = resolve(cls_label_path), resolve(image_root), []
+    path, root, rows = resolve(cls_label_path), str(resolve(image_root)), []
     for number, line in numbered_lines(path):
         cells = line.strip().split("\t")
         if cells[0] == "image_id":
@@ -169,7 +171,7 @@ def LogoDataset(image_root: str, cls_label_path: str, relabel: bool | None = Non
         label = integer(cells[1], path, number)
         if label == 0:
             raise DataError(f"{path} line {number}: the label is 0, and labels of this table count from 1")
-        rows.append((str(root / cells[3]), label - 1, number))
+        rows.append((below(root, cells[3], allow_outside, path, number), label - 1, number))
     if not rows:
         raise DataError(f"{path}: the list is empty")
     paths, labels, lines = zip(*rows, strict=True)

@@ -17,6 +17,7 @@ import numpy as np
 
 from recnb.files import write_text
 from recnb.gallery import EXCLUDED, RIGHT, WRONG, Names, Picture, Ranking, label_text, read_picture
+from recnb.images import printable
 
 MISSED = "missed"
 MARKS = {RIGHT: "✓", WRONG: "✗", EXCLUDED: "-", MISSED: "…"}  # seen where a viewer strips style and drawings
@@ -66,7 +67,7 @@ class Pages:
     def name(self, side: str, i: int) -> str:
         "Where the picture lies, its last two steps, or its number where it is no file."
         image = self.images[side][i]
-        return "/".join(Path(image).parts[-2:]) if isinstance(image, (str, Path)) else f"{side} {i}"
+        return printable("/".join(Path(image).parts[-2:])) if isinstance(image, (str, Path)) else f"{side} {i}"
 
     def identity(self, side: str, i: int) -> str:
         labels = self.ranking.query_labels if side == "query" else self.ranking.gallery_labels
@@ -100,7 +101,8 @@ class Pages:
         facts = {"AP": f"{r.AP[q]:.3f}", "first hit": f"rank {r.first_hit[q]}", "found": f"{found} of {r.positives[q]}"}
         if r.query_cameras is not None:
             facts |= {"camera": r.query_cameras[q], "own camera": f"{r.left_out[q]} left out"}
-        return "<dl>" + "".join(f"<dt>{term}</dt><dd>{escape(str(v))}</dd>" for term, v in facts.items()) + "</dl>"
+        rows = (f"<dt>{term}</dt><dd>{escape(printable(str(value)))}</dd>" for term, value in facts.items())
+        return f"<dl>{''.join(rows)}</dl>"
 
     def _hit(self, q: int, place: int) -> str:
         r = self.ranking
@@ -109,7 +111,7 @@ class Pages:
 
     def _tile(self, item: int, state: str, caption: str, place: str) -> str:
         identity, cameras = self.identity("item", item), self.ranking.gallery_cameras
-        camera = "" if cameras is None else f"<small>{escape(f'camera {cameras[item]}')}</small>"
+        camera = "" if cameras is None else f"<small>{escape(printable(f'camera {cameras[item]}'))}</small>"
         picture = self.picture("item", item, f"{place}: {MEANING[state]}, {identity}")
         if self.query_of.get(item) in self.linked:
             picture = f'<a href="#q{self.query_of[item]}" title="make it the query">{picture}</a>'
@@ -149,8 +151,8 @@ def gallery_html(ranking: Ranking, query_images: Sequence[Picture], gallery_imag
                      for value, text in choices.items())
     which = {"worst": ", the worst by AP", "best": ", the best by AP"}.get(first, ", the first")
     cut = f"{len(shown)} of {len(wanted):,} queries are on this page{which}." if len(shown) < len(wanted) else ""
-    page = PAGE.format(title=escape(title), style=STYLE + PAGE_STYLE, pictures=pictures, cut=cut,
-                       summary=escape(summary) or _summary(ranking), legend=_legend(ranking), orders=orders,
+    page = PAGE.format(title=escape(printable(title)), style=STYLE + PAGE_STYLE, pictures=pictures, cut=cut,
+                       summary=escape(printable(summary)) or _summary(ranking), legend=_legend(ranking), orders=orders,
                        entries=listed, articles=articles, script=SCRIPT)
     if path is not None:
         write_text(path, page)

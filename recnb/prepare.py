@@ -24,8 +24,9 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
 from recnb.config import GLOBAL, ROOT, ConfigError, as_yaml, load_config, lookup, resolve
-from recnb.datasets import DataError, ImageFolder, VeriWild, to_rgb, training_images
+from recnb.datasets import DataError, ImageFolder, VeriWild, training_images
 from recnb.files import write_text
+from recnb.images import printable, to_rgb
 from recnb.registry import suggest
 from recnb.search import knn
 
@@ -43,9 +44,9 @@ def read_table(source: str | Path, image_root: str | Path | None = None, columns
                camera_pattern: str | None = None) -> pd.DataFrame:
     """The table of a folder (of one folder per identity), a CSV with a header, or a list file `path label [camera]`.
 
-    Paths in a file are relative to `image_root`, by default the file's own folder. `columns` says what the CSV calls
-    them, e.g. `{"path": "file", "label": "article"}`. `camera_pattern` is a regular expression whose one group is the
-    camera in a path. Raises DataError, with file and line, for whatever is not such a row.
+    Paths in a file are relative to `image_root`, by default the file's own folder, and may lead out of it. `columns`
+    says what the CSV calls them, e.g. `{"path": "file", "label": "article"}`. `camera_pattern` is a regular expression
+    whose one group is the camera in a path. Raises DataError, with file and line, for whatever is not such a row.
     """
     source = resolve(source)
     root = resolve(source.parent if image_root is None else image_root)
@@ -57,7 +58,7 @@ def read_table(source: str | Path, image_root: str | Path | None = None, columns
     elif source.suffix.lower() in (".csv", ".tsv"):
         table, places = read_csv(source, root, columns or {})
     else:
-        images = VeriWild(str(root), str(source))
+        images = VeriWild(str(root), str(source), allow_outside=True)
         table = pd.DataFrame({"path": images.paths, "label": images.labels})
         if images.cameras is not None:
             table["camera"] = images.cameras.astype(str)
@@ -227,7 +228,8 @@ def fingerprint(path: str) -> dict:
         with Image.open(io.BytesIO(data)) as image:
             size = image.size[::-1] if image.getexif().get(ORIENTATION, 1) >= 5 else image.size
             image.draft("RGB", (64, 64))  # the JPEG decoder shrinks: many times faster on photographs
-            small = to_rgb(ImageOps.exif_transpose(image)).resize((32, 32), Image.Resampling.BOX)
+            ImageOps.exif_transpose(image, in_place=True)
+            small = to_rgb(image).resize((32, 32), Image.Resampling.BOX)
     except Exception as error:  # decoders raise whatever a broken file leads them to
         return {**row, "problem": str(error).replace(repr(path), "the file")}
     grey = np.asarray(small.convert("L"), np.float32)
@@ -299,14 +301,16 @@ def samples_figure(table: pd.DataFrame, rows: int = 6, columns: int = 8):
         ax.set_axis_off()
     for line, name in zip(axes, names, strict=True):
         mine = table[table.label == name].sort_values("path")
-        line[0].text(0, 0.5, f"{name[:18]}\n{len(mine)} images", va="center", fontsize=11, transform=line[0].transAxes)
+        line[0].text(0, 0.5, f"{printable(name[:18])}\n{len(mine)} images", va="center", fontsize=11,
+                     transform=line[0].transAxes, parse_math=False)
         mine = mine.iloc[np.unique(np.linspace(0, len(mine) - 1, columns).round().astype(int))]
         for ax, (_, item) in zip(line[1:], mine.iterrows(), strict=False):
             words = [str(item["split"])] if "split" in mine else []
             words += [f"camera {item.camera}"] if isinstance(item.get("camera"), str) else []
             with Image.open(item.path) as image:
-                ax.imshow(ImageOps.contain(to_rgb(ImageOps.exif_transpose(image)), (160, 160)))
-            ax.set_title("  ".join(words), fontsize=8, color="#555555", pad=2)
+                ImageOps.exif_transpose(image, in_place=True)
+                ax.imshow(ImageOps.contain(to_rgb(image), (160, 160)))
+            ax.set_title("  ".join(words), fontsize=8, color="#555555", pad=2, parse_math=False)
     return figure
 
 
@@ -316,7 +320,7 @@ def write_lists(splits: pd.DataFrame, folder: str | Path, image_root: str | Path
     """The folder that the paths in train.txt, query.txt and gallery.txt start from (default: the deepest they share).
 
     Lines are `path label source`; where a path holds white space, `path<tab>label`, which ImageNetDataset reads. That
-    has no room for cameras: DataError where both are needed.
+    has no room for cameras: DataError where both are needed, and for a name that no list can hold.
     """
     folders = [str(Path(path).parent) for path in splits.path]
     root = Path(os.path.commonpath(folders) if image_root is None else plain(resolve(image_root)))
@@ -326,6 +330,9 @@ def write_lists(splits: pd.DataFrame, folder: str | Path, image_root: str | Path
         if "camera" in splits or path != path.strip() or re.search(r"[\t\r\n]", path):
             raise DataError(f"{root / path}: white space in a path is possible only within it and in lists without "
                             "cameras (which are then separated by tabs, for ImageNetDataset); rename the file")
+    for path in paths[paths.map(printable) != paths]:
+        raise DataError(f"{root / path}: no list can hold this name, which is no UTF-8 text or has control signs in "
+                        "it; rename the file")
     for name in SPLITS:
         mine = splits[splits["split"] == name]
         lines = ([f"{path}\t{label}\n" for path, label in zip(paths[mine.index], mine.number, strict=True)]
@@ -345,16 +352,19 @@ def write_config(folder: str | Path, image_root: str | Path, base: str | Path = 
         section, file = lookup(cfg, f"DataLoader.{place}"), folder / f"{name}.txt"
         if section is None:
             raise ConfigError(f"{base}: there is no DataLoader.{place}; take a base that trains and evaluates")
-        tabs = "\t" in file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8")
+        tabs, outside = "\t" in text, re.search(r"^\.\./", text, re.MULTILINE)
         beside = {key: value for key, value in section["dataset"].items() if key == "transform_ops"}
         section["dataset"] = {"name": "ImageNetDataset" if tabs else "VeriWild", "image_root": portable(image_root),
-                              "cls_label_path": portable(file), **({"delimiter": "\t"} if tabs else {}), **beside}
-    cfg["Global"] = {key: value for key, value in cfg["Global"].items() if key != "class_num" and value != GLOBAL[key]}
+                              "cls_label_path": portable(file), **({"delimiter": "\t"} if tabs else {}),
+                              **({"allow_outside": True} if outside else {}), **beside}
+    cfg["Global"]["class_num"] = None
     (lookup(cfg, "Arch.Head") or {}).pop("class_num", None)
     sampler, identities = lookup(cfg, "DataLoader.Train.sampler"), len(np.unique(training_images(cfg).labels))
     each = sampler.get("sample_per_id", sampler.get("num_instances"))
     if each:
         sampler["batch_size"] = each * min(sampler["batch_size"] // each, identities)
+    cfg["Global"] = {key: value for key, value in cfg["Global"].items() if value != GLOBAL.get(key)}
     write_text(folder / "config.yaml", f"# {Path(base).name} with the lists of this folder\n{as_yaml(cfg)}")
     load_config(folder / "config.yaml")
     return folder / "config.yaml"

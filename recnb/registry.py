@@ -14,6 +14,9 @@ import typing
 class ConfigError(ValueError):
     "A configuration that cannot mean what it says; the message names the place and what would mend it."
 
+    def __init__(self, message: str):
+        super().__init__(message.encode("utf-8", "backslashreplace").decode())  # a file may hold what is no text
+
 
 def suggest(word: str, known: typing.Iterable[str]) -> str:
     "A half sentence that offers the nearest known spelling, or lists what there is."
@@ -105,5 +108,7 @@ class Registry(dict):
             raise ConfigError(f"{where}: {name} needs a value for '{missing[0]}'")
         try:
             return self[name](**args)
-        except (ValueError, TypeError, ArithmeticError) as error:
+        except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and type(error) is not RuntimeError:
+                raise  # torch refuses sizes with the bare class; others say something else
             raise ConfigError(f"{where}: {error}") from error

@@ -229,17 +229,28 @@ class Index:
     def load(cls, path, dimension=None, model=None):
         """The index saved in a folder; ValueError where it is damaged, or made for another dimension or model."""
         folder = Path(path)
+        try:
+            index = cls._read(folder)
+        except Exception as error:  # JSON and faiss raise whatever a damaged file leads them to
+            raise ValueError(f"{folder} holds no index that can be read: {error}; save the index again") from error
+        if dimension not in (None, index.dimension):
+            raise ValueError(f"the index in {folder} holds vectors of {index.dimension} dimensions, not {dimension}")
+        index._check_model(model)
+        return index
+
+    @classmethod
+    def _read(cls, folder):
         state = json.loads((folder / "index.json").read_text())
         file = folder / f"vectors-{state['sha256'][:16]}.faiss"
         if not file.exists() or _sha256(file) != state["sha256"]:
-            raise ValueError(f"{file} is missing or damaged: save the index again")
+            raise ValueError(f"{file} is missing or damaged")
         index = cls(state["distance"])
         for name in STATE:
             setattr(index, name, state[name])
         index.faiss, index.ids = index._faiss_io("read")(str(file)), np.array(state["ids"], dtype=np.int64)
-        if dimension not in (None, index.dimension):
-            raise ValueError(f"the index in {folder} holds vectors of {index.dimension} dimensions, not {dimension}")
-        index._check_model(model)
+        bits = index.distance == "hamming"
+        if (index.faiss.ntotal, index.faiss.d) != (len(index.ids), index.dimension * (8 if bits else 1)):
+            raise ValueError(f"{file} does not hold what index.json says")
         return index
 
     def _check(self, array, model):

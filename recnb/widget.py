@@ -19,6 +19,7 @@ import traitlets
 from PIL import Image
 
 from recnb.gallery import END, RIGHT, WRONG, Names, Picture, Ranking, changed, gallery_figure, read_picture
+from recnb.images import printable
 from recnb.page import PATHS, STYLE, Pages, gallery_html, wrapped
 from recnb.search import knn
 
@@ -78,7 +79,7 @@ class Hits(widgets.VBox):
             button.disabled = not pickable(item)
             button.tooltip = f"{name}: {'make it the query' if pickable(item) else 'not among the queries'}"
             cameras = self.pages.ranking.gallery_cameras
-            camera = "" if cameras is None else f"<small>{escape(f'camera {cameras[item]}')}</small>"
+            camera = "" if cameras is None else f"<small>{escape(printable(f'camera {cameras[item]}'))}</small>"
             note.value = f'<div class="recnb-note"><b>{caption}</b><small>{wrapped(identity)}</small>{camera}</div>'
             rules.append(self._rule(i, item, state))
         self.row.children = self.tiles[: len(tiles)]
@@ -310,7 +311,7 @@ class GalleryWidget(widgets.VBox):
             return
         try:
             image = read_picture(Image.open(picture) if isinstance(picture, io.BytesIO) else picture, 512)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # decoders raise whatever a broken file leads them to
             self.said.value = escape(f"{error}")
             return
         self.said.value = ""

@@ -421,7 +421,7 @@ def test_loaders_are_refused_before_an_image_is_read(config, changes, message):
 
 
 def test_otherwise_the_missing_image_is_what_is_wrong(config, tmp_path):
-    with pytest.raises(DataError, match=re.escape(f"{tmp_path / 'train.txt'} line 1: there is no image")):
+    with pytest.raises(DataError, match=re.escape(f"{tmp_path / 'train.txt'} line 1: the image ")):
         build_loaders(load_config(config()))
 
 

@@ -85,8 +85,9 @@ def test_text_that_cannot_be_decoded_far_down_a_list(tmp_path):
         VeriWild("/images", str(path))
 
 
-def test_absolute_paths_stay(tmp_path):
-    assert VeriWild("/images", str(listed(tmp_path, "/elsewhere/1.jpg 0\n"))).paths == ["/elsewhere/1.jpg"]
+def test_absolute_paths_stay_where_they_are_allowed(tmp_path):
+    path = str(listed(tmp_path, "/elsewhere/1.jpg 0\n"))
+    assert VeriWild("/images", path, allow_outside=True).paths == ["/elsewhere/1.jpg"]
 
 
 @pytest.mark.parametrize(("text", "message"), [
@@ -235,11 +236,10 @@ def test_every_missing_or_unreadable_image_is_found_at_the_start(tmp_path):
     path = listed(tmp_path, "good.jpg 0\nabsent.jpg 1\ntext.jpg 2\n")
     with pytest.raises(DataError) as error:
         check_images(VeriWild(str(tmp_path), str(path)))
-    assert str(error.value) == f"{path} line 2: there is no image {tmp_path / 'absent.jpg'} (and 1 more of 3)"
-    path = listed(tmp_path, "good.jpg 0\ntext.jpg 2\n")
-    with pytest.raises(DataError) as error:
-        check_images(VeriWild(str(tmp_path), str(path)))
-    assert str(error.value) == f"{path} line 2: cannot be read as an image: {tmp_path / 'text.jpg'}"
+    assert str(error.value) == (
+        "2 of 3 images cannot be used; mend them, take them out of their lists, or leave them out with "
+        f"Global.on_bad_image: drop\n{path} line 2: the image {tmp_path / 'absent.jpg'} is not there\n"
+        f"{path} line 3: the image {tmp_path / 'text.jpg'} is empty or of no known image format")
 
 
 @pytest.mark.parametrize("part", ["Train", "Eval.Query", "Eval.Gallery"])
@@ -247,7 +247,7 @@ def test_loaders_check_the_images_of_every_part(config_file, drawn, tmp_path, pa
     name = part.split(".")[-1].lower()
     path = listed(tmp_path, (drawn / f"{name}.txt").read_text() + "absent.jpg 16 1\n")
     cfg = load_config(config_file({f"DataLoader.{part}.dataset.cls_label_path": str(path)}))
-    with pytest.raises(DataError, match=r"list\.txt line \d+: there is no image .*absent\.jpg"):
+    with pytest.raises(DataError, match=r"list\.txt line \d+: the image .*absent\.jpg is not there"):
         build_loaders(cfg)
 
 
