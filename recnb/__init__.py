@@ -1,10 +1,11 @@
 """recnb: a notebook-first kit for learning image features for retrieval.
 
-Read the chapters in this order: registry, config, files, transforms, augment, samplers, datasets, layouts,
-photographs, marks, lint, cutting, architectures, backbones, necks, heads, losses, pairs, hashing, memories,
-distillation, pml, model, schedules, optim, scores, protocol, ranking, stats, metrics, verification, search, rerank,
-prepare, evaluation, learner, guard, lock, checkpoints, training, gallery, page, static, widget, regions, analysis,
-runs, compare. Importing the package loads none of them.
+Read the chapters in this order: registry, plain, config, files, sharding, distributed, transforms, augment, samplers,
+images, datasets, layouts, photographs, marks, lint, cutting, architectures, backbones, necks, heads, losses, pairs,
+hashing, memories, distillation, pml, caching, model, schedules, optim, scores, protocol, ranking, stats, metrics,
+verification, search, rerank, prepare, evaluation, learner, guard, lock, checkpoints, training, gallery, page, static,
+widget, regions, analysis, runs, compare, deploy, modelcard, export, example, train. Importing the package loads none
+of them.
 """
 from importlib import import_module
 

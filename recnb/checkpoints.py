@@ -12,13 +12,16 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from recnb.config import GLOBAL, LOADERS, ConfigError, architectures, class_num, lookup, optimizers, resolve
 from recnb.datasets import training_images
+from recnb.distributed import anywhere
 from recnb.files import replacing
 from recnb.guard import TrainingError
 from recnb.learner import Callback, RetrievalLearner
 from recnb.schedules import SCHEDULES
+from recnb.sharding import collect, ranks, sharded_weights, split
 
 # What may differ between a checkpoint's configuration and the one that resumes it: nothing of this changes the numbers.
 FREE = ("Global.checkpoints", "Global.save_steps", "Global.keep_checkpoints", "Global.on_nonfinite",
@@ -69,17 +72,18 @@ class Checkpoints(Callback):
             return
         self.since, step = self.since + 1, self.iter + 1
         whole = step % self.history.plan.update_freq == 0 or step == self.n_iter  # no gradients are waiting
-        if whole and (self.wish.asked or (self.save_steps and self.since >= self.save_steps)):
+        asked = anywhere(self.wish.asked, self.loss.device)
+        if whole and (asked or (self.save_steps and self.since >= self.save_steps)):
             self.since = 0
             self.save(self.epoch, step)
-            self.stop_if_asked(f"epoch {self.epoch + 1} step {step}")
+            self.stop_if(asked, f"epoch {self.epoch + 1} step {step}")
 
     def after_epoch(self):
         epoch = self.epoch + 1
         self.save(epoch, 0)
         if self.history.best.get("epoch") == epoch:
             self.save_best()
-        if self.save_interval > 0 and epoch % self.save_interval == 0:
+        if self.save_interval > 0 and epoch % self.save_interval == 0 and ranks()[0] == 0:
             kept = self.folder / f"epoch_{epoch}.pt"
             kept.unlink(missing_ok=True)
             os.link(self.folder / "latest.pt", kept)  # `latest` is replaced, never rewritten, so a link is a copy
@@ -87,20 +91,23 @@ class Checkpoints(Callback):
             for path in numbered[: -self.keep] if self.keep else ():
                 path.unlink()
         if epoch < self.n_epoch:
-            self.stop_if_asked(f"epoch {epoch}")
+            self.stop_if(anywhere(self.wish.asked, self.dls.device), f"epoch {epoch}")
 
-    def stop_if_asked(self, place: str) -> None:
-        if self.wish.asked:
+    def stop_if(self, asked: bool, place: str) -> None:
+        if asked:
             raise KeyboardInterrupt(f"stopped behind {place}, all saved: the same command goes on from there")
 
     def save(self, epoch: int, batch: int) -> None:
         "None; writes latest.pt: `epoch` epochs are done, and `batch` batches of the next."
-        state = {"model": self.model.state_dict(), "loss": self.loss_func.train_loss.state_dict(),
-                 "optimizer": self.opt.state_dict(), "epoch": epoch, "batch": batch, "history": self.history.rows,
+        model, optimizer = whole_states(self.model, self.opt)
+        state = {"model": model, "loss": self.loss_func.train_loss.state_dict(), "optimizer": optimizer,
+                 "epoch": epoch, "batch": batch, "history": self.history.rows,
                  "best": self.history.best, "config": self.recipe, "rng": random_state(), "sums": self.history.sums,
                  "count": self.history.count,
                  "callbacks": {cb.name: cb.state_dict() for cb in self.learn.cbs if hasattr(type(cb), "state_dict")}}
         path = self.folder / "latest.pt"
+        if ranks()[0]:
+            return
         try:
             with replacing(path) as temporary:
                 torch.save(state, temporary)
@@ -110,12 +117,14 @@ class Checkpoints(Callback):
 
     def save_best(self) -> None:
         average = getattr(self.learn, "moving_average", None)
-        save_weights((self.model if average is None else average.average.module).state_dict(),
-                     self.folder / "best.safetensors")
+        weights = whole_states(self.model)[0] if average is None else average.average.module.state_dict()
+        save_weights(weights, self.folder / "best.safetensors")
 
 
 def save_weights(state: dict[str, torch.Tensor], path: Path) -> None:
-    "None; writes a state dict as a .safetensors file."
+    "None; the first process writes a state dict as a .safetensors file."
+    if ranks()[0]:
+        return
     with replacing(path) as temporary:
         save_file({name: value.contiguous() for name, value in state.items()}, temporary)
 
@@ -127,6 +136,10 @@ def random_state() -> dict[str, torch.Tensor | list]:
 
 def set_random_state(state: dict) -> None:
     "None; sets torch's generators as they were."
+    rank = ranks()[0]
+    if rank:  # the first process's is what was kept
+        torch.manual_seed(int(state["torch"].sum()) + rank)
+        return
     torch.set_rng_state(state["torch"])
     if state["cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda"])
@@ -145,20 +158,43 @@ def resume(learn: RetrievalLearner, callbacks: list[Callback], path: Path) -> No
         raise ConfigError(f"{path} is not a checkpoint of a run: {error}") from error
     theirs["Global"] = {**GLOBAL, **theirs["Global"]}  # a key that is newer than the checkpoint had its default then
     check_same(theirs, json.loads(checkpoints.recipe), path)
-    learn.model.load_state_dict(state["model"])
-    learn.loss_func.train_loss.load_state_dict(state["loss"])
-    learn.opt.load_state_dict(state["optimizer"])
-    for callback in (cb for cb in callbacks if cb.name in state["callbacks"]):
-        callback.load_state_dict(state["callbacks"][callback.name])
+    try:
+        learn.model.load_state_dict(split(state["model"], sharded_weights(learn.model)))
+        learn.loss_func.train_loss.load_state_dict(state["loss"])
+        load_optimizer(learn, state["optimizer"])
+        for callback in (cb for cb in callbacks if cb.name in state["callbacks"]):
+            callback.load_state_dict(state["callbacks"][callback.name])
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path}: its content does not fit its own configuration, so it has been changed or is "
+                          f"damaged ({error}); take an earlier checkpoint, or delete it to begin anew") from error
     history.rows, history.best, checkpoints.restored = state["history"], state["best"], state
     learn.first_epoch, learn.first_batch = state["epoch"], state["batch"]
     best, kept = history.best.get("epoch"), checkpoints.folder / "best.safetensors"
     if best == state["epoch"] and not state["batch"]:  # the process may have ended before they were written
         average = next((cb.average.module for cb in callbacks if cb.name == "moving_average"), learn.model)
-        save_weights(average.state_dict(), kept)
+        save_weights(whole_states(average)[0], kept)
     elif best and not kept.exists():  # a checkpoint from another folder
         print(f"the best epoch so far, {best}, is not in {checkpoints.folder}: the best is found anew")
         history.best = {}
+
+
+def whole_states(model: nn.Module, optimizer=None) -> tuple[dict, dict | None]:
+    "The states of model and optimizer, the shares of sharded weights joined; every process has to call it."
+    state, counts = model.state_dict(), sharded_weights(model)
+    if counts:
+        state = collect(state, counts)
+    if optimizer is None or not counts:
+        return state, None if optimizer is None else optimizer.state_dict()
+    kept = optimizer.state_dict()
+    return state, {**kept, "state": collect(kept["state"], sharded_weights(model, optimizer.opt))}
+
+
+def load_optimizer(learn: RetrievalLearner, state: dict) -> None:
+    "None; the learner's optimizer goes on from a state, of which sharded weights take their share."
+    counts = sharded_weights(learn.model)
+    if counts:
+        state = {**state, "state": split(state["state"], sharded_weights(learn.model, learn.opt.opt))}
+    learn.opt.load_state_dict(state)
 
 
 def check_same(theirs: dict, ours: dict, path: Path) -> None:

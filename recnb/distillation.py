@@ -58,7 +58,7 @@ def output(out: dict, name: str, key: str) -> Tensor:
 class DistillationGTCELoss(nn.Module):
     "The sum of the cross entropies of several models' logits with the labels; `epsilon` smooths them."
 
-    needs_logits = True
+    needs_logits, of_each_image = True, True
 
     def __init__(self, model_names: list, epsilon: float | None = None, key: str | None = "logits"):
         super().__init__()
@@ -76,7 +76,7 @@ class DistillationDMLLoss(nn.Module):
     `act` makes probabilities of the outputs: softmax, or sigmoid entry by entry. Pairs are summed.
     """
 
-    needs_logits = False
+    needs_logits, of_each_image = False, True
 
     def __init__(self, model_name_pairs: list, act: str = "softmax", key: str | None = "logits"):
         super().__init__()
@@ -99,7 +99,7 @@ class DistillationDMLLoss(nn.Module):
 class DistillationDistanceLoss(nn.Module):
     "The mean distance of two models' outputs, `mode` l2 (squared), l1 or smooth_l1. Pairs are summed."
 
-    needs_logits = False
+    needs_logits, of_each_image = False, True
 
     def __init__(self, model_name_pairs: list, mode: str = "l2", key: str | None = "features"):
         super().__init__()

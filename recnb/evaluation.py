@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from recnb.config import ConfigError, Registry, items
 from recnb.datasets import ImageList, own_index
+from recnb.distributed import divided, joined
 from recnb.files import replacing
 from recnb.metrics import ranking_metrics, retrieval_metrics
 from recnb.rerank import KReciprocal, alpha_query_expansion, database_augmentation, fit_whitening
@@ -170,8 +171,8 @@ def embed(model: nn.Module, loader: DataLoader, flip: bool = False, scales: Sequ
     model.eval()
     try:
         with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=amp):
-            batches = tqdm(loader, "embedding", leave=False, delay=5, disable=not progress)
-            features = torch.cat([views(model, x.to(device), flip, scales).float().cpu() for x, _ in batches])
+            batches = tqdm(divided(loader), "embedding", leave=False, delay=5, disable=not progress)
+            features = joined(torch.cat([views(model, x.to(device), flip, scales).float().cpu() for x, _ in batches]))
     finally:
         model.train(training)
     if kept:

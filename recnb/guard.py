@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 import torch
 
+from recnb.distributed import anywhere
 from recnb.learner import Callback, CancelBatchException, RetrievalLearner
 
 NO_MEMORY = re.compile(r"out of memory|can't allocate memory|Cannot allocate memory", re.IGNORECASE)
@@ -33,7 +34,7 @@ class Guard(Callback):
         self.skipped = False
 
     def after_loss(self):
-        if self.training and not self.loss.isfinite():
+        if self.training and anywhere(not self.loss.isfinite(), self.loss.device):
             self.fail("loss")
 
     def before_step(self):

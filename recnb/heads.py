@@ -3,6 +3,10 @@
 A head is called with labels while it trains and adds its margin to the true class; in evaluation, or without labels,
 it returns the plain cosine. Its weight is kept and used in float32 whatever the precision of the features is, since a
 margin of 0.1 rad and a scale of 80 leave no room for half precision.
+
+For very many classes `sample_rate` takes, in each step, the classes of the batch and as many others as make that share
+of all (Partial FC, https://arxiv.org/abs/2203.15565), and `sharded` divides the weight over the ranks of
+torch.distributed. The logits are then PartialLogits, which CELoss takes.
 """
 from __future__ import annotations
 
@@ -14,25 +18,98 @@ from torch import Tensor, nn
 
 from recnb.config import Registry
 from recnb.necks import FC
+from recnb.sharding import PartialLogits, all_rows, draw_rows, gather, ranks, share
 
 HEADS = Registry("head", "Arch.Head")
 HEADS.register(FC)
 
 
+def precise(x: Tensor) -> Tensor:
+    "In float32 what comes in half precision; float64 stays."
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def unit(x: Tensor, eps: float = 1e-12) -> Tensor:
-    "float32 rows of length 1; a zero row stays zero and passes no gradient on, where a division would give NaN."
-    length = torch.linalg.vector_norm(x.float(), dim=-1, keepdim=True)
-    return x.float() / length.clamp_min(eps) * (length > eps)
+    "Rows of length 1, precise; a zero row stays zero and passes no gradient on, where a division would give NaN."
+    x = precise(x)
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x / length.clamp_min(eps) * (length > eps)
 
 
 def cosine(features: Tensor, weight: Tensor) -> Tensor:
-    "Cosines (B, class_num) between features (B, D) and class weights (class_num, D), in float32 under autocast too."
+    "Cosines (B, class_num) between features (B, D) and class weights (class_num, D), precise under autocast too."
     with torch.autocast(features.device.type, enabled=False):
         return unit(features) @ unit(weight).T
 
 
+class MarginHead(nn.Module):
+    """Class weights (class_num, embedding_size) and what becomes of the cosines with them: (B, D) -> (B, class_num).
+
+    A head says what the logit of the true class is (`target`) and what those of the others are. With `sample_rate`
+    below 1 the classes are drawn from torch's generator and the weight's gradient is sparse, of their rows alone.
+    With `sharded` each rank holds class_num / ranks rows and gets the gradient of the mean over all ranks' images,
+    which nothing must average again.
+    """
+
+    def __init__(self, embedding_size: int, class_num: int, sample_rate: float, sharded: bool):
+        super().__init__()
+        if not 0 < sample_rate <= 1:
+            raise ValueError(f"sample_rate is {sample_rate}, not a share of the classes above 0 and up to 1")
+        self.class_num, self.sample_rate, self.sharded = class_num, sample_rate, sharded
+        self.rows = share(class_num) if sharded else range(class_num)
+        weight = torch.empty(len(self.rows), embedding_size)
+        self.weight = nn.Parameter(draw_rows(weight, self.rows, self.draw) if sharded else self.draw(weight))
+
+    def draw(self, weight: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        "The weight (C, D), or some of its rows, as it starts: Xavier's normal distribution for all classes."
+        std = math.sqrt(2 / (self.class_num + weight.shape[1]))
+        return nn.init.normal_(weight, 0, std, generator)
+
+    def forward(self, features: Tensor, y: Tensor | None = None) -> Tensor | PartialLogits:  # (B, D), (B,) -> (B, C)
+        world = ranks()[1] if self.sharded else 1
+        if y is None or not self.training:
+            return cosine(features, torch.cat(all_rows(self.weight)) if world > 1 else self.weight)
+        if world == 1 and self.sample_rate == 1:
+            return self.logits(features, self.weight, y)
+        if not ((y >= 0) & (y < self.class_num)).all():
+            raise ValueError(f"a label is not among the {self.class_num} classes of the head")
+        if world > 1:
+            features, y = gather(precise(features), factor=world), torch.cat(all_rows(y))
+        here = (y >= self.rows.start) & (y < self.rows.stop)
+        weight, column = self.weight, y - self.rows.start
+        if self.sample_rate < 1:
+            weight, column = self.sample(column, here)
+        logits = self.logits(features, weight, torch.where(here, column, 0), here)
+        return PartialLogits(logits, torch.where(here, column, -1), world > 1)
+
+    def sample(self, column: Tensor, here: Tensor) -> tuple[Tensor, Tensor]:  # (M,), (M,) -> (S, D), (M,)
+        "The weights of the batch's classes that are here and of others drawn; where each row's class stands in them."
+        chance, own = torch.rand(len(self.weight), device=column.device), column[here].unique()
+        chance[own] = 2
+        count = max(round(self.sample_rate * len(self.weight)), len(own), 1)
+        drawn = chance.topk(count, sorted=False).indices.sort().values
+        return F.embedding(drawn, self.weight, sparse=True), torch.searchsorted(drawn, column)
+
+    def logits(self, features: Tensor, weight: Tensor, column: Tensor, here: Tensor | None = None) -> Tensor:
+        """(M, S) from features (M, D), class weights (S, D) and where each row's class stands (M,), `here` or not.
+
+        One matrix serves for cosines and logits, and the margin is computed for one entry of a row.
+        """
+        cos = cosine(features, weight)
+        own = torch.arange(len(cos), device=cos.device), column  # gather() would keep the matrix that is written over
+        target = self.target(cos[own][:, None], features)
+        logits = self.others(cos)
+        if here is not None:
+            target = torch.where(here[:, None], target, logits[own][:, None])
+        return logits.scatter_(1, column[:, None], target)
+
+    def others(self, cos: Tensor) -> Tensor:  # (M, S) -> (M, S)
+        "The logits of the classes that are not a row's own; may overwrite the cosines."
+        return cos.mul_(self.scale)
+
+
 @HEADS.register
-class ArcMargin(nn.Module):
+class ArcMargin(MarginHead):
     """Additive angular margin, ArcFace (https://arxiv.org/abs/1801.07698): (B, embedding_size) -> (B, class_num).
 
     The target logit is scale * cos(theta + margin), margin in radians; beyond theta = pi - margin, where that would
@@ -40,72 +117,66 @@ class ArcMargin(nn.Module):
     """
 
     def __init__(self, embedding_size: int, class_num: int, margin: float = 0.5, scale: float = 80.0,
-                 easy_margin: bool = False):
-        super().__init__()
-        self.weight = nn.Parameter(nn.init.xavier_normal_(torch.empty(class_num, embedding_size)))
+                 easy_margin: bool = False, sample_rate: float = 1.0, sharded: bool = False):
+        super().__init__(embedding_size, class_num, sample_rate, sharded)
         self.margin, self.scale, self.easy_margin = margin, scale, easy_margin
 
-    def forward(self, features: Tensor, y: Tensor | None = None) -> Tensor:  # (B, D), (B,) -> (B, class_num)
-        cos = cosine(features, self.weight)
-        if y is None or not self.training:
-            return cos
+    def target(self, cos: Tensor, features: Tensor) -> Tensor:  # (M, 1), (M, D) -> (M, 1)
+        "The logit of a row's own class, from its cosine."
         # 1e-6 as in the original: the square root's slope is infinite at 0, where a feature lies along its weight.
         sin = ((1 - cos.square()).clamp_min(0) + 1e-6).sqrt()
         phi = cos * math.cos(self.margin) - sin * math.sin(self.margin)
         if self.easy_margin:
-            phi = torch.where(cos > 0, phi, cos)
-        else:
-            phi = torch.where(cos > -math.cos(self.margin), phi, cos - self.margin * math.sin(self.margin))
-        return self.scale * torch.where(F.one_hot(y, len(self.weight)).bool(), phi, cos)
+            return self.scale * torch.where(cos > 0, phi, cos)
+        beyond = cos - self.margin * math.sin(self.margin)
+        return self.scale * torch.where(cos > -math.cos(self.margin), phi, beyond)
 
     def extra_repr(self) -> str:
-        classes, size = self.weight.shape
-        return f"embedding_size={size}, class_num={classes}, margin={self.margin}, scale={self.scale}"
+        return (f"embedding_size={self.weight.shape[1]}, class_num={self.class_num}, margin={self.margin}, "
+                f"scale={self.scale}")
 
 
 @HEADS.register
-class CosMargin(nn.Module):
+class CosMargin(MarginHead):
     """Additive cosine margin, CosFace (https://arxiv.org/abs/1801.09414): (B, embedding_size) -> (B, class_num).
 
     The target logit is scale * (cosine - margin).
     """
 
-    def __init__(self, embedding_size: int, class_num: int, margin: float = 0.35, scale: float = 64.0):
-        super().__init__()
-        self.weight = nn.Parameter(nn.init.xavier_normal_(torch.empty(class_num, embedding_size)))
+    def __init__(self, embedding_size: int, class_num: int, margin: float = 0.35, scale: float = 64.0,
+                 sample_rate: float = 1.0, sharded: bool = False):
+        super().__init__(embedding_size, class_num, sample_rate, sharded)
         self.margin, self.scale = margin, scale
 
-    def forward(self, features: Tensor, y: Tensor | None = None) -> Tensor:  # (B, D), (B,) -> (B, class_num)
-        cos = cosine(features, self.weight)
-        if y is None or not self.training:
-            return cos
-        return self.scale * (cos - self.margin * F.one_hot(y, len(self.weight)))
+    def target(self, cos: Tensor, features: Tensor) -> Tensor:  # (M, 1), (M, D) -> (M, 1)
+        "The logit of a row's own class, from its cosine."
+        return self.scale * (cos - self.margin)
 
 
 @HEADS.register
-class CircleMargin(nn.Module):
+class CircleMargin(MarginHead):
     """Circle loss at class level (https://arxiv.org/abs/2002.10857): (B, embedding_size) -> (B, class_num).
 
     Each logit is weighted by how far its cosine is from its optimum, 1 + margin for the target and -margin for the
     others; the weights pass no gradient on.
     """
 
-    def __init__(self, embedding_size: int, class_num: int, margin: float, scale: float):
-        super().__init__()
-        self.weight = nn.Parameter(nn.init.xavier_normal_(torch.empty(class_num, embedding_size)))
+    def __init__(self, embedding_size: int, class_num: int, margin: float, scale: float, sample_rate: float = 1.0,
+                 sharded: bool = False):
+        super().__init__(embedding_size, class_num, sample_rate, sharded)
         self.margin, self.scale = margin, scale
 
-    def forward(self, features: Tensor, y: Tensor | None = None) -> Tensor:  # (B, D), (B,) -> (B, class_num)
-        cos = cosine(features, self.weight)
-        if y is None or not self.training:
-            return cos
-        positive = (1 + self.margin - cos.detach()).clamp_min(0) * (cos - 1 + self.margin)
-        negative = (cos.detach() + self.margin).clamp_min(0) * (cos - self.margin)
-        return self.scale * torch.where(F.one_hot(y, len(self.weight)).bool(), positive, negative)
+    def target(self, cos: Tensor, features: Tensor) -> Tensor:  # (M, 1), (M, D) -> (M, 1)
+        "The logit of a row's own class, from its cosine."
+        return self.scale * (1 + self.margin - cos.detach()).clamp_min(0) * (cos - 1 + self.margin)
+
+    def others(self, cos: Tensor) -> Tensor:  # (M, S) -> (M, S)
+        "The logits of the other classes."
+        return self.scale * (cos.detach() + self.margin).clamp_min(0) * (cos - self.margin)
 
 
 @HEADS.register
-class AdaMargin(nn.Module):
+class AdaMargin(MarginHead):
     """AdaFace (https://arxiv.org/abs/2204.00964): (B, embedding_size) -> (B, class_num); `m`, `h`, `s` as there.
 
     The margin grows with the length of the feature, which stands for the quality of the image. `t_alpha` is the rate
@@ -113,22 +184,25 @@ class AdaMargin(nn.Module):
     """
 
     def __init__(self, embedding_size: int, class_num: int, m: float = 0.4, h: float = 0.333, s: float = 64.0,
-                 t_alpha: float = 1.0):
-        super().__init__()
-        weight = torch.empty(class_num, embedding_size).uniform_(-1, 1)
-        self.weight = nn.Parameter(F.normalize(weight))
+                 t_alpha: float = 1.0, sample_rate: float = 1.0, sharded: bool = False):
+        super().__init__(embedding_size, class_num, sample_rate, sharded)
         self.m, self.h, self.s, self.t_alpha = m, h, s, t_alpha
         self.register_buffer("mean", torch.tensor(20.0))
         self.register_buffer("std", torch.tensor(100.0))
 
-    def forward(self, features: Tensor, y: Tensor | None = None) -> Tensor:  # (B, D), (B,) -> (B, class_num)
-        cos = cosine(features, self.weight)
-        if y is None or not self.training:
-            return cos
-        quality = self.quality(torch.linalg.vector_norm(features.detach().float(), dim=1, keepdim=True))  # (B, 1)
+    def draw(self, weight: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        "The weight (C, D), or some of its rows, as it starts: directions of uniform entries, at length 1."
+        return F.normalize(weight.uniform_(-1, 1, generator=generator))
+
+    def target(self, cos: Tensor, features: Tensor) -> Tensor:  # (M, 1), (M, D) -> (M, 1)
+        "The logit of a row's own class, from its cosine."
+        quality = self.quality(torch.linalg.vector_norm(precise(features.detach()), dim=1, keepdim=True))  # (M, 1)
         theta = cos.clamp(-1 + 1e-3, 1 - 1e-3).acos()  # away from the ends, where the slope of acos is infinite
-        target = (theta - self.m * quality).clamp(1e-3, math.pi - 1e-3).cos() - self.m * (1 + quality)
-        return self.s * torch.where(F.one_hot(y, len(self.weight)).bool(), target, theta.cos())
+        return self.s * ((theta - self.m * quality).clamp(1e-3, math.pi - 1e-3).cos() - self.m * (1 + quality))
+
+    def others(self, cos: Tensor) -> Tensor:  # (M, S) -> (M, S)
+        "The logits of the other classes, kept from the ends as well."
+        return self.s * cos.clamp(-1 + 1e-3, 1 - 1e-3)
 
     @torch.no_grad()
     def quality(self, length: Tensor) -> Tensor:

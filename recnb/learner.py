@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader
 
 from recnb.datasets import Loaders
+from recnb.distributed import divided, joined
 from recnb.evaluation import DEFAULT_METRICS, embed, judge
 from recnb.samplers import EpochSampler
 from recnb.transforms import display_image
@@ -155,7 +156,7 @@ class RetrievalEvaluation(Callback):
             self.features.append(self.pred["features"].detach().float().cpu())
 
     def after_validate(self):
-        features = torch.cat(self.features) if self.features else torch.empty(0)
+        features = joined(torch.cat(self.features)) if self.features else torch.empty(0)
         self.features = []
         if len(features) == len(self.query) + (self.query is not self.gallery) * len(self.gallery):
             self.result = self.judged(features[: len(self.query)], features[-len(self.gallery) :], self.query,
@@ -183,7 +184,8 @@ class RetrievalLearner(Learner):
                  device: str | torch.device | None = None, path: str | Path = ".", cbs: Sequence[Callback] = (),
                  splitter: Callable | None = None, mix: Callable | None = None, **kwargs):
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        adapted = [FastaiLoader(dl, device) for dl in (loaders.train, evaluation_loader(loaders)) if dl is not None]
+        evaluated = evaluation_loader(loaders)
+        adapted = [FastaiLoader(dl, device) for dl in (loaders.train, evaluated and divided(evaluated)) if dl]
         self.names = list(getattr(metrics, "names", metrics))
         judged = metrics if callable(metrics) else partial(named, metrics)
         evaluation = [RetrievalEvaluation(loaders, judged)] if loaders.query else []

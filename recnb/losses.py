@@ -5,28 +5,60 @@ order, in uneven numbers, or seen only once.
 """
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from recnb.config import Registry, check_logits, items
-from recnb.heads import unit
+from recnb.distributed import everyone
+from recnb.heads import precise, unit
+from recnb.sharding import PartialLogits, ranks
 
 LOSSES = Registry("loss", "Loss.Train[]", "Loss.Eval[]", beside={"weight": float})
 
 
 @LOSSES.register
 class CELoss(nn.Module):
-    "Cross entropy of `logits` (B, class_num), averaged; `epsilon` smooths the labels: (1 - epsilon) + epsilon / C."
+    """Cross entropy of `logits` (B, class_num), averaged; `epsilon` smooths the labels: (1 - epsilon) + epsilon / C.
 
-    needs_logits = True
+    PartialLogits, of classes drawn or divided over ranks, say themselves which of their columns a row's class is.
+    """
+
+    needs_logits, of_each_image = True, True
 
     def __init__(self, epsilon: float | None = None):
         super().__init__()
         self.epsilon = epsilon or 0.0
 
     def forward(self, out: dict[str, Tensor], y: Tensor) -> Tensor:
-        return F.cross_entropy(out["logits"].float(), y, label_smoothing=self.epsilon)
+        if isinstance(out["logits"], PartialLogits):
+            return out["logits"].cross_entropy(self.epsilon)
+        return F.cross_entropy(precise(out["logits"]), y, label_smoothing=self.epsilon)
+
+
+def in_blocks(per_row: Callable, features: Tensor, y: Tensor, chunk: int | None = None) -> tuple[Tensor, ...]:
+    """What `per_row` makes of the rows of a batch, `chunk` rows at a time: tensors (B,), each joined.
+
+    `per_row(rows (C, D), features (B, D), positive (C, B), negative (C, B))` gives a tuple of tensors (C,); positives
+    are without the row itself. Blocks are computed anew for their gradients, so that memory grows with B x chunk and
+    not with B x B; values and gradients are the same. Raises ValueError for a chunk below 1.
+    """
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk is {chunk}: a block has one row at least")
+
+    def block(rows: Tensor, first: int) -> tuple[Tensor, ...]:
+        own = torch.arange(first, first + len(rows), device=y.device)[:, None]
+        same = y[own] == y
+        return per_row(rows, features, same & (own != torch.arange(len(y), device=y.device)), ~same)
+
+    if chunk is None or chunk >= len(features):
+        return block(features, 0)
+    parts = [checkpoint(block, rows, i * chunk, use_reentrant=False, preserve_rng_state=False)
+             for i, rows in enumerate(features.split(chunk))]
+    return tuple(map(torch.cat, zip(*parts, strict=True)))
 
 
 @LOSSES.register
@@ -36,42 +68,52 @@ class SupConLoss(nn.Module):
     For an anchor, minus the mean over its positives of the log-softmax of the similarities to all other items, times
     temperature / base_temperature. Positives are found by label; an anchor that has none does not count, and a batch
     without any gives 0. `contrast_mode: one` takes each identity's first row as its only anchor. `views` changes
-    nothing: the original needs to be told how many consecutive rows share an identity.
+    nothing: the original needs to be told how many consecutive rows share an identity. `chunk` rows of the matrix of
+    similarities (B, B) are in memory at a time, by default all.
     """
 
     needs_logits = False
 
     def __init__(self, views: int = 16, temperature: float = 0.07, contrast_mode: str = "all",
-                 base_temperature: float = 0.07, normalize_feature: bool = True, feature_from: str = "features"):
+                 base_temperature: float = 0.07, normalize_feature: bool = True, feature_from: str = "features",
+                 chunk: int | None = None):
         super().__init__()
         if contrast_mode not in ("all", "one"):
             raise ValueError(f"contrast_mode is '{contrast_mode}', only 'all' and 'one' exist")
         self.views, self.contrast_mode, self.feature_from = views, contrast_mode, feature_from
         self.temperature, self.base_temperature = temperature, base_temperature
-        self.normalize_feature = normalize_feature
+        self.normalize_feature, self.chunk = normalize_feature, chunk
 
     def forward(self, out: dict[str, Tensor], y: Tensor) -> Tensor:
-        features = out[self.feature_from].float().flatten(1)
+        features = precise(out[self.feature_from]).flatten(1)
+        features = unit(features) if self.normalize_feature else features
+        loss, anchor = in_blocks(self.per_row, features, y, self.chunk)
+        if self.contrast_mode == "one":
+            anchor = anchor & first_rows(y)
+        return loss[anchor].sum() / anchor.sum().clamp_min(1) * self.temperature / self.base_temperature
+
+    def per_row(self, rows: Tensor, features: Tensor, positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
+        "(the loss of each row as an anchor, whether it is one), in blocks."
         with torch.autocast(features.device.type, enabled=False):
-            features = unit(features) if self.normalize_feature else features
-            similarity = features @ features.T / self.temperature  # (B, B)
-        own = torch.eye(len(y), dtype=torch.bool, device=y.device)
-        positive = (y[:, None] == y) & ~own
-        others = similarity.masked_fill(own, torch.finfo(torch.float32).min)
+            similarity = rows @ features.T / self.temperature  # (C, B)
+        others = similarity.masked_fill(~(positive | negative), torch.finfo(similarity.dtype).min)
         log_probability = similarity - others.logsumexp(1, keepdim=True)
         count = positive.sum(1)
-        loss = -torch.where(positive, log_probability, 0).sum(1) / count.clamp_min(1)
-        anchor = count > 0
-        if self.contrast_mode == "one":
-            anchor &= (positive.tril(-1).sum(1) == 0)
-        return loss[anchor].sum() / anchor.sum().clamp_min(1) * self.temperature / self.base_temperature
+        return -torch.where(positive, log_probability, 0).sum(1) / count.clamp_min(1), count > 0
+
+
+def first_rows(y: Tensor) -> Tensor:
+    "(B,) whether a row is the first of its identity."
+    order = y.argsort(stable=True)
+    return torch.ones_like(y, dtype=torch.bool).scatter(0, order[1:], y[order].diff() != 0)
 
 
 class CombinedLoss(nn.Module):
     """The weighted sum of (weight, loss) pairs.
 
     `names` tells the terms apart (a second SupConLoss is SupConLoss_2) and `terms` holds the last value of each,
-    before weighting, detached.
+    before weighting, detached. Of several processes, each averages the losses `of_each_image` over its own batch; the
+    others see the images of all.
     """
 
     def __init__(self, weighted: list[tuple[float, nn.Module]], kinds: list[str] | None = None):
@@ -84,7 +126,8 @@ class CombinedLoss(nn.Module):
         self.terms: dict[str, Tensor] = {}
 
     def forward(self, out: dict[str, Tensor], y: Tensor) -> Tensor:
-        values = [loss(out, y) for loss in self.losses]
+        together = everyone(out, y) if self.training and ranks()[1] > 1 else (out, y)
+        values = [loss(out, y) if getattr(loss, "of_each_image", False) else loss(*together) for loss in self.losses]
         self.terms = {name: value.detach() for name, value in zip(self.names, values, strict=True)}
         return sum(weight * value for weight, value in zip(self.weights, values, strict=True))
 

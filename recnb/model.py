@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from recnb.backbones import create_backbone
+from recnb.caching import in_chunks
 from recnb.config import ConfigError, architectures, class_num, lookup, resolve, suggest
 from recnb.datasets import training_images
 from recnb.distillation import DistillationModel
@@ -37,6 +38,7 @@ class RecModel(nn.Module):
     precision: torch.dtype | None = None
     sizes: dict[str, int] | None = None  # of `backbone` (flat) and `features`, where they are known
     half_evaluation = False
+    grad_cache: int | None = None  # images computed at a time while training
     frozen: tuple[str, ...] = ()
 
     def __init__(self, backbone: nn.Module, neck: nn.Module | None = None, head: nn.Module | None = None):
@@ -50,16 +52,20 @@ class RecModel(nn.Module):
 
     def parts(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         "What `forward` gives, in the precision that it is called in."
-        out = {"backbone": self.backbone(x)}
-        if self.neck is not None:
-            out["neck"] = self.neck(out["backbone"])
-        out["features"] = vectors(out.get("neck", out["backbone"]))  # (B, D)
+        out = in_chunks(self.embed, x, self.grad_cache if self.training else None, self)
         if self.head is not None and y is not None:
             given = vectors(out["backbone"]) if self.head_feature_from == "backbone" else out["features"]
             out["logits"] = self.head(given, y)  # (B, class_num)
         if not self.training and self.retrieval_feature_from != "features":
             out["features"] = vectors(out[self.retrieval_feature_from])
         return out
+
+    def embed(self, x: Tensor) -> dict[str, Tensor]:
+        "What needs no labels: `backbone`, `neck` (where there is one) and `features` (B, D)."
+        out = {"backbone": self.backbone(x)}
+        if self.neck is not None:
+            out["neck"] = self.neck(out["backbone"])
+        return out | {"features": vectors(out.get("neck", out["backbone"]))}
 
     def train(self, mode: bool = True) -> RecModel:
         super().train(mode)
@@ -124,7 +130,7 @@ def build_recmodel(cfg: dict, section: dict, where: str, classes: int | None) ->
                            embedding_size=(prod(backbone.out_shape) if behind else size, source))
     model = RecModel(backbone, neck, head)
     model.sizes = {"backbone": prod(backbone.out_shape), "features": size}
-    model.head_feature_from = given
+    model.head_feature_from, model.grad_cache = given, cfg["Global"]["grad_cache"]
     model.retrieval_feature_from = cfg["Global"]["retrieval_feature_from"] if neck else "features"
     amp = cfg.get("AMP")
     if amp is not None and amp.get("use_amp", True):

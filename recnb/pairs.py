@@ -2,7 +2,8 @@
 
 All read one B x B matrix and two masks, who is of whose identity, so that batches may hold identities in any order and
 number. Where the original demands P identities x K consecutive rows (`batch_size`, `samples_each_class`), these agree
-with it on such a batch and go on elsewhere: a row without a positive or without a negative is no anchor.
+with it on such a batch and go on elsewhere: a row without a positive or without a negative is no anchor. Those with a
+`chunk` hold that many rows of the matrix at a time, by default all.
 """
 from __future__ import annotations
 
@@ -12,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recnb.heads import unit
-from recnb.losses import LOSSES
+from recnb.heads import precise, unit
+from recnb.losses import LOSSES, in_blocks
 
 
 def masks(y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -23,11 +24,11 @@ def masks(y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return positive, ~same, positive.any(1) & ~same.all(1)
 
 
-def squared_distances(x: Tensor) -> Tensor:  # (B, D) -> (B, B)
-    "Squared Euclidean distances in float32, never below 0."
+def squared_distances(x: Tensor, to: Tensor | None = None) -> Tensor:  # (B, D), (M, D) -> (B, M)
+    "Squared Euclidean distances to the rows of `to`, by default those of `x`, in float32 and never below 0."
+    to = x if to is None else to
     with torch.autocast(x.device.type, enabled=False):
-        length = x.square().sum(1)
-        return (length[:, None] + length - 2 * x @ x.T).clamp_min(0)
+        return (x.square().sum(1)[:, None] + to.square().sum(1) - 2 * x @ to.T).clamp_min(0)
 
 
 def products(a: Tensor, b: Tensor) -> Tensor:  # (B, D), (M, D) -> (B, M)
@@ -37,8 +38,8 @@ def products(a: Tensor, b: Tensor) -> Tensor:  # (B, D), (M, D) -> (B, M)
 
 
 def rows(out: dict[str, Tensor], feature_from: str, normalize: bool) -> Tensor:
-    "(B, D) float32 features of the output dict, at length 1 where asked for."
-    features = out[feature_from].float().flatten(1)
+    "(B, D) features of the output dict, in float32 at least, at length 1 where asked for."
+    features = precise(out[feature_from]).flatten(1)
     return unit(features) if normalize else features
 
 
@@ -63,21 +64,29 @@ class TripletLossV2(nn.Module):
 
     needs_logits = False
 
-    def __init__(self, margin: float = 0.5, normalize_feature: bool = True, feature_from: str = "features"):
+    def __init__(self, margin: float = 0.5, normalize_feature: bool = True, feature_from: str = "features",
+                 chunk: int | None = None):
         super().__init__()
         self.margin, self.normalize_feature, self.feature_from = margin, normalize_feature, feature_from
+        self.chunk = chunk
 
     def forward(self, out: dict[str, Tensor], y: Tensor) -> Tensor:
-        positive, negative, anchor = masks(y)
-        distance = squared_distances(rows(out, self.feature_from, self.normalize_feature)).clamp_min(1e-12).sqrt()
-        gap = hardest(distance, positive, True) - hardest(distance, negative, False)
+        features = rows(out, self.feature_from, self.normalize_feature)
+        gap, anchor = in_blocks(self.gaps, features, y, self.chunk)
         return mean((gap + self.margin).clamp_min(0), anchor)
+
+    @staticmethod
+    def gaps(x: Tensor, features: Tensor, positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
+        "(how much farther each row's farthest positive is than its nearest negative, whether it has both)."
+        distance = squared_distances(x, features).clamp_min(1e-12).sqrt()
+        gap = hardest(distance, positive, True) - hardest(distance, negative, False)
+        return gap, positive.any(1) & negative.any(1)
 
 
 @LOSSES.register
-def TripletLoss(margin: float = 1.0, feature_from: str = "features") -> TripletLossV2:
+def TripletLoss(margin: float = 1.0, feature_from: str = "features", chunk: int | None = None) -> TripletLossV2:
     "TripletLossV2 over features as they come, not normalised."
-    return TripletLossV2(margin, False, feature_from)
+    return TripletLossV2(margin, False, feature_from, chunk)
 
 
 @LOSSES.register
@@ -93,23 +102,30 @@ class TripletAngularMarginLoss(nn.Module):
 
     def __init__(self, feature_from: str = "features", margin: float = 0.5, normalize_feature: bool = True,
                  add_absolute: bool = False, absolute_loss_weight: float = 1.0, ap_value: float = 0.9,
-                 an_value: float = 0.5):
+                 an_value: float = 0.5, reduction: str = "mean", chunk: int | None = None):
         super().__init__()
+        self.chunk = chunk
+        if reduction != "mean":
+            raise ValueError(f"reduction is '{reduction}', only 'mean' makes one number of a batch")
         self.feature_from, self.margin, self.normalize_feature = feature_from, margin, normalize_feature
         self.absolute_loss_weight = absolute_loss_weight if add_absolute else 0.0
         self.ap_value, self.an_value = ap_value, an_value
 
     def forward(self, out: dict[str, Tensor], y: Tensor) -> Tensor:
         features = rows(out, self.feature_from, self.normalize_feature)
-        positive, negative, _ = masks(y)
-        return self.between(products(features, features), positive, negative)
+        return mean(*in_blocks(lambda x, *others: self.per_row(products(x, others[0]), *others[1:]), features, y,
+                               self.chunk))
 
     def between(self, similarity: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
         "The loss of the rows of a matrix of similarities (B, M), with the masks of its positives and negatives."
+        return mean(*self.per_row(similarity, positive, negative))
+
+    def per_row(self, similarity: Tensor, positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
+        "(the loss of each row as an anchor, whether it is one)."
         near, far = hardest(similarity, negative, True), hardest(similarity, positive, False)
         loss = (near - far + self.margin).clamp_min(0)
         absolute = (self.ap_value - far).clamp_min(0) + (near - self.an_value).clamp_min(0)
-        return mean(loss + self.absolute_loss_weight * absolute, positive.any(1) & negative.any(1))
+        return loss + self.absolute_loss_weight * absolute, positive.any(1) & negative.any(1)
 
 
 @LOSSES.register
@@ -121,18 +137,20 @@ class PairwiseCosface(nn.Module):
 
     needs_logits = False
 
-    def __init__(self, margin: float, gamma: float, feature_from: str = "features"):
+    def __init__(self, margin: float, gamma: float, feature_from: str = "features", chunk: int | None = None):
         super().__init__()
-        self.margin, self.gamma, self.feature_from = margin, gamma, feature_from
+        self.margin, self.gamma, self.feature_from, self.chunk = margin, gamma, feature_from, chunk
 
     def forward(self, out: dict[str, Tensor], y: Tensor) -> Tensor:
-        features = rows(out, self.feature_from, True)
-        positive, negative, anchor = masks(y)
-        similarity = products(features, features)
-        least = torch.finfo(torch.float32).min
+        return mean(*in_blocks(self.per_row, rows(out, self.feature_from, True), y, self.chunk))
+
+    def per_row(self, x: Tensor, features: Tensor, positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
+        "(the loss of each row as an anchor, whether it is one), in blocks."
+        anchor, similarity = positive.any(1) & negative.any(1), products(x, features)
+        least = torch.finfo(similarity.dtype).min
         near = (-self.gamma * similarity).masked_fill(~positive, least).logsumexp(1)
         far = (self.gamma * (similarity + self.margin)).masked_fill(~negative, least).logsumexp(1)
-        return mean(F.softplus(torch.where(anchor, near + far, 0)), anchor)
+        return F.softplus(torch.where(anchor, near + far, 0)), anchor
 
 
 @LOSSES.register

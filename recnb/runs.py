@@ -7,9 +7,11 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import platform
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,7 +24,7 @@ from matplotlib.ticker import MaxNLocator
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from recnb.checkpoints import resolved
-from recnb.config import ROOT, ConfigError, architectures, as_yaml, load_config, resolve
+from recnb.config import LOADERS, ROOT, ConfigError, architectures, as_yaml, load_config, lookup, resolve
 from recnb.datasets import ImageList, evaluation_images, evaluation_places, own_index
 from recnb.files import replacing, write_json, write_text
 from recnb.gallery import Ranking, rank, read_picture
@@ -35,8 +37,7 @@ PACKAGES = ("recnb", "torch", "torchvision", "fastai", "timm", "faiss-cpu", "num
 
 def open_run(run_dir: str | Path, cfg: dict) -> Path:
     "The run folder, made where it is missing, with config.yaml and env.json written."
-    run = Path(run_dir)
-    run = run if run.is_absolute() else ROOT / run
+    run = resolve_run(run_dir)
     try:
         run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -46,8 +47,14 @@ def open_run(run_dir: str | Path, cfg: dict) -> Path:
     return run
 
 
+def resolve_run(run_dir: str | Path) -> Path:
+    "Where a run folder is: as it stands, or below the project's root."
+    run = Path(run_dir)
+    return run if run.is_absolute() else ROOT / run
+
+
 def environment(cfg: dict) -> dict:
-    "What env.json holds: versions, device, threads, seed and commit."
+    "What env.json holds: versions, device, threads, seed, commit, and a hash of every list file."
     def installed(package: str) -> str | None:
         try:
             return version(package)
@@ -57,7 +64,14 @@ def environment(cfg: dict) -> dict:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() and cfg["Global"]["device"] == "gpu" else "cpu"
     return {"python": platform.python_version(), "platform": platform.platform(), "device": device,
             "threads": torch.get_num_threads(), "seed": cfg["Global"]["seed"], "commit": commit(),
-            "packages": {package: installed(package) for package in PACKAGES}}
+            "packages": {package: installed(package) for package in PACKAGES}, "lists": list_hashes(cfg)}
+
+
+def list_hashes(cfg: dict) -> dict[str, str]:
+    "The SHA-256 of each list file that the configuration names."
+    named = {lookup(cfg, f"DataLoader.{part}.dataset.cls_label_path") for part in LOADERS} - {None}
+    files = [path for path in map(resolve, sorted(named)) if path.is_file()]
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def commit() -> str | None:
@@ -175,10 +189,18 @@ def load_run(folder: str | Path) -> Run:
     lists = evaluation_images(cfg)
     for where, images in zip(evaluation_places(cfg), lists, strict=True):
         images.transform = build_transform(cfg, f"{where}.dataset")
-    features = [np.load(path, allow_pickle=False) for path in parts.values()]
+    features = [undamaged(run, path, lambda path: np.load(path, allow_pickle=False)) for path in parts.values()]
     for images, values in zip(lists, features, strict=True):
         if len(images) != len(values):
             raise ConfigError(f"{run}: embeddings has {len(values)} rows for the {len(images)} images of "
                               f"{images.source}; the list has changed since the run")
-    return Run(run, cfg, *lists, *features, json.loads((run / "metrics.json").read_text()),
-               pd.read_csv(run / "history.csv"))
+    metrics = undamaged(run, run / "metrics.json", lambda path: json.loads(path.read_text()))
+    return Run(run, cfg, *lists, *features, metrics, undamaged(run, run / "history.csv", pd.read_csv))
+
+
+def undamaged(run: Path, path: Path, read: Callable):
+    "What `read` makes of a file of a run; raises ConfigError where it cannot."
+    try:
+        return read(path)
+    except Exception as error:  # readers raise whatever a damaged file leads them to
+        raise ConfigError(f"{run}: {path.relative_to(run)} is damaged: {error}") from error

@@ -173,10 +173,10 @@ def distinct(cumulative: np.ndarray, count: int, rng) -> np.ndarray:
 @SAMPLERS.register
 def DistributedBatchSampler(labels, batch_size: int, drop_last: bool = False, shuffle: bool = False, seed: int = 0,
                             rank: int = 0, world_size: int = 1) -> EpochSampler:
-    "The whole list in batches, shuffled or in order; with several ranks each takes every n-th batch."
+    "The whole list in batches, shuffled or in order; with several ranks each takes every n-th batch, all of one size."
     items = len(labels)
     whole, rest = divmod(items, batch_size)
-    length = (whole + (rest > 0 and not drop_last)) // world_size
+    length = (whole + (rest > 0 and not drop_last and world_size == 1)) // world_size
 
     def draw(rng) -> list[np.ndarray]:
         indices = rng.permutation(items) if shuffle else np.arange(items)

@@ -1,11 +1,13 @@
 """Training without a notebook: `python -m recnb.train configs/demo.yaml --run-dir runs/demo -o Global.epochs=2`.
 
 What notebooks/02_train.ipynb runs, with the same run folder as its result. Called again it goes on where it stopped.
+`torchrun --nproc-per-node 2 -m recnb.train ...` trains in several processes, on one machine or more.
 """
 from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 import yaml
@@ -13,13 +15,14 @@ import yaml
 from recnb.checkpoints import resolved
 from recnb.config import ConfigError, as_yaml, load_config, resolve
 from recnb.datasets import DataError, build_loaders
+from recnb.distributed import first_does, processes
 from recnb.guard import TrainingError
 from recnb.lint import lint, stop
 from recnb.lock import LockedError
 from recnb.marks import draw_marks
 from recnb.model import build_model
 from recnb.plain import Loader
-from recnb.runs import open_run, save_embeddings, save_metrics
+from recnb.runs import open_run, resolve_run, save_embeddings, save_metrics
 from recnb.training import build_learner
 
 
@@ -27,8 +30,10 @@ def train(cfg: dict, run_dir: str | Path) -> dict:
     "The metrics of a checked configuration, trained into a run folder; a strict finding of the lint is a ConfigError."
     image_root = cfg["DataLoader"]["Train"]["dataset"].get("image_root") or ""
     if "data/demo/" in image_root:  # the demo draws its own images
-        draw_marks(resolve("data/demo"))
-    run, loaders = open_run(run_dir, cfg), build_loaders(cfg)
+        first_does(draw_marks, resolve("data/demo"))
+    run = resolve_run(run_dir)
+    first_does(open_run, run, cfg)
+    loaders = build_loaders(cfg)
     findings = lint(cfg, loaders)
     for finding in findings:
         print(f"{finding.place}: {finding.what}: {finding.why}; {finding.mend}")
@@ -40,8 +45,9 @@ def train(cfg: dict, run_dir: str | Path) -> dict:
     after = learn.scores()
     if loaders.query:
         query, gallery = learn.embeddings()
-        save_embeddings(run, query=query, gallery=gallery)
-    return save_metrics(run, before, after)
+        first_does(partial(save_embeddings, run, query=query, gallery=gallery))
+    first_does(save_metrics, run, before, after)
+    return {**after, "before": before}
 
 
 def main(words: list[str] | None = None) -> int:
@@ -61,7 +67,8 @@ def main(words: list[str] | None = None) -> int:
         if given.print:
             print(as_yaml(resolved(cfg)))
             return 0
-        result = train(cfg, given.run_dir or cfg["Global"]["output_dir"] or f"runs/{Path(given.config).stem}")
+        with processes(cfg["Global"]["device"]):
+            result = train(cfg, given.run_dir or cfg["Global"]["output_dir"] or f"runs/{Path(given.config).stem}")
     except (ConfigError, DataError, TrainingError, LockedError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1

@@ -5,6 +5,7 @@ the weights of the best epoch by the first metric listed, which are also what th
 """
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import time
@@ -21,9 +22,10 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from recnb.augment import build_batch_transform
-from recnb.checkpoints import Checkpoints, resolved, resume, save_weights
+from recnb.checkpoints import Checkpoints, resolved, resume, save_weights, whole_states
 from recnb.config import EMA, ConfigError, architectures, items, lookup, resolve
-from recnb.datasets import Loaders, save_label_map, seeded
+from recnb.datasets import Loaders, save_dropped, save_label_map, seeded
+from recnb.distributed import average_gradients, copy_from_first, first_does, launch
 from recnb.evaluation import build_judge
 from recnb.files import replacing
 from recnb.guard import Guard, Wish, explained, stoppable
@@ -40,6 +42,7 @@ from recnb.losses import CombinedLoss, build_loss
 from recnb.model import precision
 from recnb.optim import build_optimizer, parameter_groups
 from recnb.schedules import build_schedules
+from recnb.sharding import ranks, sharded_weights, split
 
 
 @dataclass
@@ -63,6 +66,7 @@ class Plan:
     keep_checkpoints: int | None = None
     skip_nonfinite: bool = False
     seed: int = 0
+    devices: int = 1
 
 
 def build_learner(cfg: dict, model: nn.Module, loaders: Loaders, run_dir: str | Path) -> RetrievalLearner:
@@ -73,6 +77,10 @@ def build_learner(cfg: dict, model: nn.Module, loaders: Loaders, run_dir: str | 
     plan = build_plan(cfg, loaders, Path(run_dir))
     with seeded(cfg["Global"]["seed"]):  # centres are drawn
         loss = build_loss(cfg, classes=len(loaders.train.dataset.names), sizes=getattr(model, "sizes", None))
+    if cfg["Global"]["channels_last"]:
+        model.to(memory_format=torch.channels_last)
+    if cfg["Global"]["compile"]:
+        model.compile()  # in place: the names of the weights stay
     mix = build_batch_transform(cfg, len(loaders.train.dataset.names))
     if mix:
         check_mixable(cfg)
@@ -111,14 +119,19 @@ def build_plan(cfg: dict, loaders: Loaders, folder: Path) -> Plan:
                 settings["print_batch_step"], settings["use_visualdl"], settings["start_eval_epoch"],
                 settings["update_freq"], None if ema is None else ema.get("decay", EMA["decay"]), half,
                 settings["save_steps"], settings["keep_checkpoints"], settings["on_nonfinite"] == "skip",
-                settings["seed"])
+                settings["seed"], device_count(settings["devices"]))
+
+
+def device_count(wanted: int | str) -> int:
+    "How many processes Global.devices asks for; `auto` is one for each GPU."
+    return max(1, torch.cuda.device_count()) if wanted == "auto" else wanted
 
 
 def pick_device(name: str) -> torch.device:
     "The device that Global.device names; without a GPU, 'gpu' becomes the CPU and a line says so."
     if name == "gpu" and not torch.cuda.is_available():
         print("Global.device is gpu, and this machine has none: running on the CPU")
-    return torch.device("cuda" if name == "gpu" and torch.cuda.is_available() else "cpu")
+    return torch.device(f"cuda:{torch.cuda.current_device()}" if name == "gpu" and torch.cuda.is_available() else "cpu")
 
 
 def evaluation_loss(cfg: dict, loaders: Loaders) -> CombinedLoss | None:
@@ -145,8 +158,15 @@ def fit_config(learn: RetrievalLearner, plan: Plan, on_epoch: Callable[[], objec
 
     `on_epoch()` is called after each epoch, when its row stands in history.csv: to draw the curves anew.
     """
-    with locked(plan.folder), stoppable() as wish, explained(learn):
-        save_label_map(learn.loaders.train.dataset, plan.folder / "labels.csv")
+    if plan.devices > 1 and ranks()[1] == 1:
+        launch(plan.folder / "config.yaml", plan.folder, plan.devices)
+        learn.model.load_state_dict(load_file(plan.folder / "model.safetensors"))
+        return
+    first = ranks()[0] == 0
+    with locked(plan.folder) if first else contextlib.nullcontext(), stoppable() as wish, explained(learn):
+        first_does(save_label_map, learn.loaders.train.dataset, plan.folder / "labels.csv")
+        if learn.loaders.dropped:
+            first_does(save_dropped, learn.loaders.dropped, plan.folder / "dropped.csv")
         history, kept, pace = History(plan, on_epoch), plan.folder / "checkpoints", Pace()
         callbacks = build_callbacks(learn, plan, history, pace, wish)
         learn.create_opt()
@@ -156,18 +176,19 @@ def fit_config(learn: RetrievalLearner, plan: Plan, on_epoch: Callable[[], objec
             inside = f" and step {learn.first_batch} of the next" * bool(learn.first_batch)
             print(f"resuming behind epoch {learn.first_epoch} of {plan.epochs}{inside}")
         else:
-            torch.manual_seed(plan.seed)  # of dropout and of blended batches
+            torch.manual_seed(plan.seed + ranks()[0])  # of dropout and of blended batches
         try:
             learn.fit(plan.epochs, lr=plan.schedules[0](0), cbs=callbacks)
         finally:
             learn.first_epoch = learn.first_batch = 0
         if history.best:
-            learn.model.load_state_dict(load_file(kept / "best.safetensors"))
+            first_does(len, "")  # the file is whole
+            learn.model.load_state_dict(split(load_file(kept / "best.safetensors"), sharded_weights(learn.model)))
             name, value = learn.names[0], history.best["value"]
             print(f"the model holds the weights of epoch {history.best['epoch']}, the best by {name} ({value:.4f})")
         elif plan.decay:
             next(cb for cb in callbacks if isinstance(cb, MovingAverage)).swap()
-        save_weights(learn.model.state_dict(), plan.folder / "model.safetensors")
+        save_weights(whole_states(learn.model)[0], plan.folder / "model.safetensors")
         if pace.images:
             print(pace)
 
@@ -177,6 +198,7 @@ def build_callbacks(learn: RetrievalLearner, plan: Plan, history: History, pace:
     folder = plan.folder / "checkpoints"
     kept = Checkpoints(folder, plan.config, plan.save_interval, plan.save_steps, plan.keep_checkpoints, wish)
     callbacks = [FollowPlan(plan), history, pace, kept, Guard(plan.skip_nonfinite, plan.half != torch.float16)]
+    callbacks += [Together()] if ranks()[1] > 1 else []
     callbacks += [Accumulate(plan.update_freq)] if plan.update_freq > 1 else []
     callbacks += [ScaleLoss(learn.dls.device)] if plan.half == torch.float16 else []
     callbacks += [MovingAverage(learn.model, plan.decay)] if plan.decay else []
@@ -226,7 +248,7 @@ class FollowPlan(Callback):
             raise CancelValidException
 
     def after_batch(self):
-        if self.training and (self.iter + 1) % self.plan.log_interval == 0:
+        if self.training and (self.iter + 1) % self.plan.log_interval == 0 and ranks()[0] == 0:
             terms = ", ".join(f"{k}: {v.item():.5f}" for k, v in self.loss_func.train_loss.terms.items())
             with (self.plan.folder / "train.log").open("a") as log:
                 log.write(f"{time.strftime('%H:%M:%S')} epoch {self.epoch + 1}/{self.n_epoch} step {self.iter + 1}/"
@@ -272,10 +294,34 @@ class History(Callback):
             if not self.best or row[self.learn.names[0]] >= self.best["value"]:
                 self.best = {"epoch": self.epoch + 1, "value": row[self.learn.names[0]]}
         self.rows.append(row)
-        with replacing(self.plan.folder / "history.csv") as path:
-            pd.DataFrame(self.rows).to_csv(path, index=False)
+        first_does(self.write)
         if self.on_epoch:
             self.on_epoch()
+
+    def write(self):
+        with replacing(self.plan.folder / "history.csv") as path:
+            pd.DataFrame(self.rows).to_csv(path, index=False)
+
+
+class Together(Callback):
+    "Keeps several processes at one: the first one's weights to begin with and its buffers, averaged gradients."
+
+    order = 8  # behind Accumulate, before the gradients are looked at and used
+
+    def own(self) -> list[nn.Parameter]:
+        "The parameters that every process holds."
+        shards = {self.model.get_parameter(name) for name in sharded_weights(self.model)}
+        both = (*self.model.parameters(), *self.loss_func.parameters())
+        return [p for p in both if p.requires_grad and p not in shards]
+
+    def before_fit(self):
+        copy_from_first([*self.own(), *self.model.buffers()])
+
+    def before_step(self):
+        average_gradients(self.own())
+
+    def after_step(self):
+        copy_from_first(self.model.buffers())
 
 
 class Accumulate(Callback):

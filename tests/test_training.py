@@ -235,6 +235,19 @@ def test_classification_is_judged_by_the_head(config_file, drawn, tmp_path):
         make(config_file, tmp_path / "other", {**known, "Metric.Eval": [{"Recallk": {}}]})
 
 
+@pytest.mark.parametrize("key", ["channels_last", "grad_cache"])
+def test_memory_layout_and_chunks_change_no_more_than_rounding(config_file, tmp_path, key):
+    frozen = {"Global.epochs": 1, "Arch.freeze": ["backbone"]}
+    make(config_file, tmp_path / "plain", frozen).fit_config()
+    learn = make(config_file, tmp_path / key, {**frozen, f"Global.{key}": True if key == "channels_last" else 3})
+    learn.fit_config()
+    plain, other = (load_file(tmp_path / run / "model.safetensors") for run in ("plain", key))
+    torch.testing.assert_close(plain, other, rtol=1e-3, atol=1e-4)
+    if key == "channels_last":
+        weight = learn.model.backbone.model.layer1[0].conv1.weight
+        assert weight.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_images_may_be_blended_for_a_plain_classifier(config_file, tmp_path):
     mixed = {"DataLoader.Train.dataset.batch_transform_ops": [{"MixupOperator": {"alpha": 0.5}}]}
     with pytest.raises(ConfigError, match=r"Arch.Head ArcMargin needs one label each; take FC"):

@@ -1,0 +1,240 @@
+"""Class weights too many for one step or one device: some of their rows, and rows divided over ranks.
+
+Where torch.distributed runs, each rank holds a contiguous share of the rows, sees the features of all ranks and makes
+the logits of its own classes only; two numbers for each image travel to make one softmax of them. On one process all of
+this is the plain thing.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+BLOCK = 1024  # rows drawn by one generator
+
+
+def ranks() -> tuple[int, int]:
+    "(this process's rank, the number of ranks): (0, 1) where torch.distributed does not run."
+    running = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if running else (0, 1)
+
+
+def share(count: int, rank: int | None = None, world: int | None = None) -> range:
+    "The rows of `count` that a rank (this one) of `world` (as many as run) holds; raises ValueError for too few rows."
+    rank, world = (own if given is None else given for given, own in zip((rank, world), ranks(), strict=True))
+    if count < world:
+        raise ValueError(f"sharded: there are {count} classes for {world} ranks; leave sharded out, or run fewer ranks")
+    return range(count * rank // world, count * (rank + 1) // world)
+
+
+def draw_rows(weight: Tensor, rows: range, draw: Callable) -> Tensor:
+    """`weight` (len(rows), D), filled with what these rows are in a whole matrix, however it is divided.
+
+    `draw(block, generator)` fills a block in place. Every block has a generator of its own, seeded from the global one,
+    which must stand at the same place on all ranks.
+    """
+    seed = int(torch.randint(2**62, ()))
+    for start in range(rows.start // BLOCK * BLOCK, rows.stop, BLOCK):
+        block = draw(weight.new_empty(BLOCK, weight.shape[1]), torch.Generator(weight.device).manual_seed(seed + start))
+        first, last = max(start, rows.start), min(start + BLOCK, rows.stop)
+        weight[first - rows.start : last - rows.start] = block[first - start : last - start]
+    return weight
+
+
+def all_rows(x: Tensor) -> list[Tensor]:
+    "The tensors (B, ...) of all ranks in their order, without gradients; their numbers of rows may differ."
+    world = ranks()[1]
+    if world == 1:
+        return [x]
+    counts = [torch.zeros(1, dtype=torch.long, device=x.device) for _ in range(world)]
+    dist.all_gather(counts, counts[0] + len(x))
+    counts = torch.cat(counts).tolist()
+    padded = x.new_zeros(max(counts), *x.shape[1:])
+    padded[: len(x)] = x
+    parts = [torch.empty_like(padded) for _ in range(world)]
+    dist.all_gather(parts, padded)
+    return [part[:count] for part, count in zip(parts, counts, strict=True)]
+
+
+class Gather(torch.autograd.Function):
+    "What `gather` does, to autograd."
+
+    @staticmethod
+    def forward(ctx, x: Tensor, factor: float) -> Tensor:
+        parts = all_rows(x)
+        first = sum(map(len, parts[: ranks()[0]]))
+        ctx.own, ctx.factor = slice(first, first + len(x)), factor
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        total = (gradient * ctx.factor).contiguous()
+        if ranks()[1] > 1:
+            dist.all_reduce(total)
+        return total[ctx.own], None
+
+
+def gather(x: Tensor, factor: float = 1.0) -> Tensor:  # (B, D) -> (sum of B, D)
+    """The rows of all ranks, in their order; the gradient of a row is `factor` times the sum of what all ranks ask.
+
+    With DistributedDataParallel, which averages over ranks: 1 where every rank computes the same loss of all rows, the
+    number of ranks where each computes a part of it.
+    """
+    return Gather.apply(x, factor)
+
+
+class Total(torch.autograd.Function):
+    "The sum over ranks of equally shaped tensors; each rank follows the gradient of its own term."
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+class PartialLogits(NamedTuple):
+    """Logits (M, S) of some of the classes: of those drawn in this step, or (`sharded`) of this rank's.
+
+    `column` (M,) is where a row's own class stands, -1 where another rank has it. Sharded, the rows are those of all
+    ranks' batches.
+    """
+
+    logits: Tensor
+    column: Tensor
+    sharded: bool = False
+
+    def cross_entropy(self, epsilon: float = 0.0) -> Tensor:
+        """The mean cross entropy over the classes that are there, on all ranks; `epsilon` smooths the labels over them.
+
+        Every rank gets the same value. As log-sum-exps of log-sum-exps, no rank needs another's logits.
+        """
+        if not self.sharded:
+            return F.cross_entropy(self.logits, self.column, label_smoothing=epsilon)
+        own = self.logits.gather(1, self.column.clamp_min(0)[:, None]).squeeze(1)
+        own = torch.where(self.column >= 0, own, 0)
+        part = self.logits.logsumexp(1)
+        top = part.detach().clone()
+        dist.all_reduce(top, dist.ReduceOp.MAX)
+        terms = [(part - top).exp(), own]
+        if epsilon:
+            terms += [self.logits.sum(1), torch.full_like(own, self.logits.shape[1])]
+        exponentials, own, *rest = Total.apply(torch.stack(terms))
+        smooth = rest[0] / rest[1] if epsilon else 0
+        return (exponentials.log() + top - (1 - epsilon) * own - epsilon * smooth).mean()
+
+
+def step_by_rows(optimizer: torch.optim.Optimizer) -> None:
+    """None; lets any optimizer of torch take the sparse gradients of parameters (C, D) of which some rows are used.
+
+    It steps a copy of those rows with their rows of its state; momentum, moments and weight decay of the other rows
+    stand still until they are used again. Register it before hooks that change gradients.
+    """
+    held = []
+
+    def before(*_):
+        for group in optimizer.param_groups:
+            for i, p in enumerate(group["params"]):
+                if p.grad is not None and p.grad.is_sparse:
+                    gradient, state = p.grad.coalesce(), optimizer.state.pop(p, {})
+                    index = gradient.indices()[0]
+                    rows = group["params"][i] = nn.Parameter(p.detach()[index])
+                    rows.grad = gradient.values()
+                    optimizer.state[rows] = {k: v[index] if per_row(v, p) else v for k, v in state.items()}
+                    held.append((group["params"], i, p, rows, index, state))
+
+    def after(*_):
+        while held:
+            params, i, p, rows, index, state = held.pop()
+            params[i] = p
+            p.detach()[index] = rows.detach()
+            for k, v in optimizer.state.pop(rows).items():
+                if not per_row(v, rows):
+                    state[k] = v
+                    continue
+                if state.get(k) is None:
+                    state[k] = torch.zeros_like(p)
+                state[k][index] = v
+            optimizer.state[p] = state
+
+    optimizer.register_step_pre_hook(before)
+    optimizer.register_step_post_hook(after)
+
+
+def per_row(value, p: Tensor) -> bool:
+    "Whether an entry of an optimizer's state, or of a state dict, has a row for each row of a parameter."
+    return isinstance(value, Tensor) and value.dim() > 0 and len(value) == len(p)
+
+
+def sharded_weights(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict[Hashable, int]:
+    """The number of all ranks' rows of each sharded weight, by its name in the model's `state_dict()`.
+
+    With an optimizer by its number in `optimizer.state_dict()["state"]`. `merge`, `split` and `collect` take either.
+    """
+    counts = {f"{name}.weight".lstrip("."): part.class_num for name, part in model.named_modules()
+              if getattr(part, "sharded", False)}
+    if optimizer is None:
+        return counts
+    named = {model.get_parameter(name): count for name, count in counts.items()}
+    order = [p for group in optimizer.param_groups for p in group["params"]]
+    return {i: named[p] for i, p in enumerate(order) if p in named}
+
+
+def merge(states: Sequence[dict], counts: dict[Hashable, int]) -> dict:
+    "One state of all rows from those of all ranks, in their order; what is not sharded comes from the first."
+    def join(entries: list):
+        if isinstance(entries[0], dict):
+            return {key: join([entry[key] for entry in entries]) for key in entries[0]}
+        return torch.cat(entries) if isinstance(entries[0], Tensor) and entries[0].dim() else entries[0]
+
+    return states[0] | {key: join([state[key] for state in states]) for key in counts if key in states[0]}
+
+
+def split(state: dict, counts: dict[Hashable, int], rank: int | None = None, world: int | None = None) -> dict:
+    "The state of a rank (this one) of `world` (as many as run) from that of all rows."
+    def cut(entry, count: int):
+        if isinstance(entry, dict):
+            return {key: cut(value, count) for key, value in entry.items()}
+        if not isinstance(entry, Tensor) or not entry.dim():
+            return entry
+        if len(entry) != count:
+            raise ValueError(f"a state of {len(entry)} rows cannot be divided as one of {count} classes")
+        rows = share(count, rank, world)
+        return entry[rows.start : rows.stop].clone()  # a view would keep all rows in memory
+
+    return state | {key: cut(state[key], count) for key, count in counts.items() if key in state}
+
+
+def collect(state: dict, counts: dict[Hashable, int]) -> dict:
+    """On rank 0 the state of all rows, on the CPU; elsewhere that of the rank. Every rank has to call it.
+
+    One rank's rows travel at a time, so that no device needs room for more than two shares.
+    """
+    rank, world = ranks()
+
+    def fetch(entry, count: int):
+        if isinstance(entry, dict):
+            return {key: fetch(value, count) for key, value in entry.items()}
+        if not isinstance(entry, Tensor) or not entry.dim() or world == 1:
+            return entry
+        if rank:
+            dist.send(entry.detach().contiguous(), 0)
+            return entry
+        whole = torch.empty(count, *entry.shape[1:], dtype=entry.dtype)
+        whole[: len(entry)] = entry
+        for other in range(1, world):
+            rows = share(count, other, world)
+            part = entry.new_empty(len(rows), *entry.shape[1:])
+            dist.recv(part, other)
+            whole[rows.start : rows.stop] = part
+        return whole
+
+    return state | {key: fetch(state[key], count) for key, count in counts.items() if key in state}
