@@ -3,7 +3,8 @@
 A loss that compares the images of a batch cannot be summed over smaller batches. Here the features of all images are
 computed without keeping what their gradients need, the head and the loss see them together, and the backward pass
 computes one part after the other anew and follows the features' gradients through it: gradient caching
-(https://arxiv.org/abs/2101.06983). Memory is that of one part, time about a third more.
+(https://arxiv.org/abs/2101.06983). Memory is that of one part, time that of a second forward pass, and
+more for parts so small that the device is not busy.
 """
 from __future__ import annotations
 
@@ -29,8 +30,14 @@ def in_chunks(part: Callable[[Tensor], dict[str, Tensor]], x: Tensor, chunk: int
     if chunk is None or chunk >= len(x) or not torch.is_grad_enabled():
         return part(x)
     pieces = x.tensor_split(-(-len(x) // chunk))  # of about one size: batch statistics need more than one image
-    parts = [checkpoint(part, piece, use_reentrant=False, context_fn=partial(contexts, module)) for piece in pieces]
+    parts = [computed_again(part, piece, module) for piece in pieces]
     return {key: torch.cat([out[key] for out in parts]) for key in parts[0]}
+
+
+@torch.compiler.disable(recursive=False)  # the part itself may be compiled, what surrounds it cannot
+def computed_again(part: Callable[[Tensor], dict[str, Tensor]], x: Tensor, module: nn.Module) -> dict[str, Tensor]:
+    "`part(x)`, of which nothing is kept but the input."
+    return checkpoint(part, x, use_reentrant=False, context_fn=partial(contexts, module))
 
 
 def contexts(module: nn.Module) -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:

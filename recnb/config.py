@@ -296,6 +296,10 @@ def check_logits(cfg: dict, where: str, name: str) -> None:
     for place, section in architectures(cfg):
         if not section.get("Head"):
             raise ConfigError(f"{where}: {name} needs logits, and {place}.Head, which makes them, is missing")
+        partial = section["Head"].get("sample_rate", 1) < 1 or section["Head"].get("sharded")
+        if partial and name != "CELoss":
+            raise ConfigError(f"{where}: {name} needs the logits of all classes, and {place}.Head has those of some "
+                              "(sample_rate, sharded); only CELoss takes these")
 
 
 def check_loaders(cfg: dict) -> None:

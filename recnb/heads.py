@@ -11,6 +11,8 @@ torch.distributed. The logits are then PartialLogits, which CELoss takes.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -42,74 +44,77 @@ def cosine(features: Tensor, weight: Tensor) -> Tensor:
         return unit(features) @ unit(weight).T
 
 
-class MarginHead(nn.Module):
-    """Class weights (class_num, embedding_size) and what becomes of the cosines with them: (B, D) -> (B, class_num).
+def hold_classes(head: nn.Module, embedding_size: int, class_num: int, sample_rate: float, sharded: bool,
+                 draw: Callable | None = None) -> None:
+    """None; gives a head its class weights (class_num, embedding_size), or with `sharded` this rank's share of the rows.
 
-    A head says what the logit of the true class is (`target`) and what those of the others are. With `sample_rate`
-    below 1 the classes are drawn from torch's generator and the weight's gradient is sparse, of their rows alone.
-    With `sharded` each rank holds class_num / ranks rows and gets the gradient of the mean over all ranks' images,
-    which nothing must average again.
+    `draw(weight, generator)` fills them, or some of their rows, as they start: by default Xavier's normal distribution.
     """
+    if not 0 < sample_rate <= 1:
+        raise ValueError(f"sample_rate is {sample_rate}, not a share of the classes above 0 and up to 1")
+    head.class_num, head.sample_rate, head.sharded = class_num, sample_rate, sharded
+    head.rows = share(class_num) if sharded else range(class_num)
+    draw = draw or partial(xavier, math.sqrt(2 / (class_num + embedding_size)))
+    weight = torch.empty(len(head.rows), embedding_size)
+    head.weight = nn.Parameter(draw_rows(weight, head.rows, draw) if sharded else draw(weight))
 
-    def __init__(self, embedding_size: int, class_num: int, sample_rate: float, sharded: bool):
-        super().__init__()
-        if not 0 < sample_rate <= 1:
-            raise ValueError(f"sample_rate is {sample_rate}, not a share of the classes above 0 and up to 1")
-        self.class_num, self.sample_rate, self.sharded = class_num, sample_rate, sharded
-        self.rows = share(class_num) if sharded else range(class_num)
-        weight = torch.empty(len(self.rows), embedding_size)
-        self.weight = nn.Parameter(draw_rows(weight, self.rows, self.draw) if sharded else self.draw(weight))
 
-    def draw(self, weight: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        "The weight (C, D), or some of its rows, as it starts: Xavier's normal distribution for all classes."
-        std = math.sqrt(2 / (self.class_num + weight.shape[1]))
-        return nn.init.normal_(weight, 0, std, generator)
+def xavier(std: float, weight: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    "The weight, filled with normal numbers of this deviation."
+    return nn.init.normal_(weight, 0, std, generator)
 
-    def forward(self, features: Tensor, y: Tensor | None = None) -> Tensor | PartialLogits:  # (B, D), (B,) -> (B, C)
-        world = ranks()[1] if self.sharded else 1
-        if y is None or not self.training:
-            return cosine(features, torch.cat(all_rows(self.weight)) if world > 1 else self.weight)
-        if world == 1 and self.sample_rate == 1:
-            return self.logits(features, self.weight, y)
-        if not ((y >= 0) & (y < self.class_num)).all():
-            raise ValueError(f"a label is not among the {self.class_num} classes of the head")
-        if world > 1:
-            features, y = gather(precise(features), factor=world), torch.cat(all_rows(y))
-        here = (y >= self.rows.start) & (y < self.rows.stop)
-        weight, column = self.weight, y - self.rows.start
-        if self.sample_rate < 1:
-            weight, column = self.sample(column, here)
-        logits = self.logits(features, weight, torch.where(here, column, 0), here)
-        return PartialLogits(logits, torch.where(here, column, -1), world > 1)
 
-    def sample(self, column: Tensor, here: Tensor) -> tuple[Tensor, Tensor]:  # (M,), (M,) -> (S, D), (M,)
-        "The weights of the batch's classes that are here and of others drawn; where each row's class stands in them."
-        chance, own = torch.rand(len(self.weight), device=column.device), column[here].unique()
-        chance[own] = 2
-        count = max(round(self.sample_rate * len(self.weight)), len(own), 1)
-        drawn = chance.topk(count, sorted=False).indices.sort().values
-        return F.embedding(drawn, self.weight, sparse=True), torch.searchsorted(drawn, column)
+def margin_logits(head: nn.Module, features: Tensor, y: Tensor | None) -> Tensor | PartialLogits:
+    """The logits (B, class_num) of features (B, D); the cosines in evaluation and without labels.
 
-    def logits(self, features: Tensor, weight: Tensor, column: Tensor, here: Tensor | None = None) -> Tensor:
-        """(M, S) from features (M, D), class weights (S, D) and where each row's class stands (M,), `here` or not.
+    The head says what becomes of the cosine with a row's own class (`target`) and of those with the others (`others`).
+    With a sample_rate below 1 the classes are drawn from torch's generator and the weight's gradient is sparse, of
+    their rows alone. With `sharded` each rank gets the gradient of the mean over all ranks' images for its rows, which
+    nothing must average again.
+    """
+    world = ranks()[1] if head.sharded else 1
+    if y is None or not head.training:
+        return cosine(features, torch.cat(all_rows(head.weight)) if world > 1 else head.weight)
+    if world == 1 and head.sample_rate == 1:
+        return with_target(head, features, head.weight, y)
+    if not ((y >= 0) & (y < head.class_num)).all():
+        raise ValueError(f"a label is not among the {head.class_num} classes of the head")
+    if world > 1:
+        features, y = gather(precise(features), factor=world), torch.cat(all_rows(y))
+    here = (y >= head.rows.start) & (y < head.rows.stop)
+    weight, column = head.weight, y - head.rows.start
+    if head.sample_rate < 1:
+        weight, column = sampled(head, column, here)
+    logits = with_target(head, features, weight, torch.where(here, column, 0), here)
+    return PartialLogits(logits, torch.where(here, column, -1), world > 1)
 
-        One matrix serves for cosines and logits, and the margin is computed for one entry of a row.
-        """
-        cos = cosine(features, weight)
-        own = torch.arange(len(cos), device=cos.device), column  # gather() would keep the matrix that is written over
-        target = self.target(cos[own][:, None], features)
-        logits = self.others(cos)
-        if here is not None:
-            target = torch.where(here[:, None], target, logits[own][:, None])
-        return logits.scatter_(1, column[:, None], target)
 
-    def others(self, cos: Tensor) -> Tensor:  # (M, S) -> (M, S)
-        "The logits of the classes that are not a row's own; may overwrite the cosines."
-        return cos.mul_(self.scale)
+def sampled(head: nn.Module, column: Tensor, here: Tensor) -> tuple[Tensor, Tensor]:  # (M,), (M,) -> (S, D), (M,)
+    "The weights of the batch's classes that are here and of others drawn; where each row's class stands in them."
+    chance, own = torch.rand(len(head.weight), device=column.device), column[here].unique()
+    chance[own] = 2
+    count = max(round(head.sample_rate * len(head.weight)), len(own), 1)
+    drawn = chance.topk(count, sorted=False).indices.sort().values
+    return F.embedding(drawn, head.weight, sparse=True), torch.searchsorted(drawn, column)
+
+
+def with_target(head: nn.Module, features: Tensor, weight: Tensor, column: Tensor,
+                here: Tensor | None = None) -> Tensor:
+    """(M, S) from features (M, D), class weights (S, D) and where each row's class stands (M,), `here` or not.
+
+    One matrix serves for cosines and logits, and the margin is computed for one entry of a row.
+    """
+    cos = cosine(features, weight)
+    own = torch.arange(len(cos), device=cos.device), column  # gather() would keep the matrix that is written over
+    target = head.target(cos[own][:, None], features)
+    logits = head.others(cos)
+    if here is not None:
+        target = torch.where(here[:, None], target, logits[own][:, None])
+    return logits.scatter_(1, column[:, None], target)
 
 
 @HEADS.register
-class ArcMargin(MarginHead):
+class ArcMargin(nn.Module):
     """Additive angular margin, ArcFace (https://arxiv.org/abs/1801.07698): (B, embedding_size) -> (B, class_num).
 
     The target logit is scale * cos(theta + margin), margin in radians; beyond theta = pi - margin, where that would
@@ -118,8 +123,12 @@ class ArcMargin(MarginHead):
 
     def __init__(self, embedding_size: int, class_num: int, margin: float = 0.5, scale: float = 80.0,
                  easy_margin: bool = False, sample_rate: float = 1.0, sharded: bool = False):
-        super().__init__(embedding_size, class_num, sample_rate, sharded)
+        super().__init__()
+        hold_classes(self, embedding_size, class_num, sample_rate, sharded)
         self.margin, self.scale, self.easy_margin = margin, scale, easy_margin
+
+    def forward(self, features: Tensor, y: Tensor | None = None) -> Tensor | PartialLogits:  # (B, D), (B,) -> (B, C)
+        return margin_logits(self, features, y)
 
     def target(self, cos: Tensor, features: Tensor) -> Tensor:  # (M, 1), (M, D) -> (M, 1)
         "The logit of a row's own class, from its cosine."
@@ -131,13 +140,17 @@ class ArcMargin(MarginHead):
         beyond = cos - self.margin * math.sin(self.margin)
         return self.scale * torch.where(cos > -math.cos(self.margin), phi, beyond)
 
+    def others(self, cos: Tensor) -> Tensor:  # (M, S) -> (M, S)
+        "The logits of the other classes, written over the cosines."
+        return cos.mul_(self.scale)
+
     def extra_repr(self) -> str:
         return (f"embedding_size={self.weight.shape[1]}, class_num={self.class_num}, margin={self.margin}, "
                 f"scale={self.scale}")
 
 
 @HEADS.register
-class CosMargin(MarginHead):
+class CosMargin(nn.Module):
     """Additive cosine margin, CosFace (https://arxiv.org/abs/1801.09414): (B, embedding_size) -> (B, class_num).
 
     The target logit is scale * (cosine - margin).
@@ -145,16 +158,24 @@ class CosMargin(MarginHead):
 
     def __init__(self, embedding_size: int, class_num: int, margin: float = 0.35, scale: float = 64.0,
                  sample_rate: float = 1.0, sharded: bool = False):
-        super().__init__(embedding_size, class_num, sample_rate, sharded)
+        super().__init__()
+        hold_classes(self, embedding_size, class_num, sample_rate, sharded)
         self.margin, self.scale = margin, scale
+
+    def forward(self, features: Tensor, y: Tensor | None = None) -> Tensor | PartialLogits:  # (B, D), (B,) -> (B, C)
+        return margin_logits(self, features, y)
 
     def target(self, cos: Tensor, features: Tensor) -> Tensor:  # (M, 1), (M, D) -> (M, 1)
         "The logit of a row's own class, from its cosine."
         return self.scale * (cos - self.margin)
 
+    def others(self, cos: Tensor) -> Tensor:  # (M, S) -> (M, S)
+        "The logits of the other classes, written over the cosines."
+        return cos.mul_(self.scale)
+
 
 @HEADS.register
-class CircleMargin(MarginHead):
+class CircleMargin(nn.Module):
     """Circle loss at class level (https://arxiv.org/abs/2002.10857): (B, embedding_size) -> (B, class_num).
 
     Each logit is weighted by how far its cosine is from its optimum, 1 + margin for the target and -margin for the
@@ -163,8 +184,12 @@ class CircleMargin(MarginHead):
 
     def __init__(self, embedding_size: int, class_num: int, margin: float, scale: float, sample_rate: float = 1.0,
                  sharded: bool = False):
-        super().__init__(embedding_size, class_num, sample_rate, sharded)
+        super().__init__()
+        hold_classes(self, embedding_size, class_num, sample_rate, sharded)
         self.margin, self.scale = margin, scale
+
+    def forward(self, features: Tensor, y: Tensor | None = None) -> Tensor | PartialLogits:  # (B, D), (B,) -> (B, C)
+        return margin_logits(self, features, y)
 
     def target(self, cos: Tensor, features: Tensor) -> Tensor:  # (M, 1), (M, D) -> (M, 1)
         "The logit of a row's own class, from its cosine."
@@ -175,8 +200,13 @@ class CircleMargin(MarginHead):
         return self.scale * (cos.detach() + self.margin).clamp_min(0) * (cos - self.margin)
 
 
+def uniform_directions(weight: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    "The weight, filled with directions of uniform entries, at length 1."
+    return F.normalize(weight.uniform_(-1, 1, generator=generator))
+
+
 @HEADS.register
-class AdaMargin(MarginHead):
+class AdaMargin(nn.Module):
     """AdaFace (https://arxiv.org/abs/2204.00964): (B, embedding_size) -> (B, class_num); `m`, `h`, `s` as there.
 
     The margin grows with the length of the feature, which stands for the quality of the image. `t_alpha` is the rate
@@ -185,14 +215,14 @@ class AdaMargin(MarginHead):
 
     def __init__(self, embedding_size: int, class_num: int, m: float = 0.4, h: float = 0.333, s: float = 64.0,
                  t_alpha: float = 1.0, sample_rate: float = 1.0, sharded: bool = False):
-        super().__init__(embedding_size, class_num, sample_rate, sharded)
+        super().__init__()
+        hold_classes(self, embedding_size, class_num, sample_rate, sharded, uniform_directions)
         self.m, self.h, self.s, self.t_alpha = m, h, s, t_alpha
         self.register_buffer("mean", torch.tensor(20.0))
         self.register_buffer("std", torch.tensor(100.0))
 
-    def draw(self, weight: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        "The weight (C, D), or some of its rows, as it starts: directions of uniform entries, at length 1."
-        return F.normalize(weight.uniform_(-1, 1, generator=generator))
+    def forward(self, features: Tensor, y: Tensor | None = None) -> Tensor | PartialLogits:  # (B, D), (B,) -> (B, C)
+        return margin_logits(self, features, y)
 
     def target(self, cos: Tensor, features: Tensor) -> Tensor:  # (M, 1), (M, D) -> (M, 1)
         "The logit of a row's own class, from its cosine."

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from recnb.config import ConfigError, Registry, optimizers
+from recnb.sharding import step_by_rows
 
 BESIDE = {"lr": dict, "regularizer": dict, "scope": str, "clip_norm": float, "no_weight_decay_name": str,
           "one_dim_param_no_weight_decay": bool, "multi_precision": bool}  # torch's parameters are float32 throughout
@@ -106,6 +107,7 @@ def build_entry(section: dict, where: str) -> Callable:
 
     def make(groups, lr: float) -> torch.optim.Optimizer:
         optimizer = build(groups, lr=lr)
+        step_by_rows(optimizer)  # of a sampled head
         if section.get("clip_norm"):
             optimizer.register_step_pre_hook(partial(clip, section["clip_norm"]))
         if regular.get("l1"):

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 import yaml
 
+from recnb.lock import read
 from recnb.marks import draw_marks
 
 FILES = ("model.safetensors", "history.csv", "metrics.json")
@@ -90,9 +91,15 @@ def start(config: Path, run: Path) -> subprocess.Popen:
                             stderr=log, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
+def training(process: subprocess.Popen, run: Path) -> bool:
+    "Whether this process holds the run's lock."
+    owner = read(run / ".lock")
+    return owner is not None and owner["pid"] == process.pid
+
+
 def kill_at(process: subprocess.Popen, run: Path, seconds: float) -> str:
     "Kills the run so many seconds after it began to train, unless it has ended; says where it was."
-    while process.poll() is None and not (run / ".lock").exists():
+    while process.poll() is None and not training(process, run):
         time.sleep(0.01)
     time.sleep(seconds)
     if process.poll() is None:
@@ -113,13 +120,13 @@ def soak(folder: Path, kills: int, seed: int) -> int:
         if name not in wanted:
             config.write_text(yaml.safe_dump(configuration(folder / "marks", KINDS[name]), sort_keys=False))
             alone = start(config, config.with_suffix(""))
-            begun = None
+            held = []  # the moments at which it was training
             while alone.poll() is None:
-                begun = begun or (time.monotonic() if (config.with_suffix("") / ".lock").exists() else None)
+                held += [time.monotonic()] * training(alone, config.with_suffix(""))
                 time.sleep(0.02)
             if alone.returncode:
                 sys.exit(f"{name}: the run that was left alone failed, see {config.with_suffix('.log')}")
-            wanted[name], lengths[name] = result(config.with_suffix("")), time.monotonic() - begun
+            wanted[name], lengths[name] = result(config.with_suffix("")), held[-1] - held[0]
         run = folder / f"{config.stem}-{number}"
         places = [kill_at(start(config, run), run, draw.uniform(0, lengths[name])) for _ in range(draw.choice((1, 2)))]
         code = start(config, run).wait()

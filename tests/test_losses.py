@@ -301,3 +301,36 @@ def test_no_pair_loss_depends_on_the_order_of_the_batch(name, labels):
 def test_each_registered_loss_of_these_chapters_is_among_them():
     made = {name for name, part in LOSSES.items() if part.__module__ in (pairs.__name__, hashing.__name__)}
     assert made == {*PAIRS, *CODES}
+
+
+CHUNKED = {"SupConLoss": {}, "SupConLoss one": {"contrast_mode": "one"}, "TripletLoss": {}, "TripletLossV2": {},
+           "TripletAngularMarginLoss": {"add_absolute": True}, "PairwiseCosface": {"margin": 0.3, "gamma": 8}}
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 4, 100])
+@pytest.mark.parametrize("labels", BATCHES.values(), ids=BATCHES)
+@pytest.mark.parametrize("name", CHUNKED)
+def test_in_blocks_of_rows_value_and_gradient_are_the_same(name, labels, chunk):
+    features, y = batch(labels)
+    features = features.detach().double().requires_grad_()
+    values = [LOSSES[name.split()[0]](**CHUNKED[name], chunk=size)({"features": features}, y) for size in (None, chunk)]
+    whole, blocks = (torch.autograd.grad(value, features)[0] for value in values)
+    assert values[0].dtype == torch.float64
+    torch.testing.assert_close(values[1], values[0], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(blocks, whole, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", CHUNKED)
+def test_in_blocks_no_matrix_of_the_whole_batch_is_kept(name):
+    kept, features, y = [], torch.randn(64, 4, requires_grad=True), torch.arange(64) % 16
+    for chunk in (None, 8):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+            LOSSES[name.split()[0]](**CHUNKED[name], chunk=chunk)({"features": features}, y)
+        assert (max(kept) >= 64 * 64) == (chunk is None)
+        kept.clear()
+
+
+def test_a_block_of_no_rows_is_refused():
+    features, y = batch(BATCHES["mixed"])
+    with pytest.raises(ValueError, match="chunk is 0: a block has one row at least"):
+        SupConLoss(chunk=0)({"features": features}, y)

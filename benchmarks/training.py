@@ -1,0 +1,241 @@
+"""What training costs here, as ratios to a bare loop, another pipeline and another library in the same process.
+
+    python benchmarks/training.py               all parts, each in a process of its own; a JSON line for each result
+    python benchmarks/training.py step          one part: step, loader, or supcon
+
+Run it on an idle machine. notebooks/07_benchmark.ipynb runs the same and keeps the results under docs/benchmarks.
+"""
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+from fastai.data.block import CategoryBlock, DataBlock
+from fastai.data.transforms import parent_label
+from fastai.vision.augment import FlipItem, Resize
+from fastai.vision.core import PILImage
+from fastai.vision.data import ImageBlock
+from fasttransform import Transform
+from PIL import Image, ImageFilter
+from torchvision.transforms import v2
+
+from recnb.config import load_config
+from recnb.datasets import build_loaders
+from recnb.heads import unit
+from recnb.learner import FastaiLoader
+from recnb.losses import SupConLoss
+from recnb.marks import draw_marks
+from recnb.model import build_model
+from recnb.training import build_learner
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+MODEL = {
+    "Arch": {"Backbone": {"name": "resnet18"}, "BackboneStopLayer": {"name": "flatten"},
+             "Neck": {"name": "FC", "class_num": 512}, "Head": {"name": "ArcMargin", "margin": 0.15, "scale": 32}},
+    "Loss": {"Train": [{"CELoss": {"weight": 1.0}}, {"SupConLoss": {"weight": 1.0, "views": 4}}]},
+    "Optimizer": {"name": "AdamW", "lr": {"name": "ConstLR", "learning_rate": 0.0003}},
+}
+SEED_OPS = [{"ResizeImage": {"size": 224}}, {"RandFlipImage": {}}, {"AugMix": {"prob": 0.5}}, {"NormalizeImage": {}},
+            {"RandomErasing": {"EPSILON": 0.5}}]
+
+
+def machine() -> dict:
+    "What the figures belong to."
+    name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"{os.cpu_count()} cores, {platform.machine()}"
+    return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
+
+
+def now() -> float:
+    "The time, with nothing left to do on a GPU."
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def configuration(folder: Path, images: Path, list_file: Path, batch: int, size: int, ops: list) -> dict:
+    "A checked configuration that trains on one list."
+    train = {"dataset": {"name": "VeriWild", "image_root": str(images), "cls_label_path": str(list_file),
+                         "transform_ops": ops},
+             "sampler": {"name": "PKSampler", "batch_size": batch, "sample_per_id": 4}}
+    (folder / "config.yaml").write_text(json.dumps({
+        "Global": {"epochs": 1, "eval_during_train": False, "image_shape": [3, size, size], "save_interval": 0},
+        "DataLoader": {"Train": train}, **MODEL}))
+    return load_config(folder / "config.yaml")
+
+
+class Ready(FastaiLoader):
+    "Batches that lie on the device already."
+
+    def __init__(self, loader, batches):
+        super().__init__(loader, DEVICE)
+        self.batches = batches
+
+    def __len__(self):
+        return len(self.batches)
+
+    def begin_at(self, batch):
+        return iter(self.batches[batch:])
+
+
+def step(size: int = 128, batch: int = 64, steps: int = 12, rounds: int = 5) -> dict:
+    "Milliseconds of a training step: in fit_config, with all that it writes down, and in a bare loop."
+    with tempfile.TemporaryDirectory() as temporary, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        folder = Path(temporary)
+        draw_marks(folder / "marks", identities=48, renderings=8, size=48)
+        cfg = configuration(folder, folder / "marks" / "images", folder / "marks" / "train.txt", batch, size,
+                            [{"ResizeImage": {"size": size}}, {"NormalizeImage": {}}])
+        loaders = build_loaders(cfg)
+        draw = torch.Generator().manual_seed(0)
+        batches = [(torch.randn(batch, 3, size, size, generator=draw).to(DEVICE),
+                    torch.arange(batch, device=DEVICE) // 4) for _ in range(steps)]
+        bare, ours = [], []
+        for number in range(rounds + 1):  # alternating, so that other work meets both; the first warms up
+            learn = build_learner(cfg, build_model(cfg), loaders, folder / f"run-{number}")
+            bare.append(bare_loop(learn.model.train(), learn.loss_func.train(), batches))
+            learn.dls.loaders[0] = Ready(loaders.train, batches)
+            ends = []
+            learn.loss_func.register_forward_pre_hook(lambda *_, ends=ends: ends.append(now()))
+            with learn.no_bar(), learn.no_logging():
+                learn.fit_config()
+            ours += [median(np.diff(ends))]
+        bare, ours = median(bare[1:]), median(ours[1:])
+    return {"part": "step", "what": f"resnet18, {batch} x {size} px, AdamW, CELoss + SupConLoss", "bare_ms": 1e3 * bare,
+            "recnb_ms": 1e3 * ours, "ratio": ours / bare}
+
+
+def bare_loop(model, loss, batches) -> float:
+    "The median seconds of a step of the plainest loop."
+    optimizer, times = torch.optim.AdamW(model.parameters(), lr=0.0003), []
+    for x, y in batches:
+        times.append(now())
+        loss(model(x, y), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return median(np.diff(times))
+
+
+def draw_photographs(folder: Path, identities: int = 16, images: int = 8) -> Path:
+    "JPEG files of 500 x 375 and some 50 kB, a folder for each identity, and their list; its path."
+    draw, lines = np.random.default_rng(0), []
+    for i in range(identities * images):
+        name = f"{i % identities}/{i}.jpg"
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        coarse = Image.fromarray(draw.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize((500, 375))
+        fine = Image.fromarray(draw.integers(0, 256, (375, 500, 3), dtype=np.uint8)).filter(ImageFilter.BoxBlur(1))
+        Image.blend(coarse, fine, 0.3).save(folder / name, quality=90)
+        lines.append(f"{name} {i % identities}\n")
+    (folder / "list.txt").write_text("".join(lines))
+    return folder / "list.txt"
+
+
+def loader(batch: int = 32, passes: int = 3) -> dict:
+    "Milliseconds an image through the original's ops: recnb's loader and fastai's pipeline, no worker processes."
+    torch.set_num_threads(1)  # as in a worker process
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        listed = draw_photographs(folder)
+        ours = build_loaders(configuration(folder, folder, listed, batch, 224, SEED_OPS)).train
+        mix = Transform(v2.RandomApply([v2.AugMix(1, 3, 1, 0.1, all_ops=False)], 0.5))
+        mix.order = 2  # behind the resizing: before it, as fastai would sort it, it costs three times as much
+        theirs = DataBlock(blocks=(ImageBlock, CategoryBlock), get_items=lambda path: sorted(path.rglob("*.jpg")),
+                           get_y=parent_label, splitter=lambda items: (list(range(len(items))), [0]),
+                           item_tfms=[Resize(224, method="squish"), FlipItem(), OfPillow(mix)],
+                           batch_tfms=[Finish()]).dataloaders(folder, bs=batch, num_workers=0).train
+        times = {"recnb": [], "fastai": []}
+        for _ in range(passes):
+            for name, batches in (("recnb", ours), ("fastai", theirs)):
+                began, count = time.perf_counter(), 0
+                for x, _ in batches:
+                    count += len(x)
+                times[name].append(1e3 * (time.perf_counter() - began) / count)
+        best = {name: min(values) for name, values in times.items()}
+    return {"part": "loader", "what": "JPEG 500 x 375 to 224 px, flip, AugMix 0.5, normalise, erase; no workers",
+            "fastai_ms": best["fastai"], "recnb_ms": best["recnb"], "ratio": best["fastai"] / best["recnb"]}
+
+
+class OfPillow(Transform):
+    "A torchvision transform for fastai's images."
+
+    order = 2
+
+    def __init__(self, transform):
+        super().__init__()
+        self.transform = transform
+
+    def encodes(self, image: PILImage):
+        return PILImage(self.transform(image))
+
+
+class Finish(Transform):
+    "Normalising and erasing, on the batch."
+
+    order = 99
+
+    def __init__(self):
+        super().__init__()
+        self.ops = v2.Compose([v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]), v2.RandomErasing(0.5)])
+
+    def encodes(self, x: torch.Tensor):
+        return torch.stack([self.ops(image) for image in torch.Tensor(x)]) if x.dim() == 4 else x
+
+
+def plainly(x: torch.Tensor, y: torch.Tensor, temperature: float = 0.07) -> torch.Tensor:
+    "The supervised contrastive loss as the formula stands: differences of all pairs of rows, one mask after the other."
+    similarity = (unit(x)[:, None] * unit(x)[None]).sum(-1) / temperature  # B x B x D numbers
+    others = 1 - torch.eye(len(x))
+    positive = (y[:, None] == y).float() * others
+    log_probability = similarity - (similarity.exp() * others).sum(1, keepdim=True).log()
+    return -((positive * log_probability).sum(1) / positive.sum(1)).mean()
+
+
+def supcon(which: str = "recnb", rows: int = 1024, width: int = 256) -> dict:
+    "Milliseconds of SupConLoss, forward and backward, and what the process grew by."
+    x, y = torch.randn(rows, width, generator=torch.Generator().manual_seed(0)), torch.arange(rows) // 4
+    loss = {"recnb": lambda x: SupConLoss()({"features": x}, y), "plain": lambda x: plainly(x, y)}
+    if which == "pytorch-metric-learning":
+        from pytorch_metric_learning.losses import SupConLoss as Theirs
+        theirs = Theirs(temperature=0.07)
+        loss[which] = lambda x: theirs(x, y)
+    before, times = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, []
+    for _ in range(3):
+        leaf, began = x.clone().requires_grad_(), time.perf_counter()
+        value = loss[which](leaf)
+        value.backward()
+        times.append(1e3 * (time.perf_counter() - began))
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return {"part": "supcon", "what": f"B {rows}, D {width}", "by": which, "ms": min(times), "MB": grown,
+            "value": value.item()}
+
+
+def all_parts() -> list[dict]:
+    "The results of all parts, each measured in a process of its own."
+    sizes = [("recnb", 1024), ("pytorch-metric-learning", 1024), ("plain", 1024), ("recnb", 4096),
+             ("pytorch-metric-learning", 4096)]
+    words = [["step"], ["loader"], *(["supcon", which, str(rows)] for which, rows in sizes)]
+    return [json.loads(subprocess.run([sys.executable, __file__, *part], capture_output=True, text=True,
+                                      check=True).stdout.splitlines()[-1]) for part in words]
+
+
+def main() -> None:
+    words = sys.argv[1:]
+    if not words:
+        for result in all_parts():
+            print(json.dumps(result))
+        return
+    parts = {"step": step, "loader": loader, "supcon": supcon}
+    args = [int(word) if word.isdigit() else word for word in words[1:]]
+    print(json.dumps({**machine(), **parts[words[0]](*args)}))
+
+
+if __name__ == "__main__":
+    main()
