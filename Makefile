@@ -33,7 +33,7 @@ lab: .venv/installed
 .venv/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10))" || { echo "recnb needs Python 3.10 or newer"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[lab,test]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[lab,test,export]'
 	@touch $@
 
 pictures: .venv/installed  # those in the README, after make demo

@@ -4,8 +4,8 @@ Read the chapters in this order: registry, plain, config, files, sharding, distr
 images, datasets, layouts, photographs, marks, lint, cutting, architectures, backbones, necks, heads, losses, pairs,
 hashing, memories, distillation, pml, caching, model, schedules, optim, scores, protocol, ranking, stats, metrics,
 verification, search, rerank, prepare, evaluation, learner, guard, lock, checkpoints, training, gallery, page, static,
-widget, regions, analysis, runs, compare, deploy, modelcard, export, example, train. Importing the package loads none
-of them.
+widget, regions, analysis, runs, compare, example, deploy, modelcard, inference, export, train. Importing the package
+loads none of them.
 """
 from importlib import import_module
 

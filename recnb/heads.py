@@ -46,7 +46,7 @@ def cosine(features: Tensor, weight: Tensor) -> Tensor:
 
 def hold_classes(head: nn.Module, embedding_size: int, class_num: int, sample_rate: float, sharded: bool,
                  draw: Callable | None = None) -> None:
-    """None; gives a head its class weights (class_num, embedding_size), or with `sharded` this rank's share of the rows.
+    """None; gives a head its class weights (class_num, embedding_size), or with `sharded` this rank's share of them.
 
     `draw(weight, generator)` fills them, or some of their rows, as they start: by default Xavier's normal distribution.
     """

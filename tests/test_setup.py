@@ -30,7 +30,7 @@ def pins():
 def test_environment_installs_what_the_project_asks_for():
     (pip,) = [entry["pip"] for entry in ENVIRONMENT if isinstance(entry, dict)]
     packages = [line for line in pip if not line.startswith("-")]
-    wanted = [*PROJECT["dependencies"], *EXTRAS["lab"], *EXTRAS["test"]]
+    wanted = [*PROJECT["dependencies"], *EXTRAS["lab"], *EXTRAS["test"], *EXTRAS["export"]]
     assert sorted(packages) == sorted(wanted) and len(set(packages)) == len(packages)
     assert {"-c constraints.txt", "-e ."} == set(pip) - set(packages)
     assert f"python{PROJECT['requires-python']}" in ENVIRONMENT and "pip" in ENVIRONMENT
@@ -38,7 +38,8 @@ def test_environment_installs_what_the_project_asks_for():
 
 def test_every_package_is_pinned_within_its_range():
     pinned = pins()
-    for name, wanted in requirements(chain(PROJECT["dependencies"], EXTRAS["lab"], EXTRAS["test"])).items():
+    wanted = requirements(chain(PROJECT["dependencies"], *(EXTRAS[name] for name in ("lab", "test", "export"))))
+    for name, wanted in wanted.items():
         assert name in pinned, f"{name} has no pin in constraints.txt"
         (pin,) = pinned[name].specifier
         assert pin.operator == "==" and wanted.specifier.contains(pin.version), f"{name}: {pin} is not {wanted}"

@@ -18,7 +18,7 @@ ORDER = """registry plain config files sharding distributed transforms augment s
 photographs marks lint cutting architectures backbones necks heads losses pairs hashing memories
 distillation pml caching model schedules optim scores protocol ranking stats metrics verification search
 rerank prepare evaluation learner guard lock checkpoints training gallery page static widget regions
-analysis runs compare deploy modelcard export example train""".split()
+analysis runs compare example deploy modelcard inference export train""".split()
 ONLY = {"fastai": {"learner"}, "timm": {"backbones", "cutting"}, "faiss": {"search"},
         "ipywidgets": {"gallery", "widget"}, "papermill": set()}
 FRAMEWORK = ("Module", "Dataset", "Sampler", "Callback")
