@@ -223,6 +223,8 @@ def test_classification_has_one_list(config):
     assert "DataLoader.Eval.Query: does not belong to Global.eval_mode classification" in refused(
         config({"Global.eval_mode": "classification"}))
     alone = {"DataLoader.Eval": {"dataset": {"name": "VeriWild", "image_root": ".", "cls_label_path": "query.txt"}}}
+    assert load_config(config(alone))["Global"]["eval_mode"] == "classification"  # it follows from the file
+    alone["Global.eval_mode"] = "retrieval"
     assert "DataLoader.Eval.dataset: does not belong to Global.eval_mode retrieval" in refused(config(alone))
 
 

@@ -38,8 +38,8 @@ def test_environment_installs_what_the_project_asks_for():
 
 def test_every_package_is_pinned_within_its_range():
     pinned = pins()
-    wanted = requirements(chain(PROJECT["dependencies"], *(EXTRAS[name] for name in ("lab", "test", "export"))))
-    for name, wanted in wanted.items():
+    asked = requirements(chain(PROJECT["dependencies"], *(EXTRAS[name] for name in ("lab", "test", "export"))))
+    for name, wanted in asked.items():
         assert name in pinned, f"{name} has no pin in constraints.txt"
         (pin,) = pinned[name].specifier
         assert pin.operator == "==" and wanted.specifier.contains(pin.version), f"{name}: {pin} is not {wanted}"
