@@ -145,7 +145,8 @@ def judge(query_features, gallery_features, query: ImageList, gallery: ImageList
     for step in steps:
         query_features, gallery_features = step(query_features, gallery_features, train)
     lists = (query.labels, gallery.labels, query.cameras, gallery.cameras)
-    options = {"exclude_self": own_index(query, gallery), "metrics": {re.sub(r"\d+$", "{k}", name) for name in names},
+    kinds = list(dict.fromkeys(re.sub(r"\d+$", "{k}", name) for name in names))  # one order in all processes
+    options = {"exclude_self": own_index(query, gallery), "metrics": kinds,
                "topk": sorted({int(name) for key in names for name in re.findall(r"\d+$", key)}) or (1,)}
     if re_ranking:
         same = query is gallery
