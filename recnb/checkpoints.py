@@ -117,8 +117,8 @@ class Checkpoints(Callback):
 
     def save_best(self) -> None:
         average = getattr(self.learn, "moving_average", None)
-        weights = whole_states(self.model)[0] if average is None else average.average.module.state_dict()
-        save_weights(weights, self.folder / "best.safetensors")
+        judged = self.model if average is None else average.average.module
+        save_weights(whole_states(judged)[0], self.folder / "best.safetensors")
 
 
 def save_weights(state: dict[str, torch.Tensor], path: Path) -> None:

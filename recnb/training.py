@@ -389,10 +389,12 @@ class MovingAverage(Callback):
             other.data.copy_(held)
 
     def state_dict(self) -> dict:
-        return self.average.state_dict()
+        return {"weights": whole_states(self.average.module)[0], "steps": int(self.average.n_averaged)}
 
     def load_state_dict(self, state: dict) -> None:
-        self.average.load_state_dict(state)
+        module = self.average.module
+        module.load_state_dict(split(state["weights"], sharded_weights(module)))
+        self.average.n_averaged.fill_(state["steps"])
 
 
 class Pace(Callback):

@@ -172,11 +172,14 @@ def test_two_processes_end_near_one_with_the_same_global_batch(config_file, tmp_
 
 def test_another_number_of_processes_goes_on(config_file, tmp_path):
     steps = {"Optimizer.lr": {"name": "MultiStepDecay", "learning_rate": 0.002, "milestones": [1]},
-             "Arch.Head.sharded": True}
+             "Arch.Head.sharded": True, "EMA": {"decay": 0.9}}
     torchrun(2, config_file({**steps, "Global.epochs": 1}), tmp_path / "run")
     done = torchrun(1, config_file({**steps, "Global.epochs": 2}), tmp_path / "run")
     assert "resuming behind epoch 1 of 2" in done.stdout
     assert pd.read_csv(tmp_path / "run" / "history.csv").epoch.tolist() == [1, 2]
+    kept = torch.load(tmp_path / "run" / "checkpoints" / "latest.pt", weights_only=True)
+    assert kept["callbacks"]["moving_average"]["weights"]["head.weight"].shape == (15, 16)
+    assert len(load_file(tmp_path / "run" / "checkpoints" / "best.safetensors")["head.weight"]) == 15
 
 
 def test_a_process_that_fails_ends_the_others(config_file, tmp_path):
