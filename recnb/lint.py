@@ -28,7 +28,7 @@ class Finding(NamedTuple):
 
 def lint(cfg: dict, loaders: Loaders | None = None) -> list[Finding]:
     "The findings of a checked configuration; with its loaders, those of the lists too."
-    checks = [losses, augmentation, inference, schedule, without_effect]
+    checks = [losses, augmentation, inference, schedule, processes, without_effect]
     findings = [finding for check in checks for finding in check(cfg)]
     return findings + ([*identities(loaders), *shapes(cfg, loaders)] if loaders else [])
 
@@ -104,6 +104,15 @@ def schedule(cfg: dict) -> Iterator[Finding]:
         if epochs and warmup >= epochs:
             yield Finding(f"{where}.lr.warmup_epoch", f"{warmup} of {epochs} epochs",
                           "the rate only rises and its schedule never begins", "lower it or raise Global.epochs")
+
+
+def processes(cfg: dict) -> Iterator[Finding]:
+    "A step of several batches at the learning rate of one."
+    count, batch = cfg["Global"]["devices"], lookup(cfg, "DataLoader.Train.sampler.batch_size")
+    if count != 1:
+        yield Finding("Global.devices", f"{count}, each with batches of {batch}",
+                      "a step sees as many batches as there are processes, and a rate found with one is too low for it",
+                      "multiply learning_rate by their number (Adam: by its root), or divide batch_size by it")
 
 
 def without_effect(cfg: dict) -> Iterator[Finding]:

@@ -14,6 +14,7 @@ PLANTED = [
     ("Loss.Train", [{"CELoss": {"weight": 0}}, {"SupConLoss": {"weight": 0, "views": 2}}], "give one loss a weight"),
     ("Arch.infer_add_softmax", "false", "write False"),
     ("Global.use_dali", True, "leave it out"),
+    ("Global.devices", 2, "multiply learning_rate by their number (Adam: by its root), or divide batch_size by it"),
     ("Slim", {"prune": {"name": "fpgm"}}, "leave the section out"),
     ("Metric.Train", [{"TopkAcc": {"topk": [1]}}], "leave it out"),
     ("DataLoader.Eval.Query.dataset.transform_ops", [{"RandFlipImage": {}}, {"ResizeImage": {"size": 32}}],
