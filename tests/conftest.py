@@ -4,6 +4,7 @@
     tiny_config  writes a file of the whole schema over that set, small enough to train in seconds; returns its path
     config_file  the same as a fixture, in the test's own folder: config_file({"Global.epochs": 2}) -> path
     run_notebook executes a notebook by papermill as a user does: run_notebook(name, folder, **parameters) -> its file
+    make         the learner of a changed tiny configuration: make(config_file, run folder, changes)
     trained_run  the run folder that 02_train makes of the tiny configuration, with train.ipynb in it
 
 The changes are dotted keys as in `load_config`, but they may add what is not there, and `...` removes what is.
@@ -51,6 +52,15 @@ def trained_run(drawn, tmp_path_factory) -> Path:
     config = tiny_config(drawn, folder / "tiny.yaml")
     run_notebook("02_train", folder / "run", config=str(config), run_dir=str(folder / "run"))
     return folder / "run"
+
+
+def make(config_file, run, changes: dict | None = None):
+    from recnb.config import load_config
+    from recnb.datasets import build_loaders
+    from recnb.model import build_model
+    from recnb.training import build_learner
+    cfg = load_config(config_file(changes))
+    return build_learner(cfg, build_model(cfg), build_loaders(cfg), run)
 
 
 @pytest.fixture

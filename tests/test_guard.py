@@ -5,18 +5,10 @@ import signal
 import pandas as pd
 import pytest
 import torch
+from conftest import make
 
-from recnb.config import load_config
-from recnb.datasets import build_loaders
 from recnb.guard import TrainingError
 from recnb.learner import Callback
-from recnb.model import build_model
-from recnb.training import build_learner
-
-
-def make(config_file, run, changes=None):
-    cfg = load_config(config_file(changes))
-    return build_learner(cfg, build_model(cfg), build_loaders(cfg), run)
 
 
 class Spoil(Callback):

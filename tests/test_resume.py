@@ -10,14 +10,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from conftest import make
 from safetensors.torch import load_file
 
-from recnb.config import ConfigError, load_config
-from recnb.datasets import build_loaders
+from recnb.config import ConfigError
 from recnb.guard import TrainingError
 from recnb.learner import Callback
-from recnb.model import build_model
-from recnb.training import build_learner
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ("history.csv", "model.safetensors")
@@ -39,11 +37,6 @@ SECTIONS = {
     "blended images": {"DataLoader.Train.dataset.batch_transform_ops": [{"MixupOperator": {"alpha": 0.5}}],
                        "Arch.Head": {"name": "FC"}, "Loss.Train": [{"CELoss": {}}]},
 }
-
-
-def make(config_file, run, changes=None):
-    cfg = load_config(config_file(changes))
-    return build_learner(cfg, build_model(cfg), build_loaders(cfg), run)
 
 
 class Stop(Callback):

@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from conftest import make
 from safetensors.torch import load_file
 
 from recnb.config import ConfigError, load_config, lookup
@@ -15,11 +16,6 @@ from recnb.model import build_model
 from recnb.runs import history_figure, open_run, save_metrics
 from recnb.schedules import build_schedules
 from recnb.training import build_learner
-
-
-def make(config_file, run, changes=None):
-    cfg = load_config(config_file(changes))
-    return build_learner(cfg, build_model(cfg), build_loaders(cfg), run)
 
 
 def test_a_run_leaves_history_weights_and_checkpoints(config_file, tmp_path):
