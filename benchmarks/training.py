@@ -29,9 +29,9 @@ from PIL import Image, ImageFilter
 from torchvision.transforms import v2
 
 from recnb.config import load_config
-from recnb.datasets import build_loaders
 from recnb.heads import unit
 from recnb.learner import FastaiLoader
+from recnb.loaders import build_loaders
 from recnb.losses import SupConLoss
 from recnb.marks import draw_marks
 from recnb.model import build_model

@@ -1,16 +1,16 @@
 """recnb: a notebook-first kit for learning image features for retrieval.
 
 Read the chapters in this order: registry, plain, config, files, sharding, distributed, transforms, augment, samplers,
-images, datasets, layouts, photographs, marks, lint, cutting, architectures, backbones, necks, heads, losses, pairs,
-hashing, memories, distillation, pml, caching, model, schedules, optim, scores, protocol, ranking, stats, metrics,
-verification, search, rerank, prepare, evaluation, learner, guard, lock, checkpoints, training, gallery, page, static,
-widget, regions, analysis, runs, compare, example, deploy, modelcard, inference, export, train. Importing the package
-loads none of them.
+images, datasets, layouts, loaders, photographs, marks, lint, cutting, architectures, backbones, necks, heads, losses,
+pairs, hashing, memories, distillation, pml, caching, model, schedules, optim, scores, protocol, ranking, stats,
+metrics, verification, search, rerank, prepare, evaluation, learner, guard, lock, checkpoints, training, gallery, page,
+static, widget, regions, analysis, runs, compare, example, deploy, modelcard, inference, export, train. Importing the
+package loads none of them.
 """
 from importlib import import_module
 
 __version__ = "0.1.0"
-CHAPTER_OF = {"load_config": "config", "build_loaders": "datasets", "build_model": "model", "RecModel": "model",
+CHAPTER_OF = {"load_config": "config", "build_loaders": "loaders", "build_model": "model", "RecModel": "model",
               "build_learner": "training", "retrieval_metrics": "metrics", "open_run": "runs"}
 __all__ = [*CHAPTER_OF, "__version__"]
 

@@ -26,7 +26,7 @@ GLOBAL = {
     "use_visualdl": False, "image_shape": [3, 224, 224], "save_inference_dir": "./inference", "eval_mode": "retrieval",
     "seed": 0, "re_ranking": False, "start_eval_epoch": 0, "update_freq": 1, "iter_per_epoch": None,
     "devices": 1, "channels_last": False, "compile": False, "grad_cache": None, "save_steps": None,
-    "keep_checkpoints": None, "on_nonfinite": "stop",
+    "keep_checkpoints": None, "cache_images": None, "on_nonfinite": "stop",
     "on_bad_image": "stop",
     "retrieval_feature_from": "features", "feature_normalize": True, "feature_binarize": None,
 }
@@ -34,7 +34,7 @@ GLOBAL = {
 WITHOUT_EFFECT = {"use_dali": bool, "to_static": bool, "sim_block_size": int, "print_mem_info": bool, "log_ranks": str,
                   "infer_imgs": str, "warmup_iter": int, "use_multilabel": bool}
 NULLABLE = {"checkpoints": str, "pretrained_model": str, "output_dir": str, "class_num": int, "iter_per_epoch": int,
-            "feature_binarize": str, "save_steps": int, "keep_checkpoints": int,
+            "feature_binarize": str, "save_steps": int, "keep_checkpoints": int, "cache_images": str,
             "grad_cache": int}
 CHOICES = {"device": ("gpu", "cpu"), "on_nonfinite": ("stop", "skip"), "on_bad_image": ("stop", "drop"),
            "eval_mode": ("retrieval", "classification"),

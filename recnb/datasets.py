@@ -1,4 +1,4 @@
-"""List files and folders become tables of (path, label, camera), and tables become data loaders.
+"""List files and folders become tables of (path, label, camera).
 
 A list file has one image a line, `path label` or `path label camera`, paths relative to `image_root`. Everything that
 can be wrong with one is found here, before training: each error names the file and the line. Every image is decoded
@@ -13,7 +13,7 @@ import os
 import re
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,15 +21,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, get_worker_info
-from torchvision.transforms.v2.functional import pil_to_tensor
+from torch.utils.data import Dataset, get_worker_info
 
 from recnb.config import ConfigError, Registry, class_num, lookup, resolve
 from recnb.files import replacing
-from recnb.images import DataError, faults, printable, read_rgb, reason
-from recnb.samplers import SAMPLERS
-from recnb.sharding import ranks
-from recnb.transforms import build_transform, output_shape
+from recnb.images import DataError, faults, printable, read_pixels, reason
+from recnb.transforms import Pipeline
 
 DATASETS = Registry("dataset", "DataLoader.*.dataset", beside={"transform_ops": list, "batch_transform_ops": list})
 EXTENSIONS = tuple(Image.registered_extensions())
@@ -57,6 +54,7 @@ class ImageList(Dataset):
     begun: torch.Tensor = field(default_factory=lambda: torch.full((64,), -1).share_memory_(), repr=False)
     boxes: np.ndarray | None = None  # (N, 4) int64
     dropped: list[tuple] = field(default_factory=list, repr=False)  # (list, line, path, reason) of what was left out
+    kept: object = field(default=None, repr=False)  # `recnb.loaders.Kept`: images that need not be decoded again
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -66,10 +64,10 @@ class ImageList(Dataset):
         return f"{self.source} line {self.lines[index]}" if self.lines is not None else printable(self.paths[index])
 
     def image(self, index: int) -> torch.Tensor:
-        "uint8 (3, H, W) of `read_rgb`; raises DataError with the file that cannot be decoded and why."
+        "uint8 (3, H, W) of `read_pixels`; raises DataError with the file that cannot be decoded and why."
         box = None if self.boxes is None else self.boxes[index].tolist()
         try:
-            return pil_to_tensor(read_rgb(self.paths[index], box))
+            return read_pixels(self.paths[index], box)
         except Exception as error:  # decoders raise whatever a broken file leads them to
             raise DataError(self.sentence(index, reason(error))) from error
 
@@ -96,11 +94,32 @@ class ImageList(Dataset):
         index, seed = item if isinstance(item, tuple) else (item, None)
         if (worker := get_worker_info()) is not None:
             self.begun[worker.id % len(self.begun)] = index
-        image = self.image(index)
-        if self.transform is not None:
-            with seeded(seed):
-                image = self.transform(image)
-        return image, int(self.labels[index])
+        label, kept = int(self.labels[index]), self.kept
+        ready = kept is not None and kept.transform is self.transform
+        image = kept[index] if ready else self.image(index)
+        with seeded(seed):
+            if isinstance(self.transform, Pipeline):
+                return Item(*self.transform.before(image, kept.done if ready else 0), label, self.transform)
+            return image if self.transform is None else self.transform(image), label
+
+
+@dataclass
+class Item(Sequence):
+    "(image (3, H, W), label), the image's last ops not run before it is asked for: an `ImageLoader` runs them later."
+
+    pixels: torch.Tensor
+    boxes: torch.Tensor
+    label: int
+    transform: Pipeline
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, i):
+        return (self.transform.finish(self.pixels[None], self.boxes[None])[0], self.label)[i]
+
+    def __iter__(self):  # a Sequence's own would run the ops for the label too
+        return iter(self[:])
 
 
 @contextmanager
@@ -343,67 +362,3 @@ def positives(query: ImageList, gallery: ImageList) -> np.ndarray:
         own = own_index(query, gallery)
         junk = (own >= 0) & (gallery.labels[own] == query.labels)
     return np.array([identity[label] for label in query.labels.tolist()]) - np.asarray(junk, int)
-
-
-@dataclass
-class Loaders:
-    "The data loaders of a run; query and gallery are None where nothing is evaluated."
-
-    train: DataLoader
-    query: DataLoader | None = None
-    gallery: DataLoader | None = None
-
-    @property
-    def dropped(self) -> list[tuple]:
-        "(list, line, path, reason) of each image that was left out, once, whatever lists it stands in."
-        parts = (part for part in (self.train, self.query, self.gallery) if part is not None)
-        return list(dict.fromkeys(row for part in parts for row in part.dataset.dropped))
-
-
-def build_loaders(cfg: dict) -> Loaders:
-    """The data loaders of a configuration, all images checked by decoding them (`recnb.images.faults`).
-
-    With Global.on_bad_image: drop, the others are left out of the lists, before anything but the number of classes is
-    computed from these, and stand in `Loaders.dropped` (`save_dropped`).
-
-    Raises ConfigError or DataError, before anything is trained, for whatever would fail or mislead later.
-    """
-    images, drop = {"DataLoader.Train": training_images(cfg)}, cfg["Global"]["on_bad_image"] == "drop"
-    if drop:
-        drop_faults(images["DataLoader.Train"])
-    if cfg["Global"]["eval_during_train"] or lookup(cfg, "DataLoader.Eval"):
-        images |= zip(evaluation_places(cfg), evaluation_images(cfg), strict=True)
-    loaders = {}
-    for where, table in images.items():
-        table.transform = build_transform(cfg, f"{where}.dataset")
-        shape, wanted = output_shape(table.transform, where), tuple(cfg["Global"]["image_shape"])
-        if where != "DataLoader.Train" and shape != wanted:
-            raise ConfigError(f"{where}.dataset.transform_ops make images of {shape}, Global.image_shape is {wanted}")
-        loaders[where] = build_loader(cfg, where, table)
-    if not drop:
-        check_images(*{(t.source, t.paths[0]): t for t in images.values()}.values())
-    train, *evaluation = loaders.values()
-    return Loaders(train, *evaluation * (2 // max(1, len(evaluation))))
-
-
-def build_loader(cfg: dict, where: str, images: ImageList) -> DataLoader:
-    "The loader of one split: training batches from its sampler, evaluation images in the order of their list."
-    section, options = lookup(cfg, f"{where}.sampler"), dict(lookup(cfg, f"{where}.loader") or {})
-    if section is None or section.get("batch_size", 0) < 1:
-        raise ConfigError(f"{where}.sampler: must name a sampler and its batch_size, at least 1")
-    options.pop("use_shared_memory", None)
-    workers, seed = options.setdefault("num_workers", 0), cfg["Global"]["seed"]
-    if not workers:
-        options.pop("prefetch_factor", None)
-    # An own generator keeps the loader from drawing on the global random state, which belongs to the model.
-    options |= {"persistent_workers": workers > 0, "pin_memory": torch.cuda.is_available(),
-                "generator": torch.Generator().manual_seed(seed)}
-    if where == "DataLoader.Train":
-        known = {"labels": (images.labels, ""), "seed": (seed, "Global.seed is"),
-                 "rank": (ranks()[0], "this process is"), "world_size": (ranks()[1], "there run")}
-        sampler = SAMPLERS.build(section, f"{where}.sampler", **known)
-        sampler.steps = cfg["Global"]["iter_per_epoch"]
-        return DataLoader(images, batch_sampler=sampler, **options)
-    if section.get("drop_last"):
-        raise ConfigError(f"{where}.sampler.drop_last: True would leave images out of the evaluation")
-    return DataLoader(images, batch_size=section["batch_size"], **options)

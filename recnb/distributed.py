@@ -19,7 +19,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
 
 from recnb.sharding import all_rows, gather, ranks
 
@@ -111,15 +110,6 @@ def anywhere(flag: bool, device: torch.device) -> bool:
     raised = torch.tensor(float(flag), device=device)
     dist.all_reduce(raised, dist.ReduceOp.MAX)
     return bool(raised)
-
-
-def divided(loader: DataLoader) -> DataLoader:
-    "This process's share of an evaluation loader: every n-th image of n processes."
-    rank, world = ranks()
-    if world == 1:
-        return loader
-    share = Subset(loader.dataset, range(rank, len(loader.dataset), world))
-    return DataLoader(share, loader.batch_size, num_workers=loader.num_workers, pin_memory=loader.pin_memory)
 
 
 def joined(features: Tensor) -> Tensor:

@@ -19,8 +19,9 @@ from tqdm.auto import tqdm
 
 from recnb.config import ConfigError, Registry, items
 from recnb.datasets import ImageList, own_index
-from recnb.distributed import divided, joined
+from recnb.distributed import joined
 from recnb.files import replacing
+from recnb.loaders import batches_on, divided
 from recnb.metrics import ranking_metrics, retrieval_metrics
 from recnb.rerank import KReciprocal, alpha_query_expansion, database_augmentation, fit_whitening
 
@@ -172,8 +173,9 @@ def embed(model: nn.Module, loader: DataLoader, flip: bool = False, scales: Sequ
     model.eval()
     try:
         with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=amp):
-            batches = tqdm(divided(loader), "embedding", leave=False, delay=5, disable=not progress)
-            features = joined(torch.cat([views(model, x.to(device), flip, scales).float().cpu() for x, _ in batches]))
+            own = divided(loader)
+            batches = tqdm(batches_on(own, device), "embedding", len(own), False, delay=5, disable=not progress)
+            features = joined(torch.cat([views(model, x, flip, scales).float().cpu() for x, _ in batches]))
     finally:
         model.train(training)
     if kept:

@@ -16,8 +16,15 @@ from pathlib import Path
 
 import numpy as np
 import PIL
+import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
+from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm.auto import tqdm
+
+try:  # torchvision is going to hand its decoders over to torchcodec, which needs FFmpeg
+    from torchvision.io import ImageReadMode, decode_jpeg
+except ImportError:
+    decode_jpeg = None
 
 PART = 1000  # as many images of a list are remembered together as decoded
 REMEMBERED = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"),  # noqa: PTH111 (never fails)
@@ -36,22 +43,45 @@ def printable(text: str) -> str:
     return re.sub("[\x00-\x1f\x7f\u2028\u2029\ud800-\udfff]", lambda sign: ascii(sign[0])[1:-1], text)
 
 
+def opened(path: str) -> Image.Image:
+    "A file's image, its header read; raises what Pillow raises, also for what has too many pixels."
+    if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever  # noqa: PTH116
+        raise IsADirectoryError
+    return Image.open(path)
+
+
 def read_rgb(path: str, box: list[int] | None = None, draft: bool = False) -> Image.Image:
     """The image of a file in RGB: its first frame, turned as its EXIF says, cut to `box` (left, top, right, bottom).
 
     The format is that of the content, whatever the name's ending. `draft`: JPEG without a box is read whole but
     computed at an eighth of its size. Raises what Pillow raises, and ValueError for what has no meaning in RGB.
     """
-    if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever  # noqa: PTH116
-        raise IsADirectoryError
-    with Image.open(path) as image:
+    with opened(path) as image:
         if draft and box is None:
             image.draft(None, (1, 1))
         ImageOps.exif_transpose(image, in_place=True)
-        if box is not None:
-            check_box(*box, *image.size)
+        place = None if box is None else check_box(*box, *image.size)
         rgb = to_rgb(image)
-        return rgb if box is None else rgb.crop(box)
+        return rgb if place is None else rgb.crop(place)
+
+
+def read_pixels(path: str, box: list[int] | None = None) -> torch.Tensor:
+    """uint8 (3, H, W), the pixels of `read_rgb`, which raises what cannot be decoded.
+
+    JPEG in colour or grey is decoded by torchvision where it can, in little more than half of the time: both build on
+    libjpeg-turbo and give the same bytes. Everything else, and what it refuses, is Pillow's.
+    """
+    with opened(path) as image:
+        plain = decode_jpeg is not None and image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L")
+    if plain:
+        with suppress(RuntimeError):
+            data = torch.from_numpy(np.fromfile(path, np.uint8))
+            pixels = decode_jpeg(data, ImageReadMode.RGB, apply_exif_orientation=True)
+            if box is None:
+                return pixels
+            left, top, right, bottom = check_box(*box, pixels.shape[2], pixels.shape[1])
+            return pixels[:, top:bottom, left:right]
+    return pil_to_tensor(read_rgb(path, box))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -89,11 +119,12 @@ def reason(error: Exception) -> str:
     return f"cannot be decoded: {getattr(error, 'strerror', None) or printable(str(error)) or type(error).__name__}"
 
 
-def check_box(left: int, top: int, right: int, bottom: int, width: int, height: int) -> None:
-    "None; raises ValueError where a box holds no pixels or reaches out of the image."
+def check_box(left: int, top: int, right: int, bottom: int, width: int, height: int) -> tuple[int, int, int, int]:
+    "The box; raises ValueError where a box holds no pixels or reaches out of the image."
     if not (0 <= left < right <= width and 0 <= top < bottom <= height):
         raise ValueError(f"the box {left} {top} {right} {bottom} is not within the {width} x {height} pixels of the "
                          "image")
+    return left, top, right, bottom
 
 
 def faults(paths: Sequence[str], boxes: np.ndarray | None = None) -> dict[int, str]:

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader
 
-from recnb.datasets import Loaders
-from recnb.distributed import divided, joined
+from recnb.distributed import joined
 from recnb.evaluation import DEFAULT_METRICS, embed, judge
+from recnb.loaders import Loaders, batches_on, divided, over
 from recnb.samplers import EpochSampler
 from recnb.transforms import display_image
 
@@ -54,11 +54,7 @@ class FastaiLoader:
         return len(self.loader)
 
     def __iter__(self):
-        return self.moved(iter(self.loader))
-
-    def moved(self, batches):
-        for x, y in batches:
-            yield x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
+        return batches_on(self.loader, self.device)
 
     def begin_at(self, batch: int):
         "An iterator that begins behind the first batches; those of this kit's samplers are not even read."
@@ -67,7 +63,7 @@ class FastaiLoader:
             return islice(self, batch, None)
         sampler.first = batch
         try:  # torch may ask for the sampler's iterator twice, and does it here and now
-            return self.moved(iter(self.loader))
+            return iter(self)
         finally:
             sampler.first = 0
 
@@ -78,8 +74,7 @@ class FastaiLoader:
     def new(self, shuffle: bool | None = None, **_) -> FastaiLoader:
         "Itself; with `shuffle=False` a loader of every image once, in the order of the list."
         if shuffle is False and self.loader.batch_size is None:
-            workers = self.loader.num_workers
-            return FastaiLoader(DataLoader(self.dataset, self.bs, num_workers=workers), self.device)
+            return FastaiLoader(over(self.loader, self.dataset), self.device)
         return self
 
     def one_batch(self) -> tuple[Tensor, Tensor]:
@@ -164,8 +159,8 @@ class RetrievalEvaluation(Callback):
 
     def training_features(self) -> Tensor:
         "The features (N, D) of the training images, seen as queries are, for post-processing fitted on them."
-        images, loader = replace(self.dls.train.dataset, transform=self.query.transform), self.learn.loaders.query
-        return embed(self.learn.model, DataLoader(images, loader.batch_size, num_workers=loader.num_workers))
+        images = replace(self.dls.train.dataset, transform=self.query.transform)
+        return embed(self.learn.model, over(self.learn.loaders.query, images))
 
 
 class RetrievalLearner(Learner):
@@ -256,6 +251,4 @@ def evaluation_loader(loaders: Loaders) -> DataLoader | None:
         loaders.gallery = loaders.query
         return loaders.query
     both = loaders.query
-    return DataLoader(ConcatDataset([both.dataset, loaders.gallery.dataset]), both.batch_size,
-                      num_workers=both.num_workers, persistent_workers=both.persistent_workers,
-                      pin_memory=both.pin_memory, generator=both.generator)
+    return over(both, ConcatDataset([both.dataset, loaders.gallery.dataset]))

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from recnb.config import LOADERS, WITHOUT_EFFECT, ConfigError, adds_softmax, architectures, items, lookup, optimizers
-from recnb.datasets import Loaders
+from recnb.loaders import Loaders
 from recnb.transforms import output_shape
 
 PAIR_LOSSES = ("SupConLoss", "TripletLoss", "TripletLossV2", "TripletAngularMarginLoss", "PairwiseCosface", "MSMLoss",

@@ -24,7 +24,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from recnb.augment import build_batch_transform
 from recnb.checkpoints import Checkpoints, resolved, resume, save_weights, whole_states
 from recnb.config import EMA, ConfigError, architectures, items, lookup, resolve
-from recnb.datasets import Loaders, save_dropped, save_label_map, seeded
+from recnb.datasets import save_dropped, save_label_map, seeded
 from recnb.distributed import average_gradients, copy_from_first, first_does, launch
 from recnb.evaluation import build_judge
 from recnb.files import replacing
@@ -37,6 +37,7 @@ from recnb.learner import (
     RetrievalLearner,
     ValueMetric,
 )
+from recnb.loaders import Loaders
 from recnb.lock import locked
 from recnb.losses import CombinedLoss, build_loss
 from recnb.model import precision

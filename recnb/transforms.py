@@ -1,7 +1,8 @@
 """The transform_ops of a configuration, each one mapped onto torchvision.transforms.v2: geometry, values, erasing.
 
 Images come in as uint8 tensors (3, H, W) in RGB and leave as float32. The ops run in the order of the list, as in the
-original; decoding has already happened when the first of them runs, whether the list says DecodeImage or not.
+original, the last of them on whole batches where that is the same (`Pipeline`); decoding has already happened when the
+first of them runs, whether the list says DecodeImage or not.
 The original has two families, which write a size in opposite order: its own ops (ResizeImage, CropImage, RandCropImage,
 RandCropImageV2, RandomCropImage) as [width, height], those of paddle.vision (Resize, CenterCrop, RandomCrop,
 RandomResizedCrop) as [height, width]. `backend` and `return_numpy` are accepted and change nothing. Policies and the
@@ -331,7 +332,7 @@ def RandomErasing(EPSILON: float = 0.5, sl: float | str = 0.02, sh: float | str 
 # --- Lists of them ----------------------------------------------------------------------------------------------------
 
 
-def build_transform(cfg: dict, where: str) -> v2.Transform:
+def build_transform(cfg: dict, where: str) -> Pipeline:
     """The composed transform_ops of the data set section at `where`.
 
     Raises ConfigError where an op cannot be built, or where two images of different sizes come out differently,
@@ -339,9 +340,61 @@ def build_transform(cfg: dict, where: str) -> v2.Transform:
     """
     ops = [TRANSFORMS.build({"name": name, **args}, place)
            for place, name, args in items(cfg, f"{where}.transform_ops")]
-    transform = v2.Compose([*ops, v2.ToDtype(torch.float32, scale=True)])
+    transform = Pipeline([*ops, v2.ToDtype(torch.float32, scale=True)])
     output_shape(transform, where)
     return transform
+
+
+class Pipeline(v2.Compose):
+    """Ops in a row, uint8 (3, H, W) -> float32 (3, H, W), the last of which may as well run later, on whole batches.
+
+    `finish(*before(image))` of an image, or of the stacked results of several, is bit for bit what calling the whole
+    makes of each. Left to `finish` are those at the end that make floats, normalise, or erase by a constant: bytes are
+    a quarter as much to send to another process or to a GPU, and the arithmetic is done there. All draws of random
+    numbers are in `before`.
+    """
+
+    def __init__(self, ops: list[v2.Transform]):
+        super().__init__([single for op in ops for single in (op.transforms if type(op) is v2.Compose else [op])])
+        self.later = next((i for i, op in reversed([*enumerate(self.transforms, 1)]) if not by_batch(op)), 0)
+
+    def before(self, image: torch.Tensor, done: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        "The image (3, H, W) and what erasing ops will erase, (E, 4) of [top, left, height, width]; `done` ops are."
+        for op in self.transforms[done:self.later]:
+            image = op(image)
+        return image, torch.tensor([rectangle(op, image) for op in self.erasing()], dtype=torch.int64).reshape(-1, 4)
+
+    def finish(self, images: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
+        "(B, 3, H, W) on the device of the images, from those of `before` and their (B, E, 4) on the CPU."
+        boxes = iter(boxes.unbind(1))
+        for op in self.transforms[self.later:]:
+            images = erased(images, next(boxes), op.value) if isinstance(op, v2.RandomErasing) else op(images)
+        return images
+
+    def erasing(self) -> list[v2.RandomErasing]:
+        "The ops of `finish` that erase."
+        return [op for op in self.transforms[self.later:] if isinstance(op, v2.RandomErasing)]
+
+
+def by_batch(op: v2.Transform) -> bool:
+    "Whether an op does to each image of a batch what it does to it alone, up to a rectangle that is drawn for each."
+    return isinstance(op, (v2.ToDtype, v2.Normalize, v2.Identity)) or (
+        isinstance(op, v2.RandomErasing) and op.value is not None)  # None: noise
+
+
+def rectangle(op: v2.RandomErasing, image: torch.Tensor) -> list[int]:
+    "[top, left, height, width] that an op draws for an image as when it is called, nothing high where it erases none."
+    drawn = op.make_params([image]) if torch.rand(1) < op.p else {"v": None}
+    return [0, 0, 0, 0] if drawn["v"] is None else [drawn[side] for side in "ijhw"]
+
+
+def erased(images: torch.Tensor, boxes: torch.Tensor, value: list[float]) -> torch.Tensor:
+    "The images (B, 3, H, W) with a rectangle of (B, 4) each overwritten."
+    images, colour = images.clone(), images.new_tensor(value).view(-1, 1, 1)
+    for image, (top, left, height, width) in zip(images, boxes.tolist(), strict=True):
+        if height:
+            image[:, top:top + height, left:left + width] = colour
+    return images
 
 
 def output_shape(transform: v2.Transform, where: str) -> tuple[int, ...]:

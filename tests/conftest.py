@@ -56,7 +56,7 @@ def trained_run(drawn, tmp_path_factory) -> Path:
 
 def make(config_file, run, changes: dict | None = None):
     from recnb.config import load_config
-    from recnb.datasets import build_loaders
+    from recnb.loaders import build_loaders
     from recnb.model import build_model
     from recnb.training import build_learner
     cfg = load_config(config_file(changes))

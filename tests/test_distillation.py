@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from recnb.config import ConfigError, load_config
-from recnb.datasets import build_loaders
 from recnb.distillation import DistillationDistanceLoss, DistillationDMLLoss, DistillationGTCELoss, DistillationModel
+from recnb.loaders import build_loaders
 from recnb.model import build_model
 from recnb.training import build_learner
 

@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 from recnb.config import ConfigError, load_config
-from recnb.datasets import build_loaders
-from recnb.distributed import average_gradients, copy_from_first, divided, joined
+from recnb.distributed import average_gradients, copy_from_first, joined
 from recnb.evaluation import embed
 from recnb.heads import ArcMargin
+from recnb.loaders import build_loaders, divided
 from recnb.losses import CELoss, CombinedLoss, SupConLoss
 from recnb.memories import CenterLoss
 from recnb.model import RecModel, build_model

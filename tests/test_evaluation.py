@@ -7,8 +7,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from recnb.config import ConfigError, load_config
-from recnb.datasets import build_loaders, own_index
+from recnb.datasets import own_index
 from recnb.evaluation import build_judge, embed, judge
+from recnb.loaders import build_loaders
 from recnb.metrics import ranking_metrics
 from recnb.model import build_model
 from recnb.rerank import fit_whitening, k_reciprocal

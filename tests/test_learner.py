@@ -8,9 +8,10 @@ from torch.utils.data import DataLoader
 
 from recnb.backbones import create_backbone
 from recnb.config import load_config
-from recnb.datasets import Loaders, build_loaders, own_index
+from recnb.datasets import own_index
 from recnb.heads import ArcMargin
 from recnb.learner import RetrievalLearner, embed
+from recnb.loaders import Loaders, build_loaders
 from recnb.losses import CELoss, CombinedLoss, SupConLoss
 from recnb.metrics import retrieval_metrics
 from recnb.model import RecModel, build_model

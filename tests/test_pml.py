@@ -6,7 +6,7 @@ pml = pytest.importorskip("pytorch_metric_learning")
 from pytorch_metric_learning import losses, miners  # noqa: E402
 
 from recnb.config import ConfigError, load_config  # noqa: E402
-from recnb.datasets import build_loaders  # noqa: E402
+from recnb.loaders import build_loaders  # noqa: E402
 from recnb.model import build_model  # noqa: E402
 from recnb.pml import PML  # noqa: E402
 from recnb.training import build_learner  # noqa: E402

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CHAPTERS = sorted((ROOT / "recnb").glob("*.py"))
 SOURCES = [*CHAPTERS, *(path for folder in ("tests", "scripts", "benchmarks") for path in (ROOT / folder).glob("*.py"))]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-ORDER = """registry plain config files sharding distributed transforms augment samplers images datasets layouts
+ORDER = """registry plain config files sharding distributed transforms augment samplers images datasets layouts loaders
 photographs marks lint cutting architectures backbones necks heads losses pairs hashing memories
 distillation pml caching model schedules optim scores protocol ranking stats metrics verification search
 rerank prepare evaluation learner guard lock checkpoints training gallery page static widget regions

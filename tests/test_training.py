@@ -10,8 +10,9 @@ from conftest import make
 from safetensors.torch import load_file
 
 from recnb.config import ConfigError, load_config, lookup
-from recnb.datasets import DataError, build_loaders
+from recnb.datasets import DataError
 from recnb.learner import Callback
+from recnb.loaders import build_loaders
 from recnb.model import build_model
 from recnb.runs import history_figure, open_run, save_metrics
 from recnb.schedules import build_schedules
