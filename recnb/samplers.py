@@ -2,8 +2,8 @@
 
 Each sampler here is a batch sampler: iterating gives lists of `(index, seed)`, one list a batch. The seed belongs to
 that place in that epoch, so that its augmentation is the same whichever worker process makes it, and another one where
-an image is repeated. `len()` is exact, an epoch depends on `(seed, epoch)` alone, and with several ranks all draw the
-same epoch and each takes its own share.
+an image is repeated. `len()` is exact, and an epoch depends on `(seed, epoch)` alone. N ranks with a batch_size of B
+draw the epoch of one with N x B, and each takes its part of every batch.
 """
 from __future__ import annotations
 
@@ -21,15 +21,16 @@ SAMPLERS = Registry("sampler", "DataLoader.*.sampler")
 class EpochSampler(Sampler):
     """Batches of (index, seed) of one rank, from a function that draws a whole epoch.
 
-    `draw(rng)` returns the index arrays of at least `length * world_size` batches. Raises ValueError where an epoch has
-    not one batch for each rank.
+    `draw(rng)` returns the index arrays of at least `length` batches of all ranks together. Raises ValueError where an
+    epoch has not one.
     """
 
     def __init__(self, draw: Callable, length: int, batch_size: int, seed: int, rank: int, world_size: int):
         if length < 1:
             raise ValueError(f"the list makes no whole batch of {batch_size} for each of {world_size} processes")
         self.draw, self.length, self.batch_size = draw, length, batch_size
-        self.seed, self.rank, self.world_size, self.epoch = seed, rank, world_size, 0
+        self.seed, self.own, self.epoch = seed, slice(rank * batch_size, (rank + 1) * batch_size), 0
+        self.whole = batch_size * world_size
         self.steps: int | None = None  # how many batches an epoch has, where it is not one pass
         self.first = 0  # how many batches an iteration leaves out
 
@@ -47,21 +48,23 @@ class EpochSampler(Sampler):
         "The batches of the first pass of the epoch, or of a pass `again` behind it."
         rng = np.random.default_rng([self.seed, self.epoch, *[again] * (again > 0)])
         batches = self.draw(rng)
-        seeds = rng.integers(2**62, size=(len(batches), self.batch_size))
-        for i in range(self.rank, self.length * self.world_size, self.world_size):
-            yield list(zip(batches[i].tolist(), seeds[i].tolist(), strict=False))  # the last batch may be shorter
+        seeds = rng.integers(2**62, size=(len(batches), self.whole))
+        for batch, seed in zip(batches[: self.length], seeds[: self.length], strict=True):
+            yield list(zip(batch[self.own].tolist(), seed[self.own].tolist(), strict=False))  # the last may be shorter
 
 
 class Identities:
     "The images of each identity in a label array: how many, and in random order within each."
 
-    def __init__(self, labels, batch_size: int, per_identity: int, key: str):
+    def __init__(self, labels, batch_size: int, per_identity: int, key: str, world_size: int):
         self.labels = np.asarray(labels)
         if per_identity < 1 or batch_size < 1 or batch_size % per_identity:
             raise ValueError(f"batch_size {batch_size} is not divisible by {key} {per_identity}")
-        self.per_batch, (ids, self.counts) = batch_size // per_identity, np.unique(self.labels, return_counts=True)
+        self.per_batch = batch_size * world_size // per_identity
+        ids, self.counts = np.unique(self.labels, return_counts=True)
         if len(ids) < self.per_batch:
-            raise ValueError(f"a batch of {batch_size} needs {self.per_batch} identities ({key} {per_identity}), "
+            each = f" in each of {world_size} processes" * (world_size > 1)
+            raise ValueError(f"a batch of {batch_size}{each} needs {self.per_batch} identities ({key} {per_identity}), "
                              f"the training list has {len(ids)}; lower batch_size or raise {key}")
         self.start = np.cumsum(self.counts) - self.counts
 
@@ -78,9 +81,9 @@ def DistributedRandomIdentitySampler(labels, batch_size: int, num_instances: int
 
     An epoch uses every group that can be placed: an identity with fewer than `num_instances` images is filled up by
     drawing some of them again, left-over images wait for another epoch. Unlike in the original, the number of batches
-    does not depend on the draw, and ranks divide the batches between them.
+    does not depend on the draw.
     """
-    ids = Identities(labels, batch_size, num_instances, "num_instances")
+    ids = Identities(labels, batch_size, num_instances, "num_instances", world_size)
     groups = np.maximum(ids.counts // num_instances, 1)
     batches = most_batches(groups, ids.per_batch)
 
@@ -94,8 +97,7 @@ def DistributedRandomIdentitySampler(labels, batch_size: int, num_instances: int
         dealt = images.reshape(ids.per_batch, batches, -1).transpose(1, 0, 2).reshape(batches, -1)
         return dealt[rng.permutation(batches)]
 
-    length = min(batches // world_size, max_iters or batches)
-    return EpochSampler(draw, length, batch_size, seed, rank, world_size)
+    return EpochSampler(draw, min(batches, max_iters or batches), batch_size, seed, rank, world_size)
 
 
 def most_batches(groups: np.ndarray, per_batch: int) -> int:
@@ -128,7 +130,7 @@ def PKSampler(labels, batch_size: int, sample_per_id: int, sample_method: str = 
     identities that many times as probable (of pairs that overlap, the first counts). An identity with fewer images than
     `sample_per_id` repeats some. An epoch has as many batches as the list has whole ones.
     """
-    ids = Identities(labels, batch_size, sample_per_id, "sample_per_id")
+    ids = Identities(labels, batch_size, sample_per_id, "sample_per_id", world_size)
     weights = {"sample_avg_prob": ids.counts, "id_avg_prob": np.ones(len(ids.counts))}
     if sample_method not in weights:
         raise ValueError(f"sample_method '{sample_method}' is neither {' nor '.join(weights)}")
@@ -137,10 +139,10 @@ def PKSampler(labels, batch_size: int, sample_per_id: int, sample_method: str = 
     length = max(1, len(ids.labels) // (batch_size * world_size))
 
     def draw(rng) -> np.ndarray:
-        identity = np.concatenate([distinct(cumulative, ids.per_batch, rng) for _ in range(length * world_size)])
+        identity = np.concatenate([distinct(cumulative, ids.per_batch, rng) for _ in range(length)])
         count, shuffled = ids.counts[identity][:, None], ids.shuffled(rng)
         offset = (rng.random(count.shape) * count).astype(int) + np.arange(sample_per_id)
-        return shuffled[ids.start[identity][:, None] + offset % count].reshape(length * world_size, -1)
+        return shuffled[ids.start[identity][:, None] + offset % count].reshape(length, -1)
 
     return EpochSampler(draw, length, batch_size, seed, rank, world_size)
 
@@ -173,13 +175,12 @@ def distinct(cumulative: np.ndarray, count: int, rng) -> np.ndarray:
 @SAMPLERS.register
 def DistributedBatchSampler(labels, batch_size: int, drop_last: bool = False, shuffle: bool = False, seed: int = 0,
                             rank: int = 0, world_size: int = 1) -> EpochSampler:
-    "The whole list in batches, shuffled or in order; with several ranks each takes every n-th batch, all of one size."
-    items = len(labels)
-    whole, rest = divmod(items, batch_size)
-    length = (whole + (rest > 0 and not drop_last and world_size == 1)) // world_size
+    "The whole list in batches, shuffled or in order; with several ranks all are of one size."
+    items, whole = len(labels), batch_size * world_size
+    length = items // whole + (items % whole > 0 and not drop_last and world_size == 1)
 
     def draw(rng) -> list[np.ndarray]:
         indices = rng.permutation(items) if shuffle else np.arange(items)
-        return [indices[i : i + batch_size] for i in range(0, items, batch_size)]
+        return [indices[i : i + whole] for i in range(0, items, whole)]
 
     return EpochSampler(draw, length, batch_size, seed, rank, world_size)

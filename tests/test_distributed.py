@@ -24,7 +24,6 @@ from recnb.losses import CELoss, CombinedLoss, SupConLoss
 from recnb.memories import CenterLoss
 from recnb.model import RecModel, build_model
 from recnb.pairs import TripletLossV2
-from recnb.samplers import DistributedBatchSampler, PKSampler
 from recnb.training import build_learner, device_count
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -130,15 +129,6 @@ def test_an_evaluation_is_divided_and_joined():
     assert [mine for mine, _, _ in results] == [[0, 2, 4, 6, 8, 10], [1, 3, 5, 7, 9]]
     for _, whole, embedded in results:
         assert whole == embedded == list(range(11))
-
-
-@pytest.mark.parametrize("make", [
-    lambda rank: PKSampler(np.arange(60) % 10, 4, 2, rank=rank, world_size=2),
-    lambda rank: DistributedBatchSampler(np.arange(30), 4, shuffle=True, rank=rank, world_size=2)], ids=["PK", "plain"])
-def test_ranks_have_batches_of_one_size_and_different_images(make):
-    one, other = (list(make(rank)) for rank in (0, 1))
-    assert len(one) == len(other) and {len(batch) for batch in [*one, *other]} == {4}
-    assert all({i for i, _ in a} != {i for i, _ in b} for a, b in zip(one, other, strict=True))
 
 
 def torchrun(count, config, run, check=True):
