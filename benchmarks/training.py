@@ -222,8 +222,14 @@ def all_parts() -> list[dict]:
     sizes = [("recnb", 1024), ("pytorch-metric-learning", 1024), ("plain", 1024), ("recnb", 4096),
              ("pytorch-metric-learning", 4096)]
     words = [["step"], ["loader"], *(["supcon", which, str(rows)] for which, rows in sizes)]
-    return [json.loads(subprocess.run([sys.executable, __file__, *part], capture_output=True, text=True,
-                                      check=True).stdout.splitlines()[-1]) for part in words]
+    results = [result for part in words for result in lines(__file__, *part)]
+    return results + (lines(Path(__file__).with_name("gpu.py")) if DEVICE.type == "cuda" else [])
+
+
+def lines(script: str | Path, *words: str) -> list[dict]:
+    "The JSON lines that a script prints."
+    done = subprocess.run([sys.executable, script, *words], capture_output=True, text=True, check=True)
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
 def main() -> None:
