@@ -25,7 +25,7 @@ from torch.utils.data import Dataset, get_worker_info
 
 from recnb.config import ConfigError, Registry, class_num, lookup, resolve
 from recnb.files import replacing
-from recnb.images import DataError, faults, printable, read_pixels, reason
+from recnb.images import Cropped, DataError, faults, printable, read_pixels, reason
 from recnb.transforms import Pipeline
 
 DATASETS = Registry("dataset", "DataLoader.*.dataset", beside={"transform_ops": list, "batch_transform_ops": list})
@@ -58,6 +58,11 @@ class ImageList(Dataset):
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    @property
+    def pictures(self) -> list[str]:
+        "The paths, each with its box where there are boxes: what galleries show."
+        return self.paths if self.boxes is None else [*map(Cropped, self.paths, self.boxes.tolist())]
 
     def place(self, index: int) -> str:
         "Where an item was declared: `train.txt line 7`, or its path."

@@ -201,7 +201,7 @@ def changed(first: Ranking, second: Ranking) -> tuple[np.ndarray, np.ndarray]:
 def read_picture(picture: Picture, size: int) -> Image.Image:
     "The picture in RGB, upright, at most size x size; FileNotFoundError or ValueError names the file."
     if isinstance(picture, (str, Path)):
-        return _read_file(Path(picture), size)
+        return _read_file(Path(picture), size, getattr(picture, "box", None))
     if isinstance(picture, np.ndarray):
         picture = _from_array(picture)
     picture = to_rgb(ImageOps.exif_transpose(picture))
@@ -209,12 +209,13 @@ def read_picture(picture: Picture, size: int) -> Image.Image:
     return picture
 
 
-def _read_file(path: Path, size: int) -> Image.Image:
+def _read_file(path: Path, size: int, box: tuple | None) -> Image.Image:
     try:
         with Image.open(path) as image:
-            image.draft("RGB", (2 * size, 2 * size))  # the JPEG decoder shrinks: many times faster on photographs
+            if box is None:
+                image.draft("RGB", (2 * size, 2 * size))  # the JPEG decoder shrinks: many times faster on photographs
             ImageOps.exif_transpose(image, in_place=True)
-            return read_picture(to_rgb(image), size)
+            return read_picture(to_rgb(image) if box is None else to_rgb(image).crop(box), size)
     except FileNotFoundError:
         raise FileNotFoundError(f"the picture '{path}' does not exist (working directory: {Path.cwd()})") from None
     except Exception as error:  # decoders raise whatever a broken file leads them to

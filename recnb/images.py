@@ -38,6 +38,15 @@ class DataError(RuntimeError):
         super().__init__(message.encode("utf-8", "backslashreplace").decode())  # file names may be no text
 
 
+class Cropped(str):
+    "The path of an image of which only `box` is meant, (left, top, right, bottom) in pixels."
+
+    def __new__(cls, path: str, box: Sequence[int] = ()):
+        self = super().__new__(cls, path)
+        self.box = tuple(box)
+        return self
+
+
 def printable(text: str) -> str:
     "The text on one line, in signs that can be written: control signs and bytes that are no text become escapes."
     return re.sub("[\x00-\x1f\x7f\u2028\u2029\ud800-\udfff]", lambda sign: ascii(sign[0])[1:-1], text)

@@ -247,8 +247,9 @@ def evaluation_loader(loaders: Loaders) -> DataLoader | None:
     "One loader over the query and then the gallery images, or over the one list that serves as both."
     if loaders.query is None:
         return None
-    if loaders.query.dataset.paths == loaders.gallery.dataset.paths:
+    query, gallery = loaders.query.dataset, loaders.gallery.dataset
+    if query.paths == gallery.paths and np.array_equal(query.boxes, gallery.boxes) and \
+            str(query.transform) == str(gallery.transform):
         loaders.gallery = loaders.query
         return loaders.query
-    both = loaders.query
-    return over(both, ConcatDataset([both.dataset, loaders.gallery.dataset]))
+    return over(loaders.query, ConcatDataset([query, gallery]))

@@ -10,9 +10,11 @@ import torch
 import torchvision.datasets
 from PIL import Image
 from scipy.io import savemat
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 from recnb.config import ConfigError
 from recnb.datasets import DATASETS, DataError, check_images, positives
+from recnb.gallery import read_picture
 from recnb.layouts import (
     MSMT17,
     SETS,
@@ -156,6 +158,9 @@ def test_cars_are_cropped_to_their_boxes(cars):
     assert torch.equal(cropped[1][0], whole.image(1))
     assert torch.equal(cropped[2][0], whole.image(2)[:, -1:, -1:])
     check_images(cropped)
+    shown = read_picture(cropped.pictures[0], 100)
+    assert cropped.pictures == cropped.paths and whole.pictures is whole.paths
+    assert torch.equal(pil_to_tensor(shown), cropped.image(0))
 
 
 def test_a_box_is_one_of_the_upright_photograph(cars, tmp_path):
