@@ -23,6 +23,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, default
 from torchvision.transforms import v2
 from tqdm.auto import tqdm
 
+import recnb.augment  # noqa: F401 (registers its ops)
 from recnb.config import ConfigError, lookup, resolve
 from recnb.datasets import (
     DataError,

@@ -267,18 +267,6 @@ def RandomGrayscale(p: float = 0.1) -> v2.Transform:
     return sometimes(p, v2.RandomGrayscale(1), key="p")
 
 
-@TRANSFORMS.register
-def AugMix(prob: float = 0.5, aug_prob_coeff: float = 0.1, mixture_width: int = 3, mixture_depth: int = 1,
-           aug_severity: int = 1) -> v2.Transform:
-    """AugMix (https://arxiv.org/abs/1912.02781) over the nine geometric and tonal ops, with probability `prob`.
-
-    `aug_prob_coeff` is the parameter of the Dirichlet and Beta distributions that weigh the chains; the paper has 1,
-    the original 0.1, with which one chain or the image itself mostly gets nearly all of the weight.
-    """
-    mix = v2.AugMix(aug_severity, mixture_width, mixture_depth, aug_prob_coeff, all_ops=False)
-    return of_bytes("AugMix", mix, prob)
-
-
 def number(value: float | str) -> float:
     "A number that may be written as a fraction: `1.0/255.0`."
     numerator, _, denominator = str(value).partition("/")

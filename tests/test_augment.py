@@ -5,14 +5,18 @@ import random
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageOps
+from torch.distributions import Beta, Dirichlet
 from torch.utils.data import default_collate
 from torchvision.transforms import v2
 
-from recnb.augment import BATCH_TRANSFORMS, build_batch_transform, layers
+from recnb.augment import AUGMIX_OPS, BATCH_TRANSFORMS, build_batch_transform, drawn, layers, rounded
 from recnb.config import ConfigError, named_sections
+from recnb.datasets import seeded
 from recnb.transforms import TRANSFORMS, build_transform
 
-POLICIES = {"RandAugment": {"num_layers": 2, "magnitude": 9}, "AutoAugment": {}, "TrivialAugment": {}, "AugMix": {},
+POLICIES = {"RandAugment": {"num_layers": 2, "magnitude": 9}, "AutoAugment": {}, "TrivialAugment": {},
+            "AugMix": {"prob": 1.0},
             "TimmAutoAugment": {"prob": 1.0, "config_str": "rand-m9-mstd0.5-inc1", "interpolation": "bicubic",
                                 "img_size": 224}}
 BATCH = {"MixupOperator": {"alpha": 0.8}, "CutmixOperator": {"alpha": 1.0},
@@ -112,6 +116,12 @@ def test_other_policies_of_the_shorthand():
     ("RandAugment", {"magnitude": 11}, "magnitude is 11 and num_layers 2, not a level of 0 to 10 and 1 or more"),
     ("RandAugment", {"fillcolor": [128]}, r"fillcolor is \[128\], neither one number nor three"),
     ("TrivialAugment", {"num_magnitude_bins": 1}, "num_magnitude_bins is 1"),
+    ("AugMix", {"aug_prob_coeff": 0}, "aug_prob_coeff is 0, .* not a number above 0, 1 or more"),
+    ("AugMix", {"mixture_width": 0}, "mixture_width 0 .* not a number above 0, 1 or more"),
+    ("AugMix", {"mixture_depth": 0}, "mixture_depth 0, .* 1 or more or -1 for 1 to 3 at random"),
+    ("AugMix", {"aug_severity": 0}, "aug_severity is 0, not a level from 1 to 10"),
+    ("AugMix", {"aug_severity": 11}, "aug_severity is 11, not a level from 1 to 10"),
+    ("AugMix", {"prob": 1.1}, "prob is 1.1, not a probability"),
     ("Cutout", {"length": 0}, "n_holes is 1 and length 0, and both must be at least 1"),
     ("RandomInterpolationAugment", {"prob": -1}, "prob is -1, not a probability"),
     ("RandomApply", {"transforms": [{"ColorJiter": {}}]}, "transforms.0.ColorJiter: there is no transform"),
@@ -121,6 +131,130 @@ def test_other_policies_of_the_shorthand():
 def test_arguments_that_mean_nothing(name, arguments, message):
     with pytest.raises(ConfigError, match=f"{name}: .*{message}" if name != "RandomApply" else message):
         build(name, **arguments)
+
+
+# --- AugMix -----------------------------------------------------------------------------------------------------------
+
+
+def pillow_ops(level: float, sign: int) -> dict:
+    "The nine ops on a Pillow image, by the original's strengths at a level of 0.1 to 10."
+    def moved(*matrix):
+        return lambda image: image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
+
+    shear, share = sign * 0.03 * level, level / 30
+    return {"autocontrast": ImageOps.autocontrast, "equalize": ImageOps.equalize,
+            "posterize": lambda image: ImageOps.posterize(image, 4 - int(0.4 * level)),
+            "rotate": lambda image: image.rotate(sign * int(3 * level), Image.Resampling.BILINEAR),
+            "solarize": lambda image: ImageOps.solarize(image, 256 - int(25.6 * level)),
+            "shear_x": moved(1, shear, 0, 0, 1, 0), "shear_y": moved(1, 0, 0, shear, 1, 0),
+            "translate_x": lambda image: moved(1, 0, sign * int(share * image.width), 0, 1, 0)(image),
+            "translate_y": lambda image: moved(1, 0, 0, 0, 1, sign * int(share * image.height))(image)}
+
+
+def by_pillow(image: torch.Tensor, name: str, level: float, sign: int) -> torch.Tensor:
+    result = pillow_ops(level, sign)[name](Image.fromarray(image.permute(1, 2, 0).numpy()))
+    return torch.from_numpy(np.array(result)).permute(2, 0, 1)
+
+
+def by_torch(image: torch.Tensor, name: str, level: float, sign: int) -> torch.Tensor:
+    return rounded(AUGMIX_OPS[name](image, level, sign))
+
+
+def in_plain_loops(op, image: torch.Tensor, weights: list, chains: list) -> np.ndarray:
+    "(3, H, W) float64, not rounded: every chain computed, op by op."
+    mixed = (1 - sum(weights)) * image.double().numpy()
+    for weight, chain in zip(weights, chains, strict=True):
+        part = image
+        for drawn_op in chain:
+            part = op(part, *drawn_op)
+        mixed += weight * part.double().numpy()
+    return mixed
+
+
+def grained(height: int = 40, width: int = 48) -> torch.Tensor:
+    "The photograph with grain, so that a pixel off by one is seen."
+    noise = torch.randint(-30, 31, (3, height, width), generator=torch.Generator().manual_seed(0))
+    return (photo(height, width).int() + noise).clamp(0, 255).to(torch.uint8)
+
+
+@pytest.mark.parametrize("name", AUGMIX_OPS)
+@pytest.mark.parametrize("level", [0.1, 0.9, 4.2, 9.9])
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_each_op_of_augmix_is_pillows(name, level, sign):
+    image = grained()
+    assert (by_torch(image, name, level, sign).int() - by_pillow(image, name, level, sign).int()).abs().max() <= 1
+    assert torch.equal(image, grained())
+
+
+def shares(coeff: float, width: int) -> tuple:
+    return Beta(coeff, coeff), Dirichlet(torch.full((width,), coeff))
+
+
+@pytest.mark.parametrize(("coeff", "width", "depth", "severity"), [(0.1, 3, 1, 1), (1.0, 4, 1, 10), (0.3, 1, 1, 5),
+                                                                   (1.0, 3, -1, 3), (1.0, 2, 3, 1)])
+@pytest.mark.parametrize("last", [False, True])
+def test_augmix_agrees_with_plain_loops_from_the_same_draws(coeff, width, depth, severity, last):
+    image = grained()
+    image = image.permute(1, 2, 0).contiguous().permute(2, 0, 1) if last else image  # as decoders give it
+    op, skipped = build("AugMix", prob=1.0, aug_prob_coeff=coeff, mixture_width=width, mixture_depth=depth,
+                        aug_severity=severity).transforms[1].transforms[0], 0
+    for seed in range(40):
+        torch.manual_seed(seed)
+        result = op(image)
+        torch.manual_seed(seed)
+        weights, chains = drawn(*shares(coeff, width), depth, severity)
+        # a level that Pillow cuts off could become sixteen where another op of the chain follows
+        expected = in_plain_loops(by_pillow if depth == 1 else by_torch, image, weights, chains)
+        off = result.numpy() - expected
+        assert np.abs(off).max() <= 1.5, (seed, weights, chains)  # 1, and half by rounding
+        assert depth == 1 or abs(off.mean()) < 0.3  # rounded, not cut off
+        skipped += torch.equal(result, image)
+    assert torch.equal(image, grained()) and (skipped > 0 or coeff > 0.1)
+
+
+@pytest.mark.parametrize(("coeff", "width"), [(0.1, 3), (1.0, 3), (1.0, 5)])
+def test_weights_of_augmix_are_of_the_distributions(coeff, width):
+    torch.manual_seed(0)
+    weights = torch.tensor([drawn(*shares(coeff, width), 1, 1)[0] for _ in range(3000)])
+    total = weights.sum(1)
+    assert total.mean() == pytest.approx(0.5, abs=0.03)
+    assert total.var() == pytest.approx(0.25 / (2 * coeff + 1), rel=0.1)  # Beta's
+    share = (weights / total[:, None])[total > 1e-30]
+    assert share.mean(0).tolist() == pytest.approx([1 / width] * width, abs=0.03)
+    variance = (width - 1) / width ** 2 / (width * coeff + 1)  # Dirichlet's
+    assert share.var(0).tolist() == pytest.approx([variance] * width, rel=0.15)
+
+
+def test_ops_levels_and_lengths_of_augmix_are_uniform():
+    torch.manual_seed(0)
+    chains = [chain for _ in range(1500) for chain in drawn(*shares(1.0, 3), -1, 7)[1]]
+    lengths = np.bincount([len(chain) for chain in chains])
+    names, levels, signs = zip(*(op for chain in chains for op in chain), strict=True)
+    assert len(lengths) == 4 and lengths[0] == 0 and lengths[1:].min() > 1350
+    assert set(names) == set(AUGMIX_OPS) and min(map(names.count, AUGMIX_OPS)) > 0.9 * len(names) / 9
+    assert 0.1 <= min(levels) < 0.15 and 6.95 < max(levels) <= 7 and np.mean(levels) == pytest.approx(3.55, abs=0.1)
+    assert set(signs) == {-1, 1} and abs(np.mean(signs)) < 0.05
+
+
+def test_strengths_of_augmix_grow_with_its_severity():
+    means = []
+    for severity in (1, 3, 10):
+        op = build("AugMix", prob=1.0, aug_prob_coeff=1.0, aug_severity=severity)
+        torch.manual_seed(0)
+        means.append(np.mean([(op(grained()).int() - grained().int()).abs().float().mean() for _ in range(150)]))
+    assert means[0] > 1 and means[1] > 1.2 * means[0] and means[2] > 1.4 * means[1]
+
+
+def test_augmix_is_the_image_without_probability_and_reproducible_from_a_seed_in_another_process():
+    assert all(torch.equal(build("AugMix", prob=0.0)(photo()), photo()) for _ in range(20))
+    op, results = build("AugMix", prob=1.0, aug_prob_coeff=1, mixture_depth=-1), []
+    for each in (op, pickle.loads(pickle.dumps(op))):
+        with seeded(3):
+            results.append(each(grained()))
+        torch.rand(7)
+    assert torch.equal(*results) and not torch.equal(results[0], grained())
+    with seeded(4):
+        assert not torch.equal(op(grained()), results[0])
 
 
 # --- Single ops -------------------------------------------------------------------------------------------------------

@@ -264,14 +264,6 @@ def test_grey():
     assert torch.equal(build("RandomGrayscale", p=0.0)(pixels()), pixels())
 
 
-def test_augmix():
-    assert torch.equal(build("AugMix", prob=0.0)(pixels()), pixels())
-    torch.manual_seed(0)
-    result = build("AugMix", prob=1.0)(pixels())
-    assert result.shape == pixels().shape and result.dtype == torch.uint8
-    assert not torch.equal(result, pixels())
-
-
 def test_colour_changes_with_its_probability():
     assert torch.equal(build("ColorJitter", brightness=0.9, prob=0.0)(pixels()), pixels())
     torch.manual_seed(0)
