@@ -377,8 +377,8 @@ def rectangle(op: v2.RandomErasing, image: torch.Tensor) -> list[int]:
 
 
 def erased(images: torch.Tensor, boxes: torch.Tensor, value: list[float]) -> torch.Tensor:
-    "The images (B, 3, H, W) with a rectangle of (B, 4) each overwritten."
-    images, colour = images.clone(), images.new_tensor(value).view(-1, 1, 1)
+    "The images (B, 3, H, W), in each a rectangle of (B, 4) overwritten in place."
+    colour = images.new_tensor(value).view(-1, 1, 1)
     for image, (top, left, height, width) in zip(images, boxes.tolist(), strict=True):
         if height:
             image[:, top:top + height, left:left + width] = colour
