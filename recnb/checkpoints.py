@@ -1,16 +1,19 @@
 """Checkpoints: everything needed to go on after each epoch, and the refusal to go on with something else.
 
-A checkpoint holds weights, optimizer, history, random state and the resolved configuration. It is written whole or not
-at all, read with `weights_only=True`, and a run that goes on from one ends with the same bits as one that did not stop.
+A checkpoint holds weights, optimizer, history, the random state of every process and the resolved configuration. It is
+written whole or not at all, read with `weights_only=True`, and a run that goes on from one, in as many processes, ends
+with the same bits as one that did not stop.
 """
 from __future__ import annotations
 
 import copy
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import nn
 
@@ -24,11 +27,12 @@ from recnb.schedules import SCHEDULES
 from recnb.sharding import collect, ranks, sharded_weights, split
 
 # What may differ between a checkpoint's configuration and the one that resumes it: nothing of this changes the numbers.
-FREE = ("Global.checkpoints", "Global.save_steps", "Global.keep_checkpoints", "Global.on_nonfinite",
-        "Global.output_dir", "Global.device", "Global.save_interval", "Global.print_batch_step",
-        "Global.use_visualdl", "Global.save_inference_dir", "Global.pretrained_model")
+FREE = (*(f"Global.{key}" for key in (
+            "checkpoints", "save_steps", "keep_checkpoints", "save_interval", "output_dir", "save_inference_dir",
+            "pretrained_model", "print_batch_step", "use_visualdl", "on_nonfinite", "grad_checkpointing", "device",
+            "devices", "cache_images")), *(f"DataLoader.{part}.loader" for part in LOADERS))
 PATHS = {**{f"DataLoader.{part}.dataset": ("image_root", "cls_label_path") for part in LOADERS},
-         "Global": ("pretrained_model", "checkpoints")}
+         "Global": ("pretrained_model", "checkpoints", "cache_images")}
 
 
 def resolved(cfg: dict) -> dict:
@@ -100,9 +104,10 @@ class Checkpoints(Callback):
     def save(self, epoch: int, batch: int) -> None:
         "None; writes latest.pt: `epoch` epochs are done, and `batch` batches of the next."
         model, optimizer = whole_states(self.model, self.opt)
+        self.history.join()  # every process goes on from the first one's
         state = {"model": model, "loss": self.loss_func.train_loss.state_dict(), "optimizer": optimizer,
                  "epoch": epoch, "batch": batch, "history": self.history.rows,
-                 "best": self.history.best, "config": self.recipe, "rng": random_state(), "sums": self.history.sums,
+                 "best": self.history.best, "config": self.recipe, "rng": random_states(), "sums": self.history.sums,
                  "count": self.history.count,
                  "callbacks": {cb.name: cb.state_dict() for cb in self.learn.cbs if hasattr(type(cb), "state_dict")}}
         path = self.folder / "latest.pt"
@@ -129,20 +134,29 @@ def save_weights(state: dict[str, torch.Tensor], path: Path) -> None:
         save_file({name: value.contiguous() for name, value in state.items()}, temporary)
 
 
-def random_state() -> dict[str, torch.Tensor | list]:
-    "The state of torch's generators, on the CPU and on every GPU."
-    return {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+def random_states() -> list[dict]:
+    "The states of torch's generators, on the CPU and on every GPU, of each process; all of them have to call it."
+    own = {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+    world = ranks()[1]
+    states = [own] * world
+    if world > 1:
+        dist.all_gather_object(states, own)
+    return states
 
 
-def set_random_state(state: dict) -> None:
-    "None; sets torch's generators as they were."
-    rank = ranks()[0]
-    if rank:  # the first process's is what was kept
-        torch.manual_seed(int(state["torch"].sum()) + rank)
+def set_random_state(states: list[dict] | dict) -> None:
+    """None; sets torch's generators as this process had them.
+
+    A process that the states do not know, since there were fewer or since an older checkpoint has the first one's
+    alone, is seeded from the first one's and its own number.
+    """
+    states, rank = states if isinstance(states, list) else [states], ranks()[0]
+    if rank >= len(states):
+        torch.manual_seed(int(states[0]["torch"].sum()) + rank)
         return
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    torch.set_rng_state(states[rank]["torch"])
+    if states[rank]["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(states[rank]["cuda"])
 
 
 def resume(learn: RetrievalLearner, callbacks: list[Callback], path: Path) -> None:
@@ -180,21 +194,21 @@ def resume(learn: RetrievalLearner, callbacks: list[Callback], path: Path) -> No
 
 def whole_states(model: nn.Module, optimizer=None) -> tuple[dict, dict | None]:
     "The states of model and optimizer, the shares of sharded weights joined; every process has to call it."
-    state, counts = model.state_dict(), sharded_weights(model)
-    if counts:
-        state = collect(state, counts)
-    if optimizer is None or not counts:
-        return state, None if optimizer is None else optimizer.state_dict()
-    kept = optimizer.state_dict()
-    return state, {**kept, "state": collect(kept["state"], sharded_weights(model, optimizer.opt))}
+    state = collect(model.state_dict(), sharded_weights(model))
+    return state, optimizer and with_rows(model, optimizer.opt, optimizer.state_dict(), collect)
 
 
 def load_optimizer(learn: RetrievalLearner, state: dict) -> None:
     "None; the learner's optimizer goes on from a state, of which sharded weights take their share."
-    counts = sharded_weights(learn.model)
-    if counts:
-        state = {**state, "state": split(state["state"], sharded_weights(learn.model, learn.opt.opt))}
-    learn.opt.load_state_dict(state)
+    learn.opt.load_state_dict(with_rows(learn.model, learn.opt.opt, state, split))
+
+
+def with_rows(model: nn.Module, optimizer, state: dict, change: Callable) -> dict:
+    "The state of an optimizer, or of each of several, in which `change(state, counts)` is made to sharded weights."
+    if "optimizers" in state:
+        parts = zip(optimizer.optimizers, state["optimizers"], strict=True)
+        return {"optimizers": [with_rows(model, own, part, change) for own, part in parts]}
+    return {**state, "state": change(state["state"], sharded_weights(model, optimizer))}
 
 
 def check_same(theirs: dict, ours: dict, path: Path) -> None:

@@ -2,8 +2,8 @@
 
 `torchrun --nproc-per-node N -m recnb.train ...` starts them. Losses of single images are averaged over the processes;
 losses between images see the embeddings of all of them, gathered with their gradients. So N processes with batches of B
-make the step of one process with a batch of N x B, up to batch normalisation, whose statistics are each one's own
-(`Arch.use_sync_bn` shares them on GPUs). The weights of sharded heads stay where they are.
+make the step of one process with a batch of N x B; of batch normalisation that holds with `Arch.use_sync_bn: True`,
+otherwise its statistics are each process's own. The weights of sharded heads stay where they are.
 """
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from recnb.sharding import all_rows, gather, ranks
 
@@ -67,6 +67,33 @@ def everyone(out: dict, y: Tensor) -> tuple[dict, Tensor]:
     return Gathered(out), torch.cat(all_rows(y))
 
 
+def share_batches(model: nn.Module) -> None:
+    """None; each batch normalisation of a model sees the rows of all processes while it trains, on any device.
+
+    The whole input travels, in either direction: for the CPU, where torch has no SyncBatchNorm.
+    """
+    for part in model.modules():
+        if isinstance(part, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
+            part.register_forward_pre_hook(take_all_rows)
+            part.register_forward_hook(keep_own_rows, prepend=True)  # before the one that a backbone is cut by
+
+
+@torch.compiler.disable
+def take_all_rows(norm: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
+    "The rows of all processes in place of this one's, while a module trains."
+    if not norm.training or ranks()[1] == 1:
+        return None
+    counts = torch.cat(all_rows(torch.tensor([len(args[0])], device=args[0].device))).tolist()
+    norm.own_rows = slice(sum(counts[: ranks()[0]]), sum(counts[: ranks()[0] + 1]))
+    return (gather(args[0]),)  # every process follows the gradients of its own rows through the statistics of all
+
+
+@torch.compiler.disable
+def keep_own_rows(norm: nn.Module, args: tuple, output: Tensor) -> Tensor:
+    "This process's rows of what a module has made of all."
+    return output[norm.own_rows] if norm.training and ranks()[1] > 1 else output
+
+
 def buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
     "The tensors in lists of one kind, each of about as many bytes as travel at a time."
     held: dict[torch.dtype, list[Tensor]] = {}
@@ -78,7 +105,7 @@ def buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
     yield from held.values()
 
 
-def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     "None; each gradient becomes its mean over the processes; one that is missing here counts as 0."
     for p in (parameters := list(parameters)):
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad.to_dense() if p.grad.is_sparse else p.grad
@@ -86,6 +113,14 @@ def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
         flat = torch.cat([gradient.flatten() for gradient in bucket]) / ranks()[1]
         dist.all_reduce(flat)
         write_back(flat, bucket)
+
+
+def averaged(values: Tensor) -> Tensor:
+    "The mean of a tensor over the processes."
+    if ranks()[1] > 1:
+        values = values / ranks()[1]
+        dist.all_reduce(values)
+    return values
 
 
 def copy_from_first(tensors: Iterable[Tensor]) -> None:
@@ -125,13 +160,12 @@ def joined(features: Tensor) -> Tensor:
     return whole
 
 
-def launch(config: Path, run_dir: Path, count: int) -> None:
-    "None; trains a configuration in `count` processes of this machine, their lines printed here."
+def launch(config: Path, run_dir: Path, count: int) -> Iterator[str]:
+    "The lines printed by `count` processes of this machine that train a configuration, which it does while iterated."
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", "-m",
              "recnb.train", str(config), "--run-dir", str(run_dir)]
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        for line in process.stdout:
-            print(line, end="")
+        yield from process.stdout
     if process.returncode:
         raise RuntimeError(f"training in {count} processes has ended with an error, shown above; "
                            f"{run_dir} holds its last checkpoint")

@@ -22,6 +22,36 @@ OPTIMIZERS = Registry("optimizer", "Optimizer", beside=BESIDE)
 REGULARIZERS = Registry("regularizer", "Optimizer.regularizer")
 
 
+def fused(kind: type, groups: list[dict], lr: float, **settings) -> torch.optim.Optimizer:
+    """An optimizer of torch that updates everything in one kernel where its parameters allow that.
+
+    They do as plain floating-point tensors on the CPU or on a CUDA GPU. A state that it loads does not change this:
+    one that was written without the kernel, or with it on another device, goes on within rounding.
+    """
+    parameters = [p for group in groups for p in group["params"]]
+    able = all(type(p) in (Tensor, nn.Parameter) and p.is_floating_point() and p.device.type in ("cpu", "cuda")
+               for p in parameters)
+    optimizer = kind(groups, lr=lr, fused=able or None, **settings)
+    optimizer.register_load_state_dict_pre_hook(keep_kernel)
+    if able:
+        optimizer.register_step_pre_hook(lay_out)
+    return optimizer
+
+
+def lay_out(optimizer: torch.optim.Optimizer, *_) -> None:
+    "None; gradients that someone has set get the strides of their parameters: the CPU's kernel does not look at them."
+    for p in (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None):
+        if not p.grad.is_sparse and p.grad.stride() != p.stride():
+            p.grad = torch.empty_like(p).copy_(p.grad)
+
+
+def keep_kernel(optimizer: torch.optim.Optimizer, state: dict) -> dict:
+    "The state to be loaded, its groups with or without the fused kernel as those of the optimizer."
+    groups = [{**theirs, "fused": ours["fused"]}
+              for theirs, ours in zip(state["param_groups"], optimizer.param_groups, strict=False)]
+    return state | {"param_groups": groups + state["param_groups"][len(groups) :]}  # torch counts them
+
+
 @REGULARIZERS.register
 def L2(coeff: float = 0.0) -> dict:
     "`coeff` times each parameter is added to its gradient."
@@ -43,13 +73,13 @@ def SGD(weight_decay: float = 0.0) -> Callable:
 @OPTIMIZERS.register
 def Momentum(momentum: float = 0.9, use_nesterov: bool = False, weight_decay: float = 0.0) -> Callable:
     "SGD with momentum."
-    return partial(torch.optim.SGD, momentum=momentum, nesterov=use_nesterov, weight_decay=weight_decay)
+    return partial(fused, torch.optim.SGD, momentum=momentum, nesterov=use_nesterov, weight_decay=weight_decay)
 
 
 @OPTIMIZERS.register
 def Adam(beta1: float = 0.9, beta2: float = 0.999, epsilon: float = 1e-8, weight_decay: float = 0.0) -> Callable:
     "Adam (https://arxiv.org/abs/1412.6980); weight decay is added to the gradient."
-    return partial(torch.optim.Adam, betas=(beta1, beta2), eps=epsilon, weight_decay=weight_decay)
+    return partial(fused, torch.optim.Adam, betas=(beta1, beta2), eps=epsilon, weight_decay=weight_decay)
 
 
 @OPTIMIZERS.register
@@ -61,7 +91,7 @@ def RMSProp(momentum: float = 0.0, rho: float = 0.95, epsilon: float = 1e-6, wei
 @OPTIMIZERS.register
 def AdamW(beta1: float = 0.9, beta2: float = 0.999, epsilon: float = 1e-8, weight_decay: float = 0.01) -> Callable:
     "Adam with decoupled weight decay (https://arxiv.org/abs/1711.05101)."
-    return partial(torch.optim.AdamW, betas=(beta1, beta2), eps=epsilon, weight_decay=weight_decay)
+    return partial(fused, torch.optim.AdamW, betas=(beta1, beta2), eps=epsilon, weight_decay=weight_decay)
 
 
 @OPTIMIZERS.register

@@ -6,10 +6,12 @@ What notebooks/02_train.ipynb runs, with the same run folder as its result. Call
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from functools import partial
 from pathlib import Path
 
+import pandas as pd
 import yaml
 
 from recnb.checkpoints import resolved
@@ -41,14 +43,24 @@ def train(cfg: dict, run_dir: str | Path) -> dict:
     stop(findings)
     learn = build_learner(cfg, build_model(cfg), loaders, run)
     print(learn.model.describe())
-    before = learn.scores()
-    learn.fit_config()
-    after = learn.scores()
+    with contextlib.ExitStack() as quiet:
+        if not sys.stdout.isatty():  # bars are redrawn, lines stay
+            quiet.enter_context(learn.no_bar())
+            quiet.enter_context(learn.no_logging())
+        before = learn.scores()
+        learn.fit_config(on_epoch=None if sys.stdout.isatty() else partial(print_epoch, run, cfg["Global"]["epochs"]))
+        after = learn.scores()
     if loaders.query:
         query, gallery = learn.embeddings()
         first_does(partial(save_embeddings, run, query=query, gallery=gallery))
     first_does(save_metrics, run, before, after)
     return {**after, "before": before}
+
+
+def print_epoch(run: Path, epochs: int) -> None:
+    "None; prints the last row of a run's history on one line."
+    row = pd.read_csv(run / "history.csv").iloc[-1].dropna()
+    print(f"epoch {row.pop('epoch'):.0f} of {epochs}: {', '.join(f'{k} {v:.4g}' for k, v in row.items())}", flush=True)
 
 
 def main(words: list[str] | None = None) -> int:

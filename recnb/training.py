@@ -19,24 +19,16 @@ import pandas as pd
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from recnb.augment import build_batch_transform
 from recnb.checkpoints import Checkpoints, resolved, resume, save_weights, whole_states
 from recnb.config import EMA, ConfigError, architectures, items, lookup, resolve
 from recnb.datasets import save_dropped, save_label_map, seeded
-from recnb.distributed import average_gradients, copy_from_first, first_does, launch
+from recnb.distributed import averaged, first_does, launch
 from recnb.evaluation import build_judge
 from recnb.files import replacing
 from recnb.guard import Guard, Wish, explained, stoppable
-from recnb.learner import (
-    Callback,
-    CancelBatchException,
-    CancelStepException,
-    CancelValidException,
-    RetrievalLearner,
-    ValueMetric,
-)
+from recnb.learner import Callback, CancelValidException, RetrievalLearner, ValueMetric
 from recnb.loaders import Loaders
 from recnb.lock import locked
 from recnb.losses import CombinedLoss, build_loss
@@ -44,6 +36,7 @@ from recnb.model import precision
 from recnb.optim import build_optimizer, parameter_groups
 from recnb.schedules import build_schedules
 from recnb.sharding import ranks, sharded_weights, split
+from recnb.steps import Accumulate, MovingAverage, ScaleLoss, Together
 
 
 @dataclass
@@ -160,9 +153,7 @@ def fit_config(learn: RetrievalLearner, plan: Plan, on_epoch: Callable[[], objec
     `on_epoch()` is called after each epoch, when its row stands in history.csv: to draw the curves anew.
     """
     if plan.devices > 1 and ranks()[1] == 1:
-        launch(plan.folder / "config.yaml", plan.folder, plan.devices)
-        learn.model.load_state_dict(load_file(plan.folder / "model.safetensors"))
-        return
+        return fit_elsewhere(learn, plan, on_epoch)
     first = ranks()[0] == 0
     with locked(plan.folder) if first else contextlib.nullcontext(), stoppable() as wish, explained(learn):
         first_does(save_label_map, learn.loaders.train.dataset, plan.folder / "labels.csv")
@@ -192,6 +183,15 @@ def fit_config(learn: RetrievalLearner, plan: Plan, on_epoch: Callable[[], objec
         save_weights(whole_states(learn.model)[0], plan.folder / "model.safetensors")
         if pace.images:
             print(pace)
+
+
+def fit_elsewhere(learn: RetrievalLearner, plan: Plan, on_epoch: Callable[[], object] | None) -> None:
+    "What fit_config does where it starts the processes that train, and shows what they print."
+    for line in launch(plan.folder / "config.yaml", plan.folder, plan.devices):
+        print(line, end="")
+        if on_epoch and line.startswith("epoch "):
+            on_epoch()
+    learn.model.load_state_dict(load_file(plan.folder / "model.safetensors"))
 
 
 def build_callbacks(learn: RetrievalLearner, plan: Plan, history: History, pace: Pace, wish: Wish) -> list[Callback]:
@@ -249,11 +249,17 @@ class FollowPlan(Callback):
             raise CancelValidException
 
     def after_batch(self):
-        if self.training and (self.iter + 1) % self.plan.log_interval == 0 and ranks()[0] == 0:
-            terms = ", ".join(f"{k}: {v.item():.5f}" for k, v in self.loss_func.train_loss.terms.items())
-            with (self.plan.folder / "train.log").open("a") as log:
-                log.write(f"{time.strftime('%H:%M:%S')} epoch {self.epoch + 1}/{self.n_epoch} step {self.iter + 1}/"
-                          f"{self.n_iter} lr {self.rates[0]:.6g} loss {self.loss.item():.5f} ({terms})\n")
+        if self.training and (self.iter + 1) % self.plan.log_interval == 0:
+            terms = self.loss_func.train_loss.terms
+            loss, *values = averaged(torch.stack([self.loss.detach(), *terms.values()]).float()).tolist()
+            if ranks()[0] == 0:
+                self.write(loss, dict(zip(terms, values, strict=True)))
+
+    def write(self, loss: float, terms: dict[str, float]):
+        words = ", ".join(f"{name}: {value:.5f}" for name, value in terms.items())
+        with (self.plan.folder / "train.log").open("a") as log:
+            log.write(f"{time.strftime('%H:%M:%S')} epoch {self.epoch + 1}/{self.n_epoch} step {self.iter + 1}/"
+                      f"{self.n_iter} lr {self.rates[0]:.6g} loss {loss:.5f} ({words})\n")
 
 
 class History(Callback):
@@ -276,6 +282,14 @@ class History(Callback):
 
     def before_train(self):
         self.sums, self.count = {}, 0
+
+    def after_train(self):
+        self.join()
+
+    def join(self):
+        "None; the sums become those of all processes, whose losses of single images are of their own."
+        if self.sums and ranks()[1] > 1:
+            self.sums = dict(zip(self.sums, averaged(torch.stack([*self.sums.values()])).unbind(), strict=True))
 
     def after_batch(self):
         if self.training and not self.guard.skipped:
@@ -304,102 +318,11 @@ class History(Callback):
             pd.DataFrame(self.rows).to_csv(path, index=False)
 
 
-class Together(Callback):
-    "Keeps several processes at one: the first one's weights to begin with and its buffers, averaged gradients."
-
-    order = 8  # behind Accumulate, before the gradients are looked at and used
-
-    def own(self) -> list[nn.Parameter]:
-        "The parameters that every process holds."
-        shards = {self.model.get_parameter(name) for name in sharded_weights(self.model)}
-        both = (*self.model.parameters(), *self.loss_func.parameters())
-        return [p for p in both if p.requires_grad and p not in shards]
-
-    def before_fit(self):
-        copy_from_first([*self.own(), *self.model.buffers()])
-
-    def before_step(self):
-        average_gradients(self.own())
-
-    def after_step(self):
-        copy_from_first(self.model.buffers())
-
-
-class Accumulate(Callback):
-    "Sums the gradients of several batches, the loss of each divided by their number, before a step of the optimizer."
-
-    def __init__(self, batches: int):
-        self.batches = batches
-
-    def before_backward(self):
-        self.learn.loss_grad = self.loss_grad / self.batches
-
-    def before_step(self):  # the last batches of an epoch may be fewer
-        if (self.iter + 1) % self.batches and self.iter + 1 < self.n_iter:
-            raise CancelBatchException
-
-
-class ScaleLoss(Callback):
-    "Keeps the gradients of float16 from vanishing; a step whose gradients overflow is left out and the scale halved."
-
-    order = 10  # behind Accumulate
-
-    def __init__(self, device: torch.device):
-        self.scaler = torch.amp.GradScaler(device.type)
-
-    def before_backward(self):
-        self.learn.loss_grad = self.scaler.scale(self.loss_grad)
-
-    def before_step(self):
-        self.scaler.step(self.opt.opt)
-        self.scaler.update()
-        raise CancelStepException  # it has been done, or had to be left out
-
-    def state_dict(self) -> dict:
-        return self.scaler.state_dict()
-
-    def load_state_dict(self, state: dict) -> None:
-        self.scaler.load_state_dict(state)
-
-
-class MovingAverage(Callback):
-    """An exponential moving average of the weights and buffers, which is what is evaluated and kept as the best.
-
-    `decay` a step; training goes on with the weights themselves.
-    """
-
-    order = 30
-
-    def __init__(self, model: nn.Module, decay: float):
-        self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
-
-    def after_step(self):
-        self.average.update_parameters(self.learn.model)
-
-    def before_validate(self):
-        self.swap()
-
-    def after_validate(self):
-        self.swap()
-
-    def swap(self):
-        for own, other in zip(*([*m.parameters(), *m.buffers()] for m in (self.learn.model, self.average.module)),
-                              strict=True):
-            held = own.detach().clone()
-            own.data.copy_(other)
-            other.data.copy_(held)
-
-    def state_dict(self) -> dict:
-        return {"weights": whole_states(self.average.module)[0], "steps": int(self.average.n_averaged)}
-
-    def load_state_dict(self, state: dict) -> None:
-        module = self.average.module
-        module.load_state_dict(split(state["weights"], sharded_weights(module)))
-        self.average.n_averaged.fill_(state["steps"])
-
-
 class Pace(Callback):
-    "Counts training images and the seconds they take, evaluation apart, and how long the loader made the model wait."
+    """Counts training images and the seconds they take, evaluation apart, and how long the loader made the model wait.
+
+    A loader that is faster than the model has its next batch ready: the model waits only where the loader is slower.
+    """
 
     order = 80
 
@@ -421,8 +344,12 @@ class Pace(Callback):
         self.seconds += time.perf_counter() - self.started
 
     def __str__(self) -> str:
+        waiting, alone = self.waited / self.seconds, self.images / (self.seconds - self.waited)
+        which = "model" if waiting < 0.1 else "loader"
+        hint = "; more num_workers, Global.cache_images or cheaper transform_ops would help" * (which == "loader")
         return (f"{self.images:,} training images in {self.seconds:.0f} s: {self.images / self.seconds:,.0f} a second, "
-                f"{self.waited / self.seconds:.0%} of the time spent waiting for the loader")
+                f"{waiting:.0%} of the time spent waiting for the loader; the model alone takes {alone:,.0f}. The "
+                f"{which} is the bottleneck{hint}")
 
 
 class Scalars(Callback):
