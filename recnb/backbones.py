@@ -134,6 +134,15 @@ def layer_depths(model: nn.Module) -> dict[str, int]:
     return _depths(model, coarse=False)
 
 
+def share_on_gpus(model: nn.Module) -> nn.Module:
+    "The model, whose batch normalisations share their statistics with those of all processes while they train on GPUs."
+    model = timm.layers.convert_sync_batchnorm(model)
+    for part in model.modules():
+        if isinstance(part, Cut):
+            part.stop_there()  # the layer may be another now
+    return model
+
+
 def _depths(model: nn.Module, coarse: bool) -> dict[str, int]:
     if isinstance(model, Cut):
         return {f"model.{name}": depth for name, depth in _depths(model.model, coarse).items()}

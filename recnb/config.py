@@ -25,9 +25,9 @@ GLOBAL = {
     "save_interval": 1, "eval_during_train": True, "eval_interval": 1, "epochs": 10, "print_batch_step": 10,
     "use_visualdl": False, "image_shape": [3, 224, 224], "save_inference_dir": "./inference", "eval_mode": "retrieval",
     "seed": 0, "re_ranking": False, "start_eval_epoch": 0, "update_freq": 1, "iter_per_epoch": None,
-    "devices": 1, "channels_last": False, "compile": False, "grad_cache": None, "save_steps": None,
-    "keep_checkpoints": None, "cache_images": None, "on_nonfinite": "stop",
-    "on_bad_image": "stop",
+    "devices": 1, "channels_last": False, "compile": False, "grad_cache": None,
+    "grad_checkpointing": False, "save_steps": None, "keep_checkpoints": None, "cache_images": None,
+    "on_nonfinite": "stop", "on_bad_image": "stop",
     "retrieval_feature_from": "features", "feature_normalize": True, "feature_binarize": None,
 }
 # Keys of the original that change no result here: how it computes or logs.
@@ -270,7 +270,7 @@ def check_arch(section: dict, where: str) -> None:
                           f"{suggest(section['name'], ('RecModel', 'DistillationModel'))}")
     if str(section.get("infer_add_softmax", "true")).lower() not in ("true", "false"):
         raise ConfigError(f"{where}.infer_add_softmax: {section['infer_add_softmax']!r} is neither True nor False")
-    for key, kind in (("infer_output_key", str), ("freeze", list), ("Backbone", dict),
+    for key, kind in (("infer_output_key", str), ("use_sync_bn", bool), ("freeze", list), ("Backbone", dict),
                       ("BackboneStopLayer", dict)):
         if not fits(section.get(key), kind | None):
             raise ConfigError(f"{where}.{key}: {section[key]!r} is not a {kind.__name__}")

@@ -43,8 +43,14 @@ class Cut(nn.Module):
         self.layout = _layout(out_shape, input_size, getattr(model, "output_fmt", "NCHW"))
         self.out_channels = out_shape[0] if self.layout in ("NC", "NCHW") else out_shape[-1]
         self.prefix_tokens = _prefix_tokens(out_shape[0], input_size) if self.layout == "NLC" else 0
-        if layer:  # a plain function as the hook: copies and pickles of this module need no rebinding
-            model.get_submodule(layer).register_forward_hook(_stop_forward)
+        self.stop_there()
+
+    def stop_there(self) -> None:
+        "None; the layer ends the forward pass from now on, also where it has been replaced since."
+        if self.layer:
+            layer = self.model.get_submodule(self.layer)
+            if _stop_forward not in layer._forward_hooks.values():
+                layer.register_forward_hook(_stop_forward)  # a plain function: copies and pickles need no rebinding
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, C, H, W) -> (B, *out_shape)
         if not self.layer:

@@ -6,23 +6,29 @@ evaluation and export.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatch
+from functools import partial
 from math import prod
 from pathlib import Path
 from pickle import UnpicklingError
+from posixpath import commonpath
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from recnb.backbones import create_backbone
-from recnb.caching import in_chunks
+from recnb.backbones import create_backbone, layer_depths, share_on_gpus
+from recnb.caching import computed_again, in_chunks
 from recnb.config import ConfigError, architectures, class_num, lookup, resolve, suggest
+from recnb.cutting import Cut
 from recnb.datasets import training_images
 from recnb.distillation import DistillationModel
+from recnb.distributed import share_batches
 from recnb.heads import HEADS
 from recnb.necks import NECKS
+from recnb.sharding import ranks
 
 
 class RecModel(nn.Module):
@@ -128,6 +134,12 @@ def build_recmodel(cfg: dict, section: dict, where: str, classes: int | None) ->
         source = f"{where}.{'Backbone' if behind else 'Neck'} gives features of size"
         head = HEADS.build({**section["Head"], "class_num": classes}, f"{where}.Head",
                            embedding_size=(prod(backbone.out_shape) if behind else size, source))
+    if cfg["Global"]["grad_checkpointing"]:
+        try:
+            recompute_blocks(backbone)
+        except ValueError as error:
+            raise ConfigError(f"Global.grad_checkpointing: {where}.Backbone {section['Backbone']['name']} {error}; set "
+                              "it False, and let Global.grad_cache keep less in memory instead") from None
     model = RecModel(backbone, neck, head)
     model.sizes = {"backbone": prod(backbone.out_shape), "features": size}
     model.head_feature_from, model.grad_cache = given, cfg["Global"]["grad_cache"]
@@ -136,6 +148,9 @@ def build_recmodel(cfg: dict, section: dict, where: str, classes: int | None) ->
     if amp is not None and amp.get("use_amp", True):
         model.precision = precision(amp, cfg["Global"]["device"])
         model.half_evaluation = amp.get("use_fp16_test", False) or amp.get("level") == "O2"
+    if ranks()[1] > 1 and (section.get("use_sync_bn") or cfg["Arch"].get("use_sync_bn")):
+        on_gpu = cfg["Global"]["device"] == "gpu" and torch.cuda.is_available()
+        (share_on_gpus if on_gpu else share_batches)(model)
     try:
         model.freeze(section.get("freeze") or ())
     except ValueError as error:
@@ -192,6 +207,34 @@ def build_backbone(cfg: dict, section: dict, where: str) -> nn.Module:
         raise ConfigError(f"{where}.BackboneStopLayer.output_dim is {size}, but {given['name']} cut at {name} gives "
                           f"{backbone.out_channels} channels")
     return backbone
+
+
+def recompute_blocks(backbone: Cut) -> None:
+    """None; each block of a backbone keeps nothing but its input while it trains, and runs again in the backward pass.
+
+    Gradient checkpointing (https://arxiv.org/abs/1604.06174) of the blocks by which timm counts a model's depth, with
+    the same random numbers and batch statistics that count once. `set_grad_checkpointing` of timm's models would count
+    them twice, and calls the blocks of stages that a cut has taken off; here a block with the cut inside is left as it
+    is. Raises ValueError for a backbone that is not made of blocks.
+    """
+    layers: dict[int, list] = defaultdict(list)
+    for name, depth in layer_depths(backbone).items() if hasattr(backbone.model, "group_matcher") else ():
+        layers[depth].append(name.rpartition(".")[0].replace(".", "/"))
+    names = {commonpath(parts).replace("/", ".") for parts in layers.values()} - {"model"}
+    blocks = {name: part for name in names if [*(part := backbone.get_submodule(name)).children()]}
+    if len(blocks) < 2:
+        raise ValueError("is not made of blocks that could be computed again")
+    for name, block in blocks.items():
+        if not f"model.{backbone.layer}".startswith(f"{name}."):
+            block.forward = partial(computed_when_needed, block, block.forward)
+
+
+def computed_when_needed(block: nn.Module, forward: Callable, x: Tensor, *args, **kwargs):  # (B, ...) -> (B, ...)
+    "What a block's forward gives, computed again for its gradients while the block trains."
+    if not (block.training and torch.is_grad_enabled()):
+        return forward(x, *args, **kwargs)
+    given = x if isinstance(x, Tensor) else [*x]  # the list of maps that a DenseNet's layer gets grows until then
+    return computed_again(lambda x: forward(x, *args, **kwargs), given, block)
 
 
 def build_neck(section: dict, where: str, backbone: nn.Module) -> tuple[nn.Module | None, int]:

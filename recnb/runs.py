@@ -168,9 +168,9 @@ def embed_picture(run: Run, model: RecModel, picture) -> np.ndarray:
 
 
 def untrained(cfg: dict) -> dict:
-    "The configuration without pretrained weights: those of the run replace them."
+    "The configuration for use only: without pretrained weights, which the run's replace, and recomputed blocks."
     cfg = copy.deepcopy(cfg)
-    cfg["Global"]["pretrained_model"] = None
+    cfg["Global"] |= {"pretrained_model": None, "grad_checkpointing": False}
     cfg["Arch"].pop("pretrained_list", None)
     for _, section in architectures(cfg):
         section["Backbone"]["pretrained"] = False
