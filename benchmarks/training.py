@@ -1,7 +1,7 @@
 """What training costs here, as ratios to a bare loop, another pipeline and another library in the same process.
 
     python benchmarks/training.py               all parts, each in a process of its own; a JSON line for each result
-    python benchmarks/training.py step          one part: step, loader, or supcon
+    python benchmarks/training.py step          one part: step, loader, kept, optimizer, or supcon
 
 Run it on an idle machine. notebooks/07_benchmark.ipynb runs the same and keeps the results under docs/benchmarks.
 """
@@ -28,13 +28,15 @@ from fasttransform import Transform
 from PIL import Image, ImageFilter
 from torchvision.transforms import v2
 
+from recnb.backbones import create_backbone
 from recnb.config import load_config
 from recnb.heads import unit
 from recnb.learner import FastaiLoader
 from recnb.loaders import build_loaders
 from recnb.losses import SupConLoss
 from recnb.marks import draw_marks
-from recnb.model import build_model
+from recnb.model import build_model, recompute_blocks
+from recnb.optim import build_optimizer
 from recnb.training import build_learner
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -224,11 +226,50 @@ def supcon(which: str = "recnb", rows: int = 1024, width: int = 256) -> dict:
             "value": value.item()}
 
 
+def kept(name: str = "resnet50", pixels: int = 224, batch: int = 4) -> dict:
+    "Megabytes an image that a backbone keeps for its backward pass, as it is and with recomputed blocks."
+    model, found = create_backbone(name).train(), []
+    x, weights = torch.randn(batch, 3, pixels, pixels), {p.data_ptr() for p in model.parameters()}
+    for _ in range(2):
+        sizes = {}
+
+        def seen(tensor, sizes=sizes):
+            if tensor.data_ptr() not in weights:
+                storage = tensor.untyped_storage()
+                sizes[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(seen, lambda tensor: tensor):
+            model(x).sum()
+        found.append(sum(sizes.values()) / batch / 1e6)
+        recompute_blocks(model)
+    return {"part": "kept", "what": f"{name}, {pixels} px", "MB": found[0], "recomputed_MB": found[1]}
+
+
+def optimizer(name: str = "AdamW", steps: int = 10) -> dict:
+    "Milliseconds of an optimizer's step for the parameters of a ResNet-50, fused and as torch does it by default."
+    torch.set_num_threads(1)
+    times = {}
+    for made in ("fused", "default"):
+        parameters = [*create_backbone("resnet50").parameters()]
+        for p in parameters:
+            p.grad = torch.randn_like(p)
+        by_recnb = build_optimizer({"Optimizer": {"name": name}})(parameters, lr=1e-3)
+        if made == "default":
+            for group in by_recnb.param_groups:
+                group["fused"] = None
+        ends = [(by_recnb.step(), time.perf_counter())[1] for _ in range(steps)]
+        times[made] = 1e3 * median(np.diff(ends))
+    return {"part": "optimizer", "what": f"{name}, 23.5 million parameters, one thread", "fused_ms": times["fused"],
+            "default_ms": times["default"]}
+
+
 def all_parts() -> list[dict]:
     "The results of all parts, each measured in a process of its own."
     sizes = [("recnb", 1024), ("pytorch-metric-learning", 1024), ("plain", 1024), ("recnb", 4096),
              ("pytorch-metric-learning", 4096)]
-    words = [["step"], ["loader"], *(["supcon", which, str(rows)] for which, rows in sizes)]
+    words = [["step"], ["loader"], ["kept", "resnet50"], ["kept", "vit_small_patch16_224"], ["optimizer", "AdamW"],
+             ["optimizer", "Momentum"], *(["supcon", which, str(rows)] for which, rows in sizes)]
     results = [result for part in words for result in lines(__file__, *part)]
     return results + (lines(Path(__file__).with_name("gpu.py")) if DEVICE.type == "cuda" else [])
 
@@ -245,7 +286,7 @@ def main() -> None:
         for result in all_parts():
             print(json.dumps(result))
         return
-    parts = {"step": step, "loader": loader, "supcon": supcon}
+    parts = {"step": step, "loader": loader, "kept": kept, "optimizer": optimizer, "supcon": supcon}
     args = [int(word) if word.isdigit() else word for word in words[1:]]
     print(json.dumps({**machine(), **parts[words[0]](*args)}))
 
