@@ -335,7 +335,7 @@ class Pace(Callback):
     def before_batch(self):
         if self.training:
             self.waited += time.perf_counter() - self.ready
-            self.images += len(self.xb[0])
+            self.images += len(self.xb[0]) * ranks()[1]
 
     def after_batch(self):
         self.ready = time.perf_counter()
