@@ -117,7 +117,7 @@ def step(size: int = 128, batch: int = 64, steps: int = 12, rounds: int = 5) -> 
 
 def bare_loop(model, loss, batches) -> float:
     "The median seconds of a step of the plainest loop."
-    optimizer, times = torch.optim.AdamW(model.parameters(), lr=0.0003), []
+    optimizer, times = torch.optim.AdamW(model.parameters(), lr=0.0003, fused=True), []
     for x, y in batches:
         times.append(now())
         loss(model(x, y), y).backward()

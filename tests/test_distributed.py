@@ -115,7 +115,7 @@ def normalised_step(rank, count, synchronized=True, chunk=None):
     return [tensor.numpy() for tensor in (*found, model.eval()(x)["features"].detach())]
 
 
-@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_shared_batch_statistics_are_those_of_the_whole_batch(count):
     try:
         alone = normalised_step(0, 1)
@@ -288,7 +288,7 @@ def several(rank, config, folder):
     return len(learn.model.head.weight), len(learn.opt.opt.optimizers)
 
 
-@pytest.mark.parametrize("rate", [1.0, 0.5])
+@pytest.mark.parametrize("rate", [pytest.param(1.0, marks=pytest.mark.slow), 0.5])
 def test_a_sharded_head_has_an_optimizer_of_its_own(config_file, tmp_path, rate):
     changes = {**SEVERAL, "Arch.Head.sample_rate": rate}
     assert in_processes(2, several, config_file(changes), tmp_path / "cut") == [(7, 2), (8, 2)]
