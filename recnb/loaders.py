@@ -108,16 +108,18 @@ def divided(loader: DataLoader) -> DataLoader:
 
 
 def images_per_second(loader: ImageLoader, seconds: float = 2.0) -> float:
-    "How many images a training loader makes with nobody using them, tried for so long, for one epoch at most."
+    """How many images a training loader makes with nobody using them, tried for so long, for one epoch at most.
+
+    The first batch, before which the workers start, counts only where there is no other.
+    """
     alone = over(loader, loader.dataset, batch_sampler=loader.batch_sampler, persistent_workers=False,
                  generator=torch.Generator())
-    count, began = 0, None
-    for x, _ in alone:
-        if began is None:  # the workers have started
-            began = time.perf_counter()
-            continue
+    count, began = 0, time.perf_counter()
+    for number, (x, _) in enumerate(alone, 1):
         count += len(x)
-        if time.perf_counter() - began > seconds:
+        if number == 1 < len(alone):
+            count, began = 0, time.perf_counter()
+        elif time.perf_counter() - began > seconds:
             break
     return count / (time.perf_counter() - began)
 
@@ -243,12 +245,14 @@ def keep(images: ImageList, folder: Path, where: str) -> None:
     key = [fingerprint(images.paths, images.boxes, range(len(images))), torchvision.__version__,
            *map(str, images.transform.transforms[:done])]
     images.kept = Kept(folder / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.npy", images.transform, done)
-    if not images.kept.path.exists():
-        first_does(write_kept, images)
+    first_does(write_kept, images)
 
 
 def write_kept(images: ImageList) -> None:
-    "None; writes the file of `images.kept`."
+    "None; writes the file of `images.kept` where there is none."
+    if images.kept.path.exists():  # asked by one process: others might see the file and not wait for it
+        return
+
     def first_part(index: int) -> np.ndarray:  # (H, W, 3)
         image = images.image(index)
         for op in images.transform.transforms[:images.kept.done]:

@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from math import prod
 from pathlib import Path
 
@@ -75,15 +76,21 @@ def one_step(rank, count):
     return [p.grad.numpy() for p in parameters]
 
 
-@pytest.mark.parametrize("count", [2, 3])
-def test_processes_make_the_step_of_one_with_the_whole_batch(count):
+def assert_as_one(step, count, rtol, atol):
+    "The arrays of `step(0, 1)`, which those of `step(rank, count)` agree with in each of so many processes."
     try:
-        alone = one_step(0, 1)
+        alone = step(0, 1)
     finally:
         torch.set_default_dtype(torch.float32)
-    for gradients in in_processes(count, one_step, count):
-        for ours, theirs in zip(alone, gradients, strict=True):
-            np.testing.assert_allclose(ours, theirs, rtol=1e-10, atol=1e-12)
+    for found in in_processes(count, step, count):
+        for ours, theirs in zip(alone, found, strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=rtol, atol=atol)
+    return alone
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_processes_make_the_step_of_one_with_the_whole_batch(count):
+    assert_as_one(one_step, count, rtol=1e-10, atol=1e-12)
 
 
 def convolutional(synchronized):
@@ -117,13 +124,7 @@ def normalised_step(rank, count, synchronized=True, chunk=None):
 
 @pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_shared_batch_statistics_are_those_of_the_whole_batch(count):
-    try:
-        alone = normalised_step(0, 1)
-    finally:
-        torch.set_default_dtype(torch.float32)
-    for found in in_processes(count, normalised_step, count):
-        for ours, theirs in zip(alone, found, strict=True):
-            np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-11)
+    alone = assert_as_one(normalised_step, count, rtol=1e-9, atol=1e-11)
     apart = in_processes(count, normalised_step, count, False)[0]
     assert abs(apart[0] - alone[0]) > 1e-4 and len(apart) == len(alone)
 
@@ -380,3 +381,17 @@ def test_the_notebook_key_starts_processes(config_file, tmp_path, run_notebook_i
 def run_notebook_in():
     from conftest import run_notebook
     return run_notebook
+
+
+def kept_by(rank, config):
+    if rank:  # sees the finished file where the other one has been quicker
+        time.sleep(3)
+    images = build_loaders(load_config(config)).train.dataset
+    dist.barrier()
+    return images.kept.path.name, images[0, 1][0].sum().item()
+
+
+def test_processes_keep_images_in_one_file(config_file, tmp_path):
+    config = config_file({"Global.cache_images": str(tmp_path / "kept")})
+    one, other = in_processes(2, kept_by, config)
+    assert one == other and len(list((tmp_path / "kept").iterdir())) == 3

@@ -141,6 +141,7 @@ def test_the_rate_of_a_loader_alone_touches_neither_it_nor_the_random_state(buil
     loader, state = built().train, torch.get_rng_state()
     assert images_per_second(loader, seconds=0.1) > 0
     assert torch.equal(torch.get_rng_state(), state)
+    assert images_per_second(built(**{"Global.iter_per_epoch": 1}).train) > 0
     assert torch.equal(epoch(loader)[0], epoch(built().train)[0])
 
 
