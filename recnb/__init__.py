@@ -9,7 +9,7 @@ the package loads none of them.
 """
 from importlib import import_module
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 CHAPTER_OF = {"load_config": "config", "build_loaders": "loaders", "build_model": "model", "RecModel": "model",
               "build_learner": "training", "retrieval_metrics": "metrics", "open_run": "runs"}
 __all__ = [*CHAPTER_OF, "__version__"]

@@ -16,8 +16,11 @@ from recnb.plain import Loader as Loader
 from recnb.plain import read_plain
 from recnb.registry import ConfigError, Registry, fits, suggest
 
-PACKAGE_PARENT = Path(__file__).resolve().parents[1]
-ROOT = PACKAGE_PARENT if (PACKAGE_PARENT / "configs").is_dir() else Path.cwd()
+# configs/ and notebooks/ lie beside the package in a clone and inside it in an installed wheel. ROOT is what relative
+# paths start from: the clone, or the working directory where the package is installed.
+PACKAGE = Path(__file__).resolve().parent
+ROOT = Path.cwd() if (PACKAGE / "configs").is_dir() else PACKAGE.parent
+SHIPPED = ("configs", "notebooks")
 
 # The keys of Global with their defaults; every other default lives in the signature of the part that it belongs to.
 GLOBAL = {
@@ -83,10 +86,17 @@ CHAPTERS = ("datasets", "layouts", "transforms", "augment", "samplers", "necks",
 
 
 def resolve(path: str | Path) -> Path:
-    "The path itself where it exists from here, otherwise the same path below the project's root; ConfigError for none."
+    """Return the path itself if it exists from here, otherwise the same path below ROOT.
+
+    What an installed wheel ships, such as `configs/demo.yaml`, is found in the package. Raise ConfigError for text that
+    cannot be a path.
+    """
     try:
         path = Path(path).expanduser()
-        return path if path.exists() or path.is_absolute() else ROOT / path
+        if path.exists() or path.is_absolute():
+            return path
+        shipped = path.parts[:1] and path.parts[0] in SHIPPED and (PACKAGE / path).exists()
+        return (PACKAGE if shipped else ROOT) / path
     except (OSError, RuntimeError) as error:  # RuntimeError: ~ of someone who is not known
         raise ConfigError(f"'{str(path)[:100]}' cannot be a path: {getattr(error, 'strerror', error)}") from None
 

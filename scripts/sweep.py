@@ -31,7 +31,7 @@ from recnb.datasets import DataError
 from recnb.marks import draw_marks
 from recnb.registry import suggest
 
-NOTEBOOK = ROOT / "notebooks" / "02_train.ipynb"
+NOTEBOOK = resolve("notebooks/02_train.ipynb")
 KEYS = ("config", "run_dir", "overrides", "grid", "list")
 
 

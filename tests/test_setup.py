@@ -70,5 +70,5 @@ def test_the_readme_says_how_to_begin():
 
 
 def test_the_licence_is_the_one_declared():
-    assert PROJECT["license"]["text"] == "Apache-2.0"
+    assert PROJECT["license"] == "Apache-2.0"
     assert "Apache License" in (ROOT / "LICENSE").read_text() and "Version 2.0" in (ROOT / "LICENSE").read_text()
