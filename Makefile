@@ -1,11 +1,24 @@
-# make demo   train on drawn images and leave an executed notebook (a few minutes on two CPU cores)
-# make test   the default test suite        make lab   JupyterLab on the notebooks
+# make demo    train on drawn images and leave an executed notebook (a few minutes on two CPU cores)
+# make test    the default test suite        make lab     JupyterLab on the notebooks
 # make test-browser   the galleries in a real Chromium (installed by apt where that may be)
-# make PYTHON=python3.12 demo               to use another Python than python3 (3.10 or newer)
+# make docs    the documentation as a site   make lint types format wheel     see CONTRIBUTING.md
+# make PYTHON=python3.12 demo                to use another Python than python3 (3.10 or newer)
 PYTHON ?= python3
 BIN := .venv/bin
+EXTRAS := lab,test,export
+UV := $(shell command -v uv)
 
-.PHONY: demo test test-browser lab pictures clean
+# uv takes the CPU build of torch where there is no GPU; where its list of builds cannot be reached, the index's own build.
+ifdef UV
+VENV := uv venv -q --seed --python $(PYTHON) .venv
+PIP := uv pip install -q --python $(BIN)/python -c constraints.txt
+install = $(PIP) --torch-backend auto -e '.[$(1)]' 2>/dev/null || $(PIP) -e '.[$(1)]'
+else
+VENV := $(PYTHON) -m venv .venv
+install = $(BIN)/python -m pip install -q -c constraints.txt -e '.[$(1)]'
+endif
+
+.PHONY: demo test test-browser lab pictures docs lint types format wheel clean
 
 demo: .venv/installed
 	@rm -rf runs/demo && mkdir -p runs/demo
@@ -23,7 +36,7 @@ test-browser: .venv/installed
 	@command -v chromium >/dev/null || { test "$$(id -u)" = 0 && command -v apt-get >/dev/null \
 	    && apt-get update -qq && apt-get install -y -qq chromium >/dev/null; } \
 	    || echo "no chromium, and it cannot be installed here: install Debian's package chromium"
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[browser]'
+	$(call install,browser)
 	$(BIN)/python -m pytest -m browser
 
 lab: .venv/installed
@@ -32,13 +45,36 @@ lab: .venv/installed
 # Reinstalled only when what is asked for changes.
 .venv/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10))" || { echo "recnb needs Python 3.10 or newer"; exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[lab,test,export]'
+	test -x $(BIN)/python || $(VENV) || { rm -rf .venv; exit 1; }
+	$(call install,$(EXTRAS))
 	@touch $@
 
 pictures: .venv/installed  # those in the README, after make demo
 	$(BIN)/python scripts/gallery_picture.py runs/demo docs/gallery.png
 	$(BIN)/python scripts/evaluation_picture.py runs/demo docs/evaluation.png
 
+docs: .venv/installed
+	$(call install,docs)
+	$(BIN)/sphinx-build -q -W docs docs/_build/html
+	@echo "documentation: docs/_build/html/index.html"
+
+# What CONTRIBUTING.md asks for before a commit.
+lint: .venv/dev
+	$(BIN)/pre-commit run --all-files
+
+types: .venv/dev
+	$(BIN)/mypy
+
+format: .venv/dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+wheel: .venv/dev
+	$(BIN)/python -m build
+
+.venv/dev: .venv/installed
+	$(call install,dev)
+	@touch $@
+
 clean:
-	rm -rf .venv runs data/demo
+	rm -rf .venv runs data/demo dist docs/_build

@@ -1,11 +1,12 @@
-"The files that install the project agree with each other."
+"""The files that install the project agree with each other."""
 import re
-from itertools import chain
+import subprocess
+import sys
 from pathlib import Path
 
+import pytest
 import yaml
 from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
 
 try:
     import tomllib
@@ -14,39 +15,59 @@ except ModuleNotFoundError:  # Python 3.10
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-EXTRAS = PROJECT["optional-dependencies"]
-ENVIRONMENT = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
 
 
-def requirements(lines):
-    return {canonicalize_name(r.name): r for r in map(Requirement, lines)}
+def check(root: Path) -> list[str]:
+    """Return the lines of `requirements.py --check` for a project in root, none where it is in order."""
+    result = subprocess.run([sys.executable, str(root / "scripts" / "requirements.py"), "--check"],
+                            capture_output=True, text=True)
+    assert (result.returncode == 0) == (not result.stderr), result.stderr
+    return result.stderr.splitlines()
 
 
-def pins():
-    lines = (ROOT / "constraints.txt").read_text().splitlines()
-    return requirements(line for line in lines if line.strip() and not line.startswith("#"))
+@pytest.fixture
+def project(tmp_path):
+    """A copy of the files that say what to install."""
+    (tmp_path / "scripts").mkdir()
+    for name in ("pyproject.toml", "constraints.txt", "environment.yml", "scripts/requirements.py"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    return tmp_path
 
 
-def test_environment_installs_what_the_project_asks_for():
-    (pip,) = [entry["pip"] for entry in ENVIRONMENT if isinstance(entry, dict)]
-    packages = [line for line in pip if not line.startswith("-")]
-    wanted = [*PROJECT["dependencies"], *EXTRAS["lab"], *EXTRAS["test"], *EXTRAS["export"]]
-    assert sorted(packages) == sorted(wanted) and len(set(packages)) == len(packages)
-    assert {"-c constraints.txt", "-e ."} == set(pip) - set(packages)
-    assert f"python{PROJECT['requires-python']}" in ENVIRONMENT and "pip" in ENVIRONMENT
+def test_constraints_and_environment_are_up_to_date():
+    assert check(ROOT) == []
 
 
-def test_every_package_is_pinned_within_its_range():
-    pinned = pins()
-    asked = requirements(chain(PROJECT["dependencies"], *(EXTRAS[name] for name in ("lab", "test", "export"))))
-    for name, wanted in asked.items():
-        assert name in pinned, f"{name} has no pin in constraints.txt"
-        (pin,) = pinned[name].specifier
-        assert pin.operator == "==" and wanted.specifier.contains(pin.version), f"{name}: {pin} is not {wanted}"
+@pytest.mark.parametrize(("file", "old", "new", "complaint"), [
+    ("pyproject.toml", '"scipy>=1.11"', '"scipy>=99"', "constraints.txt has scipy=="),
+    ("pyproject.toml", '"scipy>=1.11"', '"no-such-package"', "constraints.txt has no version of no-such-package"),
+    ("pyproject.toml", 'requires-python = ">=3.10"', 'requires-python = ">=3.11"', "environment.yml is not"),
+    ("environment.yml", "-c constraints.txt", "-c other.txt", "environment.yml is not"),
+])
+def test_what_is_stale_is_named(project, file, old, new, complaint):
+    text = (project / file).read_text()
+    assert old in text
+    (project / file).write_text(text.replace(old, new))
+    first, last = check(project)
+    assert first.startswith(complaint) and last == "run: python scripts/requirements.py --write"
 
 
 def test_every_pin_is_exact():
-    assert not [str(pin) for pin in pins().values() if [s.operator for s in pin.specifier] != ["=="]]
+    lines = (line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#"))
+    assert not [line for line in lines if [one.operator for one in Requirement(line).specifier] != ["=="]]
+
+
+def test_environment_and_make_install_the_same_extras():
+    (pip,) = [entry["pip"] for entry in yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+              if isinstance(entry, dict)]
+    extras = re.search(r"^EXTRAS := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
+    assert pip == ["-c constraints.txt", f"-e .[{extras}]"] and set(extras.split(",")) <= {
+        *PROJECT["optional-dependencies"]}
+
+
+def test_no_file_names_the_host_of_an_index():
+    for name in ("pyproject.toml", "constraints.txt", "environment.yml", "Makefile"):
+        assert not re.search(r"https?://|@ file:", (ROOT / name).read_text()), name
 
 
 def test_python_is_the_one_that_ruff_and_make_check():
@@ -58,7 +79,8 @@ def test_python_is_the_one_that_ruff_and_make_check():
 
 def test_make_has_its_targets():
     makefile = (ROOT / "Makefile").read_text()
-    assert {"demo", "test", "test-browser", "lab", "pictures"} <= set(re.findall(r"^([\w-]+):", makefile, re.MULTILINE))
+    targets = set(re.findall(r"^([\w-]+):", makefile, re.MULTILINE))
+    assert targets >= {"demo", "test", "test-browser", "lab", "pictures", "docs", "lint", "types", "format", "wheel"}
     for file in ("constraints.txt", "notebooks/02_train.ipynb", "configs/demo.yaml"):
         assert file in makefile and (ROOT / file).is_file()
     assert "make test" in (ROOT / ".ci" / "run").read_text()
