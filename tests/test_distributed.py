@@ -1,7 +1,6 @@
 "Several processes make the step of one with the whole batch, evaluate together, write one run folder, and stop as one."
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -13,7 +12,8 @@ import pandas as pd
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from conftest import run_notebook
+from processes import in_processes
 from safetensors.torch import load_file
 from torch import nn
 
@@ -28,31 +28,10 @@ from recnb.losses import CELoss, CombinedLoss, SupConLoss
 from recnb.memories import CenterLoss
 from recnb.model import RecModel, build_model
 from recnb.pairs import TripletLossV2
+from recnb.train import main
 from recnb.training import build_learner, device_count
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
-def in_processes(count, work, *args):
-    "What `work(rank, *args)` returns in each of so many gloo processes."
-    with mp.Manager() as manager:
-        results = manager.dict()
-        mp.spawn(begin, (count, free_port(), results, work, args), nprocs=count)
-        return [results[rank] for rank in range(count)]
-
-
-def begin(rank, count, port, results, work, args):
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=count)
-    results[rank] = work(rank, *args)
-    dist.destroy_process_group()
 
 
 def parts():
@@ -241,20 +220,17 @@ def test_an_evaluation_is_divided_and_joined():
         assert whole == embedded == list(range(11))
 
 
-def torchrun(count, config, run, check=True):
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", "-m",
-             "recnb.train", str(config), "--run-dir", str(run)]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0 or not check, done.stdout[-3000:] + done.stderr[-3000:]
-    return done
+def train(rank, config, run):
+    return main([str(config), "--run-dir", str(run)])
 
 
 def test_two_processes_end_near_one_with_the_same_global_batch(config_file, tmp_path):
     plain = {"Global.epochs": 3, "DataLoader.Train.sampler": {"batch_size": 15}, "Arch.freeze": ["backbone"],
              "Loss.Train": [{"CELoss": {}}, {"SupConLoss": {"views": 2}}], "Arch.Head.sharded": True}
-    torchrun(2, config_file(plain), tmp_path / "two")
+    two = config_file({**plain, "Global.devices": 2})  # which torchrun starts
+    assert train(0, two, tmp_path / "two") == 0
     one = config_file({**plain, "DataLoader.Train.sampler": {"batch_size": 30}})
-    torchrun(1, one, tmp_path / "one")
+    assert train(0, one, tmp_path / "one") == 0
     two, one = (pd.read_csv(tmp_path / name / "history.csv") for name in ("two", "one"))
     assert two.columns.tolist() == one.columns.tolist() and len(two) == 3
     np.testing.assert_allclose(two, one, rtol=1e-3)  # the same batches, summed in another order
@@ -302,12 +278,12 @@ def test_a_sharded_head_has_an_optimizer_of_its_own(config_file, tmp_path, rate)
     assert weights["head.weight"].shape == (15, 16) and (kept["model"]["head.weight"] != 0).all()
 
 
-def test_another_number_of_processes_goes_on(config_file, tmp_path):
+def test_another_number_of_processes_goes_on(config_file, tmp_path, capsys):
     steps = {"Optimizer.lr": {"name": "MultiStepDecay", "learning_rate": 0.002, "milestones": [1]},
              "Arch.Head.sharded": True, "EMA": {"decay": 0.9}}
-    torchrun(2, config_file({**steps, "Global.epochs": 1}), tmp_path / "run")
-    done = torchrun(1, config_file({**steps, "Global.epochs": 2}), tmp_path / "run")
-    assert "resuming behind epoch 1 of 2" in done.stdout
+    assert in_processes(2, train, config_file({**steps, "Global.epochs": 1}), tmp_path / "run") == [0, 0]
+    assert train(0, config_file({**steps, "Global.epochs": 2}), tmp_path / "run") == 0
+    assert "resuming behind epoch 1 of 2" in capsys.readouterr().out
     assert pd.read_csv(tmp_path / "run" / "history.csv").epoch.tolist() == [1, 2]
     kept = torch.load(tmp_path / "run" / "checkpoints" / "latest.pt", weights_only=True)
     assert kept["callbacks"]["moving_average"]["weights"]["head.weight"].shape == (15, 16)
@@ -355,6 +331,7 @@ def test_every_process_goes_on_with_its_own_random_state(config_file, tmp_path, 
     assert all(same) is not old
 
 
+@pytest.mark.slow
 def test_a_process_that_fails_ends_the_others(config_file, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(
         "import os\nif os.environ.get('RANK') == '1':\n    import torch\n"
@@ -368,24 +345,22 @@ def test_a_process_that_fails_ends_the_others(config_file, tmp_path):
     assert done.returncode != 0 and "this rank fails" in done.stderr
 
 
-def test_the_notebook_key_starts_processes(config_file, tmp_path, run_notebook_in):
-    executed = run_notebook_in("02_train", tmp_path / "run", config=str(config_file({"Global.devices": 2})),
-                               run_dir=str(tmp_path / "run"))
-    assert executed.exists() and json.loads((tmp_path / "run" / "metrics.json").read_text())["recall5"] > 0
+def test_a_number_of_devices_is_one_at_least(config_file):
     assert device_count("auto") >= 1
     with pytest.raises(ConfigError, match=r"Global\.devices: 0 is neither a number of processes nor 'auto'"):
         load_config(config_file({"Global.devices": 0}))
 
 
-@pytest.fixture
-def run_notebook_in():
-    from conftest import run_notebook
-    return run_notebook
+@pytest.mark.slow
+def test_the_notebook_starts_processes(config_file, tmp_path):
+    executed = run_notebook("02_train", tmp_path / "run", config=str(config_file({"Global.devices": 2})),
+                            run_dir=str(tmp_path / "run"))
+    assert executed.exists() and json.loads((tmp_path / "run" / "metrics.json").read_text())["recall5"] > 0
 
 
 def kept_by(rank, config):
     if rank:  # sees the finished file where the other one has been quicker
-        time.sleep(3)
+        time.sleep(1)
     images = build_loaders(load_config(config)).train.dataset
     dist.barrier()
     return images.kept.path.name, images[0, 1][0].sum().item()

@@ -1,7 +1,7 @@
 "Blocks of a backbone that torch's fully_shard divides over processes make the steps of one process."
 import numpy as np
 import torch
-from test_distributed import in_processes
+from processes import in_processes
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
+from processes import in_processes
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -132,31 +132,24 @@ def gathered():
     return rows.detach(), x.grad / dist.get_world_size()
 
 
-def worker(rank, world, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=world)
+def found(rank):
+    "What one process of a group finds, for all the tests below."
     with pytest.raises(ValueError, match="there are 0 classes for"):
         share(0)
     found = {"start": collect(net("AdaMargin", sharded=True).state_dict(), {"head.weight": CLASSES}),
              "drawn": drawn_part(), "gathered": gathered(), "step": {name: one_step(name) for name in ARGS}}
     for name, kind, chunk in RUNS:
         found[name, kind, chunk] = trained(name, kind, chunk)
-    torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return found
 
 
 RUNS = [(name, kind, None) for name in ARGS for kind in ("AdamW", "Momentum")] + [("ArcMargin", "AdamW", 2)]
 
 
 @pytest.fixture(scope="module", params=[1, 2, 3])
-def ranks(request, tmp_path_factory):
+def ranks(request):
     "What each process of 1, 2 or 3 found, in their order."
-    folder = tmp_path_factory.mktemp("ranks")
-    if request.param == 1:
-        worker(0, 1, folder)
-    else:
-        mp.spawn(worker, (request.param, folder), request.param)
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(request.param)]
+    return in_processes(request.param, found)
 
 
 def assert_close(one, other):

@@ -1,0 +1,58 @@
+"""Functions that run in processes of their own.
+
+Each process is forked from a server that has imported torch and recnb, so it starts in no time, and what one call
+leaves behind no other sees.
+"""
+import multiprocessing
+import os
+import pickle
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["recnb.training"])
+SECONDS = 120
+
+
+def in_processes(count: int, work, *args) -> list:
+    "What `work(rank, *args)` returns in each process of a gloo group of so many."
+    with tempfile.TemporaryDirectory() as folder:
+        group = torch.multiprocessing.start_processes(begin, (count, folder, work, args), count, join=False,
+                                                      start_method="forkserver")
+        end = time.monotonic() + SECONDS
+        while not group.join(max(0.0, end - time.monotonic())):  # True once all have ended; raises what one has raised
+            if time.monotonic() > end:
+                for process in group.processes:
+                    process.kill()
+                pytest.fail(f"{work.__name__} has not ended after {SECONDS} s in {count} processes")
+        return [pickle.loads((Path(folder) / str(rank)).read_bytes()) for rank in range(count)]
+
+
+def begin(rank: int, count: int, folder: str, work, args: tuple) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=count)
+    (Path(folder) / str(rank)).write_bytes(pickle.dumps(work(rank, *args)))
+    dist.destroy_process_group()
+
+
+def start(log: Path, work, *args) -> multiprocessing.Process:
+    "A process, in a session of its own, that ends with the code that `work(*args)` returns and prints into a file."
+    process = SERVER.Process(target=alone, args=(log, work, args))
+    process.start()
+    return process
+
+
+def alone(log: Path, work, args: tuple) -> None:
+    os.setsid()
+    torch.set_num_threads(1)
+    with log.open("a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.exit(work(*args))
