@@ -80,10 +80,16 @@ def test_python_is_the_one_that_ruff_and_make_check():
 def test_make_has_its_targets():
     makefile = (ROOT / "Makefile").read_text()
     targets = set(re.findall(r"^([\w-]+):", makefile, re.MULTILINE))
-    assert targets >= {"demo", "test", "test-browser", "lab", "pictures", "docs", "lint", "types", "format", "wheel"}
+    for file in ("README.md", "CONTRIBUTING.md", ".github/workflows/ci.yml", ".ci/run"):
+        asked = re.findall(r"(?:`|run: |^)make ([a-z][\w-]*)", (ROOT / file).read_text(encoding="utf-8"), re.MULTILINE)
+        assert asked and set(asked) <= targets, f"{file}: make has no {', '.join(set(asked) - targets)}"
     for file in ("constraints.txt", "notebooks/02_train.ipynb", "configs/demo.yaml"):
         assert file in makefile and (ROOT / file).is_file()
-    assert "make test" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_the_workflow_begins_with_the_oldest_python():
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())["jobs"]
+    assert f">={jobs['test']['strategy']['matrix']['python'][0]}" == PROJECT["requires-python"]
 
 
 def test_the_readme_says_how_to_begin():
