@@ -9,6 +9,7 @@ it was tested with, those of the packages' own needs included.
 from __future__ import annotations
 
 import argparse
+import platform
 import sys
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -64,10 +65,11 @@ def installed(wanted: list[Requirement]) -> dict[str, str]:
 
 def constraints() -> str:
     """Return the text of constraints.txt for the versions that are installed now."""
-    python = f"{sys.version_info.major}.{sys.version_info.minor}"
-    head = [WRITTEN, f"The versions that the project was tested with on Python {python}. Some need that Python:",
-            "on an older one pip chooses within the ranges of pyproject.toml."]
-    pins = sorted(f'{name}=={version} ; python_version >= "{python}"' for name, version in installed(asked()).items()
+    python, system = platform.python_version(), sys.platform
+    head = [WRITTEN, f"The versions that the project was tested with on Python {python}, {system}. An older Python or",
+            "another system may not have them: there the ranges of pyproject.toml hold alone."]
+    marker = f'python_full_version >= "{python}" and sys_platform == "{system}"'
+    pins = sorted(f"{name}=={version} ; {marker}" for name, version in installed(asked()).items()
                   if not name.startswith(LEFT_TO_TORCH))
     return "\n".join([*(f"# {line}" for line in head), *pins, ""])
 
