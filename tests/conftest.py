@@ -12,18 +12,16 @@ The changes are dotted keys as in `load_config`, but they may add what is not th
 import os
 
 os.environ["MPLBACKEND"] = "Agg"
+os.environ["OMP_NUM_THREADS"] = "1"  # tiny models on busy cores: threads would wait for each other
 
 from pathlib import Path
 from unittest.mock import patch
 
 import papermill
 import pytest
-import torch
 import yaml
 
 from recnb.marks import draw_marks
-
-torch.set_num_threads(1)  # tiny models on busy cores: threads would wait for each other
 
 PIXELS = 32
 ROOT = Path(__file__).resolve().parents[1]

@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
@@ -36,7 +35,6 @@ def in_processes(count: int, work, *args) -> list:
 
 
 def begin(rank: int, count: int, folder: str, work, args: tuple) -> None:
-    torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=count)
     (Path(folder) / str(rank)).write_bytes(pickle.dumps(work(rank, *args)))
     dist.destroy_process_group()
@@ -51,7 +49,6 @@ def start(log: Path, work, *args) -> multiprocessing.Process:
 
 def alone(log: Path, work, args: tuple) -> None:
     os.setsid()
-    torch.set_num_threads(1)
     with log.open("a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

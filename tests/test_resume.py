@@ -2,22 +2,21 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
-from conftest import make
+from conftest import make, run_notebook, tiny_config
+from processes import start
 from safetensors.torch import load_file
 
 from recnb.config import ConfigError
 from recnb.guard import TrainingError
 from recnb.learner import Callback
+from recnb.train import main
 
-ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ("history.csv", "model.safetensors")
 SECTIONS = {
     "plain": {},
@@ -29,7 +28,7 @@ SECTIONS = {
         "Optimizer": [{"Adam": {"scope": "RecModel", "lr": {"name": "OneCycleLR", "max_learning_rate": 0.002}}},
                       {"SGD": {"scope": "CenterLoss", "lr": {"name": "Constant", "learning_rate": 50.0}}}]},
     "cross-batch memory": {"Loss.Train": [{"ContrastiveLoss_XBM": {"xbm_size": 30, "start_iter": 3}}]},
-    "moving average": {"EMA": {"decay": 0.9}, "AMP": {"level": "O1"}},
+    "moving average": {"EMA": {"decay": 0.9}},
     "scaled losses": {"AMP": {"dtype": "float16"}},
     "accumulation": {"Global.update_freq": 3},
     "plateau": {"Optimizer.lr": {"name": "ReduceOnPlateau", "learning_rate": 0.002, "mode": "max", "patience": 0,
@@ -159,27 +158,38 @@ def test_a_full_disk_leaves_the_checkpoint_before(config_file, tmp_path, monkeyp
 
 
 # What follows runs in processes of its own, which are killed.
-def command(config, run, *prelude) -> list[str]:
-    "A training process; `prelude` is Python that runs before it."
-    code = "\n".join([*prelude, "import sys", "from recnb.train import main", f"sys.exit(main([{str(config)!r}, "
-                      f"'--run-dir', {str(run)!r}]))"])
-    return [sys.executable, "-c", code]
+def train(config, run, prepare=None) -> int:
+    if prepare:
+        prepare()
+    return main([str(config), "--run-dir", str(run)])
 
 
-def start(words, log) -> subprocess.Popen:
-    return subprocess.Popen(words, cwd=ROOT, stdout=log, stderr=log, start_new_session=True,
-                            env={**os.environ, "OMP_NUM_THREADS": "1"})
+def die_in_a_checkpoint():
+    "None; the fifth checkpoint will be half of one, and the process killed while it writes."
+    save, count = torch.save, [0]
+
+    def dying(state, path):
+        count[0] += 1
+        save(state, path)
+        if count[0] == 5:
+            os.truncate(path, 1000)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    torch.save = dying
+
+
+def ended(process) -> int:
+    process.join()
+    return process.exitcode
 
 
 @pytest.fixture(scope="module")
 def whole(drawn, tmp_path_factory):
     "A configuration, and the folder of its run that was left alone."
-    from conftest import tiny_config
     folder = tmp_path_factory.mktemp("whole")
     config = tiny_config(drawn, folder / "tiny.yaml", {"Global.epochs": 4, "Global.save_steps": 3,
                                                        "Global.print_batch_step": 1, "EMA": {"decay": 0.9}})
-    with (folder / "log").open("w") as log:
-        assert start(command(config, folder / "run"), log).wait() == 0, (folder / "log").read_text()
+    assert ended(start(folder / "log", train, config, folder / "run")) == 0, (folder / "log").read_text()
     return config, folder / "run"
 
 
@@ -192,34 +202,20 @@ def wait_for_line(run: Path, text: str, process) -> None:
     "None; returns once train.log holds the text."
     log = run / "train.log"
     while not (log.exists() and text in log.read_text()):
-        assert process.poll() is None, "the run ended too early"
+        assert process.is_alive(), "the run ended too early"
         time.sleep(0.01)
-
-
-KILLER = """
-import os, signal, torch
-save, count = torch.save, [0]
-def dying(state, path):
-    count[0] += 1
-    save(state, path)
-    if count[0] == 5:
-        open(path, "r+b").truncate(1000)
-        os.kill(os.getpid(), signal.SIGKILL)
-torch.save = dying
-"""
 
 
 def test_killed_in_a_step_and_while_a_checkpoint_is_written(whole, tmp_path):
     config, alone = whole
     run = tmp_path / "run"
-    with (tmp_path / "log").open("w") as log:
-        process = start(command(config, run), log)
-        wait_for_line(run, "epoch 1/4 step 8", process)
-        os.killpg(process.pid, signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
-        assert start(command(config, run, KILLER), log).wait() == -signal.SIGKILL
-        assert torch.load(run / "checkpoints" / "latest.pt", weights_only=True)["epoch"] < 4
-        assert start(command(config, run), log).wait() == 0, (tmp_path / "log").read_text()
+    process = start(tmp_path / "log", train, config, run)
+    wait_for_line(run, "epoch 1/4 step 8", process)
+    os.killpg(process.pid, signal.SIGKILL)
+    assert ended(process) == -signal.SIGKILL
+    assert ended(start(tmp_path / "log", train, config, run, die_in_a_checkpoint)) == -signal.SIGKILL
+    assert torch.load(run / "checkpoints" / "latest.pt", weights_only=True)["epoch"] < 4
+    assert ended(start(tmp_path / "log", train, config, run)) == 0, (tmp_path / "log").read_text()
     same(run, alone)
     assert "took over the lock of process" in (tmp_path / "log").read_text()
 
@@ -228,34 +224,35 @@ def test_killed_in_a_step_and_while_a_checkpoint_is_written(whole, tmp_path):
 def test_asked_to_stop_it_saves_and_goes_on_later(whole, tmp_path, number):
     config, alone = whole
     run = tmp_path / "run"
-    with (tmp_path / "log").open("w") as log:
-        process = start(command(config, run), log)
-        wait_for_line(run, "epoch 2/4 step 5", process)
-        process.send_signal(number)
-        assert process.wait() == 130
-        assert "all saved: the same command goes on from there" in (tmp_path / "log").read_text()
-        assert not (run / ".lock").exists()
-        assert start(command(config, run), log).wait() == 0, (tmp_path / "log").read_text()
+    process = start(tmp_path / "log", train, config, run)
+    wait_for_line(run, "epoch 2/4 step 5", process)
+    os.kill(process.pid, number)
+    assert ended(process) == 130
+    assert "all saved: the same command goes on from there" in (tmp_path / "log").read_text()
+    assert not (run / ".lock").exists()
+    assert ended(start(tmp_path / "log", train, config, run)) == 0, (tmp_path / "log").read_text()
     same(run, alone)
 
 
+def notebook(config, run) -> None:
+    run_notebook("02_train", run.parent / "out", config=str(config), run_dir=str(run))
+
+
+@pytest.mark.slow
 def test_a_notebook_killed_with_its_kernel_goes_on(whole, tmp_path):
     config, alone = whole
     run = tmp_path / "run"
-    words = [sys.executable, "-m", "papermill", str(ROOT / "notebooks" / "02_train.ipynb"), str(tmp_path / "out.ipynb"),
-             "-k", "python3", "-l", "python", "-p", "config", str(config), "-p", "run_dir", str(run)]
-    with (tmp_path / "log").open("w") as log:
-        process = start(words, log)
-        wait_for_line(run, "epoch 2/4 step 2", process)
-        os.killpg(process.pid, signal.SIGKILL)  # the kernel ends some seconds later, the lock waits for it
-        process.wait()
-        assert start(words, log).wait() == 0, (tmp_path / "log").read_text()
+    process = start(tmp_path / "log", notebook, config, run)
+    wait_for_line(run, "epoch 2/4 step 2", process)
+    os.killpg(process.pid, signal.SIGKILL)  # the kernel ends some seconds later, the lock waits for it
+    ended(process)
+    notebook(config, run)
     same(run, alone)
 
 
 def test_the_resolved_configuration_gives_the_same_metrics(whole, tmp_path):
     _, alone = whole
-    with (tmp_path / "log").open("w") as log:
-        assert start(command(alone / "config.yaml", tmp_path / "run"), log).wait() == 0, (tmp_path / "log").read_text()
+    process = start(tmp_path / "log", train, alone / "config.yaml", tmp_path / "run")
+    assert ended(process) == 0, (tmp_path / "log").read_text()
     same(tmp_path / "run", alone)
     assert load_file(alone / "model.safetensors").keys() == load_file(alone / "checkpoints" / "best.safetensors").keys()
