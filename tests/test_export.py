@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnxruntime
-import papermill
 import pytest
 import timm
 import torch
@@ -447,12 +446,6 @@ def test_an_index_belongs_to_its_model(folder, tmp_path):
 
 
 # ---- slower ----------------------------------------------------------------------------------------------------------
-
-@pytest.mark.slow
-def test_the_notebook_stops_where_an_option_is_misspelt(run, tmp_path):
-    with pytest.raises(papermill.PapermillExecutionError, match="did you mean 'dynamic_size'"):
-        run_notebook("05_export", tmp_path, run=str(run.folder), options={"dynamic_sizes": True})
-
 
 @pytest.mark.slow
 def test_logits_get_labels_and_no_index(run, tmp_path):

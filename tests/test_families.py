@@ -14,6 +14,7 @@ from recnb.lint import lint
 
 FAMILIES = ("vehicle_reid", "vehicle_model", "logo", "cartoon_face", "product_sop", "product_inshop", "person_reid",
             "hashing", "xbm", "distillation")
+QUICK = ("product_sop", "distillation")
 
 
 @pytest.fixture
@@ -39,7 +40,8 @@ def test_a_family_has_no_finding_and_says_how_to_run_it(name):
     assert f"runs/{name}/train.ipynb \\-p config {path} -p run_dir runs/{name}" in head
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+                                  for name in FAMILIES])
 def test_a_family_trains_and_evaluates(name, folder):
     cfg = over_miniature(read_yaml(f"configs/{name}.yaml"), folder, start_iter=1, xbm_size=24)
     history, moved = run(cfg, folder)

@@ -7,7 +7,6 @@ from pathlib import Path
 import nbformat
 import numpy as np
 import pandas as pd
-import papermill
 import pytest
 from conftest import ROOT, run_notebook, tiny_config
 
@@ -50,17 +49,11 @@ def test_the_html_of_nbconvert_holds_the_figures(trained_run, tmp_path):
     assert (tmp_path / "train.html").read_text().count('src="data:image/png;base64') >= 3
 
 
+@pytest.mark.slow
 def test_again_from_the_notebooks_folder_gives_the_same_metrics(trained_run, drawn, tmp_path):
     again = train(tiny_config(drawn, tmp_path / "tiny.yaml"), tmp_path / "again", cwd=ROOT / "notebooks", find_lr=True)
     for name in ("metrics.json", "history.csv"):
         assert (again / name).read_bytes() == (trained_run / name).read_bytes()
-
-
-def test_a_misspelt_override_stops_in_the_first_cell(drawn, tmp_path):
-    config = tiny_config(drawn, tmp_path / "tiny.yaml")
-    with pytest.raises(papermill.PapermillExecutionError, match="did you mean 'margin'"):
-        train(config, tmp_path / "run", overrides={"Arch.Head.margn": 0.3})
-    assert not (tmp_path / "run" / "metrics.json").exists()
 
 
 def test_the_gallery_notebook_shows_the_run_beside_itself(trained_run, tmp_path):

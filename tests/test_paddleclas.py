@@ -24,9 +24,8 @@ MENDED = {  # what the original could not mean either: (key, the value that mend
         ("DataLoader.Train.dataset.transform_ops.RandomCrop.size", [64, 32], "crop size"),
         ("Global.image_shape", [3, 64, 32], "transform_ops make images of (3, 64, 32), Global.image_shape is")],
 }
-SLOW = ["GeneralRecognitionV2/GeneralRecognitionV2_CLIP_vit_large",  # 300 million weights
-        "quick_start/professional/VGG19_CIFAR10_DeepHash"]  # 140 million
-RUNNING = [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in CONFIGS
+QUICK = ("reid/strong_baseline/softmax_triplet_with_center", "slim/ResNet50_vehicle_reid_prune", "DeepHash/DCH")
+RUNNING = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in CONFIGS
            if name not in REFUSED]
 
 

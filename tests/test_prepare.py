@@ -304,6 +304,7 @@ def test_prepare_notebook(images, config_file, tmp_path):
     assert not [output for output in outputs if output.get("name") == "stderr"]
 
 
+@pytest.mark.slow
 def test_an_unknown_option_stops_the_notebook(images, tmp_path):
     with pytest.raises(papermill.PapermillExecutionError, match="did you mean 'test_share'"):
         run_notebook("01_prepare", tmp_path / "run", source=str(images), options={"tets_share": 0.4})

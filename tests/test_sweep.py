@@ -1,6 +1,7 @@
 "Batches of runs, and the notebook that compares them: scripts/sweep.py, scripts/run_notebook.py, 06_compare."
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import yaml
 from conftest import tiny_config
 
+from recnb import train
 from recnb.config import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -22,25 +24,34 @@ import sweep  # noqa: E402
 TRAIN, COMPARE = ROOT / "notebooks" / "02_train.ipynb", ROOT / "notebooks" / "06_compare.ipynb"
 
 
-def script(name, *args, cwd=ROOT):
-    return subprocess.run([sys.executable, ROOT / "scripts" / name, *map(str, args)], cwd=cwd, text=True,
-                          capture_output=True)
+@pytest.fixture
+def called(monkeypatch, capfd):
+    "A function that calls a script as the command line does: its exit code or message, and what it printed."
+    def call(module, *args):
+        monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, args)])
+        try:
+            code = module.main()
+        except SystemExit as end:
+            code = end.code
+        return code, capfd.readouterr().out
+
+    return call
 
 
 def batch_file(drawn, folder: Path, **content) -> Path:
-    config = tiny_config(drawn, folder / "tiny.yaml", {"Global.epochs": 1})
+    config = tiny_config(drawn, folder / "tiny.yaml")
     path = folder / "batch.yaml"
     path.write_text(yaml.safe_dump({"config": str(config), "run_dir": str(folder / "runs"), **content}))
     return path
 
 
 @pytest.fixture(scope="module")
-def batch(drawn, tmp_path_factory):
-    "A batch of two sound runs and one that fails once it has begun, and what the script printed."
-    folder = tmp_path_factory.mktemp("sweep")
-    path = batch_file(drawn, folder, list=[{"Arch.Head.margin": 0.1}, {"Arch.Head.margin": 0.3},
-                                           {"DataLoader.Train.dataset.cls_label_path": str(folder / "none.txt")}])
-    return path, folder / "runs", script("sweep.py", path, "--jobs", 2)
+def second_run(drawn, tmp_path_factory):
+    "A run like the trained one with another margin, made without a notebook."
+    folder = tmp_path_factory.mktemp("second")
+    config = tiny_config(drawn, folder / "tiny.yaml", {"Arch.Head.margin": 0.3})
+    assert train.main([str(config), "--run-dir", str(folder / "second")]) == 0
+    return folder / "second"
 
 
 def test_grid_and_list_are_combined():
@@ -68,10 +79,10 @@ def test_what_cannot_be_meant_is_refused(content, message):
         sweep.expand(content)
 
 
-def test_the_example_is_sound_and_print_runs_nothing(tmp_path):
-    result = script("sweep.py", "configs/sweeps/demo_margin.yaml", "--run-dir", tmp_path / "runs", "--print")
-    lines = result.stdout.splitlines()
-    assert result.returncode == 0 and len(lines) == 6 and not (tmp_path / "runs").exists(), result.stderr
+def test_the_example_is_sound_and_print_runs_nothing(called, tmp_path):
+    code, printed = called(sweep, "configs/sweeps/demo_margin.yaml", "--run-dir", tmp_path / "runs", "--print")
+    lines = printed.splitlines()
+    assert code == 0 and len(lines) == 6 and not (tmp_path / "runs").exists()
     for line in lines:
         before, command = line.split(" && ")
         assert shlex.split(before)[:2] == ["mkdir", "-p"] and subprocess.run(["bash", "-nc", line]).returncode == 0
@@ -93,65 +104,77 @@ def test_a_batch_is_checked_before_anything_starts(drawn, tmp_path, content, mes
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_failing_run_keeps_its_notebook_and_the_others_go_on(batch):
-    _, runs, result = batch
-    assert result.returncode == 1, result.stdout + result.stderr
-    states = {folder.name[:10]: (folder / "metrics.json").exists() for folder in runs.iterdir()}
+def test_a_command_that_fails_stops_no_other(tmp_path, capfd):
+    jobs = [sweep.Job(name, tmp_path / name, {}, ["sh", "-c", text])
+            for name, text in (("first", "true"), ("second", "echo this is why; exit 3"), ("third", "true"))]
+    sweep.Batch(jobs, 2).run()
+    assert [job.state for job in jobs] == ["done", "failed", "done"] and "this is why" in capfd.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_failing_run_keeps_its_notebook_and_the_others_go_on(called, drawn, tmp_path):
+    path = batch_file(drawn, tmp_path, list=[{"Arch.Head.margin": 0.1}, {"Arch.Head.margin": 0.3},
+                                             {"DataLoader.Train.dataset.cls_label_path": str(tmp_path / "none.txt")}])
+    code, printed = called(sweep, path, "--jobs", 2)
+    assert code == 1
+    states = {folder.name[:10]: (folder / "metrics.json").exists() for folder in (tmp_path / "runs").iterdir()}
     assert states == {"margin-0.1": True, "margin-0.3": True, "cls_label_": False}
-    failed = next(runs.glob("cls_label_*"))
+    failed = next((tmp_path / "runs").glob("cls_label_*"))
     cells = nbformat.read(failed / "train.ipynb", 4).cells
     assert any(output.output_type == "error" for cell in cells for output in cell.get("outputs", []))
-    assert "failed after" in result.stdout and "there is no file" in result.stdout
-    table = result.stdout[result.stdout.rindex("seconds"):]
+    assert "failed after" in printed and "there is no file" in printed
+    table = printed[printed.rindex("seconds"):]
     assert table.count(" done ") == 2 and table.count(" failed ") == 1 and "mAP" in table
 
 
-def test_what_is_done_is_skipped_and_another_config_refused(batch, drawn, monkeypatch):
-    path, runs, _ = batch
-    content = {**yaml.safe_load(path.read_text()), "list": [{"Arch.Head.margin": 0.1}, {"Arch.Head.margin": 0.3}]}
-    path.write_text(yaml.safe_dump(content))
+def test_what_is_done_is_skipped_and_another_config_refused(called, trained_run, second_run, drawn, tmp_path,
+                                                            monkeypatch):
+    path = batch_file(drawn, tmp_path, list=[{"Arch.Head.margin": 0.2}, {"Arch.Head.margin": 0.3}],
+                      overrides={"Global.epochs": 2})
+    first, second = tmp_path / "runs" / "margin-0.2", tmp_path / "runs" / "margin-0.3"
+    shutil.copytree(trained_run, first)
+    shutil.copytree(second_run, second)
+    assert [job.state for job in sweep.plan(str(path), None)] == ["done", "interrupted"]
+    (second / "gallery.html").touch()  # what the notebook writes last
     monkeypatch.setattr(sweep.Batch, "run_one", lambda self, job: pytest.fail(f"{job.name} is run again"))
-    monkeypatch.setattr(sys, "argv", ["sweep.py", str(path)])
-    assert sweep.main() == 0
-    (runs / "margin-0.1" / "metrics.json").rename(runs / "kept.json")
+    code, printed = called(sweep, path)
+    assert code == 0 and "2 runs, 2 of them done before" in printed
+    (first / "metrics.json").unlink()
     assert [job.state for job in sweep.plan(str(path), None)] == ["interrupted", "done"]
-    (runs / "kept.json").rename(runs / "margin-0.1" / "metrics.json")
-    path.write_text(yaml.safe_dump({**content, "overrides": {"Arch.Head.scale": 8}}))
-    with pytest.raises(ConfigError, match=r"0.1 holds a run of another configuration \(Arch.Head.scale: 16 -> 8"):
+    content = yaml.safe_load(path.read_text())
+    path.write_text(yaml.safe_dump({**content, "overrides": {"Global.epochs": 2, "Arch.Head.scale": 8}}))
+    with pytest.raises(ConfigError, match=r"0.2 holds a run of another configuration \(Arch.Head.scale: 16 -> 8"):
         sweep.plan(str(path), None)
 
 
-def test_the_runs_are_compared(batch, tmp_path):
-    _, runs, _ = batch
-    result = script("run_notebook.py", COMPARE, tmp_path / "new" / "compare.ipynb", "-p", "pattern", runs / "*",
-                    "-p", "out_dir", tmp_path / "out")
-    assert result.returncode == 0, result.stderr[-2000:]
+def test_the_runs_are_compared(called, trained_run, second_run, tmp_path):
+    executed, pair = tmp_path / "new" / "compare.ipynb", {"run": trained_run, "second": second_run}
+    code, _ = called(run_notebook, COMPARE, executed, "-p", "run_dirs", json.dumps([*map(str, pair.values())]),
+                     "-p", "pattern", "", "-p", "out_dir", tmp_path / "out")
+    assert code == 0
     board = pd.read_csv(tmp_path / "out" / "leaderboard.csv")
-    # the failing run never came to write a config.yaml, or wrote one and nothing more
-    assert {"margin-0.1", "margin-0.3"} <= set(board.run) and (board.state == "finished").sum() == 2
-    scores = {name: json.loads((runs / name / "metrics.json").read_text())["mAP"] for name in board.run[:2]}
-    assert board.mAP[:2].tolist() == pytest.approx(list(scores.values()))
-    executed = tmp_path / "new" / "compare.ipynb"
+    assert set(board.run) == set(pair) and (board.state == "finished").all()
+    scores = [json.loads((pair[name] / "metrics.json").read_text())["mAP"] for name in board.run]
+    assert board.mAP.tolist() == pytest.approx(scores)
     outputs = [output for cell in nbformat.read(executed, 4).cells for output in cell.get("outputs", [])]
     assert [output.text for output in outputs if output.get("name") == "stderr"] == []
     assert any("Arch.Head.margin" in str(output.get("data")) for output in outputs)
     assert executed.stat().st_size < 1_500_000
 
 
-def test_a_single_run_is_a_leaderboard_of_one(batch, tmp_path):
-    _, runs, _ = batch
-    result = script("run_notebook.py", COMPARE, tmp_path / "compare.ipynb", "-y",
-                    yaml.safe_dump({"run_dirs": [str(runs / "margin-0.1")], "pattern": "", "out_dir": str(tmp_path)}))
-    assert result.returncode == 0, result.stderr[-2000:]
-    assert "nothing to pair" in (tmp_path / "compare.ipynb").read_text()
+@pytest.mark.slow
+def test_a_single_run_is_a_leaderboard_of_one(called, trained_run, tmp_path):
+    code, _ = called(run_notebook, COMPARE, tmp_path / "compare.ipynb", "-y", json.dumps(
+        {"run_dirs": [str(trained_run)], "pattern": "", "out_dir": str(tmp_path)}))
+    assert code == 0 and "nothing to pair" in (tmp_path / "compare.ipynb").read_text()
 
 
-def test_unknown_parameters_and_wrong_types_are_refused(tmp_path):
-    result = script("run_notebook.py", TRAIN, tmp_path / "x" / "out.ipynb", "-p", "overide", "{}")
-    assert result.returncode == 1 and "there is no parameter 'overide'; did you mean 'overrides'?" in result.stderr
+def test_unknown_parameters_and_wrong_types_are_refused(called, tmp_path):
+    code, _ = called(run_notebook, TRAIN, tmp_path / "x" / "out.ipynb", "-p", "overide", "{}")
+    assert "there is no parameter 'overide'; did you mean 'overrides'?" in code
     assert not (tmp_path / "x").exists()
-    result = script("run_notebook.py", TRAIN, tmp_path / "out.ipynb", "-p", "overrides", "[1]")
-    assert "overrides: [1] is a list, not dict" in result.stderr
+    code, _ = called(run_notebook, TRAIN, tmp_path / "out.ipynb", "-p", "overrides", "[1]")
+    assert "overrides: [1] is a list, not dict" in code
     with pytest.raises(ConfigError, match=r"there is no such notebook; did you mean '02_train.ipynb'"):
         run_notebook.check(ROOT / "notebooks" / "02_trian.ipynb", {})
 
