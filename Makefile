@@ -30,7 +30,7 @@ demo: .venv/installed
 	@echo "executed notebook: runs/demo/train.ipynb    gallery: runs/demo/gallery.html"
 
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-browser: .venv/installed
 	@command -v chromium >/dev/null || { test "$$(id -u)" = 0 && command -v apt-get >/dev/null \

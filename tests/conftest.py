@@ -14,12 +14,14 @@ import os
 os.environ["MPLBACKEND"] = "Agg"
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny models on busy cores: threads would wait for each other
 
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
 import papermill
 import pytest
 import yaml
+from filelock import FileLock
 
 from recnb.marks import draw_marks
 
@@ -27,11 +29,21 @@ PIXELS = 32
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def made_once(tmp_path_factory, name: str, make) -> Path:
+    "A folder that `make(folder)` fills in the first worker of pytest-xdist that wants it; the others wait for it."
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    with FileLock(f"{folder}.lock"):
+        if not Path(f"{folder}.made").exists():
+            folder.mkdir(exist_ok=True)
+            make(folder)
+            Path(f"{folder}.made").touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def drawn(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("drawn")
-    draw_marks(root, identities=24, renderings=6, size=48)
-    return root
+    return made_once(tmp_path_factory, "drawn", partial(draw_marks, identities=24, renderings=6, size=48))
 
 
 def run_notebook(name: str, folder: Path, cwd: Path = ROOT, **parameters) -> Path:
@@ -46,10 +58,11 @@ def run_notebook(name: str, folder: Path, cwd: Path = ROOT, **parameters) -> Pat
 
 @pytest.fixture(scope="session")
 def trained_run(drawn, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("trained")
-    config = tiny_config(drawn, folder / "tiny.yaml")
-    run_notebook("02_train", folder / "run", config=str(config), run_dir=str(folder / "run"))
-    return folder / "run"
+    def train(folder):
+        config = tiny_config(drawn, folder / "tiny.yaml")
+        run_notebook("02_train", folder / "run", config=str(config), run_dir=str(folder / "run"))
+
+    return made_once(tmp_path_factory, "trained", train) / "run"
 
 
 def make(config_file, run, changes: dict | None = None):
