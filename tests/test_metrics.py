@@ -1,7 +1,6 @@
 """Retrieval metrics against plain loops, an outside implementation, and the cases other kits get wrong."""
 
-import subprocess
-import sys
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import in_processes
 from sklearn.metrics import average_precision_score
 
 from recnb import ranking
@@ -323,48 +323,36 @@ def test_every_definition_stays_between_zero_and_one():
     assert set(retrieval_metrics(x, None, labels, metrics="mAP")) == {"mAP", "queries", "queries_without_positive"}
 
 
-STREAM = """
-import resource, sys
-import numpy as np
-from recnb.metrics import retrieval_metrics
-gallery = np.load(sys.argv[1], mmap_mode="r")
-labels = np.arange(len(gallery)) % 50_000
-retrieval_metrics(np.array(gallery[:9]), np.array(gallery[:50]), labels[:9], labels[:50])
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-found = retrieval_metrics(gallery[:1000], gallery, labels[:1000], labels, exclude_self=np.arange(1000), memory=32 << 20)
-print(found["queries"], (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
-"""
+def megabytes():
+    "The most memory that this process has held."
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+
+def streamed(rank, path):
+    "The number of queries judged, and by how many megabytes the memory has grown."
+    gallery = np.load(path, mmap_mode="r")
+    labels = np.arange(len(gallery)) % 50_000
+    retrieval_metrics(np.array(gallery[:9]), np.array(gallery[:50]), labels[:9], labels[:50])
+    before = megabytes()
+    found = retrieval_metrics(gallery[:1000], gallery, labels[:1000], labels, exclude_self=np.arange(1000),
+                              memory=32 << 20)
+    return found["queries"], megabytes() - before
 
 
 def test_a_memory_mapped_gallery_streams_in_bounded_memory(tmp_path):
     np.save(tmp_path / "gallery.npy", np.random.default_rng(0).normal(size=(200_000, 32)).astype(np.float16))
-    run = subprocess.run([sys.executable, "-c", STREAM, tmp_path / "gallery.npy"], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    queries, megabytes = map(float, run.stdout.split())
+    ((queries, grown),) = in_processes(1, streamed, tmp_path / "gallery.npy")
     assert queries == 1000
-    assert megabytes < 13 + 80  # the file's own pages, and the working memory; all scores together are 800
+    assert grown < 13 + 80  # the file's own pages, and the working memory; all scores together are 800
 
 
-SHARE = """
-import sys
-import numpy as np, torch.distributed as dist
-from recnb.metrics import retrieval_metrics
-folder, rank = sys.argv[1], int(sys.argv[2])
-dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
-data = np.load(f"{folder}/data.npz")
-found, arrays = retrieval_metrics(data["x"], None, data["labels"], per_query=True)
-np.savez(f"{folder}/{rank}.npz", mAP=found["mAP"], recall=found["recall1"], AP=arrays["AP"])
-dist.destroy_process_group()
-"""
-
-
-def test_two_processes_share_the_queries_and_get_the_single_process_result(tmp_path):
+def judged(rank):
     x, labels = clustered(200)
-    np.savez(tmp_path / "data.npz", x=x, labels=labels)
-    runs = [subprocess.Popen([sys.executable, "-c", SHARE, tmp_path, str(rank)]) for rank in range(2)]
-    assert [run.wait(300) for run in runs] == [0, 0]
-    found, arrays = retrieval_metrics(x, None, labels, per_query=True)
-    for rank in range(2):
-        shared = np.load(tmp_path / f"{rank}.npz")
-        assert shared["mAP"] == found["mAP"] and shared["recall"] == found["recall1"]
-        assert (shared["AP"] == arrays["AP"]).all()
+    return retrieval_metrics(x, None, labels, per_query=True)
+
+
+def test_two_processes_share_the_queries_and_get_the_single_process_result():
+    found, arrays = judged(0)
+    for shared, queries in in_processes(2, judged):
+        assert shared["mAP"] == found["mAP"] and shared["recall1"] == found["recall1"]
+        assert (queries["AP"] == arrays["AP"]).all()
