@@ -53,10 +53,12 @@ pictures: .venv/installed  # those in the README, after make demo
 	$(BIN)/python scripts/gallery_picture.py runs/demo docs/gallery.png
 	$(BIN)/python scripts/evaluation_picture.py runs/demo docs/evaluation.png
 
-docs: .venv/installed
+docs: .venv/installed runs/demo/metrics.json
 	$(call install,docs)
-	$(BIN)/sphinx-build -q -W docs docs/_build/html
-	@echo "documentation: docs/_build/html/index.html"
+	$(BIN)/python docs/build.py
+
+runs/demo/metrics.json:
+	$(MAKE) demo
 
 # What CONTRIBUTING.md asks for before a commit.
 lint: .venv/dev
