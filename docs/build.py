@@ -2,8 +2,8 @@
 
     python docs/build.py            or `make docs`, which makes runs/demo first where it is missing
 
-The seven notebooks are executed on that run into runs/docs, and shown as they ended. What has been executed since the
-notebook and the run changed is taken as it is; remove runs/docs to execute everything again. No network is needed.
+The seven notebooks are executed on that run into runs/docs, and shown as they ended. What has been executed since its
+code and the run changed is taken as it is; remove runs/docs to execute everything again. No network is needed.
 """
 import json
 import shlex
@@ -37,33 +37,40 @@ def main() -> None:
     for name, words in COMMANDS.items():
         execute(name, EXECUTED / f"{name}.ipynb", words)
         publish(EXECUTED / f"{name}.ipynb", name)
-    code = subprocess.call([sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "docs", "docs/_build/html"],
-                           cwd=ROOT)
-    print("documentation: docs/_build/html/index.html" if code == 0 else "the pages have warnings; see above")
-    sys.exit(code)
+    sphinx = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "docs", "docs/_build/html"]
+    failed = subprocess.call(sphinx, cwd=ROOT)
+    print("the pages have warnings, see above" if failed else "documentation: docs/_build/html/index.html")
+    sys.exit(failed)
 
 
 def execute(name: str, output: Path, words: str) -> None:
-    """Run a notebook by the command that its page names, unless its output is newer than it and than the demo's run."""
-    source = ROOT / "notebooks" / f"{name}.ipynb"
-    newest = max(path.stat().st_mtime for path in (source, ROOT / "runs" / "demo" / "metrics.json"))
-    if output.is_file() and output.stat().st_mtime > newest:
+    """Run a notebook by the command that its page names, unless that has been done with this code on this run."""
+    source, demo = ROOT / "notebooks" / f"{name}.ipynb", ROOT / "runs" / "demo" / "metrics.json"
+    if output.is_file() and output.stat().st_mtime > demo.stat().st_mtime and code(source) == code(output):
         return
     command = [*shlex.split(RUN), str(source), str(output.relative_to(ROOT)), *shlex.split(words)]
-    print(shlex.join(["python", *command[1:]]), flush=True)
+    print(shlex.join(command), flush=True)
     if subprocess.call([sys.executable, *command[1:]], cwd=ROOT):
         output.unlink(missing_ok=True)
         sys.exit(f"{name} ended with an error, see above")
 
 
+def code(notebook: Path) -> dict[str, str]:
+    """The code of a notebook by cell, without the parameters that it was run with."""
+    return {cell.id: cell.source for cell in nbformat.read(notebook, 4).cells
+            if cell.cell_type == "code" and "injected-parameters" not in cell.metadata.get("tags", ())}
+
+
 def publish(executed: Path, name: str) -> None:
-    """Copy an executed notebook to docs/notebooks: paths relative to the project, no widgets, which need a kernel."""
+    """Write an executed notebook to docs/notebooks: with today's prose, paths in the project, no widgets."""
     text = executed.read_text(encoding="utf-8").replace(f"{json.dumps(str(ROOT))[1:-1]}/", "")
-    notebook = nbformat.reads(text, as_version=4)
+    notebook, today = nbformat.reads(text, 4), nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", 4)
+    prose = {cell.id: cell.source for cell in today.cells if cell.cell_type == "markdown"}
     notebook.metadata.pop("widgets", None)
     for cell in notebook.cells:
+        cell.source = prose.get(cell.id, cell.source)
         for output in cell.get("outputs", []):
-            if output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None):
+            if output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None):  # needs a kernel
                 output["data"] = {"text/markdown": "*Here a running notebook shows the interactive gallery.*"}
     nbformat.write(notebook, ROOT / "docs" / "notebooks" / f"{name}.ipynb")
 
