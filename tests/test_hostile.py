@@ -5,8 +5,8 @@ import json
 import os
 import pickle
 import re
+import runpy
 import signal
-import subprocess
 import sys
 import time
 from html.parser import HTMLParser
@@ -20,6 +20,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from processes import start
 from safetensors.torch import save_file
 
 from recnb import build_loaders, load_config
@@ -456,20 +457,27 @@ def test_labels_that_look_like_formulas_are_drawn(hostile_gallery, tmp_path):
 # --- Whatever else there is -------------------------------------------------------------------------------------------
 
 
-def fuzz(*arguments: str) -> str:
-    done = subprocess.run([sys.executable, str(ROOT / "scripts" / "fuzz.py"), *arguments], capture_output=True,
-                          text=True)
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-    return done.stdout
+def run_fuzz(*arguments: str) -> None:
+    sys.argv = ["fuzz.py", *arguments]
+    runpy.run_path(str(ROOT / "scripts" / "fuzz.py"), run_name="__main__")
 
 
-def test_mutated_files_end_in_a_sentence():
-    assert re.search(r"^300 cases in \d+ s .*: 0 failures$", fuzz("--count", "300"), re.MULTILINE)
+def fuzz(log: Path, *arguments: str) -> str:
+    process = start(log, run_fuzz, *arguments)
+    process.join()
+    assert process.exitcode == 0, log.read_text()[-5000:]
+    return log.read_text()
+
+
+def test_mutated_files_end_in_a_sentence(tmp_path):
+    printed = fuzz(tmp_path / "log", "--count", "300")
+    assert re.search(r"^300 cases in \d+ s .*: 0 failures$", printed, re.MULTILINE)
 
 
 @pytest.mark.slow
-def test_ten_thousand_mutated_files_end_in_a_sentence():
-    assert re.search(r"^10000 cases in \d+ s .*: 0 failures$", fuzz("--count", "10000"), re.MULTILINE)
+def test_ten_thousand_mutated_files_end_in_a_sentence(tmp_path):
+    printed = fuzz(tmp_path / "log", "--count", "10000")
+    assert re.search(r"^10000 cases in \d+ s .*: 0 failures$", printed, re.MULTILINE)
 
 
 def test_the_fuzzing_command_finds_errors_and_hangs(monkeypatch):
