@@ -37,7 +37,7 @@ def main() -> None:
     for name, words in COMMANDS.items():
         execute(name, EXECUTED / f"{name}.ipynb", words)
         publish(EXECUTED / f"{name}.ipynb", name)
-    sphinx = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "docs", "docs/_build/html"]
+    sphinx = [sys.executable, "-m", "sphinx", "-E", "-q", "-W", "--keep-going", "docs", "docs/_build/html"]
     failed = subprocess.call(sphinx, cwd=ROOT)
     print("the pages have warnings, see above" if failed else "documentation: docs/_build/html/index.html")
     sys.exit(failed)

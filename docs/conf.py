@@ -16,6 +16,7 @@ release = recnb.__version__
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 exclude_patterns = ["_build", "_generated"]
+highlight_language = "none"  # a block without a language is a command or plain text
 nb_execution_mode = "off"  # docs/build.py has executed them
 nb_ipywidgets_js = {}  # no scripts from the network
 myst_enable_extensions = ["deflist", "colon_fence"]

@@ -81,7 +81,10 @@ def section(registry: Registry) -> list[str]:
         keys = ", ".join(f"`{key}` ({kind_of(kind)})" for key, kind in registry.beside.items())
         lines += [f"Each of them also takes {keys}.", ""]
     for (text, _), names in alike(registry).items():
-        lines += [f"### {', '.join(names)}", "", text.replace("{name}", names[0]), "", *arguments(registry, names[0])]
+        title = names[0] if len(names) == 1 else f"{names[0]} and others"
+        same = ", ".join(f"`{name}`" for name in names[1:])
+        others = [f"In the same way: {same}.", ""] if same else []
+        lines += [f"### {title}", "", text.replace("{name}", names[0]), "", *others, *arguments(registry, names[0])]
     return lines
 
 
@@ -108,18 +111,20 @@ def plain(text: str) -> str:
 
 
 def arguments(registry: Registry, name: str) -> list[str]:
-    """The table of a part's arguments."""
+    """The table of a part's arguments, with what its docstring says about them, if it does."""
     rows, said = [], described(registry[name])
     for key, parameter in registry.parameters(name).items():
         if parameter.kind is parameter.VAR_KEYWORD:
-            rows.append(f"| others | | | {said.get(key) or 'go on to what it builds'} |")
+            rows.append(("others", "", "", said.get(key, "")))
             continue
         default = f"`{parameter.default!r}`" if parameter.default is not parameter.empty else (
             "from the run" if key in SUPPLIED else "required")
-        rows.append(f"| `{key}` | {kind_of(parameter.annotation)} | {cell(default)} | {said.get(key, '')} |")
+        rows.append((f"`{key}`", kind_of(parameter.annotation), cell(default), said.get(key, "")))
     if not rows:
         return ["No arguments.", ""]
-    return ["| argument | type | default | meaning |", "|---|---|---|---|", *rows, ""]
+    width = 4 if said else 3
+    head = [("argument", "type", "default", "meaning"), ("---",) * 4]
+    return [*(f"| {' | '.join(row[:width])} |" for row in (*head, *rows)), ""]
 
 
 def kind_of(annotation) -> str:
