@@ -2,10 +2,11 @@
 
     python docs/build.py            or `make docs`, which makes runs/demo first where it is missing
 
-The seven notebooks are executed on that run into runs/docs, and shown as they ended. What has been executed since its
-code and the run changed is taken as it is; remove runs/docs to execute everything again. No network is needed.
+Each of the seven notebooks is executed by the command in its first cell, on that run, and shown as it ended. What has
+been executed since its code and the run changed is taken as it is. No network is needed.
 """
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -14,45 +15,39 @@ from pathlib import Path
 import nbformat
 
 ROOT = Path(__file__).resolve().parents[1]
-EXECUTED = ROOT / "runs" / "docs"
-RUN = "python scripts/run_notebook.py"
-COMMANDS = {  # notebook: the words behind `notebooks/NAME.ipynb runs/docs/NAME.ipynb`
-    "01_prepare": "-p source data/demo/images -p out_dir data/prepared",
-    "03_evaluate": "-p run runs/demo",
-    "04_gallery": "-p run runs/demo -p other runs/docs/no-margin",
-    "05_export": "-p run runs/demo",
-    "06_compare": "-y '{run_dirs: [runs/demo, runs/docs/no-margin], pattern: \"\", out_dir: runs/docs/compare}'",
-    "07_benchmark": "-p known docs/benchmarks/training-2-cores-x86_64.json",
-}
-SECOND = ("runs/docs/no-margin/train.ipynb", "-p config configs/demo.yaml -p run_dir runs/docs/no-margin "
-          "-y '{overrides: {Arch.Head.margin: 0.0}}'")  # what 04 and 06 hold against the demo
+DEMO = ROOT / "runs" / "demo" / "metrics.json"  # written at the end of a run
+SECOND = """python scripts/run_notebook.py notebooks/02_train.ipynb runs/demo-no-margin/train.ipynb \
+    -p config configs/demo.yaml -p run_dir runs/demo-no-margin -y '{overrides: {Arch.Head.margin: 0.0}}'"""  # for 06
 
 
 def main() -> None:
-    demo = ROOT / "runs" / "demo"
-    if not (demo / "metrics.json").is_file():
+    if not DEMO.is_file():
         sys.exit("there is no run of the demo to show: `make demo` makes it")
-    execute("02_train", ROOT / SECOND[0], SECOND[1])
-    publish(demo / "train.ipynb", "02_train")
-    for name, words in COMMANDS.items():
-        execute(name, EXECUTED / f"{name}.ipynb", words)
-        publish(EXECUTED / f"{name}.ipynb", name)
+    executed(SECOND)
+    for notebook in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        publish(executed(command_of(notebook)), notebook)
     sphinx = [sys.executable, "-m", "sphinx", "-E", "-q", "-W", "--keep-going", "docs", "docs/_build/html"]
     failed = subprocess.call(sphinx, cwd=ROOT)
     print("the pages have warnings, see above" if failed else "documentation: docs/_build/html/index.html")
     sys.exit(failed)
 
 
-def execute(name: str, output: Path, words: str) -> None:
-    """Run a notebook by the command that its page names, unless that has been done with this code on this run."""
-    source, demo = ROOT / "notebooks" / f"{name}.ipynb", ROOT / "runs" / "demo" / "metrics.json"
-    if output.is_file() and output.stat().st_mtime > demo.stat().st_mtime and code(source) == code(output):
-        return
-    command = [*shlex.split(RUN), str(source), str(output.relative_to(ROOT)), *shlex.split(words)]
-    print(shlex.join(command), flush=True)
-    if subprocess.call([sys.executable, *command[1:]], cwd=ROOT):
+def command_of(notebook: Path) -> str:
+    """The last command that the first cell of a notebook shows."""
+    return re.findall(r"^```\n(.+)\n```$", nbformat.read(notebook, 4).cells[0].source, re.MULTILINE)[-1]
+
+
+def executed(command: str) -> Path:
+    """The notebook that a command leaves; it is run unless that has been done with this code on this run."""
+    program, *words = shlex.split(command)
+    source, output = (ROOT / word for word in words if word.endswith(".ipynb"))
+    if output.is_file() and output.stat().st_mtime > DEMO.stat().st_mtime and code(source) == code(output):
+        return output
+    print(command, flush=True)
+    if subprocess.call([sys.executable if program == "python" else program, *words], cwd=ROOT):
         output.unlink(missing_ok=True)
-        sys.exit(f"{name} ended with an error, see above")
+        sys.exit("ended with an error, see above")
+    return output
 
 
 def code(notebook: Path) -> dict[str, str]:
@@ -61,10 +56,10 @@ def code(notebook: Path) -> dict[str, str]:
             if cell.cell_type == "code" and "injected-parameters" not in cell.metadata.get("tags", ())}
 
 
-def publish(executed: Path, name: str) -> None:
+def publish(executed: Path, source: Path) -> None:
     """Write an executed notebook to docs/notebooks: with today's prose, paths in the project, no widgets."""
     text = executed.read_text(encoding="utf-8").replace(f"{json.dumps(str(ROOT))[1:-1]}/", "")
-    notebook, today = nbformat.reads(text, 4), nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", 4)
+    notebook, today = nbformat.reads(text, 4), nbformat.read(source, 4)
     prose = {cell.id: cell.source for cell in today.cells if cell.cell_type == "markdown"}
     notebook.metadata.pop("widgets", None)
     for cell in notebook.cells:
@@ -72,7 +67,7 @@ def publish(executed: Path, name: str) -> None:
         for output in cell.get("outputs", []):
             if output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None):  # needs a kernel
                 output["data"] = {"text/markdown": "*Here a running notebook shows the interactive gallery.*"}
-    nbformat.write(notebook, ROOT / "docs" / "notebooks" / f"{name}.ipynb")
+    nbformat.write(notebook, ROOT / "docs" / "notebooks" / source.name)
 
 
 if __name__ == "__main__":
