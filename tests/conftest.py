@@ -18,7 +18,6 @@ from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
-import papermill
 import pytest
 import yaml
 from filelock import FileLock
@@ -47,6 +46,7 @@ def drawn(tmp_path_factory) -> Path:
 
 
 def run_notebook(name: str, folder: Path, cwd: Path = ROOT, **parameters) -> Path:
+    import papermill  # seconds that other tests, and the processes that import them, need not wait
     folder.mkdir(exist_ok=True)
     with patch.dict(os.environ):
         os.environ.pop("MPLBACKEND", None)  # the notebook's own, which shows figures
