@@ -1,4 +1,5 @@
 """The analysis of embeddings against plain loops, and its notebook as a user runs it."""
+import itertools
 import json
 
 import nbformat
@@ -159,11 +160,12 @@ def test_the_principal_components_spread_the_points():
 
 def test_pictures_on_the_map_stand_apart():
     points = np.random.default_rng(0).normal(size=(300, 2))
-    first = np.arange(300) == 77
-    taken = analysis._apart(points, first, 40)
-    place = (points - points.min(0)) / np.ptp(points, axis=0) * (18, 14)
-    assert taken[0] == 77 and 10 < len(taken) <= 40
-    assert all(np.abs(place[a] - place[b]).max() >= 1 for a in taken for b in taken if a != b)
+    labels = (np.arange(300) == 77).astype(int)
+    figure = analysis.map_figure(points, labels, [Image.new("RGB", (20, 20))] * 300, [1], most=40)
+    taken = [artist.xy for artist in figure.axes[0].artists]
+    assert tuple(taken[0]) == tuple(points[77]) and 10 < len(taken) <= 40
+    place = (np.array(taken) - points.min(0)) / np.ptp(points, axis=0) * (18, 14)  # in pictures
+    assert all(np.abs(a - b).max() >= 1 for a, b in itertools.combinations(place, 2))
 
 
 def test_figures_are_white_and_small(tmp_path):

@@ -17,9 +17,9 @@ import torchvision
 from safetensors.torch import save_file
 from torch import nn
 
-from recnb import backbones, cutting
+from recnb import backbones
 from recnb.backbones import ALIASES, NETWORKS, TORCHVISION, create_backbone, layer_depths, list_backbones, stages
-from recnb.cutting import cut
+from recnb.cutting import Cut, cut
 
 SMALL = (3, 64, 64)
 TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
@@ -472,10 +472,11 @@ def test_shapes_and_layouts(name, options, stop, size, shape, layout, channels, 
     assert module.eval()(images(size, count=1)).shape == (1, *module.out_shape)
 
 
-def test_layout_where_the_proportions_do_not_tell():
-    assert cutting._layout((96, 96, 96), (3, 384, 384), "NHWC") == "NHWC"
-    assert cutting._layout((96, 96, 96), (3, 384, 384), "NCHW") == "NCHW"
-    assert cutting._layout((96, 96, 96), (3, 384, 384), "NLC") == "NCHW"
+@pytest.mark.parametrize(("said", "layout"), [("NHWC", "NHWC"), ("NCHW", "NCHW"), ("NLC", "NCHW")])
+def test_the_model_says_its_layout_where_the_proportions_do_not_tell(said, layout):
+    model = nn.Identity()
+    model.output_fmt = said
+    assert Cut(model, "", "", (3, 384, 384), (96, 96, 96)).layout == layout
 
 
 @pytest.mark.parametrize(("tokens", "size", "prefix"), [
@@ -483,7 +484,7 @@ def test_layout_where_the_proportions_do_not_tell():
     (129, (3, 256, 128), 1), (1, (3, 224, 224), 0),
 ])
 def test_prefix_tokens(tokens, size, prefix):
-    assert cutting._prefix_tokens(tokens, size) == prefix
+    assert Cut(nn.Identity(), "", "", size, (tokens, 192)).prefix_tokens == prefix
 
 
 # Names of models
@@ -650,7 +651,7 @@ def test_blocks_of_a_resnet_are_counted_in_one_row(resnet18):
     assert [cut(resnet18, f"blocks[{i}]", SMALL).layer for i in (0, 3, 7)] == ["layer1.0", "layer2.1", "layer4.1"]
     # MODEL_STAGES_PATTERN of the original's resnet.py: the stages of ResNet50 end with blocks 2, 6, 12 and 15
     deep = timm.create_model("resnet50")
-    assert [cutting._resolve(deep, f"blocks[{i}]") for i in (2, 6, 12, 15)] == [
+    assert [cut(deep, f"blocks[{i}]", SMALL).layer for i in (2, 6, 12, 15)] == [
         "layer1.2", "layer2.3", "layer3.5", "layer4.2"]
 
 

@@ -8,9 +8,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from processes import in_processes
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from recnb.caching import in_chunks
+from recnb.distributed import average_gradients
 from recnb.heads import HEADS, ArcMargin, CosMargin
 from recnb.losses import CELoss
 from recnb.sharding import (
@@ -69,6 +69,8 @@ def train(model, optimizer, batches):
         optimizer.zero_grad()
         values.append(LOSS(model(x, y), y))
         values[-1].backward()
+        if dist.is_initialized():
+            average_gradients(model.backbone.parameters())
         optimizer.step()
     return torch.stack(values).detach()
 
@@ -79,18 +81,13 @@ def own(x):
     return x.split(sizes)[dist.get_rank()]
 
 
-def distributed(model):
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(sharded_weights(model)))
-    return DistributedDataParallel(model)
-
-
 def trained(name, kind, chunk):
     "On rank 0 what training a sharded head leaves behind, from the weights of an undivided one."
     model = net(name, sharded=True)
     model.load_state_dict(split(net(name).state_dict(), sharded_weights(model)))
     model.grad_cache = chunk
     optimizer = optimize(model, kind)
-    values = train(distributed(model), optimizer, [tuple(map(own, batch(seed))) for seed in range(STEPS)])
+    values = train(model, optimizer, [tuple(map(own, batch(seed))) for seed in range(STEPS)])
     counts, state = sharded_weights(model, optimizer), optimizer.state_dict()
     return values, collect(model.state_dict(), sharded_weights(model)), collect(state["state"], counts)
 
