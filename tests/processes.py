@@ -15,7 +15,8 @@ import pytest
 import torch.distributed as dist
 import torch.multiprocessing
 
-SERVER = multiprocessing.get_context("forkserver")
+METHOD = "forkserver" if sys.platform == "linux" else "spawn"  # macOS's own libraries do not bear a fork
+SERVER = multiprocessing.get_context(METHOD)
 SERVER.set_forkserver_preload(["recnb.training"])
 SECONDS = 120
 
@@ -24,7 +25,7 @@ def in_processes(count: int, work, *args) -> list:
     "What `work(rank, *args)` returns in each process of a gloo group of so many."
     with tempfile.TemporaryDirectory() as folder:
         group = torch.multiprocessing.start_processes(begin, (count, folder, work, args), count, join=False,
-                                                      start_method="forkserver")
+                                                      start_method=METHOD)
         end = time.monotonic() + SECONDS
         while not group.join(max(0.0, end - time.monotonic())):  # True once all have ended; raises what one has raised
             if time.monotonic() > end:
