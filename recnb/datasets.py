@@ -351,6 +351,13 @@ def evaluation_images(cfg: dict) -> tuple[ImageList, ImageList]:
     return query, gallery
 
 
+def same_list(one: ImageList, other: ImageList) -> bool:
+    """Return True if two tables hold the same images, seen by equal transforms, with the same labels and cameras."""
+    arrays = ([table.labels, table.cameras, table.boxes, table.names] for table in (one, other))
+    return (one.paths == other.paths and str(one.transform) == str(other.transform)
+            and all(map(np.array_equal, *arrays)))
+
+
 def own_index(query: ImageList, gallery: ImageList) -> np.ndarray:
     "(Q,) where each query's own file stands in the gallery, -1 where it does not."
     places = {os.path.realpath(path): i for i, path in enumerate(gallery.paths)}

@@ -210,7 +210,7 @@ class RetrievalLearner(Learner):
     def embeddings(self) -> tuple[Tensor, Tensor]:
         "The features (Q, D) of the query and (G, D) of the gallery images, by the model as it is now."
         query = embed(self.model, self.loaders.query)
-        same = self.loaders.gallery is self.loaders.query
+        same = self.loaders.gallery.dataset is self.loaders.query.dataset
         return query, query if same else embed(self.model, self.loaders.gallery)
 
     def _do_epoch_validate(self, ds_idx: int = 1, dl=None):
@@ -244,12 +244,8 @@ def backbone_and_rest(model: nn.Module, loss: nn.Module) -> list[dict]:
 
 
 def evaluation_loader(loaders: Loaders) -> DataLoader | None:
-    "One loader over the query and then the gallery images, or over the one list that serves as both."
+    "One loader over the query and then the gallery images, or over the one data set that serves as both."
     if loaders.query is None:
         return None
     query, gallery = loaders.query.dataset, loaders.gallery.dataset
-    if query.paths == gallery.paths and np.array_equal(query.boxes, gallery.boxes) and \
-            str(query.transform) == str(gallery.transform):
-        loaders.gallery = loaders.query
-        return loaders.query
-    return over(loaders.query, ConcatDataset([query, gallery]))
+    return loaders.query if query is gallery else over(loaders.query, ConcatDataset([query, gallery]))

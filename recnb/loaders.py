@@ -32,6 +32,7 @@ from recnb.datasets import (
     drop_faults,
     evaluation_images,
     evaluation_places,
+    same_list,
     training_images,
 )
 from recnb.distributed import first_does
@@ -126,7 +127,10 @@ def images_per_second(loader: ImageLoader, seconds: float = 2.0) -> float:
 
 @dataclass
 class Loaders:
-    "The data loaders of a run; query and gallery are None where nothing is evaluated."
+    """The data loaders of a run; query and gallery are None where nothing is evaluated.
+
+    Where both have one data set, its images are embedded once.
+    """
 
     train: ImageLoader
     query: ImageLoader | None = None
@@ -165,6 +169,8 @@ def build_loaders(cfg: dict) -> Loaders:
         for where, table in images.items():
             keep(table, resolve(cfg["Global"]["cache_images"]), where)
     train, *evaluation = loaders.values()
+    if len(evaluation) == 2 and same_list(*(loader.dataset for loader in evaluation)):
+        evaluation.pop()  # one loader serves as both, so that its images are embedded once
     return Loaders(train, *evaluation * (2 // max(1, len(evaluation))))
 
 

@@ -25,7 +25,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from recnb.checkpoints import resolved
 from recnb.config import LOADERS, ROOT, ConfigError, architectures, as_yaml, load_config, lookup, resolve
-from recnb.datasets import ImageList, evaluation_images, evaluation_places, own_index
+from recnb.datasets import ImageList, evaluation_images, evaluation_places, own_index, same_list
 from recnb.files import replacing, write_json, write_text
 from recnb.gallery import Ranking, rank, read_picture
 from recnb.model import RecModel, build_model, load_weights
@@ -144,7 +144,7 @@ class Run:
 
     def rank(self, k: int = 10, re_ranking: bool = False) -> Ranking:
         "The judged first k of every query, by cosine or by k-reciprocal distance."
-        others = None if self.query.paths == self.gallery.paths else self.gallery_features
+        others = None if same_list(self.query, self.gallery) else self.gallery_features
         scores = -k_reciprocal(self.query_features, others) if re_ranking else None
         return rank(self.query_features, self.gallery_features, self.query.labels, self.gallery.labels,
                     self.query.cameras, self.gallery.cameras, self.exclude_self, k, scores=scores)

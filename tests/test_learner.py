@@ -1,4 +1,6 @@
 """It stays a fastai Learner: what people who know fastai do with one works here, on drawn images."""
+from dataclasses import replace
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
@@ -8,10 +10,10 @@ from torch.utils.data import DataLoader
 
 from recnb.backbones import create_backbone
 from recnb.config import load_config
-from recnb.datasets import own_index
+from recnb.datasets import evaluation_images, own_index
 from recnb.heads import ArcMargin
 from recnb.learner import RetrievalLearner, embed
-from recnb.loaders import Loaders, build_loaders
+from recnb.loaders import Loaders, build_loaders, over
 from recnb.losses import CELoss, CombinedLoss, SupConLoss
 from recnb.metrics import retrieval_metrics
 from recnb.model import RecModel, build_model
@@ -119,6 +121,30 @@ def test_one_list_as_query_and_gallery_is_embedded_once(config_file, tmp_path, d
     labels, cameras = learn.loaders.gallery.dataset.labels, learn.loaders.gallery.dataset.cameras
     direct = retrieval_metrics(embeddings, None, labels, query_cameras=cameras)
     assert learn.scores()["mAP"] == pytest.approx(direct["mAP"], abs=1e-6)
+
+
+@pytest.mark.parametrize("column", [1, 2])  # of labels and of cameras
+def test_the_same_images_with_other_labels_or_cameras_are_another_list(config_file, tmp_path, drawn, column):
+    rows = [line.split() for line in (drawn / "gallery.txt").read_text().splitlines()]
+    for row in rows[:6]:
+        row[column] = rows[-1][column] if column == 1 else "77"
+    (tmp_path / "query.txt").write_text("".join(f"{' '.join(row)}\n" for row in rows))
+    lists = {f"DataLoader.Eval.{part}.dataset.cls_label_path": str(path) for part, path in (
+        ("Query", tmp_path / "query.txt"), ("Gallery", drawn / "gallery.txt"))}
+    cfg = load_config(config_file(lists))
+    learn = build_learner(cfg, build_model(cfg), build_loaders(cfg), tmp_path)
+    query, gallery = evaluation_images(cfg)
+    direct = retrieval_metrics(*learn.embeddings(), query.labels, gallery.labels, query.cameras, gallery.cameras,
+                               exclude_self=np.arange(len(query)))
+    assert learn.scores()["mAP"] == pytest.approx(direct["mAP"], abs=1e-6)
+
+
+def test_the_loaders_of_the_caller_stay_as_they_are(config_file, tmp_path):
+    cfg = load_config(config_file())
+    loaders = build_loaders(cfg)
+    gallery = loaders.gallery = over(loaders.query, replace(loaders.query.dataset))
+    learn = build_learner(cfg, build_model(cfg), loaders, tmp_path)
+    assert loaders.gallery is gallery and len(learn.dls.valid.dataset) == 2 * len(gallery.dataset)
 
 
 def test_show_batch_and_plot_loss_draw(learn):
