@@ -142,6 +142,15 @@ class Loaders:
         parts = (part for part in (self.train, self.query, self.gallery) if part is not None)
         return list(dict.fromkeys(row for part in parts for row in part.dataset.dropped))
 
+    def stop_workers(self) -> None:
+        """End the worker processes; the next batch starts others.
+
+        Python's collector of cycles takes the queues before the loader, which then waits five seconds for each worker.
+        """
+        for loader in (self.train, self.query, self.gallery):
+            if loader is not None:
+                loader._iterator = None  # what keeps persistent workers; torch has no public way
+
 
 def build_loaders(cfg: dict) -> Loaders:
     """The data loaders of a configuration, all images checked by decoding them (`recnb.images.faults`).

@@ -173,6 +173,7 @@ def fit_config(learn: RetrievalLearner, plan: Plan, on_epoch: Callable[[], objec
             learn.fit(plan.epochs, lr=plan.schedules[0](0), cbs=callbacks)
         finally:
             learn.first_epoch = learn.first_batch = 0
+            learn.loaders.stop_workers()
         if history.best:
             first_does(len, "")  # the file is whole
             learn.model.load_state_dict(split(load_file(kept / "best.safetensors"), sharded_weights(learn.model)))

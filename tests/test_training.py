@@ -1,6 +1,7 @@
 """The schedule of a configuration: what is written, what is kept, how it goes on, what it says when it cannot."""
 import json
 import math
+import multiprocessing
 
 import pandas as pd
 import pytest
@@ -260,3 +261,9 @@ def test_images_may_be_blended_for_a_plain_classifier(config_file, tmp_path):
 
     learn.add_cb(Watch()).fit_config()
     assert set(soft) == {(True, 2), (False, 1)}
+
+
+def test_worker_processes_end_with_the_training(config_file, tmp_path):
+    before = multiprocessing.active_children()
+    make(config_file, tmp_path, {"DataLoader.Train.loader.num_workers": 2, "Global.epochs": 1}).fit_config()
+    assert multiprocessing.active_children() == before
