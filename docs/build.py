@@ -5,6 +5,7 @@
 Each of the seven notebooks is executed by the command in its first cell, on that run, and shown as it ended. What has
 been executed since its code and the run changed is taken as it is. No network is needed.
 """
+
 import json
 import re
 import shlex
@@ -52,8 +53,11 @@ def executed(command: str) -> Path:
 
 def code(notebook: Path) -> dict[str, str]:
     """The code of a notebook by cell, without the parameters that it was run with."""
-    return {cell.id: cell.source for cell in nbformat.read(notebook, 4).cells
-            if cell.cell_type == "code" and "injected-parameters" not in cell.metadata.get("tags", ())}
+    return {
+        cell.id: cell.source
+        for cell in nbformat.read(notebook, 4).cells
+        if cell.cell_type == "code" and "injected-parameters" not in cell.metadata.get("tags", ())
+    }
 
 
 def publish(executed: Path, source: Path) -> None:

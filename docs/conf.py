@@ -1,4 +1,5 @@
 """Sphinx's configuration: pages in Markdown, notebooks as they were executed, reference and API from the code."""
+
 import sys
 from pathlib import Path
 

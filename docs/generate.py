@@ -1,4 +1,5 @@
 """The pages that are made from the code: the config reference from the registries, the API, the size of the folders."""
+
 import importlib
 import inspect
 import pkgutil
@@ -55,19 +56,39 @@ def size_table() -> str:
 
 # ---- the config reference --------------------------------------------------------------------------------------------
 
+
 def reference_pages() -> dict[str, str]:
     """The pages of the config reference by file name."""
     parts = registries()
     kinds = [kind for _, kinds in PAGES.values() for kind in kinds]
     if set(kinds) != set(parts):
         raise ValueError(f"docs/generate.py: PAGES has {sorted(kinds)}, the package has {sorted(parts)}")
-    rows = [f"| [{title}]({page}.md) | {', '.join(f'`{slot}`' for kind in kinds for slot in parts[kind].slots)} |"
-            for page, (title, kinds) in PAGES.items()]
-    index = ["# Config reference", "", "Made from the code: every name that a config may use, with its arguments and "
-             "defaults. [Configs](../config.md) explains the sections.", "", "| page | sections |", "|---|---|",
-             "| [Global](global.md) | `Global` |", *rows, "", "```{toctree}", ":hidden:", "", "global", *PAGES, "```"]
-    pages = {page: "\n".join([f"# {title}", "", *(line for kind in kinds for line in section(parts[kind]))])
-             for page, (title, kinds) in PAGES.items()}
+    rows = [
+        f"| [{title}]({page}.md) | {', '.join(f'`{slot}`' for kind in kinds for slot in parts[kind].slots)} |"
+        for page, (title, kinds) in PAGES.items()
+    ]
+    index = [
+        "# Config reference",
+        "",
+        "Made from the code: every name that a config may use, with its arguments and "
+        "defaults. [Configs](../config.md) explains the sections.",
+        "",
+        "| page | sections |",
+        "|---|---|",
+        "| [Global](global.md) | `Global` |",
+        *rows,
+        "",
+        "```{toctree}",
+        ":hidden:",
+        "",
+        "global",
+        *PAGES,
+        "```",
+    ]
+    pages = {
+        page: "\n".join([f"# {title}", "", *(line for kind in kinds for line in section(parts[kind]))])
+        for page, (title, kinds) in PAGES.items()
+    }
     pages |= {"index": "\n".join(index), "global": global_page()}
     return {f"reference/{page}.md": text + "\n" for page, text in pages.items()}
 
@@ -75,7 +96,8 @@ def reference_pages() -> dict[str, str]:
 def section(registry: Registry) -> list[str]:
     """The lines about the parts of one registry."""
     title = {"batch transform": "Batch transforms", "learning-rate schedule": "Learning-rate schedule"}.get(
-        registry.kind, registry.kind.capitalize())
+        registry.kind, registry.kind.capitalize()
+    )
     lines = [f"## {title}", "", f"Where: {', '.join(f'`{slot}`' for slot in registry.slots)}.", ""]
     if registry.beside:
         keys = ", ".join(f"`{key}` ({kind_of(kind)})" for key, kind in registry.beside.items())
@@ -105,8 +127,10 @@ def first_paragraph(part) -> str:
 def plain(text: str) -> str:
     """Text in which Markdown sees no emphasis and no table outside of code; addresses become links."""
     parts = re.split(r"(`[^`]*`)", text)
-    parts[::2] = [re.sub(r"(?<!<)(https?://[^\s),]+)", r"<\1>", re.sub(r"([*|\[\]{}]|\b_|_\b)", r"\\\1", part))
-                  for part in parts[::2]]
+    parts[::2] = [
+        re.sub(r"(?<!<)(https?://[^\s),]+)", r"<\1>", re.sub(r"([*|\[\]{}]|\b_|_\b)", r"\\\1", part))
+        for part in parts[::2]
+    ]
     return "".join(parts).replace(r"\{name\}", "{name}")
 
 
@@ -117,8 +141,11 @@ def arguments(registry: Registry, name: str) -> list[str]:
         if parameter.kind is parameter.VAR_KEYWORD:
             rows.append(("others", "", "", said.get(key, "")))
             continue
-        default = f"`{parameter.default!r}`" if parameter.default is not parameter.empty else (
-            "from the run" if key in SUPPLIED else "required")
+        default = (
+            f"`{parameter.default!r}`"
+            if parameter.default is not parameter.empty
+            else ("from the run" if key in SUPPLIED else "required")
+        )
         rows.append((f"`{key}`", kind_of(parameter.annotation), cell(default), said.get(key, "")))
     if not rows:
         return ["No arguments.", ""]
@@ -146,8 +173,9 @@ def described(part) -> dict[str, str]:
     found = {}
     for text in texts:
         block = re.search(r"^Args:\n((?:[ ]+.*\n?|\n)+)", text, re.MULTILINE)
-        for key, meaning in re.findall(r"^ {4}\*{0,2}(\w+)(?: \([^)]*\))?: ((?:.*)(?:\n {5,}.*)*)", block[1] if block
-                                       else "", re.MULTILINE):
+        for key, meaning in re.findall(
+            r"^ {4}\*{0,2}(\w+)(?: \([^)]*\))?: ((?:.*)(?:\n {5,}.*)*)", block[1] if block else "", re.MULTILINE
+        ):
             found.setdefault(key, cell(plain(" ".join(meaning.split()))).replace(r"\\|", r"\|"))
     return found
 
@@ -195,11 +223,21 @@ def global_page() -> str:
         raise ValueError(f"docs/generate.py: GLOBAL_KEYS differs in {set(GLOBAL_KEYS) ^ set(schema.GLOBAL)}")
     rows = [f"| `{key}` | `{schema.GLOBAL[key]!r}` | {meaning} |" for key, meaning in GLOBAL_KEYS.items()]
     ignored = ", ".join(f"`{key}`" for key in schema.WITHOUT_EFFECT)
-    return "\n".join(["# Global", "", "| key | default | meaning |", "|---|---|---|", *rows, "",
-                      f"Accepted for PaddleClas's sake, without effect: {ignored}."])
+    return "\n".join(
+        [
+            "# Global",
+            "",
+            "| key | default | meaning |",
+            "|---|---|---|",
+            *rows,
+            "",
+            f"Accepted for PaddleClas's sake, without effect: {ignored}.",
+        ]
+    )
 
 
 # ---- the API ---------------------------------------------------------------------------------------------------------
+
 
 def api_pages() -> dict[str, str]:
     """A page for each folder of the package, and one for the modules beside them, by file name."""
@@ -214,8 +252,22 @@ def api_pages() -> dict[str, str]:
         rows.append(f"| [{title}]({folder}.md) | {plain(question)} |")
         parts = [line for name in names for line in api_of(name, name == f"recnb.{folder}")]
         pages[f"api/{folder}.md"] = "\n".join([f"# {title}", "", *parts])
-    index = ["# API", "", "Made from the docstrings, a page for each folder of the package.", "",
-             "| folder | what it is for |", "|---|---|", *rows, "", "```{toctree}", ":hidden:", "", *folders, "```", ""]
+    index = [
+        "# API",
+        "",
+        "Made from the docstrings, a page for each folder of the package.",
+        "",
+        "| folder | what it is for |",
+        "|---|---|",
+        *rows,
+        "",
+        "```{toctree}",
+        ":hidden:",
+        "",
+        *folders,
+        "```",
+        "",
+    ]
     return {"api/index.md": "\n".join(index), **pages}
 
 

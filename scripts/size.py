@@ -4,6 +4,7 @@
 
 A line of code is neither blank nor comment nor docstring.
 """
+
 import argparse
 import ast
 from collections import Counter
@@ -15,11 +16,17 @@ PACKAGE = Path(__file__).resolve().parents[1] / "recnb"
 def lines_of_code(path: Path) -> int:
     """Return how many lines of a Python file are neither blank nor comment nor docstring."""
     source = path.read_text(encoding="utf-8")
-    documented = [node.body[0] for node in ast.walk(ast.parse(source))
-                  if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node)]
+    documented = [
+        node.body[0]
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node)
+    ]
     texts = {number for node in documented for number in range(node.lineno, node.end_lineno + 1)}
-    return sum(1 for number, line in enumerate(source.splitlines(), 1)
-               if line.strip() and not line.strip().startswith("#") and number not in texts)
+    return sum(
+        1
+        for number, line in enumerate(source.splitlines(), 1)
+        if line.strip() and not line.strip().startswith("#") and number not in texts
+    )
 
 
 def sizes(each_module: bool = False) -> dict[str, int]:
