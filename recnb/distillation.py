@@ -40,6 +40,10 @@ class DistillationModel(nn.Module):
         out = {name: self.models[name](x, y) for name in names}
         return {**out[self.chosen], **out}
 
+    def head_input(self, out: dict) -> Tensor:
+        """Return what the chosen model's head reads of the outputs, (B, D)."""
+        return self.models[self.chosen].head_input(out)
+
     def describe(self) -> str:
         "The lines of each model, under its name."
         return "\n".join(f"{name}{' (the one that is used)' * (name == self.chosen)}\n{model.describe()}"

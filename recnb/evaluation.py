@@ -101,7 +101,7 @@ def binarized(kind: str) -> Callable:
 
 
 def classified(names: Sequence[str], model: nn.Module, features: Tensor, images: ImageList) -> dict[str, float]:
-    "top{k} of the features (N, D) of images, by the logits of the model's head, or by the features where it has none."
+    "top{k} of images by the logits of the model's head for its inputs (N, D), or by the features where it has none."
     head = getattr(model, "head", None)
     with torch.inference_mode():
         logits = features if head is None else head(features.to(next(model.parameters()).device)).float().cpu()
@@ -113,7 +113,7 @@ def classified(names: Sequence[str], model: nn.Module, features: Tensor, images:
 def build_judge(cfg: dict, model: nn.Module | None = None) -> Callable:
     """`judge` with the metrics, the post-processing and the re-ranking of a configuration.
 
-    In classification it is the accuracy of `model`'s head.
+    In classification it is the accuracy of `model`'s head, and takes what the head reads in place of features.
     """
     steps = [POST_PROCESS.build({"name": name, **args}, place) for place, name, args in items(cfg, "PostProcess")]
     names, re_ranking = build_metrics(cfg), cfg["Global"]["re_ranking"]
@@ -125,6 +125,8 @@ def build_judge(cfg: dict, model: nn.Module | None = None) -> Callable:
             return classified(names, model, query_features, query)
 
         judged.names = names
+        if getattr(model, "head", None) is not None:
+            judged.reads = model.head_input
         return judged
 
     def judged(query_features: Tensor, gallery_features: Tensor, query: ImageList, gallery: ImageList,

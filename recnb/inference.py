@@ -70,8 +70,7 @@ def picked(network: RecModel, x: Tensor, output: str) -> Tensor:  # (B, 3, H, W)
     out = network.parts(x)
     if output != "logits":
         return vectors(out[output])
-    behind = network.head_feature_from == "backbone" or network.neck is None
-    return network.head(vectors(out["backbone" if behind else "neck"]))
+    return network.head(network.head_input(out))
 
 
 def finished(x: Tensor, normalize: bool, softmax: bool) -> Tensor:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
+from operator import itemgetter
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -135,20 +136,21 @@ class PassLabels(Callback):
 
 
 class RetrievalEvaluation(Callback):
-    "Gathers the features of the validation loader and leaves their retrieval metrics as `result`."
+    "Gathers the features of the validation loader, or what else is judged, and leaves the metrics as `result`."
 
     order = 40
     result: dict[str, float]
 
     def __init__(self, loaders: Loaders, judged: Callable):
         self.query, self.gallery, self.judged, self.result = loaders.query.dataset, loaders.gallery.dataset, judged, {}
+        self.reads = getattr(judged, "reads", itemgetter("features"))
 
     def before_validate(self):
         self.features, self.result = [], {}
 
     def after_pred(self):
         if not self.training:
-            self.features.append(self.pred["features"].detach().float().cpu())
+            self.features.append(self.reads(self.pred).detach().float().cpu())
 
     def after_validate(self):
         features = joined(torch.cat(self.features)) if self.features else torch.empty(0)
@@ -168,8 +170,9 @@ class RetrievalLearner(Learner):
 
     `optimizer` makes a torch optimizer from `(groups, lr)`, the groups being those of `splitter(model, loss)`: the
     backbone's, then the others', so that `freeze()` trains the latter and `slice(lr)` spreads over both. `metrics` are
-    keys of `retrieval_metrics`, or a function like `judge` that computes them, with their `names`. `mix` is a batch
-    transform `(x, y) -> (x, soft labels)` for training.
+    keys of `retrieval_metrics`, or a function like `judge` that computes them, with their `names`, and with
+    `reads(out)` where it takes something else of the model's outputs than the features. `mix` is a batch transform
+    `(x, y) -> (x, soft labels)` for training.
     """
 
     first_epoch, first_batch = 0, 0  # where a resumed fit begins

@@ -60,8 +60,7 @@ class RecModel(nn.Module):
         "What `forward` gives, in the precision that it is called in."
         out = in_chunks(self.embed, x, self.grad_cache if self.training else None, self)
         if self.head is not None and y is not None:
-            given = vectors(out["backbone"]) if self.head_feature_from == "backbone" else out["features"]
-            out["logits"] = self.head(given, y)  # (B, class_num)
+            out["logits"] = self.head(self.head_input(out), y)  # (B, class_num)
         if not self.training and self.retrieval_feature_from != "features":
             out["features"] = vectors(out[self.retrieval_feature_from])
         return out
@@ -72,6 +71,11 @@ class RecModel(nn.Module):
         if self.neck is not None:
             out["neck"] = self.neck(out["backbone"])
         return out | {"features": vectors(out.get("neck", out["backbone"]))}
+
+    def head_input(self, out: dict[str, Tensor]) -> Tensor:
+        """Return what the head reads of the model's outputs, (B, D), in training, evaluation and export alike."""
+        behind = self.head_feature_from == "backbone" or self.neck is None
+        return vectors(out["backbone" if behind else "neck"])
 
     def train(self, mode: bool = True) -> RecModel:
         super().train(mode)
