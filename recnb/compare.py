@@ -52,7 +52,9 @@ def load_runs(folders: Sequence[Path]) -> tuple[dict[str, Run], dict[str, str]]:
     runs, unusable = {}, {}
     for name, folder in zip(short_names(folder.absolute().parts for folder in folders), folders, strict=True):
         try:
-            runs[name] = load_run(folder)
+            run = load_run(folder)
+            run.lists()  # queries are judged anew, so these have to be there
+            runs[name] = run
         except (ConfigError, DataError, OSError, ValueError) as error:
             unusable[name] = str(error).splitlines()[0].removeprefix(f"{folder}: ")
     return runs, unusable

@@ -22,7 +22,6 @@ from torchvision.transforms import InterpolationMode, v2
 from recnb import deploy
 from recnb.config import ConfigError, adds_softmax
 from recnb.cutting import first_line
-from recnb.datasets import training_images
 from recnb.model import RecModel, vectors
 from recnb.registry import suggest
 from recnb.runs import Run
@@ -150,7 +149,7 @@ def values(ops: Sequence[v2.Transform]) -> dict:
 def describe(run: Run, steps: list[dict], inside: dict, described: dict, dynamic_size: bool) -> dict:
     "The content of inference.yml; `described` is its section output."
     if described["name"] == "logits":
-        described = {**described, "labels": [str(name) for name in training_images(run.cfg).names.tolist()]}
+        described = {**described, "labels": run.class_names}
     size = [None, None] if dynamic_size else run.cfg["Global"]["image_shape"][1:]
     scaled = {key: [round(value / 255, 7) for value in inside[key]] for key in ("mean", "std")}
     return {"input": {"name": "image", "layout": "NHWC", "dtype": "uint8", "channel_order": "RGB", "size": size},

@@ -24,7 +24,7 @@ from torchvision.transforms import v2
 from tqdm.auto import tqdm
 
 import recnb.augment  # noqa: F401 (registers its ops)
-from recnb.config import ConfigError, lookup, resolve
+from recnb.config import ConfigError, class_num, lookup, resolve
 from recnb.datasets import (
     DataError,
     ImageList,
@@ -161,6 +161,9 @@ def build_loaders(cfg: dict) -> Loaders:
     Raises ConfigError or DataError, before anything is trained, for whatever would fail or mislead later.
     """
     images, drop = {"DataLoader.Train": training_images(cfg)}, cfg["Global"]["on_bad_image"] == "drop"
+    given, listed = class_num(cfg)[1], len(images["DataLoader.Train"].names)
+    if given and given > listed:
+        print(f"class_num is {given}, the training list has {listed} identities: the others will never be seen")
     if drop:
         drop_faults(images["DataLoader.Train"])
     if cfg["Global"]["eval_during_train"] or lookup(cfg, "DataLoader.Eval"):

@@ -111,14 +111,16 @@ def vectors(x: Tensor) -> Tensor:
     return x.flatten(1) if x.shape[2:].numel() == 1 else x
 
 
-def build_model(cfg: dict) -> RecModel | DistillationModel:
+def build_model(cfg: dict, classes: int | None = None) -> RecModel | DistillationModel:
     """The model of a configuration, its weights drawn from Global.seed or read from the files it names.
 
     Sizes that the file leaves out are derived: the neck's input from the cut backbone, the head's from the neck and
-    from the training list. Raises ConfigError, naming both numbers and both places, where a given size disagrees.
+    from `classes`, the number of training identities. These are counted in the training list only where neither the
+    file nor the caller says how many there are. Raises ConfigError, naming both numbers and both places, where a given
+    size disagrees.
     """
     sections = architectures(cfg)
-    classes = class_number(cfg) if any(section.get("Head") for _, section in sections) else None
+    classes = class_number(cfg, classes) if any(section.get("Head") for _, section in sections) else None
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(cfg["Global"]["seed"])  # torch.manual_seed would reach GPUs too
         models = {where: build_recmodel(cfg, section, where, classes) for where, section in sections}
@@ -187,13 +189,16 @@ def build_distillation(cfg: dict, models: dict[str, RecModel]) -> DistillationMo
     return DistillationModel(models, chosen)
 
 
-def class_number(cfg: dict) -> int:
-    "How many classes the head tells apart: as the file says, otherwise the identities of the training list."
-    given = class_num(cfg)[1]
-    listed = len(training_images(cfg).names)  # raises where `given` is too small for the list
-    if given and given > listed:
-        print(f"class_num is {given}, the training list has {listed} identities: the others will never be seen")
-    return given or listed
+def class_number(cfg: dict, counted: int | None) -> int:
+    """Return how many classes the head tells apart: as the file says, as counted, or as the training list has.
+
+    Raise ConfigError where the file gives fewer than were counted.
+    """
+    where, given = class_num(cfg)
+    if given and counted and given < counted:
+        raise ConfigError(f"{where} is {given}, but there are {counted} training identities; correct {where} or leave "
+                          "it out")
+    return given or counted or len(training_images(cfg).names)
 
 
 def build_backbone(cfg: dict, section: dict, where: str) -> nn.Module:

@@ -11,8 +11,9 @@ import hashlib
 import json
 import platform
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -122,12 +123,14 @@ def save_metrics(run: Path, before: dict, after: dict) -> dict:
 
 @dataclass
 class Run:
-    "A finished run as its folder tells it: configuration, evaluation lists and their features, results."
+    """A finished run as its folder tells it: configuration, evaluation lists and their features, results.
+
+    The lists are read when they are first asked for: the rest of a run can be used where its images are not.
+    """
 
     folder: Path
     cfg: dict
-    query: ImageList
-    gallery: ImageList
+    lists: Callable[[], tuple[ImageList, ImageList]]  # gives query and gallery
     query_features: np.ndarray  # (Q, D) float32
     gallery_features: np.ndarray  # (G, D)
     metrics: dict
@@ -136,6 +139,22 @@ class Run:
     @property
     def name(self) -> str:
         return self.folder.name
+
+    @property
+    def query(self) -> ImageList:
+        return self.lists()[0]
+
+    @property
+    def gallery(self) -> ImageList:
+        return self.lists()[1]
+
+    @property
+    def class_names(self) -> list[str]:
+        """What the training identities are called, in the order of their labels."""
+        def names(path: Path) -> list[str]:
+            return pd.read_csv(path, dtype=str, keep_default_na=False)["name"].tolist()
+
+        return undamaged(self.folder, self.folder / "labels.csv", names)
 
     @property
     def exclude_self(self) -> np.ndarray:
@@ -158,7 +177,8 @@ class Run:
 
 def model_input(run: Run, picture) -> torch.Tensor:
     "(3, H, W): a picture (path, PIL image or array) as the run's evaluation shows it to the model."
-    return run.query.transform(pil_to_tensor(read_picture(picture, 4096)))
+    transform = build_transform(run.cfg, f"{evaluation_places(run.cfg)[0]}.dataset")
+    return transform(pil_to_tensor(read_picture(picture, 4096)))
 
 
 def embed_picture(run: Run, model: RecModel, picture) -> np.ndarray:
@@ -186,16 +206,24 @@ def load_run(folder: str | Path) -> Run:
             raise ConfigError(f"{run}: is not the folder of a finished run, {path.relative_to(run)} is missing; "
                               "02_train writes one")
     cfg = load_config(run / "config.yaml")
-    lists = evaluation_images(cfg)
-    for where, images in zip(evaluation_places(cfg), lists, strict=True):
-        images.transform = build_transform(cfg, f"{where}.dataset")
     features = [undamaged(run, path, lambda path: np.load(path, allow_pickle=False)) for path in parts.values()]
-    for images, values in zip(lists, features, strict=True):
+    metrics = undamaged(run, run / "metrics.json", lambda path: json.loads(path.read_text()))
+    lists = cache(partial(read_lists, run, cfg, features))
+    return Run(run, cfg, lists, *features, metrics, undamaged(run, run / "history.csv", pd.read_csv))
+
+
+def read_lists(run: Path, cfg: dict, features: Sequence[np.ndarray]) -> tuple[ImageList, ImageList]:
+    """Return a run's query and gallery lists with their transforms.
+
+    Raise DataError where they are not on this machine, ConfigError where they have changed since the run.
+    """
+    lists = evaluation_images(cfg)
+    for where, images, values in zip(evaluation_places(cfg), lists, features, strict=True):
+        images.transform = build_transform(cfg, f"{where}.dataset")
         if len(images) != len(values):
             raise ConfigError(f"{run}: embeddings has {len(values)} rows for the {len(images)} images of "
                               f"{images.source}; the list has changed since the run")
-    metrics = undamaged(run, run / "metrics.json", lambda path: json.loads(path.read_text()))
-    return Run(run, cfg, *lists, *features, metrics, undamaged(run, run / "history.csv", pd.read_csv))
+    return lists
 
 
 def undamaged(run: Path, path: Path, read: Callable):

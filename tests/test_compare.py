@@ -21,12 +21,10 @@ def made(tmp_path, name, noise, seed=0, margin=0.3, **changes):
     features = [(centres[part.labels] + noise * rng.normal(size=(len(part), 16))).astype("float32")
                 for part in (query, gallery)]
     cfg = {"Global": {"re_ranking": False, "device": "cpu"}, "Arch": {"Head": {"name": "ArcMargin", "margin": margin}}}
-    run = Run(tmp_path / name, cfg, query, gallery, *features, {"recall1": 0.5, "mAP": 0.5 - noise / 10, "gain": {}},
+    lists = changes.get("query", query), changes.get("gallery", gallery)
+    return Run(tmp_path / name, cfg, lambda: lists, *features, {"recall1": 0.5, "mAP": 0.5 - noise / 10, "gain": {}},
               pd.DataFrame({"epoch": [1, 2, 3], "lr": 0.1, "train_loss": [3.0, 2, 1], "recall1": [0.2, 0.6, 0.6],
                             "mAP": [0.2, np.nan, 0.4]}))
-    for key, value in changes.items():
-        setattr(run, key, value)
-    return run
 
 
 @pytest.fixture

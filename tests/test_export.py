@@ -222,7 +222,7 @@ def test_the_graph_does_to_pixels_what_the_transforms_do(ops, run):
     transforms = [TRANSFORMS[name](**args) for name, args in ops]
     whole = v2.Compose([v2.Resize([8, 8]), *transforms, v2.ToDtype(torch.float32, scale=True)])
     images = replace(run.query, transform=whole)
-    steps, outside, inside = inference.preprocessing(replace(run, query=images, gallery=images))
+    steps, outside, inside = inference.preprocessing(replace(run, lists=lambda: (images, images)))
     assert [list(entry) for entry in steps] == [["resize", "interpolation"]]
     graph = inference.Inference(RecModel(nn.Flatten()), "features", **inside, normalize=False)
     image = images.image(0)
@@ -238,9 +238,9 @@ def test_the_graph_does_to_pixels_what_the_transforms_do(ops, run):
 def test_what_example_py_cannot_do_is_refused(ops, message, run):
     images = replace(run.query, transform=v2.Compose([*ops, v2.ToDtype(torch.float32, scale=True)]))
     with pytest.raises(ConfigError, match=message):
-        inference.preprocessing(replace(run, query=images, gallery=images))
+        inference.preprocessing(replace(run, lists=lambda: (images, images)))
     with pytest.raises(ConfigError, match="differ from those of the queries"):
-        inference.preprocessing(replace(run, query=images))
+        inference.preprocessing(replace(run, lists=lambda: (images, run.gallery)))
 
 
 def test_outputs_are_what_the_configuration_names():

@@ -14,6 +14,7 @@ from recnb.config import ConfigError, load_config
 from recnb.datasets import DataError
 from recnb.files import replacing, write_json, write_text
 from recnb.heads import HEADS, ArcMargin, cosine
+from recnb.loaders import build_loaders
 from recnb.losses import LOSSES, CombinedLoss, build_loss
 from recnb.model import RecModel, build_model, load_weights
 from recnb.necks import FC, NECKS, VehicleNeck
@@ -275,12 +276,21 @@ def test_sizes_and_names_that_conflict(config, changes, message):
 
 def test_class_num_below_the_labels_of_the_list(config):
     with pytest.raises(DataError, match=r"line 2: label 10 is out of range: Global\.class_num is 4, .* 5 identities"):
-        build_model(config({"Global.class_num": 4}))
+        build_loaders(config({"Global.class_num": 4}))
 
 
-def test_class_num_above_the_labels_of_the_list(config, capsys):
-    assert len(build_model(config({"Arch.Head.class_num": 60})).head.weight) == 60
-    assert "class_num is 60, the training list has 41 identities" in capsys.readouterr().out
+@pytest.mark.parametrize("changes, classes", [({"Arch.Head.class_num": 60}, None), ({"Global.class_num": 60}, 41),
+                                              ({}, 60)], ids=str)
+def test_no_list_is_read_where_the_number_of_classes_is_given(config, tmp_path, changes, classes):
+    (tmp_path / "train.txt").unlink()
+    assert len(build_model(config(changes), classes).head.weight) == 60
+    with pytest.raises(DataError, match=r"^DataLoader\.Train\.dataset: cls_label_path: there is no file .*train\.txt$"):
+        build_model(config())
+
+
+def test_more_classes_than_the_file_says(config):
+    with pytest.raises(ConfigError, match=r"^Global\.class_num is 4, but there are 5 training identities; correct"):
+        build_model(config({"Global.class_num": 4}), 5)
 
 
 def test_the_seed_alone_decides_the_weights(config):

@@ -2,22 +2,25 @@
 import json
 import math
 import multiprocessing
+import shutil
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 import yaml
-from conftest import make
+from conftest import make, tiny_config
 from safetensors.torch import load_file
 
+from recnb.compare import load_runs
 from recnb.config import ConfigError, load_config, lookup
 from recnb.datasets import DataError
 from recnb.learner import Callback
 from recnb.loaders import build_loaders
 from recnb.model import build_model
-from recnb.runs import history_figure, open_run, save_metrics
+from recnb.runs import embed_picture, history_figure, load_run, open_run, save_metrics
 from recnb.schedules import build_schedules
+from recnb.train import train
 from recnb.training import build_learner
 
 
@@ -290,3 +293,23 @@ def test_worker_processes_end_with_the_training(config_file, tmp_path):
     before = multiprocessing.active_children()
     make(config_file, tmp_path, {"DataLoader.Train.loader.num_workers": 2, "Global.epochs": 1}).fit_config()
     assert multiprocessing.active_children() == before
+
+
+def test_a_run_is_opened_where_its_images_and_lists_are_not(drawn, tmp_path):
+    data, run = shutil.copytree(drawn, tmp_path / "data"), tmp_path / "run"
+    train(load_config(tiny_config(data, tmp_path / "config.yaml", {"Global.epochs": 1})), run)
+    picture, names = drawn / load_run(run).query.paths[0].removeprefix(f"{data}/"), load_run(run).query.names.tolist()
+    (data / "images").rename(tmp_path / "images")
+    opened = load_run(run)
+    assert opened.query.names.tolist() == names  # lists without pictures
+    with pytest.raises(DataError, match=r"query\.txt line 1: the image .* is not there"):
+        opened.query[0]
+    data.rename(tmp_path / "gone")
+    opened = load_run(run)
+    feature = embed_picture(opened, opened.model(), picture)
+    np.testing.assert_allclose(feature, opened.query_features[0], rtol=1e-4, atol=1e-5)
+    assert opened.class_names == [str(number) for number in range(15)] and "mAP" in opened.metrics
+    with pytest.raises(DataError, match=r"^DataLoader\.Eval\.Query\.dataset: cls_label_path: there is no file .*txt$"):
+        opened.rank()
+    finished, unusable = load_runs([run])
+    assert not finished and "there is no file" in unusable["run"]
