@@ -148,8 +148,9 @@ class Loaders:
         Python's collector of cycles takes the queues before the loader, which then waits five seconds for each worker.
         """
         for loader in (self.train, self.query, self.gallery):
-            if loader is not None:
-                loader._iterator = None  # what keeps persistent workers; torch has no public way
+            if loader is not None and loader._iterator is not None:  # torch has no public way
+                loader._iterator._shutdown_workers()
+                loader._iterator = None
 
 
 def build_loaders(cfg: dict) -> Loaders:

@@ -289,10 +289,19 @@ def test_images_may_be_blended_for_a_plain_classifier(config_file, tmp_path):
     assert set(soft) == {(True, 2), (False, 1)}
 
 
+class Failing(Callback):
+    def after_batch(self):
+        raise ValueError("in the first step")
+
+
 def test_worker_processes_end_with_the_training(config_file, tmp_path):
-    before = multiprocessing.active_children()
-    make(config_file, tmp_path, {"DataLoader.Train.loader.num_workers": 2, "Global.epochs": 1}).fit_config()
-    assert multiprocessing.active_children() == before
+    before = set(multiprocessing.active_children())
+    learn = make(config_file, tmp_path, {"DataLoader.Train.loader.num_workers": 2, "Global.epochs": 1})
+    with pytest.raises(ValueError) as held:  # with the frames that have called the workers
+        learn.add_cb(Failing()).fit_config()
+    assert "in the first step" in str(held.value) and set(multiprocessing.active_children()) <= before
+    learn.remove_cb(Failing).fit_config()
+    assert set(multiprocessing.active_children()) <= before
 
 
 def test_a_run_is_opened_where_its_images_and_lists_are_not(drawn, tmp_path):
