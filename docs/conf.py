@@ -15,7 +15,7 @@ author = "the recnb authors"
 copyright = "the recnb authors, Apache-2.0"
 release = recnb.__version__
 
-extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build", "_generated"]
 highlight_language = "none"  # a block without a language is a command or plain text
 nb_execution_mode = "off"  # docs/build.py has executed them
