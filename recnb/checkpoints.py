@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from torch import nn
 from recnb.config import GLOBAL, LOADERS, ConfigError, architectures, class_num, lookup, optimizers, resolve
 from recnb.datasets import training_images
 from recnb.distributed import anywhere
-from recnb.files import replacing
+from recnb.files import link_or_copy, replacing
 from recnb.guard import TrainingError
 from recnb.learner import Callback, RetrievalLearner
 from recnb.schedules import SCHEDULES
@@ -89,8 +88,7 @@ class Checkpoints(Callback):
             self.save_best()
         if self.save_interval > 0 and epoch % self.save_interval == 0 and ranks()[0] == 0:
             kept = self.folder / f"epoch_{epoch}.pt"
-            kept.unlink(missing_ok=True)
-            os.link(self.folder / "latest.pt", kept)  # `latest` is replaced, never rewritten, so a link is a copy
+            link_or_copy(self.folder / "latest.pt", kept)  # `latest` is replaced, never rewritten: a link is a copy
             numbered = sorted(self.folder.glob("epoch_*.pt"), key=lambda path: int(path.stem.split("_")[1]))
             for path in numbered[: -self.keep] if self.keep else ():
                 path.unlink()

@@ -140,6 +140,17 @@ def test_only_the_last_numbered_checkpoints_are_kept(config_file, tmp_path):
     assert {path.name for path in (tmp_path / "checkpoints").glob("*.pt")} == {"latest.pt", "epoch_3.pt", "epoch_4.pt"}
 
 
+def test_without_hard_links_numbered_checkpoints_are_copies(config_file, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(1, "Operation not permitted")  # as exFAT says it
+
+    monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr(Path, "hardlink_to", refuse)
+    make(config_file, tmp_path, {"Global.epochs": 2, "Global.save_interval": 1}).fit_config()
+    first, second, latest = (tmp_path / "checkpoints" / f"{name}.pt" for name in ("epoch_1", "epoch_2", "latest"))
+    assert second.read_bytes() == latest.read_bytes() != first.read_bytes()
+
+
 def test_a_full_disk_leaves_the_checkpoint_before(config_file, tmp_path, monkeypatch):
     save, calls = torch.save, []
 
