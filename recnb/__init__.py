@@ -3,7 +3,7 @@
 Read the chapters in this order: registry, plain, config, files, sharding, distributed, transforms, augment, samplers,
 images, datasets, layouts, loaders, photographs, marks, lint, cutting, architectures, backbones, necks, heads, losses,
 pairs, hashing, memories, distillation, pml, caching, model, schedules, optim, scores, protocol, ranking, stats,
-metrics, verification, search, rerank, prepare, evaluation, learner, guard, lock, checkpoints, steps, training, gallery,
+metrics, verification, search, rerank, prepare, evaluation, learner, guard, checkpoints, steps, training, gallery,
 page, static, widget, regions, analysis, runs, compare, example, deploy, modelcard, inference, export, train. Importing
 the package loads none of them.
 """

@@ -18,10 +18,10 @@ from recnb.checkpoints import resolved
 from recnb.config import ConfigError, as_yaml, load_config, resolve
 from recnb.datasets import DataError
 from recnb.distributed import first_does, processes
+from recnb.files import LockedError
 from recnb.guard import TrainingError
 from recnb.lint import lint, stop
 from recnb.loaders import build_loaders
-from recnb.lock import LockedError
 from recnb.marks import draw_marks
 from recnb.model import build_model
 from recnb.plain import Loader

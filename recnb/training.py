@@ -26,11 +26,10 @@ from recnb.config import EMA, ConfigError, architectures, items, lookup, resolve
 from recnb.datasets import save_dropped, save_label_map, seeded
 from recnb.distributed import averaged, first_does, launch
 from recnb.evaluation import build_judge
-from recnb.files import replacing
+from recnb.files import locked, replacing
 from recnb.guard import Guard, Wish, explained, stoppable
 from recnb.learner import Callback, CancelValidException, RetrievalLearner, ValueMetric
 from recnb.loaders import Loaders
-from recnb.lock import locked
 from recnb.losses import CombinedLoss, build_loss
 from recnb.model import precision
 from recnb.optim import build_optimizer, parameter_groups

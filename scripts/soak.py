@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from recnb.lock import read
+from recnb.files import owner
 from recnb.marks import draw_marks
 
 FILES = ("model.safetensors", "history.csv", "metrics.json")
@@ -93,8 +93,7 @@ def start(config: Path, run: Path) -> subprocess.Popen:
 
 def training(process: subprocess.Popen, run: Path) -> bool:
     "Whether this process holds the run's lock."
-    owner = read(run / ".lock")
-    return owner is not None and owner["pid"] == process.pid
+    return owner(run).startswith(f"process {process.pid} ")
 
 
 def kill_at(process: subprocess.Popen, run: Path, seconds: float) -> str:

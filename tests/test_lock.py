@@ -1,75 +1,103 @@
 "One process writes to a run folder: who holds the lock, who may take it over, and when."
-import json
-import os
 import subprocess
 import sys
-import time
 
 import pytest
 
-from recnb import lock
-from recnb.lock import LockedError, locked
+from recnb import files
+from recnb.files import LockedError, locked, owner
+
+HOLD = """
+import sys
+from pathlib import Path
+from recnb.files import locked
+with locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+RACE = """
+import sys, time
+from pathlib import Path
+from recnb.files import locked
+folder = Path(sys.argv[1])
+print("ready", flush=True)
+while not (folder / "go").exists():  # all at once
+    pass
+with locked(folder):
+    (folder / "inside").touch(exist_ok=False)
+    time.sleep(0.1)
+    (folder / "inside").unlink()
+"""
 
 
 @pytest.fixture(autouse=True)
 def hurry(monkeypatch):
-    monkeypatch.setattr(lock, "PATIENCE", 0.3)
+    monkeypatch.setattr(files, "PATIENCE", 0.3)
 
 
-def hold(folder):
-    "Another process that holds the lock until it is told to end."
-    code = ("import sys; from pathlib import Path; from recnb.lock import locked\n"
-            f"with locked(Path({str(folder)!r})): print('held', flush=True); sys.stdin.read()")
-    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "held\n"
+def start(code, folder):
+    "Another process that runs the code and has printed its first line."
+    process = subprocess.Popen([sys.executable, "-c", code, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                               text=True)
+    assert process.stdout.readline() in ("held\n", "ready\n")
+    return process
+
+
+def killed(folder):
+    "A process that held the lock and was killed."
+    process = start(HOLD, folder)
+    process.kill()
+    process.wait()
     return process
 
 
 def test_a_living_owner_keeps_others_out_and_a_dead_one_does_not(tmp_path, capsys):
-    process = hold(tmp_path)
+    process = start(HOLD, tmp_path)
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.iterdir()}
     with pytest.raises(LockedError, match=f"process {process.pid} on .* is writing to this run"), locked(tmp_path):
         pytest.fail("the lock was taken from a living owner")
+    assert before == {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.iterdir()}
     process.kill()
     process.wait()
     with locked(tmp_path):
-        assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
+        assert owner(tmp_path) == files.me()
     assert f"took over the lock of process {process.pid}" in capsys.readouterr().out
-    assert not (tmp_path / ".lock").exists()
+    assert not owner(tmp_path)
 
 
-def test_an_owner_that_ends_is_waited_for(tmp_path, monkeypatch):
-    monkeypatch.setattr(lock, "PATIENCE", 20)
-    process = hold(tmp_path)
+def test_an_owner_that_ends_is_waited_for(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(files, "PATIENCE", 20)
+    process = start(HOLD, tmp_path)
     process.stdin.close()
     with locked(tmp_path):
-        assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
+        assert owner(tmp_path) == files.me()
     process.wait()
+    assert "took over" not in capsys.readouterr().out
 
 
-def test_a_process_of_the_same_number_is_another_one(tmp_path):
-    (tmp_path / ".lock").write_text(json.dumps({**lock.me(), "started": 1.0}))
+def test_processes_that_start_at_once_on_a_dead_owners_lock_hold_it_one_after_another(tmp_path):
+    killed(tmp_path)
+    processes = [start(RACE, tmp_path) for _ in range(4)]
+    (tmp_path / "go").touch()
+    printed = "".join(process.communicate(timeout=30)[0] for process in processes)
+    assert [process.returncode for process in processes] == [0, 0, 0, 0]
+    assert printed.count("took over the lock of process") == 1
+
+
+def test_a_lock_within_a_lock_leaves_the_outer_one(tmp_path):
     with locked(tmp_path):
-        assert json.loads((tmp_path / ".lock").read_text()) == lock.me()
-
-
-@pytest.mark.parametrize(("age", "held"), [(10, True), (500, False)])
-def test_on_another_host_only_the_age_tells(tmp_path, age, held):
-    (tmp_path / ".lock").write_text(json.dumps({**lock.me(), "host": "elsewhere"}))
-    os.utime(tmp_path / ".lock", (time.time() - age,) * 2)
-    if held:
-        with pytest.raises(LockedError, match="on elsewhere"), locked(tmp_path):
-            pass
-    else:
         with locked(tmp_path):
-            assert json.loads((tmp_path / ".lock").read_text()) == lock.me()
-
-
-def test_a_torn_lock_has_no_owner_and_a_held_one_is_kept_fresh(tmp_path, monkeypatch):
-    monkeypatch.setattr(lock, "TOUCH", 0.02)
-    (tmp_path / ".lock").write_text('{"host": ')
-    with locked(tmp_path):
-        os.utime(tmp_path / ".lock", (0, 0))
-        time.sleep(0.3)
-        assert time.time() - (tmp_path / ".lock").stat().st_mtime < 5
-        with locked(tmp_path):  # the same process, once more
             pass
+        assert owner(tmp_path) == files.me()
+        process = subprocess.run([sys.executable, "-c", HOLD.replace("with locked", "import recnb.files\n"
+                                  "recnb.files.PATIENCE = 0.1\nwith locked"), str(tmp_path)], input="", text=True,
+                                 capture_output=True)
+        assert process.returncode and "LockedError" in process.stderr and files.me() in process.stderr
+
+
+def test_an_error_within_frees_the_lock(tmp_path):
+    with pytest.raises(ValueError), locked(tmp_path):
+        raise ValueError
+    process = start(HOLD, tmp_path)
+    process.communicate()
+    assert process.returncode == 0

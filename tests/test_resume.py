@@ -13,6 +13,7 @@ from processes import start
 from safetensors.torch import load_file
 
 from recnb.config import ConfigError
+from recnb.files import owner
 from recnb.guard import TrainingError
 from recnb.learner import Callback
 from recnb.train import main
@@ -240,7 +241,7 @@ def test_asked_to_stop_it_saves_and_goes_on_later(whole, tmp_path, number):
     os.kill(process.pid, number)
     assert ended(process) == 130
     assert "all saved: the same command goes on from there" in (tmp_path / "log").read_text()
-    assert not (run / ".lock").exists()
+    assert not owner(run)
     assert ended(start(tmp_path / "log", train, config, run)) == 0, (tmp_path / "log").read_text()
     same(run, alone)
 

@@ -17,7 +17,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 ORDER = """registry plain config files sharding distributed transforms augment samplers images datasets layouts loaders
 photographs marks lint cutting architectures backbones necks heads losses pairs hashing memories
 distillation pml caching model schedules optim scores protocol ranking stats metrics verification search
-rerank prepare evaluation learner guard lock checkpoints steps training gallery page static widget regions
+rerank prepare evaluation learner guard checkpoints steps training gallery page static widget regions
 analysis runs compare example deploy modelcard inference export train""".split()
 ONLY = {"fastai": {"learner"}, "timm": {"backbones", "cutting"}, "faiss": {"search"},
         "ipywidgets": {"gallery", "widget"}, "papermill": set()}
