@@ -187,9 +187,12 @@ def fit_config(learn: RetrievalLearner, plan: Plan, on_epoch: Callable[[], objec
 
 def fit_elsewhere(learn: RetrievalLearner, plan: Plan, on_epoch: Callable[[], object] | None) -> None:
     "What fit_config does where it starts the processes that train, and shows what they print."
+    history = plan.folder / "history.csv"
+    written = history.exists() and history.stat().st_mtime_ns
     for line in launch(plan.folder / "config.yaml", plan.folder, plan.devices):
         print(line, end="")
-        if on_epoch and line.startswith("epoch "):
+        before, written = written, history.exists() and history.stat().st_mtime_ns
+        if on_epoch and written != before:  # each epoch writes the file anew, then prints a line
             on_epoch()
     learn.model.load_state_dict(load_file(plan.folder / "model.safetensors"))
 

@@ -10,11 +10,13 @@ import pytest
 import torch
 import yaml
 from conftest import make, tiny_config
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from recnb import training
 from recnb.compare import load_runs
 from recnb.config import ConfigError, load_config, lookup
 from recnb.datasets import DataError
+from recnb.files import replacing
 from recnb.learner import Callback
 from recnb.loaders import build_loaders
 from recnb.model import build_model
@@ -38,6 +40,25 @@ def test_a_run_leaves_history_weights_and_checkpoints(config_file, tmp_path):
     kept = load_file(tmp_path / "run" / "model.safetensors")
     assert all(torch.equal(kept[k], v) for k, v in learn.model.state_dict().items())
     assert len(history_figure(tmp_path / "run").axes) == 2
+
+
+def test_where_other_processes_train_an_epoch_is_a_new_row_of_the_history(config_file, tmp_path, monkeypatch):
+    learn = make(config_file, tmp_path, {"Global.devices": 2})
+    history, seen = tmp_path / "history.csv", []
+    history.write_text("epoch\n1\n")  # of the run that goes on
+
+    def launch(*_):
+        yield "resuming behind epoch 1 of 2\n"
+        yield "epoch 2 step 3: the loss is not finite (CELoss nan): step left out\n"
+        with replacing(history) as path:
+            path.write_text("epoch\n1\n2\n")
+        yield "epoch 2 of 2: train_loss 0.5\n"
+        save_file(learn.model.state_dict(), tmp_path / "model.safetensors")
+        yield "the model holds the weights of epoch 2\n"
+
+    monkeypatch.setattr(training, "launch", launch)
+    learn.fit_config(on_epoch=lambda: seen.append(history.read_text()))
+    assert seen == ["epoch\n1\n2\n"]
 
 
 def test_steps_follow_the_schedule(config_file, tmp_path):
