@@ -88,10 +88,10 @@ def test_hostile_yaml(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     text, message = HOSTILE[name]
     (tmp_path / "hostile.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(ConfigError, match=f"^{tmp_path}/hostile.yaml.*{message}"):
         load_config(tmp_path / "hostile.yaml")
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
     assert [path.name for path in tmp_path.iterdir()] == ["hostile.yaml"]
 
 
