@@ -15,9 +15,11 @@ import pytest
 import torch.distributed as dist
 import torch.multiprocessing
 
+from recnb import build_learner, build_loaders, build_model
+
 METHOD = "forkserver" if sys.platform == "linux" else "spawn"  # macOS's own libraries do not bear a fork
 SERVER = multiprocessing.get_context(METHOD)
-SERVER.set_forkserver_preload(["recnb.training"])
+SERVER.set_forkserver_preload([build.__module__ for build in (build_model, build_loaders, build_learner)])
 SECONDS = 120
 
 
