@@ -239,7 +239,7 @@ def known_classes(config_file) -> dict:
     train = load_config(config_file())["DataLoader"]["Train"]["dataset"]
     plain = {**train, "transform_ops": [{"ResizeImage": {"size": 32}}, {"NormalizeImage": {}}]}
     return {"Global.eval_mode": "classification", "Metric.Eval": [{"TopkAcc": {"topk": [1, 3]}}],
-            "DataLoader.Eval": {"dataset": plain, "sampler": {"batch_size": 20}}}
+            "DataLoader.Eval": {"dataset": plain, "sampler": {"batch_size": 20}, "loader": {"num_workers": 0}}}
 
 
 @torch.inference_mode()
