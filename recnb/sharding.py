@@ -6,6 +6,7 @@ this is the plain thing.
 """
 from __future__ import annotations
 
+import types
 from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
 
@@ -133,40 +134,47 @@ class PartialLogits(NamedTuple):
 
 
 def step_by_rows(optimizer: torch.optim.Optimizer) -> None:
-    """None; lets any optimizer of torch take the sparse gradients of parameters (C, D) of which some rows are used.
+    """Let any optimizer of torch take the sparse gradients of parameters (C, D) of which some rows are used.
 
     It steps a copy of those rows with their rows of its state; momentum, moments and weight decay of the other rows
-    stand still until they are used again. Register it before hooks that change gradients.
+    stand still until they are used again. Its hooks see the rows and their gradients. A step that raises leaves the
+    parameters where they were.
     """
-    held = []
+    whole = optimizer.step
 
-    def before(*_):
-        for group in optimizer.param_groups:
-            for i, p in enumerate(group["params"]):
-                if p.grad is not None and p.grad.is_sparse:
-                    gradient, state = p.grad.coalesce(), optimizer.state.pop(p, {})
-                    index = gradient.indices()[0]
-                    rows = group["params"][i] = nn.Parameter(p.detach()[index])
-                    rows.grad = gradient.values()
-                    optimizer.state[rows] = {k: v[index] if per_row(v, p) else v for k, v in state.items()}
-                    held.append((group["params"], i, p, rows, index, state))
+    def by_rows(self, *args, **kwargs):
+        held = []
+        try:
+            for group in self.param_groups:
+                for i, p in enumerate(group["params"]):
+                    if p.grad is not None and p.grad.is_sparse:
+                        gradient, state = p.grad.coalesce(), self.state.get(p, {})
+                        index = gradient.indices()[0]
+                        rows = nn.Parameter(p.detach()[index])
+                        rows.grad = gradient.values()
+                        used = {k: v[index] if per_row(v, p) else v for k, v in state.items()}
+                        held.append((group["params"], i, p, rows, index))
+                        group["params"][i], self.state[rows] = rows, used
+            return whole(*args, **kwargs)
+        finally:
+            for params, i, p, *_ in held:
+                params[i] = p
+            for _, _, p, rows, index in held:
+                put_back(rows, self.state.pop(rows, {}), p, self.state[p], index)
 
-    def after(*_):
-        while held:
-            params, i, p, rows, index, state = held.pop()
-            params[i] = p
-            p.detach()[index] = rows.detach()
-            for k, v in optimizer.state.pop(rows).items():
-                if not per_row(v, rows):
-                    state[k] = v
-                    continue
-                if state.get(k) is None:
-                    state[k] = torch.zeros_like(p)
-                state[k][index] = v
-            optimizer.state[p] = state
+    optimizer.step = types.MethodType(by_rows, optimizer)  # a method, as torch's schedulers want it
 
-    optimizer.register_step_pre_hook(before)
-    optimizer.register_step_post_hook(after)
+
+def put_back(rows: Tensor, used: dict, p: Tensor, state: dict, index: Tensor) -> None:
+    "Write the rows and their state into a parameter and its own."
+    p.detach()[index] = rows.detach()
+    for k, v in used.items():
+        if not per_row(v, rows):
+            state[k] = v
+            continue
+        if state.get(k) is None:
+            state[k] = torch.zeros_like(p)
+        state[k][index] = v
 
 
 def per_row(value, p: Tensor) -> bool:

@@ -362,6 +362,23 @@ def test_hooks_and_dense_gradients_are_left_as_they_are():
     torch.testing.assert_close(rows[2], -table()[2])  # used twice
 
 
+def test_a_step_that_fails_leaves_the_real_table():
+    rows = table()
+    optimizer = torch.optim.SGD([rows], 0.1, 0.9)
+    step_by_rows(optimizer)
+
+    def fail(*_):
+        once.remove()
+        raise MemoryError
+
+    once = optimizer.register_step_pre_hook(fail)
+    with pytest.raises(MemoryError):
+        step(optimizer, rows, [1, 3])
+    assert optimizer.param_groups[0]["params"][0] is rows and torch.equal(rows, table())
+    step(optimizer, rows, [1, 3])
+    assert (rows != table()).any(1).tolist() == [False, True, False, True, False]
+
+
 def test_sharded_rows_start_with_the_deviation_of_all_classes():
     head = ArcMargin(4, 10_000, sharded=True)
     assert head.weight.std().item() == pytest.approx(math.sqrt(2 / 10_004), rel=0.05)
