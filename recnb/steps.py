@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from recnb.checkpoints import whole_states
 from recnb.distributed import average_gradients, copy_from_first
 from recnb.learner import Callback, CancelBatchException, CancelStepException
-from recnb.sharding import sharded_weights, split
+from recnb.sharding import ranks, sharded_weights, split
 
 
 class Together(Callback):
@@ -55,13 +56,15 @@ class Accumulate(Callback):
 class ScaleLoss(Callback):
     """Keeps the gradients of float16 from vanishing; a step whose gradients overflow is left out and the scale halved.
 
-    Gradients are scaled back before the optimizer is called, so that its hooks clip and add to true ones.
+    Gradients are scaled back before the optimizer is called, so that its hooks clip and add to true ones. Several
+    processes leave out the same steps, also where one alone sees the overflow in its share of a sharded head.
     """
 
     order = 10  # behind Accumulate
 
     def __init__(self, device: torch.device):
-        self.scaler = torch.amp.GradScaler(device.type)
+        kind = ShardedGradScaler if ranks()[1] > 1 else torch.amp.GradScaler
+        self.scaler = kind(device.type)
 
     def before_backward(self):
         self.learn.loss_grad = self.scaler.scale(self.loss_grad)

@@ -6,9 +6,14 @@ import pandas as pd
 import pytest
 import torch
 from conftest import make
+from processes import in_processes
 
+from recnb.config import load_config
 from recnb.guard import TrainingError
 from recnb.learner import Callback
+from recnb.loaders import build_loaders
+from recnb.model import build_model
+from recnb.training import build_learner
 
 
 class Spoil(Callback):
@@ -49,6 +54,30 @@ def test_such_a_step_can_be_left_out(config_file, tmp_path, what, capsys):
     assert f"the {what} is not finite" in (printed := capsys.readouterr().out) and "step left out" in printed
     assert pd.read_csv(tmp_path / "history.csv").train_loss.notna().all()
     assert all(p.isfinite().all() for p in learn.model.parameters())
+
+
+class Steps(Callback):
+    "Counts the steps that are made."
+
+    count = 0
+
+    def after_step(self):
+        self.count += 1
+
+
+def steps_of(rank, config, folder):
+    "(Steps made, number of batches) of a training whose gradient is spoilt once, in the second process's shard."
+    cfg, steps = load_config(config), Steps()
+    learn = build_learner(cfg, build_model(cfg), build_loaders(cfg), folder)
+    learn.add_cbs([steps, Spoil("gradient", epoch=1) if rank else Callback()]).fit_config()
+    return steps.count, len(learn.dls.train)
+
+
+def test_all_processes_leave_out_a_step_that_one_cannot_make(config_file, tmp_path):
+    config = config_file({"Global.on_nonfinite": "skip", "Global.epochs": 1, "Arch.Head.sharded": True,
+                          "Loss.Train": [{"CELoss": {}}]})
+    (one, batches), other = in_processes(2, steps_of, config, tmp_path)
+    assert one == batches - 1 and other == (one, batches)
 
 
 def test_skipping_does_not_help_a_model_that_is_spoilt(config_file, tmp_path):

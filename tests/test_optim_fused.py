@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from processes import in_processes
 from torch import nn
 
 from recnb.learner import CancelStepException
@@ -98,6 +99,17 @@ def test_hooks_see_true_gradients_and_overflow_leaves_everything(name, count):
         seen.clear()
         results.append(params)
     torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
+
+
+def overflow_on_one(rank):
+    "(Whether a process has stepped its own share of a weight, the scale) behind an overflow on the second alone."
+    share, scaling = nn.Parameter(torch.ones(2)), ScaleLoss(torch.device("cpu"))
+    scaled_step(scaling, torch.optim.SGD([share], 0.1), (share * (torch.inf if rank else 1)).sum())
+    return bool((share != 1).any()), scaling.scaler.get_scale()
+
+
+def test_an_overflow_on_one_process_leaves_out_the_step_of_all():
+    assert in_processes(2, overflow_on_one) == [(False, 2.0**15)] * 2
 
 
 @pytest.mark.parametrize("section", SECTIONS.values(), ids=SECTIONS)
