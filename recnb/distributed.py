@@ -106,10 +106,13 @@ def buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    "None; each gradient becomes its mean over the processes; one that is missing here counts as 0."
+    """Make each gradient its mean over the processes; one that is missing here counts as 0.
+
+    A sparse one has the same rows in all processes, and keeps them.
+    """
     for p in (parameters := list(parameters)):
-        p.grad = torch.zeros_like(p) if p.grad is None else p.grad.to_dense() if p.grad.is_sparse else p.grad
-    for bucket in buckets(p.grad for p in parameters):
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad.coalesce() if p.grad.is_sparse else p.grad
+    for bucket in buckets(p.grad.values() if p.grad.is_sparse else p.grad for p in parameters):
         flat = torch.cat([gradient.flatten() for gradient in bucket]) / ranks()[1]
         dist.all_reduce(flat)
         write_back(flat, bucket)

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -90,8 +91,15 @@ def margin_logits(head: nn.Module, features: Tensor, y: Tensor | None) -> Tensor
 
 
 def sampled(head: nn.Module, column: Tensor, here: Tensor) -> tuple[Tensor, Tensor]:  # (M,), (M,) -> (S, D), (M,)
-    "The weights of the batch's classes that are here and of others drawn; where each row's class stands in them."
-    chance, own = torch.rand(len(head.weight), device=column.device), column[here].unique()
+    """The weights of the batch's classes that are here and of others drawn; where each row's class stands in them.
+
+    Ranks that all hold the whole weight take the same rows of it, for the classes of all their batches.
+    """
+    chance, own = torch.rand(len(head.weight), device=column.device), column[here]
+    if ranks()[1] > 1 and not head.sharded:
+        dist.broadcast(chance, 0)
+        own = torch.cat(all_rows(own))
+    own = own.unique()
     chance[own] = 2
     count = max(round(head.sample_rate * len(head.weight)), len(own), 1)
     drawn = chance.topk(count, sorted=False).indices.sort().values

@@ -27,6 +27,7 @@ from recnb.loaders import build_loaders, divided
 from recnb.losses import CELoss, CombinedLoss, SupConLoss
 from recnb.memories import CenterLoss
 from recnb.model import RecModel, build_model
+from recnb.optim import build_optimizer
 from recnb.pairs import TripletLossV2
 from recnb.train import main
 from recnb.training import build_learner, device_count
@@ -70,6 +71,28 @@ def assert_as_one(step, count, rtol, atol):
 @pytest.mark.parametrize("count", [2, 3])
 def test_processes_make_the_step_of_one_with_the_whole_batch(count):
     assert_as_one(one_step, count, rtol=1e-10, atol=1e-12)
+
+
+def sampled_steps(rank, count):
+    "Weight and momentum behind two steps of a head of which some classes are drawn, as numpy."
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float64)
+    head, x, y = ArcMargin(6, 40, scale=8.0, sample_rate=0.5), torch.randn(12, 6), torch.randint(0, 40, (12,))
+    optimizer = build_optimizer({"Optimizer": {"name": "Momentum", "weight_decay": 0.1}})([head.weight], lr=0.1)
+    torch.manual_seed(rank)
+    own = slice(rank * 12 // count, (rank + 1) * 12 // count)
+    for _ in range(2):
+        optimizer.zero_grad()
+        CELoss(0.1)({"logits": head(x[own], y[own])}, y[own]).backward()
+        if count > 1:
+            average_gradients([head.weight])
+        optimizer.step()
+    return [head.weight.detach().numpy(), optimizer.state[head.weight]["momentum_buffer"].numpy()]
+
+
+def test_processes_with_a_sampled_head_draw_and_move_the_rows_of_one():
+    _, momentum = assert_as_one(sampled_steps, 2, rtol=1e-10, atol=1e-12)
+    assert 20 < momentum.any(axis=1).sum() < 40
 
 
 def convolutional(synchronized):
