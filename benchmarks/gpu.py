@@ -16,12 +16,12 @@ from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 from training import DEVICE, machine, now
 
-from recnb.backbones import create_backbone
-from recnb.evaluation import embed
-from recnb.heads import ArcMargin
-from recnb.losses import CELoss, CombinedLoss, SupConLoss
-from recnb.model import RecModel
-from recnb.necks import FC
+from recnb.losses.combined import CELoss, CombinedLoss, SupConLoss
+from recnb.models.backbones import create_backbone
+from recnb.models.heads import ArcMargin
+from recnb.models.necks import FC
+from recnb.models.recmodel import RecModel
+from recnb.training.evaluation import embed
 
 CLASSES = 1000
 

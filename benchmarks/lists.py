@@ -12,8 +12,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from recnb.datasets import read_list
-from recnb.samplers import DistributedBatchSampler, DistributedRandomIdentitySampler, PKSampler
+from recnb.data.lists import read_list
+from recnb.data.samplers import DistributedBatchSampler, DistributedRandomIdentitySampler, PKSampler
 
 SAMPLERS = {"PKSampler": (PKSampler, {"sample_per_id": 4}), "DistributedBatchSampler": (DistributedBatchSampler, {}),
             "DistributedRandomIdentitySampler": (DistributedRandomIdentitySampler, {"num_instances": 4})}

@@ -8,9 +8,9 @@ import time
 
 import torch
 
-from recnb.heads import ArcMargin
-from recnb.losses import CELoss
-from recnb.sharding import step_by_rows
+from recnb.distributed.rows import step_by_rows
+from recnb.losses.combined import CELoss
+from recnb.models.heads import ArcMargin
 
 
 def main() -> None:

@@ -18,10 +18,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from recnb.metrics import ranking_metrics, retrieval_metrics
-from recnb.rerank import KReciprocal
-from recnb.search import knn
-from recnb.verification import verification_metrics
+from recnb.retrieval.metrics import ranking_metrics, retrieval_metrics
+from recnb.retrieval.rerank import KReciprocal
+from recnb.retrieval.search import knn
+from recnb.retrieval.verification import verification_metrics
 
 ITEMS, IDENTITIES = 60_500, 11_318  # Stanford Online Products' test set
 

@@ -28,16 +28,17 @@ from fasttransform import Transform
 from PIL import Image, ImageFilter
 from torchvision.transforms import v2
 
-from recnb.backbones import create_backbone
-from recnb.config import load_config
-from recnb.heads import unit
-from recnb.learner import FastaiLoader
-from recnb.loaders import build_loaders
-from recnb.losses import SupConLoss
-from recnb.marks import draw_marks
-from recnb.model import build_model, recompute_blocks
-from recnb.optim import build_optimizer
-from recnb.training import build_learner
+from recnb.demo.marks import draw_marks
+from recnb.losses.combined import SupConLoss
+from recnb.models.backbones import create_backbone
+from recnb.models.chunks import recompute_blocks
+from recnb.models.heads import unit
+from recnb.recipe.data import build_loaders
+from recnb.recipe.learner import build_learner
+from recnb.recipe.model import build_model
+from recnb.recipe.optimizer import build_optimizer
+from recnb.recipe.schema import load_config
+from recnb.training.learner import FastaiLoader
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 MODEL = {

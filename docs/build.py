@@ -17,7 +17,7 @@ import nbformat
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "runs" / "demo" / "metrics.json"  # written at the end of a run
-SECOND = """python scripts/run_notebook.py notebooks/02_train.ipynb runs/demo-no-margin/train.ipynb \
+SECOND = """python -m recnb.cli.notebook notebooks/02_train.ipynb runs/demo-no-margin/train.ipynb \
     -p config configs/demo.yaml -p run_dir runs/demo-no-margin -y '{overrides: {Arch.Head.margin: 0.0}}'"""  # for 06
 
 

@@ -112,3 +112,12 @@ class Registry(dict):
             if isinstance(error, RuntimeError) and type(error) is not RuntimeError:
                 raise  # torch refuses sizes with the bare class; others say something else
             raise ConfigError(f"{where}: {error}") from error
+
+
+def entry(item, where: str, named: bool = False) -> tuple[str, str, dict]:
+    "(place, name, arguments) of one `- Name: {arguments}`; raises ConfigError for anything else."
+    pairs = list(item.items()) if isinstance(item, dict) else []
+    if len(pairs) != 1 or not isinstance(pairs[0][1], dict | None) or (not named and "name" in (pairs[0][1] or {})):
+        raise ConfigError(f"{where}: {item!r} is not of the form '- Name: {{arguments}}'")
+    name, args = pairs[0]
+    return f"{where}.{name}", name, args or {}

@@ -5,8 +5,8 @@
 import sys
 from pathlib import Path
 
-from recnb.analysis import of_run, overview_figure
-from recnb.runs import load_run
+from recnb.runs.analysis import of_run, overview_figure
+from recnb.runs.folder import load_run
 
 
 def main(folder: str, picture: str) -> None:

@@ -31,13 +31,14 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from recnb import build_loaders, build_model, load_config
-from recnb.config import ConfigError
-from recnb.datasets import DataError, ImageList
-from recnb.gallery import gallery_html, gallery_static, rank
-from recnb.images import faults
-from recnb.model import load_weights
-from recnb.registry import Registry
-from recnb.search import Index
+from recnb.data.images import DataError, faults
+from recnb.data.lists import ImageList
+from recnb.gallery.page import gallery_html
+from recnb.gallery.static import gallery_static
+from recnb.models.weights import load_weights
+from recnb.registry import ConfigError, Registry
+from recnb.retrieval.lists import rank
+from recnb.retrieval.search import Index
 
 LIMIT = 20  # seconds a case may take
 ROOM = 6 * 2**30  # bytes of memory beyond what the process has at its start

@@ -5,8 +5,9 @@
 import sys
 from pathlib import Path
 
-from recnb.gallery import choose_rows, gallery_figure
-from recnb.runs import load_run
+from recnb.gallery.figure import gallery_figure
+from recnb.retrieval.lists import choose_rows
+from recnb.runs.folder import load_run
 
 
 def main(folder: str, picture: str) -> None:

@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 import yaml
 
-from recnb.files import owner
-from recnb.marks import draw_marks
+from recnb.demo.marks import draw_marks
+from recnb.storage import owner
 
 FILES = ("model.safetensors", "history.csv", "metrics.json")
 OPS = [{"RandFlipImage": {}}, {"AugMix": {"prob": 0.5}}, {"NormalizeImage": {}}, {"RandomErasing": {}}]
@@ -87,7 +87,7 @@ def result(run: Path) -> dict[str, str]:
 def start(config: Path, run: Path) -> subprocess.Popen:
     "The run as a process group of its own, which a kill ends with its workers."
     log = run.with_suffix(".log").open("a")
-    return subprocess.Popen([sys.executable, "-m", "recnb.train", str(config), "--run-dir", str(run)], stdout=log,
+    return subprocess.Popen([sys.executable, "-m", "recnb.cli.train", str(config), "--run-dir", str(run)], stdout=log,
                             stderr=log, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 

@@ -22,7 +22,7 @@ import pytest
 import yaml
 from filelock import FileLock
 
-from recnb.marks import draw_marks
+from recnb.demo.marks import draw_marks
 
 PIXELS = 32
 ROOT = Path(__file__).resolve().parents[1]
@@ -66,10 +66,10 @@ def trained_run(drawn, tmp_path_factory) -> Path:
 
 
 def make(config_file, run, changes: dict | None = None):
-    from recnb.config import load_config
-    from recnb.loaders import build_loaders
-    from recnb.model import build_model
-    from recnb.training import build_learner
+    from recnb.recipe.data import build_loaders
+    from recnb.recipe.learner import build_learner
+    from recnb.recipe.model import build_model
+    from recnb.recipe.schema import load_config
     cfg = load_config(config_file(changes))
     return build_learner(cfg, build_model(cfg), build_loaders(cfg), run)
 

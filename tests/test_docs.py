@@ -34,7 +34,6 @@ PAGES = [
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 FENCE = re.compile(r"^```(\S*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-MOVED = importlib.util.find_spec("recnb.models") is not None
 PLACEHOLDERS = {"HOST:29500", "FOLDER_WITH_THE_ZIP", "FOLDER_WITH_THE_ZIPS"}
 
 
@@ -102,16 +101,12 @@ def check_python(words: list[str]) -> None:
     if words[:2] == ["-m", "pytest"]:
         for path in (word for word in words[2:] if word.startswith("tests")):
             assert (ROOT / path).exists()
-    elif words[0] == "-m" and words[1] in ("recnb.train", "recnb.cli.train"):
+    elif words[0] == "-m" and words[1] == "recnb.cli.train":
         check_training(words[2:])
-    elif words[0] == "scripts/run_notebook.py":
-        check_notebook(words[1:])
     elif words[:2] == ["-m", "recnb.cli.notebook"]:
         check_notebook(words[2:])
     elif words[:2] == ["-m", "recnb.cli.sweep"]:
         check_batch(words[2:])
-    elif words[0] == "scripts/sweep.py":
-        check_batch(words[1:])
     else:
         assert (ROOT / words[0]).is_file()
         source = (ROOT / words[0]).read_text(encoding="utf-8")
@@ -124,7 +119,7 @@ def check_python(words: list[str]) -> None:
 
 def check_notebook(words: list[str]) -> None:
     "Fail unless the notebook has these parameters, and its config these overrides."
-    module = importlib.import_module("recnb.cli.notebook" if MOVED else "run_notebook")
+    module = importlib.import_module("recnb.cli.notebook")
     notebook, output, *options = words
     pairs = [[options[i + 1], options[i + 2]] for i, word in enumerate(options) if word == "-p"]
     text = next((options[i + 1] for i, word in enumerate(options) if word == "-y"), "")
@@ -218,7 +213,6 @@ def python_blocks() -> list[tuple[str, str]]:
     ]
 
 
-@pytest.mark.skipif(not MOVED, reason="the modules are not in their folders yet")
 @pytest.mark.parametrize(("place", "block"), python_blocks(), ids=lambda text: text.splitlines()[0][:60])
 def test_blocks_of_python_import_what_there_is(place, block):
     for node in ast.walk(ast.parse(block)):

@@ -39,7 +39,7 @@ def test_it_holds_the_package_the_configs_and_the_notebooks(wheel):
 
 
 def test_it_finds_its_files_and_starts_paths_from_the_working_directory(wheel, tmp_path):
-    code = ("from recnb.config import ROOT, resolve; print(ROOT, resolve('configs/demo.yaml'), "
+    code = ("from recnb.storage import ROOT, resolve; print(ROOT, resolve('configs/demo.yaml'), "
             "resolve('notebooks/02_train.ipynb'), resolve('configs/mine.yaml'), resolve('data/mine'), sep='\\n')")
     here, package = tmp_path / "elsewhere", tmp_path / "installed" / "recnb"
     assert run_installed(wheel, tmp_path, code).splitlines() == [str(path) for path in (

@@ -1,0 +1,1 @@
+"""The commands: `python -m recnb.cli.train`, `python -m recnb.cli.notebook`, `python -m recnb.cli.sweep`."""

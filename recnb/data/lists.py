@@ -1,0 +1,303 @@
+"""List files and folders become tables of (path, label, camera).
+
+A list file has one image a line, `path label` or `path label camera`, paths relative to `image_root`. Everything that
+can be wrong with one is found here, before training: each error names the file and the line. Every image is decoded
+once before training too, and one that cannot be is an error, or is left out (`Global.on_bad_image`), and never another
+image. Identities of the training list are numbered 0..N-1 in sorted order unless the file gives `class_num` (then
+labels are taken literally) or says `relabel: False`.
+"""
+from __future__ import annotations
+
+import csv
+import os
+import re
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset, get_worker_info
+
+from recnb.data.images import Cropped, DataError, faults, printable, read_pixels, reason
+from recnb.data.pipeline import Pipeline
+from recnb.registry import Registry
+from recnb.storage import replacing, resolve
+
+DATASETS = Registry("dataset", "DataLoader.*.dataset", beside={"transform_ops": list, "batch_transform_ops": list})
+EXTENSIONS = tuple(Image.registered_extensions())
+MOST = 10**8  # classes, more than any head has room for
+REPORTED = 20  # how many images a report names
+ODD = re.compile(r"^/|\.\.|\0")  # what a path may hold that does not simply lead down
+
+
+@dataclass
+class ImageList(Dataset):
+    """Images with an identity each and, where known, a camera: item i is (transformed image (3, H, W), label).
+
+    `names[label]` is what an identity is called in the list file or on disk. With `boxes`, an image is the part of its
+    file within (left, top, right, bottom), in pixels. An item may also be asked for as `(index, seed)`: its random
+    transforms are then drawn from that seed alone.
+    """
+
+    paths: list[str]
+    labels: np.ndarray  # (N,) int64
+    cameras: np.ndarray | None = None  # (N,) int64
+    source: str = ""
+    lines: np.ndarray | None = None  # (N,) line numbers in `source`
+    names: np.ndarray | None = None
+    transform: object = field(default=None, repr=False)
+    begun: torch.Tensor = field(default_factory=lambda: torch.full((64,), -1).share_memory_(), repr=False)
+    boxes: np.ndarray | None = None  # (N, 4) int64
+    dropped: list[tuple] = field(default_factory=list, repr=False)  # (list, line, path, reason) of what was left out
+    kept: object = field(default=None, repr=False)  # `recnb.data.cache.Kept`: images that need not be decoded again
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    @property
+    def pictures(self) -> list[str]:
+        "The paths, each with its box where there are boxes: what galleries show."
+        return self.paths if self.boxes is None else [*map(Cropped, self.paths, self.boxes.tolist())]
+
+    def place(self, index: int) -> str:
+        "Where an item was declared: `train.txt line 7`, or its path."
+        return f"{self.source} line {self.lines[index]}" if self.lines is not None else printable(self.paths[index])
+
+    def image(self, index: int) -> torch.Tensor:
+        "uint8 (3, H, W) of `read_pixels`; raises DataError with the file that cannot be decoded and why."
+        box = None if self.boxes is None else self.boxes[index].tolist()
+        try:
+            return read_pixels(self.paths[index], box)
+        except Exception as error:  # decoders raise whatever a broken file leads them to
+            raise DataError(self.sentence(index, reason(error))) from error
+
+    def sentence(self, index: int, reason: str) -> str:
+        "Which image cannot be used, where it was declared, and why."
+        return f"{self.place(index)}: the image {printable(self.paths[index])} {reason}"
+
+    def leave_out(self, reasons: dict[int, str]) -> None:
+        "None; takes the items with a reason out, in place, and notes them in `dropped`; numbers and names stay."
+        for i, why in reasons.items():
+            line = "" if self.lines is None else int(self.lines[i])
+            self.dropped.append((self.source, line, self.paths[i], why))
+        kept = [i for i in range(len(self)) if i not in reasons]
+        self.paths = [self.paths[i] for i in kept]
+        for name in ("labels", "cameras", "lines", "boxes"):
+            if getattr(self, name) is not None:
+                setattr(self, name, getattr(self, name)[kept])
+
+    def being_read(self) -> list[str]:
+        "The files that worker processes have begun to read last, one a worker."
+        return [self.paths[i] for i in self.begun.tolist() if i >= 0]
+
+    def __getitem__(self, item: int | tuple[int, int]):
+        index, seed = item if isinstance(item, tuple) else (item, None)
+        if (worker := get_worker_info()) is not None:
+            self.begun[worker.id % len(self.begun)] = index
+        label, kept = int(self.labels[index]), self.kept
+        ready = kept is not None and kept.transform is self.transform
+        image = kept[index] if ready else self.image(index)
+        with seeded(seed):
+            if isinstance(self.transform, Pipeline):
+                return Item(*self.transform.before(image, kept.done if ready else 0), label, self.transform)
+            return image if self.transform is None else self.transform(image), label
+
+
+@dataclass
+class Item(Sequence):
+    "(image (3, H, W), label), the image's last ops not run before it is asked for: an `ImageLoader` runs them later."
+
+    pixels: torch.Tensor
+    boxes: torch.Tensor
+    label: int
+    transform: Pipeline
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, i):
+        return (self.transform.finish(self.pixels[None], self.boxes[None])[0], self.label)[i]
+
+    def __iter__(self):  # a Sequence's own would run the ops for the label too
+        return iter(self[:])
+
+
+@contextmanager
+def seeded(seed: int | None):
+    "The CPU's random numbers drawn from `seed` within the block and as before behind it; None changes nothing."
+    before = torch.get_rng_state()
+    if seed is not None:
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed all devices, in 2 ms
+    try:
+        yield
+    finally:
+        if seed is not None:
+            torch.set_rng_state(before)
+
+
+def read_list(image_root: str, cls_label_path: str, delimiter: str | None, columns: tuple[int, ...],
+              allow_outside: bool = False) -> ImageList:
+    """The table of a list file; raises DataError with file and line for whatever is not `path label [camera]`.
+
+    A path that leaves `image_root`, absolute or by `..`, is such an error too unless `allow_outside`; links are fine.
+    """
+    root, path = str(resolve(image_root)), resolve(cls_label_path)
+    paths, cells, lines, width, most = [], array("q"), array("q"), 0, max(columns) - 1
+    for number, line in numbered_lines(path):
+        row = line.split() if delimiter is None else line.strip().rsplit(delimiter, most)
+        if len(row) != width:
+            if width or len(row) not in columns:
+                wanted = f"{width} as on the lines before" if width else " or ".join(map(str, columns))
+                raise DataError(f"{path} line {number}: {len(row)} columns, not {wanted} (path label [camera])")
+            width = len(row)
+        paths.append(below(root, row[0], allow_outside, path, number))
+        for cell in row[1:]:
+            cells.append(integer(cell, path, number))
+        lines.append(number)
+    if not paths:
+        raise DataError(f"{path}: the list is empty")
+    labels, *cameras = np.array(cells).reshape(len(paths), -1).T.copy()
+    return ImageList(paths, labels, cameras[0] if cameras else None, str(path), np.array(lines))
+
+
+def below(root: str, name: str, allow_outside: bool, path: Path, number: int) -> str:
+    "The file that a list names; raises DataError where that is none, or none below `root` and none may be outside."
+    file = os.path.join(root, name)  # noqa: PTH118 (a Path takes four times as long)
+    if ODD.search(name):
+        if "\0" in name:
+            raise DataError(f"{path} line {number}: '{printable(name)}' is no path")
+        if not allow_outside:  # without its dots: behind a link, the system would take them another way
+            file = os.path.normpath(file)
+            whole, top = (os.path.normpath(Path(place).absolute()) for place in (file, root))
+            if not Path(whole).is_relative_to(top):
+                raise DataError(f"{path} line {number}: '{printable(name)}' leaves image_root, {root}; correct it, "
+                                "take a higher image_root, or write allow_outside: True in the data set's section")
+    return file
+
+
+def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
+    "(number from 1, text) of the lines of a list that are not blank; raises DataError where there is no such text."
+    if not path.is_file():
+        raise DataError(f"cls_label_path: there is no file {path}")
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            for number, line in enumerate(file, 1):
+                if not line.isspace():
+                    yield number, line
+    except UnicodeDecodeError:
+        raise DataError(f"{path} line {undecodable(path)}: is not UTF-8 text") from None
+
+
+def undecodable(path: Path) -> int:
+    "The number of the first line that is not UTF-8: reading a file in parts tells the place within a part only."
+    with path.open(encoding="utf-8", errors="surrogateescape") as file:
+        return next(number for number, line in enumerate(file, 1) if re.search("[\udc80-\udcff]", line))
+
+
+def integer(cell: str, path: Path, number: int) -> int:
+    "The label or camera in a cell of a list; raises DataError with file and line where it is none."
+    try:
+        value = int(cell)
+    except ValueError:
+        value = -1
+    if not 0 <= value < 2**63:
+        raise DataError(f"{path} line {number}: '{cell}' is not a label; labels and cameras are whole numbers from 0")
+    return value
+
+
+@DATASETS.register
+def VeriWild(image_root: str, cls_label_path: str, relabel: bool | None = None, backend: str = "cv2",
+             allow_outside: bool = False) -> ImageList:
+    "The images of a list `path label [camera]`, columns separated by white space; `backend` changes nothing."
+    return read_list(image_root, cls_label_path, None, (2, 3), allow_outside)
+
+
+@DATASETS.register
+def ImageNetDataset(image_root: str, cls_label_path: str, delimiter: str | None = " ",
+                    relabel: bool | None = None, allow_outside: bool = False) -> ImageList:
+    "The images of a list `path label`; with the default delimiter, paths may hold spaces."
+    return read_list(image_root, cls_label_path, delimiter or " ", (2,), allow_outside)
+
+
+@DATASETS.register
+def ImageFolder(image_root: str, relabel: bool | None = None) -> ImageList:
+    "The images below `image_root`, where each folder of the first level is one identity (of that name)."
+    root = resolve(image_root)
+    folders = sorted(p for p in root.iterdir() if p.is_dir()) if root.is_dir() else []
+    files = [(str(file), folder.name) for folder in folders
+             for file in sorted(folder.rglob("*")) if file.suffix.lower() in EXTENSIONS and not file.is_dir()]
+    if not files:
+        raise DataError(f"image_root: {root} has no folders with images (one folder per identity)")
+    paths, names = zip(*files, strict=True)
+    return ImageList(list(paths), np.array(names), source=str(root))
+
+
+def check_images(*tables: ImageList) -> None:
+    "None; raises DataError, one report over all tables, naming the first images that cannot be used."
+    bad = [table.sentence(i, why) for table in tables for i, why in faults(table.paths, table.boxes).items()]
+    if bad:
+        more = [f"and {len(bad) - REPORTED} more"] * (len(bad) > REPORTED)
+        lines = "\n".join([*bad[:REPORTED], *more])
+        raise DataError(f"{len(bad)} of {sum(map(len, tables))} images cannot be used; mend them, take them out of "
+                        f"their lists, or leave them out with Global.on_bad_image: drop\n{lines}")
+
+
+def drop_faults(images: ImageList) -> None:
+    "None; leaves out, in place, the images that cannot be used, and says so; raises DataError where none is left."
+    found, identities = faults(images.paths, images.boxes), set(images.labels.tolist())
+    if not found:
+        return
+    first = images.sentence(*next(iter(found.items())))
+    images.leave_out(found)
+    if not len(images):
+        raise DataError(f"{images.source}: none of the {len(found)} images can be used; {first}")
+    lost = len(identities - set(images.labels.tolist()))
+    print(f"{images.source}: {len(found)} images are left out (Global.on_bad_image), and {lost} identities have none "
+          f"left; {first}")
+
+
+def save_dropped(rows: Iterable[tuple], path: str | Path) -> None:
+    "None; writes `Loaders.dropped`, what was left out and why, as CSV, `list,line,path,reason`."
+    write_csv([("list", "line", "path", "reason"), *rows], path)
+
+
+def write_csv(rows: Iterable[tuple], path: str | Path) -> None:
+    "None; writes the rows as CSV in UTF-8; bytes of a file name that are no text become escapes."
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8", errors="backslashreplace",
+                                                      newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows(rows)
+
+
+def save_label_map(images: ImageList, path: str | Path) -> None:
+    "None; writes which label each identity has as CSV, `label,name`, in the order of the labels."
+    write_csv([("label", "name"), *enumerate(images.names.tolist())], path)
+
+
+def same_list(one: ImageList, other: ImageList) -> bool:
+    """Return True if two tables hold the same images, seen by equal transforms, with the same labels and cameras."""
+    arrays = ([table.labels, table.cameras, table.boxes, table.names] for table in (one, other))
+    return (one.paths == other.paths and str(one.transform) == str(other.transform)
+            and all(map(np.array_equal, *arrays)))
+
+
+def own_index(query: ImageList, gallery: ImageList) -> np.ndarray:
+    "(Q,) where each query's own file stands in the gallery, -1 where it does not."
+    places = {os.path.realpath(path): i for i, path in enumerate(gallery.paths)}
+    return np.array([places.get(os.path.realpath(path), -1) for path in query.paths])
+
+
+def positives(query: ImageList, gallery: ImageList) -> np.ndarray:
+    "(Q,) how many gallery images each query can find: its identity, not its own file, not its own camera."
+    identity = Counter(gallery.labels.tolist())
+    if query.cameras is not None and gallery.cameras is not None:
+        same = Counter(zip(gallery.labels.tolist(), gallery.cameras.tolist(), strict=True))
+        junk = [same[pair] for pair in zip(query.labels.tolist(), query.cameras.tolist(), strict=True)]
+    else:
+        own = own_index(query, gallery)
+        junk = (own >= 0) & (gallery.labels[own] == query.labels)
+    return np.array([identity[label] for label in query.labels.tolist()]) - np.asarray(junk, int)

@@ -1,0 +1,49 @@
+"An image in, its embedding out, with nothing but onnxruntime, numpy and pillow: python example.py IMAGE [MODEL.onnx]"
+from __future__ import annotations
+
+import json
+import sys
+
+import numpy as np
+import onnxruntime
+from PIL import Image, ImageOps
+
+
+def prepare(image, steps):
+    "uint8 (H, W, 3) as the model takes it: a Pillow image upright, in RGB, resized and cropped as in the evaluation."
+    wide = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+    clear = image.info.get("transparency")
+    image = ImageOps.exif_transpose(image)
+    if wide:
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))  # Pillow itself would clip it to white
+    if image.mode in ("I", "F") or (isinstance(clear, int | tuple) and (wide or np.max(clear) > 255)):
+        raise ValueError(f"8 bits of RGB cannot hold these pixels of kind {image.mode}; save the image as RGB or grey")
+    if image.has_transparency_data:  # what is clear becomes white
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("RGB")
+    for step in steps:
+        now = image.size[::-1]
+        if "crop" in step:
+            top, left = (round(gap / 2) if gap > 0 else int(gap / 2) for gap in np.subtract(now, step["crop"]))
+            image = image.crop((left, top, left + step["crop"][1], top + step["crop"][0]))  # black beyond the border
+        else:
+            height, width = step.get("resize") or [int(step["resize_short"] * side / min(now)) for side in now]
+            image = image.resize((width, height), Image.Resampling[step["interpolation"].upper()])
+    return np.asarray(image)
+
+
+class Model:
+    "Model('model.onnx')(image) is the embedding (D,) of a Pillow image; `meta` is what inference.yml says."
+
+    def __init__(self, path):
+        self.session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        self.meta = json.loads(self.session.get_modelmeta().custom_metadata_map["inference"])
+
+    def __call__(self, image):
+        return self.session.run(None, {"image": prepare(image, self.meta["preprocess"])[None]})[0][0]
+
+
+if __name__ == "__main__":
+    model = Model(sys.argv[2] if len(sys.argv) > 2 else __file__.replace("example.py", "model.onnx"))
+    print(*model(Image.open(sys.argv[1])).tolist())

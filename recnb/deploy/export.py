@@ -1,0 +1,232 @@
+"""From trained to used: the folder with the model, the proof that it is the trained one, its index and its card.
+
+The folder exists only once the proof has passed. Each file has been asked for images of the evaluation then, singly and
+in batches, and example.py for the same images from their files on.
+"""
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torchvision.transforms import v2
+
+from recnb.data.lists import ImageList, own_index, positives
+from recnb.deploy import recognizer as deploy
+from recnb.deploy.graph import (
+    FORMATS,
+    Inference,
+    chosen_output,
+    describe,
+    finished,
+    picked,
+    preprocessing,
+    trained_model,
+    write_models,
+)
+from recnb.deploy.modelcard import model_card
+from recnb.recipe.reading import as_yaml
+from recnb.recipe.schema import GLOBAL
+from recnb.registry import ConfigError, suggest
+from recnb.retrieval.search import knn
+from recnb.runs.folder import Run
+from recnb.storage import resolve, write_json, write_text
+from recnb.training.evaluation import judge
+
+EXACT = ("model.onnx", "model.pt2", "example.py")  # must agree with the trained model; fp16 and int8 are measured
+LEAST_COSINE, METRIC_TOLERANCE = 0.9999, 5e-4  # near-ties may swap; a share of less than that is no difference
+BATCH = 64
+OPTIONS = ("folder", "normalize", "dynamic_size", "images", "infer_output_key", "infer_add_softmax")
+
+
+class ExportError(RuntimeError):
+    "An exported model that is not the trained one; the message says by how much, and where the files are."
+
+
+# ---- the proof -------------------------------------------------------------------------------------------------------
+
+def taken(images: ImageList, rows: np.ndarray) -> ImageList:
+    "Some of the items of a list."
+    return replace(images, paths=[images.paths[i] for i in rows], labels=images.labels[rows], lines=None,
+                   cameras=None if images.cameras is None else images.cameras[rows],
+                   boxes=None if images.boxes is None else images.boxes[rows])
+
+
+def sample(query: ImageList, gallery: ImageList, most: int) -> tuple[np.ndarray, np.ndarray]:
+    "Rows of both lists: of as many identities, drawn at random, as have `most` images together; one at the least."
+    known = np.random.default_rng(0).permutation(np.unique(query.labels[positives(query, gallery) > 0]))
+    counts = sum(np.bincount(images.labels, minlength=len(query.names))[known] for images in (query, gallery))
+    kept = known[:max(1, int((np.cumsum(counts) <= most).sum()))]
+    return tuple(np.flatnonzero(np.isin(images.labels, kept)) for images in (query, gallery))
+
+
+def pixels_and_input(outside: v2.Transform, whole: v2.Transform, image: Tensor) -> tuple[Tensor, Tensor]:
+    "What the exported graph takes of an image, uint8 (H, W, 3), and what the trained model takes, (3, H, W)."
+    return outside(image).permute(1, 2, 0), whole(image)
+
+
+@torch.inference_mode()
+def outputs(images: ImageList, outside: v2.Transform, runners: dict[str, Callable], batch: int,
+            trained: Callable | None = None) -> dict[str, np.ndarray]:
+    "(N, D) of a list's images by each exported model, and where given by the trained one, under 'trained'."
+    table = replace(images, transform=partial(pixels_and_input, outside, images.transform))
+    found = {name: [] for name in (*runners, *["trained"] * (trained is not None))}
+    for (pixels, x), _ in DataLoader(table, batch):
+        for name in found:
+            found[name].append(trained(x).numpy() if name == "trained" else runners[name](pixels))
+    return {name: np.concatenate(parts).reshape(len(images), -1) for name, parts in found.items()}
+
+
+def agreement(trained: tuple, exported: tuple, query: ImageList, gallery: ImageList, distance: str) -> dict:
+    "How two pairs of (query (Q, D), gallery (G, D)) compare, as vectors and in what they retrieve."
+    ours, theirs = (np.concatenate(pair).astype(np.float64) for pair in (trained, exported))
+    length = np.linalg.norm(ours, axis=1) * np.linalg.norm(theirs, axis=1)
+    cosine, difference = (ours * theirs).sum(1) / np.maximum(length, 1e-12), np.abs(ours - theirs)
+    own = own_index(query, gallery)
+    first = [knn(*pair, 1, distance, exclude=own)[1][:, 0] for pair in (trained, exported)]
+    scores = [judge(*pair, query, gallery, ("recall1", "mAP"), normalize=distance == "cosine")
+              for pair in (trained, exported)]
+    return {"cosine_least": float(cosine.min()), "cosine_mean": float(cosine.mean()),
+            "difference_largest": float(difference.max()), "difference_mean": float(difference.mean()),
+            "same_first_hit": float((first[0] == first[1]).mean()), **scores[1],
+            "loss": {name: scores[0][name] - scores[1][name] for name in scores[0]}}
+
+
+def prove(run: Run, trained: Callable, runners: dict[str, Callable], outside: v2.Transform, example: Callable,
+          most: int) -> dict:
+    """The content of parity.json: each file against the trained model on the same tensors, in batches and singly, and
+    example.py from the image files on; beside them, the features that the run has stored. `failures` are sentences.
+    """
+    distance, parts, rows = example.meta["compare"], (run.query, run.gallery), sample(run.query, run.gallery, most)
+    query, gallery = map(taken, parts, rows)
+    items = outputs(gallery, outside, runners, BATCH, trained)
+    asked = {BATCH: outputs(query, outside, runners, BATCH, trained), 1: outputs(query, outside, runners, 1)}
+    reference = asked[BATCH]["trained"], items["trained"]
+    compared = partial(agreement, reference, query=query, gallery=gallery, distance=distance)
+    files = tuple(deploy.embed_images(example, images).reshape(len(images), -1) for images in (query, gallery))
+    stored = tuple(map(np.take, (run.query_features, run.gallery_features), rows, (0, 0)))
+    report = {"images": {"query": len(query), "gallery": len(gallery), "of": [len(part) for part in parts]},
+              "required": {"cosine_least": LEAST_COSINE, "metric_tolerance": METRIC_TOLERANCE},
+              "trained": judge(*reference, query, gallery, ("recall1", "mAP"), normalize=distance == "cosine"),
+              "model_parity": {name: {f"batch_{size}": compared((asked[size][name], items[name]))
+                                      for size in (BATCH, 1)} for name in runners},
+              "pipeline_parity": {"example.py": compared(files)}}
+    if example.meta["output"]["name"] == "features":
+        report["stored_features"] = {key: value for key, value in compared(stored).items() if "difference" not in key}
+    return {**report, "failures": failures(report)}
+
+
+def failures(report: dict) -> list[str]:
+    "A sentence for each file that has to be exact and is not."
+    rows = {(name, size): row for name, sizes in report["model_parity"].items() for size, row in sizes.items()}
+    rows |= {(name, "from image files"): row for name, row in report["pipeline_parity"].items()}
+    found = []
+    for (name, size), row in rows.items():
+        if name in EXACT and not row["cosine_least"] >= LEAST_COSINE:
+            found.append(f"{name}, {size}: the cosine with the trained model falls to {row['cosine_least']:.6f}")
+        found += [f"{name}, {size}: {metric} is {row[metric]:.4f} and not {report['trained'][metric]:.4f}"
+                  for metric, loss in row["loss"].items() if name in EXACT and not abs(loss) <= METRIC_TOLERANCE]
+    return found
+
+
+# ---- the folder ------------------------------------------------------------------------------------------------------
+
+def export_folder(run: Run, folder: str | Path | None) -> Path:
+    """The folder asked for, or Global.save_inference_dir where a configuration sets one, or export in the run's folder.
+
+    Raises ConfigError where it holds other things than an export.
+    """
+    given = run.cfg["Global"]["save_inference_dir"]
+    target = resolve(folder or given) if folder or given != GLOBAL["save_inference_dir"] else run.folder / "export"
+    held = [path.name for path in target.iterdir()] if target.is_dir() else [target.name] * target.exists()
+    other = [name for name in held if not name.endswith(".ipynb")]
+    if other and "inference.yml" not in other:
+        raise ConfigError(f"{target}: holds other things than an export ({other[0]}); name another folder")
+    return target
+
+
+@contextlib.contextmanager
+def published(target: Path) -> Iterator[Path]:
+    """A folder beside `target` that takes its place in the end, or becomes TARGET.failed where an ExportError comes.
+
+    Notebooks in `target` stay there: the one that is being executed may be among them.
+    """
+    part, failed, previous = (target.with_name(f"{target.name}.{end}") for end in ("part", "failed", "previous"))
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        yield part
+        shutil.rmtree(failed, ignore_errors=True)
+        for notebook in target.glob("*.ipynb"):
+            notebook.rename(part / notebook.name)
+        if target.exists():
+            shutil.rmtree(previous, ignore_errors=True)
+            target.rename(previous) if any(target.iterdir()) else target.rmdir()
+        part.rename(target)
+    except ExportError:
+        shutil.rmtree(failed, ignore_errors=True)
+        part.rename(failed)
+        raise
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def export_model(run: Run, formats: Sequence[str] = ("onnx", "torch"), folder: str | Path | None = None,
+                 false_match_rate: float = 1e-3, normalize: bool | None = None, dynamic_size: bool = False,
+                 images: int = 2000, **arch) -> Path:
+    """The folder made: model files, inference.yml, parity.json, example.py, README.md and, for embeddings, index/.
+
+    An earlier one is kept as FOLDER.previous.
+
+    formats: some of FORMATS, onnx among them. normalize: unit length inside, by default where the evaluation compares
+    by cosine. dynamic_size: any height and width, where the network can. images: how many the proof takes at most.
+    arch: infer_output_key and infer_add_softmax, where they shall not be the configuration's.
+    Raises ConfigError for what cannot be meant, ExportError where the proof fails (the files are in FOLDER.failed).
+    """
+    deploy.check_installed()
+    check_arguments(formats, arch)
+    deploy.check_rate(false_match_rate, run.query, run.gallery)
+    target, network = export_folder(run, folder), trained_model(run)
+    output, softmax = chosen_output({**run.cfg["Arch"], **arch}, network)
+    steps, outside, inside = preprocessing(run)
+    size = run.cfg["Global"]["image_shape"][1:]
+    with torch.inference_mode():
+        shape = picked(network, torch.zeros(1, 3, *size), output).shape[1:]
+    vector = len(shape) == 1 and output != "logits"
+    unit = vector and (run.cfg["Global"]["feature_normalize"] if normalize is None else normalize)
+    meta = describe(run, steps, inside, {"name": output, "embedding_size": shape[0] if vector else list(shape),
+                                         "normalised": unit, "softmax": softmax}, dynamic_size)
+    build = partial(Inference, network, output, **inside, normalize=unit, softmax=softmax)
+    with published(target) as part:
+        runners = write_models(build, formats, part, size, dynamic_size, meta)
+        shutil.copyfile(Path(__file__).with_name("example.py"), part / "example.py")
+        write_text(part / "inference.yml", as_yaml(meta))
+        report = prove(run, lambda x: finished(picked(network, x, output), unit, softmax), runners, outside,
+                       deploy.open_model(part / "model.onnx"), images)
+        write_json(part / "parity.json", report)
+        if report["failures"]:
+            raise ExportError(f"the exported model is not the trained one: {'; '.join(report['failures'])}; nothing is "
+                              f"exported, and the files are kept in {target}.failed")
+        index = deploy.build_index(run, part / "model.onnx", part / "index", false_match_rate) if vector else None
+        write_text(part / "README.md", model_card(run, meta, report, index.info if vector else None,
+                                                  sorted(path.name for path in part.iterdir())))
+    return target
+
+
+def check_arguments(formats: Sequence[str], arch: dict) -> None:
+    "None; raises ConfigError for a format or an option that does not exist."
+    for name in formats:
+        if name not in FORMATS:
+            raise ConfigError(f"formats: there is no format '{name}'; {suggest(name, FORMATS)}")
+    if "onnx" not in formats:
+        raise ConfigError("formats: onnx must be among them, since example.py and the index run it")
+    for name in arch:
+        if name not in ("infer_output_key", "infer_add_softmax"):
+            raise ConfigError(f"options: there is no option '{name}'; {suggest(name, OPTIONS)}")

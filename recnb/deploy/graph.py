@@ -1,0 +1,266 @@
+"""The model for use: the graph from pixels to vectors, what its metadata say, and the files that it is written to.
+
+The graph takes pixels, uint8 (B, H, W, 3) in RGB, and does all that follows resizing: channel order, normalisation,
+network, neck, unit length. What remains outside, resizing and cropping, is data: in inference.yml, and in the file.
+"""
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import json
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.transforms import InterpolationMode, v2
+
+from recnb.data.pipeline import single_ops
+from recnb.data.transforms import reversed_channels
+from recnb.deploy import recognizer as deploy
+from recnb.models.cutting import first_line
+from recnb.models.recmodel import RecModel, vectors
+from recnb.recipe.schema import adds_softmax
+from recnb.registry import ConfigError, suggest
+from recnb.runs.folder import Run
+
+if TYPE_CHECKING:
+    from recnb.deploy.example import Model
+
+FORMATS = {"onnx": "model.onnx", "torch": "model.pt2", "fp16": "model_fp16.onnx", "int8": "model_int8.onnx"}
+OUTPUTS = ("features", "backbone", "neck", "logits")
+INSIDE = (v2.ToDtype, v2.Normalize, v2.Lambda)  # what the graph does; v2.Lambda: only the channel order
+
+
+class Inference(nn.Module):
+    """The trained model from pixels on: `output` (see OUTPUTS) of `network`, at unit length or through a softmax.
+
+    mean, std: of pixels 0..255, in the channel_order that the network wants, RGB or BGR. half: float16 inside.
+    """
+
+    def __init__(self, network: RecModel, output: str, mean: Sequence[float], std: Sequence[float],
+                 channel_order: str = "RGB", normalize: bool = True, softmax: bool = False, half: bool = False):
+        super().__init__()
+        self.network = needed(network, output)
+        self.network.to(torch.float16 if half else torch.float32)
+        self.output, self.normalize, self.softmax, self.reverse = output, normalize, softmax, channel_order == "BGR"
+        self.dtype = torch.float16 if half else torch.float32
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32), persistent=False)
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32), persistent=False)
+
+    def forward(self, image: Tensor) -> Tensor:  # uint8 (B, H, W, 3) -> float32 (B, D)
+        x = image.flip(-1) if self.reverse else image
+        x = ((x.float() - self.mean) / self.std).permute(0, 3, 1, 2).to(self.dtype)
+        return finished(picked(self.network, x, self.output), self.normalize, self.softmax)
+
+
+def needed(network: RecModel, output: str) -> RecModel:
+    "A copy of a model in evaluation mode without the parts that `output` does not need."
+    network = copy.deepcopy(network).eval().requires_grad_(False)
+    if output != "logits":
+        network.head = None
+    if output == "backbone" or (output == "features" and network.retrieval_feature_from == "backbone"):
+        network.neck, network.retrieval_feature_from = None, "features"
+    return network
+
+
+def picked(network: RecModel, x: Tensor, output: str) -> Tensor:  # (B, 3, H, W) -> (B, D)
+    "One of the OUTPUTS; logits are computed from what the head was trained on."
+    out = network.parts(x)
+    if output != "logits":
+        return vectors(out[output])
+    return network.head(network.head_input(out))
+
+
+def finished(x: Tensor, normalize: bool, softmax: bool) -> Tensor:
+    "float32 output, at unit length or as probabilities where asked for."
+    x = x.float()
+    return F.normalize(x, dim=1) if normalize else x.softmax(1) if softmax else x
+
+
+def trained_model(run: Run) -> RecModel:
+    "The run's model, the chosen one of several, computing in float32 on the CPU."
+    model = run.model()
+    model = model.models[model.chosen] if hasattr(model, "chosen") else model
+    model.precision = None
+    return model
+
+
+# ---- what inference.yml says -----------------------------------------------------------------------------------------
+
+def chosen_output(section: dict, network: RecModel) -> tuple[str, bool]:
+    "(infer_output_key, whether a softmax follows) of Arch; ConfigError for what the model has not or cannot mean."
+    key, softmax = section.get("infer_output_key") or "features", adds_softmax(section)
+    if key not in OUTPUTS:
+        raise ConfigError(f"Arch.infer_output_key: there is no output '{key}'; {suggest(key, OUTPUTS)}")
+    if softmax and key != "logits":
+        raise ConfigError(f"Arch.infer_add_softmax: is True, and infer_output_key is {key}: a softmax over an "
+                          "embedding destroys its distances; write infer_add_softmax: False")
+    if {"neck": network.neck, "logits": network.head}.get(key, 0) is None:
+        raise ConfigError(f"Arch.infer_output_key: is {key}, and the model has no {'head' if key == 'logits' else key}")
+    return key, softmax
+
+
+def preprocessing(run: Run) -> tuple[list[dict], v2.Transform, dict]:
+    """What the evaluation does to images: steps before the graph as data, the same as a transform, and what is inside.
+
+    Raises ConfigError where query and gallery differ, or for an op that example.py cannot do.
+    """
+    if str(run.query.transform) != str(run.gallery.transform):
+        raise ConfigError("DataLoader.Eval.Gallery.dataset.transform_ops: differ from those of the queries, and an "
+                          "exported model has one preprocessing")
+    ops = [op for op in single_ops(run.query.transform) if not isinstance(op, v2.Identity)]
+    first = next(i for i, op in enumerate(ops) if isinstance(op, v2.ToDtype))
+    outside = [op for op in ops[:first] if not isinstance(op, v2.Lambda)]
+    for op in (op for op in ops if op not in outside):
+        if not isinstance(op, INSIDE) or (isinstance(op, v2.Lambda) and op.lambd is not reversed_channels):
+            raise ConfigError(f"DataLoader.Eval.Query.dataset.transform_ops: {op} cannot be exported at its place; an "
+                              "evaluation decodes, resizes and crops, and then normalises")
+    return [step(op) for op in outside], v2.Compose(outside or [v2.Identity()]), values(ops)
+
+
+def step(op: v2.Transform) -> dict:
+    "One resize or central crop as data: sizes are [height, width], resize_short the pixels of the shorter side."
+    if isinstance(op, v2.CenterCrop):
+        return {"crop": list(op.size)}
+    name = InterpolationMode(op.interpolation).value if isinstance(op, v2.Resize) else str(op)
+    if not isinstance(op, v2.Resize) or name == "nearest":
+        raise ConfigError(f"DataLoader.Eval.Query.dataset.transform_ops: {name} cannot be exported; example.py has "
+                          "central crops, and resizing that is nearest-exact, bilinear, bicubic or lanczos")
+    size = {"resize": list(op.size)} if len(op.size) == 2 else {"resize_short": op.size[0]}
+    return {**size, "interpolation": name.removesuffix("-exact")}
+
+
+def values(ops: Sequence[v2.Transform]) -> dict:
+    "The mean and std (of pixels 0..255) and the channel order that ops on pixel values come to."
+    scale, mean, std, order = None, [0.0] * 3, [1.0] * 3, "RGB"
+    for op in ops:
+        if isinstance(op, v2.ToDtype) and scale is None:
+            scale = 255.0 if op.scale else 1.0
+            std = [scale] * 3
+        elif isinstance(op, v2.Normalize):
+            mean = [m + s * float(a) for m, s, a in zip(mean, std, op.mean, strict=True)]
+            std = [s * float(b) for s, b in zip(std, op.std, strict=True)]
+        elif isinstance(op, v2.Lambda):
+            mean, std, order = mean[::-1], std[::-1], order[::-1]
+    return {"channel_order": order, "mean": mean, "std": std}
+
+
+def describe(run: Run, steps: list[dict], inside: dict, described: dict, dynamic_size: bool) -> dict:
+    "The content of inference.yml; `described` is its section output."
+    if described["name"] == "logits":
+        described = {**described, "labels": run.class_names}
+    size = [None, None] if dynamic_size else run.cfg["Global"]["image_shape"][1:]
+    scaled = {key: [round(value / 255, 7) for value in inside[key]] for key in ("mean", "std")}
+    return {"input": {"name": "image", "layout": "NHWC", "dtype": "uint8", "channel_order": "RGB", "size": size},
+            "preprocess": steps, "inside": {"channel_order": inside["channel_order"], "scale": "1/255", **scaled},
+            "output": described, "compare": "cosine" if run.cfg["Global"]["feature_normalize"] else "dot"}
+
+
+# ---- the files -------------------------------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    "What torch and onnxruntime print and log meanwhile is not shown: what goes wrong comes as an exception."
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logging.disable(before)
+
+
+def traced(model: nn.Module, size: Sequence[int], dynamic_size: bool = False) -> torch.export.ExportedProgram:
+    "The graph of a model over uint8 (B, H, W, 3) for any B, and any H and W where asked for; ConfigError if it fails."
+    sides = {1: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC} if dynamic_size else {}
+    shapes = ({0: torch.export.Dim("batch", min=1), **sides},)
+    try:
+        with torch.no_grad(), quiet():
+            return torch.export.export(model.eval(), (torch.zeros(2, *size, 3, dtype=torch.uint8),),
+                                       dynamic_shapes=shapes, strict=True)
+    except Exception as error:  # the tracer fails in as many ways as models can be written
+        way = " with sizes that vary, so leave dynamic_size out" if dynamic_size else ""
+        raise ConfigError(f"the model cannot be exported{way}: {first_line(error)}") from error
+
+
+def write_onnx(program: torch.export.ExportedProgram, path: Path, meta: dict) -> None:
+    "None; writes the graph as ONNX in one file, with inference.yml's content as JSON in it."
+    import onnx
+
+    with quiet():
+        proto = torch.onnx.export(program, dynamo=True, input_names=["image"],
+                                  output_names=[meta["output"]["name"]], verbose=False).model_proto
+    given = (dim.dim_param for dim in proto.graph.input[0].type.tensor_type.shape.dim)
+    names = {symbol: name for symbol, name in zip(given, ("batch", "height", "width", ""), strict=True) if symbol}
+    for value in (*proto.graph.input, *proto.graph.output, *proto.graph.value_info):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param in names:
+                dim.dim_param = names[dim.dim_param]
+    onnx.helper.set_model_props(proto, {"inference": json.dumps(meta)})
+    onnx.save(proto, path)
+
+
+def write_int8(source: Path, path: Path, meta: dict) -> None:
+    "None; writes an ONNX file with 8-bit weights, activations quantised as they come (onnxruntime's dynamic kind)."
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    with quiet():
+        quantize_dynamic(source, path, weight_type=QuantType.QUInt8, per_channel=True)
+    proto = onnx.load(path)
+    onnx.helper.set_model_props(proto, {"inference": json.dumps(meta)})
+    onnx.save(proto, path)
+
+
+def write_models(build: Callable[..., Inference], formats: Sequence[str], folder: Path, size: Sequence[int],
+                 dynamic_size: bool, meta: dict) -> dict[str, Callable]:
+    "The files of the formats, written: by name, the function from uint8 (B, H, W, 3) to (B, D) that each of them is."
+    program, runners = traced(build(), size, dynamic_size), {}
+    for name in (name for name in FORMATS if name in formats):
+        path = folder / FORMATS[name]
+        try:
+            if name == "torch":
+                torch.export.save(program, path, extra_files={"inference.json": json.dumps(meta)})
+            elif name == "int8":
+                write_int8(folder / FORMATS["onnx"], path, meta)
+            else:
+                graph = traced(build(half=True), size, dynamic_size) if name == "fp16" else program
+                write_onnx(graph, path, meta)
+            runners[path.name] = runner(path)
+        except Exception as error:  # converters fail in as many ways as models can be written
+            raise ConfigError(f"formats: {name} cannot be written for this model: {first_line(error)}") from error
+    return runners
+
+
+def runner(path: Path) -> Callable[[Tensor], np.ndarray]:
+    "What a model file computes: from uint8 (B, H, W, 3) to float32 (B, D)."
+    if path.suffix == ".pt2":
+        module = torch.export.load(path).module()
+        return lambda x: module(x).numpy()
+    session = deploy.open_model(path).session
+    return lambda x: session.run(None, {"image": x.numpy()})[0]
+
+
+NEEDED = ("onnx", "onnxscript", "onnxruntime")
+
+
+def check_installed() -> None:
+    "None; raises ConfigError where a package is missing that exporting needs beyond those of recnb."
+    missing = [name for name in NEEDED if find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"exporting needs {' and '.join(missing)}: pip install 'recnb[export]'")
+
+
+def open_model(path: str | Path) -> Model:
+    "The exported ONNX model of a file, as its own example.py runs it."
+    check_installed()
+    from recnb.deploy.example import Model
+
+    return Model(path)

@@ -1,0 +1,180 @@
+"""Class weights too many for one step or one device: some of their rows, and rows divided over ranks.
+
+Where torch.distributed runs, each rank holds a contiguous share of the rows, sees the features of all ranks and makes
+the logits of its own classes only; two numbers for each image travel to make one softmax of them. On one process all of
+this is the plain thing.
+"""
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Hashable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from recnb.distributed.processes import Total, ranks, share
+
+BLOCK = 1024  # rows drawn by one generator
+
+
+def draw_rows(weight: Tensor, rows: range, draw: Callable) -> Tensor:
+    """`weight` (len(rows), D), filled with what these rows are in a whole matrix, however it is divided.
+
+    `draw(block, generator)` fills a block in place. Every block has a generator of its own, seeded from the global one,
+    which must stand at the same place on all ranks.
+    """
+    seed = int(torch.randint(2**62, ()))
+    for start in range(rows.start // BLOCK * BLOCK, rows.stop, BLOCK):
+        block = draw(weight.new_empty(BLOCK, weight.shape[1]), torch.Generator(weight.device).manual_seed(seed + start))
+        first, last = max(start, rows.start), min(start + BLOCK, rows.stop)
+        weight[first - rows.start : last - rows.start] = block[first - start : last - start]
+    return weight
+
+
+class PartialLogits(NamedTuple):
+    """Logits (M, S) of some of the classes: of those drawn in this step, or (`sharded`) of this rank's.
+
+    `column` (M,) is where a row's own class stands, -1 where another rank has it. Sharded, the rows are those of all
+    ranks' batches.
+    """
+
+    logits: Tensor
+    column: Tensor
+    sharded: bool = False
+
+    def cross_entropy(self, epsilon: float = 0.0) -> Tensor:
+        """The mean cross entropy over the classes that are there, on all ranks; `epsilon` smooths the labels over them.
+
+        Every rank gets the same value. As log-sum-exps of log-sum-exps, no rank needs another's logits.
+        """
+        if not self.sharded:
+            return F.cross_entropy(self.logits, self.column, label_smoothing=epsilon)
+        own = self.logits.gather(1, self.column.clamp_min(0)[:, None]).squeeze(1)
+        own = torch.where(self.column >= 0, own, 0)
+        part = self.logits.logsumexp(1)
+        top = part.detach().clone()
+        dist.all_reduce(top, dist.ReduceOp.MAX)
+        terms = [(part - top).exp(), own]
+        if epsilon:
+            terms += [self.logits.sum(1), torch.full_like(own, self.logits.shape[1])]
+        exponentials, own, *rest = Total.apply(torch.stack(terms))
+        smooth = rest[0] / rest[1] if epsilon else 0
+        return (exponentials.log() + top - (1 - epsilon) * own - epsilon * smooth).mean()
+
+
+def step_by_rows(optimizer: torch.optim.Optimizer) -> None:
+    """Let any optimizer of torch take the sparse gradients of parameters (C, D) of which some rows are used.
+
+    It steps a copy of those rows with their rows of its state; momentum, moments and weight decay of the other rows
+    stand still until they are used again. Its hooks see the rows and their gradients. A step that raises leaves the
+    parameters where they were.
+    """
+    whole = optimizer.step
+
+    def by_rows(self, *args, **kwargs):
+        held = []
+        try:
+            for group in self.param_groups:
+                for i, p in enumerate(group["params"]):
+                    if p.grad is not None and p.grad.is_sparse:
+                        gradient, state = p.grad.coalesce(), self.state.get(p, {})
+                        index = gradient.indices()[0]
+                        rows = nn.Parameter(p.detach()[index])
+                        rows.grad = gradient.values()
+                        used = {k: v[index] if per_row(v, p) else v for k, v in state.items()}
+                        held.append((group["params"], i, p, rows, index))
+                        group["params"][i], self.state[rows] = rows, used
+            return whole(*args, **kwargs)
+        finally:
+            for params, i, p, *_ in held:
+                params[i] = p
+            for _, _, p, rows, index in held:
+                put_back(rows, self.state.pop(rows, {}), p, self.state[p], index)
+
+    optimizer.step = types.MethodType(by_rows, optimizer)  # a method, as torch's schedulers want it
+
+
+def put_back(rows: Tensor, used: dict, p: Tensor, state: dict, index: Tensor) -> None:
+    "Write the rows and their state into a parameter and its own."
+    p.detach()[index] = rows.detach()
+    for k, v in used.items():
+        if not per_row(v, rows):
+            state[k] = v
+            continue
+        if state.get(k) is None:
+            state[k] = torch.zeros_like(p)
+        state[k][index] = v
+
+
+def per_row(value, p: Tensor) -> bool:
+    "Whether an entry of an optimizer's state, or of a state dict, has a row for each row of a parameter."
+    return isinstance(value, Tensor) and value.dim() > 0 and len(value) == len(p)
+
+
+def sharded_weights(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict[Hashable, int]:
+    """The number of all ranks' rows of each sharded weight, by its name in the model's `state_dict()`.
+
+    With an optimizer by its number in `optimizer.state_dict()["state"]`. `merge`, `split` and `collect` take either.
+    """
+    counts = {f"{name}.weight".lstrip("."): part.class_num for name, part in model.named_modules()
+              if getattr(part, "sharded", False)}
+    if optimizer is None:
+        return counts
+    named = {model.get_parameter(name): count for name, count in counts.items()}
+    order = [p for group in optimizer.param_groups for p in group["params"]]
+    return {i: named[p] for i, p in enumerate(order) if p in named}
+
+
+def merge(states: Sequence[dict], counts: dict[Hashable, int]) -> dict:
+    "One state of all rows from those of all ranks, in their order; what is not sharded comes from the first."
+    def join(entries: list):
+        if isinstance(entries[0], dict):
+            return {key: join([entry[key] for entry in entries]) for key in entries[0]}
+        return torch.cat(entries) if isinstance(entries[0], Tensor) and entries[0].dim() else entries[0]
+
+    return states[0] | {key: join([state[key] for state in states]) for key in counts if key in states[0]}
+
+
+def split(state: dict, counts: dict[Hashable, int], rank: int | None = None, world: int | None = None) -> dict:
+    "The state of a rank (this one) of `world` (as many as run) from that of all rows."
+    def cut(entry, count: int):
+        if isinstance(entry, dict):
+            return {key: cut(value, count) for key, value in entry.items()}
+        if not isinstance(entry, Tensor) or not entry.dim():
+            return entry
+        if len(entry) != count:
+            raise ValueError(f"a state of {len(entry)} rows cannot be divided as one of {count} classes")
+        rows = share(count, rank, world)
+        return entry[rows.start : rows.stop].clone()  # a view would keep all rows in memory
+
+    return state | {key: cut(state[key], count) for key, count in counts.items() if key in state}
+
+
+def collect(state: dict, counts: dict[Hashable, int]) -> dict:
+    """On rank 0 the state of all rows, on the CPU; elsewhere that of the rank. Every rank has to call it.
+
+    One rank's rows travel at a time, so that no device needs room for more than two shares.
+    """
+    rank, world = ranks()
+
+    def fetch(entry, count: int):
+        if isinstance(entry, dict):
+            return {key: fetch(value, count) for key, value in entry.items()}
+        if not isinstance(entry, Tensor) or not entry.dim() or world == 1:
+            return entry
+        if rank:
+            dist.send(entry.detach().contiguous(), 0)
+            return entry
+        whole = torch.empty(count, *entry.shape[1:], dtype=entry.dtype)
+        whole[: len(entry)] = entry
+        for other in range(1, world):
+            rows = share(count, other, world)
+            part = entry.new_empty(len(rows), *entry.shape[1:])
+            dist.recv(part, other)
+            whole[rows.start : rows.stop] = part
+        return whole
+
+    return state | {key: fetch(state[key], count) for key, count in counts.items() if key in state}

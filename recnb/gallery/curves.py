@@ -1,0 +1,181 @@
+"""Figures of a run: curves, histograms, maps, samples."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.offsetbox import AnnotationBbox, OffsetImage
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+from PIL import Image, ImageOps
+
+from recnb.data.images import printable, to_rgb
+from recnb.gallery.figure import COLOURS, INK, SOFT
+from recnb.gallery.pictures import label_text, read_picture, shorten
+from recnb.retrieval.lists import RIGHT, WRONG
+from recnb.retrieval.metrics import cmc
+
+GROUPS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito's
+
+
+# ---- figures ---------------------------------------------------------------------------------------------------------
+
+def curves_figure(arrays: dict, recall: np.ndarray, precision: np.ndarray) -> Figure:
+    "Two panels: CMC, and precision over recall."
+    figure, axes = _panels(2)
+    draw_cmc(axes[0], arrays)
+    axes[1].plot(recall, precision, color=COLOURS[RIGHT], linewidth=2)
+    axes[1].fill_between(recall, precision, color=COLOURS[RIGHT], alpha=0.1, linewidth=0)
+    axes[1].set(title="Precision and recall", xlabel="recall", ylabel="interpolated precision", xlim=(0, 1),
+                ylim=(0, 1.02))
+    return figure
+
+
+def histogram_figure(edges: np.ndarray, counts: np.ndarray, point: dict) -> Figure:
+    "The similarities of pairs, with the operating threshold."
+    figure, (ax,) = _panels(1, 7)
+    draw_pairs(ax, edges, counts, point)
+    return figure
+
+
+def draw_cmc(ax: Axes, arrays: dict, most: int = 50) -> None:
+    "None; draws the share of queries found by each rank, with the first and the tenth named."
+    values = cmc(arrays, most)
+    ax.plot(np.arange(1, most + 1), values, color=COLOURS[RIGHT], linewidth=2)
+    for k in (1, 10):
+        ax.plot(k, values[k - 1], "o", color=COLOURS[RIGHT], markersize=5, clip_on=False, zorder=5)
+        ax.annotate(f"{values[k - 1]:.1%}", (k, values[k - 1]), (7, -13), textcoords="offset points", color=INK,
+                    fontsize=9)
+    ax.set(title="Found by rank (CMC)", xlabel="rank", ylabel="share of queries", xlim=(0, most), ylim=(0, 1.02))
+    ax.yaxis.set_major_formatter(PercentFormatter(1))
+
+
+def draw_pairs(ax: Axes, edges: np.ndarray, counts: np.ndarray, point: dict) -> None:
+    "None; draws both kinds of pairs, each with an area of 1, and the threshold."
+    width, used = edges[1] - edges[0], np.flatnonzero(counts.sum(0))
+    heights = counts / counts.sum(1, keepdims=True) / width
+    for kind, name, colour in ((0, "other identity", COLOURS[WRONG]), (1, "same identity", COLOURS[RIGHT])):
+        ax.stairs(heights[kind], edges, color=colour, linewidth=1.5, label=name)
+        ax.stairs(heights[kind], edges, color=colour, fill=True, alpha=0.2, linewidth=0)
+    ax.axvline(point["threshold"], color=INK, linewidth=1.2, linestyle=(0, (4, 2)))
+    ax.set(title="Similarity of pairs", xlabel="cosine", xlim=(edges[used[0]], edges[used[-1] + 1]),
+           ylim=(0, 1.55 * heights.max()), yticks=[])
+    place = np.clip(point["threshold"], *ax.get_xlim())  # beyond all scores where no negative may be accepted
+    left = place > np.mean(ax.get_xlim())
+    ax.annotate(f"from {point['threshold']:.3f}: {point['TPR']:.1%} of the same,\n{point['rate']:.3g} of the others",
+                (place, 0.86), (-6 if left else 6, 0), xycoords=("data", "axes fraction"), va="top",
+                textcoords="offset points", ha="right" if left else "left", fontsize=8, color=SOFT)
+    ax.legend(frameon=False, fontsize=8, loc="upper left", ncols=2)
+
+
+def draw_ap(ax: Axes, arrays: dict) -> None:
+    "None; draws how the average precision is spread over the queries, and its mean."
+    ap = arrays["AP"][arrays["valid"]]
+    ax.hist(ap, np.linspace(0, 1, 21), color=COLOURS[RIGHT], edgecolor="white", linewidth=0.8)
+    ax.axvline(ap.mean(), color=COLOURS[WRONG], linewidth=1.8)
+    ax.set_ylim(0, 1.18 * ax.get_ylim()[1])
+    ax.annotate(f"mAP {ap.mean():.3f}", (ap.mean(), 0.97), (5, 0), xycoords=("data", "axes fraction"), va="top",
+                textcoords="offset points", ha="left" if ap.mean() < 0.75 else "right", fontsize=9,
+                color=COLOURS[WRONG])
+    ax.set(title="Average precision of the queries", xlabel="AP", ylabel="queries", xlim=(0, 1))
+
+
+def map_figure(points: np.ndarray, labels, pictures: Sequence | None = None, groups: Sequence = (), title: str = "",
+               names=None, most: int = 120) -> Figure:
+    """The points (N, 2) as a map; the identities in `groups` (at most six) coloured and named, the others grey.
+
+    pictures: one for each point; up to `most` are drawn, none over another, those of the groups first.
+    """
+    labels, groups = np.asarray(labels), list(groups)[:len(GROUPS)]
+    figure, ax = plt.subplots(figsize=(9, 7), dpi=100, facecolor="white", layout="constrained")
+    plt.close(figure)
+    colours = np.full(len(labels), "#C4C4C4", dtype=object)
+    for group, colour in zip(groups, GROUPS, strict=False):
+        colours[labels == group] = colour
+        ax.plot([], [], "o", color=colour, markersize=7,
+                label=shorten(label_text(group, names), 24).replace("$", r"\$"))  # no formula
+    ax.scatter(*points.T, s=16, c=list(colours), linewidths=0)
+    ax.margins(0.04)
+    ax.set(xticks=[], yticks=[])
+    ax.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK)
+    ax.spines[:].set_color("#DDDDDD")
+    for i in _apart(points, np.isin(labels, groups), most) if pictures is not None else ():
+        picture = OffsetImage(np.asarray(read_picture(pictures[i], 34)), zoom=1, dpi_cor=False)
+        frame = {"edgecolor": colours[i], "linewidth": 2 if colours[i] != "#C4C4C4" else 0.8}
+        ax.add_artist(AnnotationBbox(picture, points[i], pad=0.08, bboxprops=frame))
+    if groups:
+        figure.legend(frameon=False, fontsize=9, loc="outside lower center", ncols=6)
+    return figure
+
+
+def _apart(points: np.ndarray, first: np.ndarray, most: int) -> list[int]:
+    "Up to `most` points, none within a picture's size of another; those marked `first` come first."
+    place = (points - points.min(0)) / np.maximum(np.ptp(points, axis=0), 1e-30) * (18, 14)  # in pictures
+    taken = []
+    for i in np.argsort(~first, kind="stable"):
+        if len(taken) < most and all(np.abs(place[i] - place[j]).max() >= 1 for j in taken):
+            taken.append(int(i))
+    return taken
+
+
+def _panels(count: int, width: float | None = None) -> tuple[Figure, np.ndarray]:
+    figure, axes = plt.subplots(1, count, figsize=(width or (10 if count == 2 else 12), 3.4), dpi=100,
+                                facecolor="white", layout="constrained", squeeze=False)
+    plt.close(figure)
+    for ax in axes[0]:
+        ax.set_facecolor("white")
+        ax.grid(alpha=0.25)
+        ax.set_axisbelow(True)
+        ax.spines[["top", "right"]].set_visible(False)
+    return figure, axes[0]
+
+
+def samples_figure(table: pd.DataFrame, rows: int = 6, columns: int = 8):
+    "A page of samples, an identity a row, spread over the identities by size; under each picture its camera or split."
+    counts = table.label.value_counts(ascending=False, sort=True)
+    names = counts.index[np.unique(np.linspace(0, len(counts) - 1, rows).round().astype(int))]
+    columns = min(columns, counts.iloc[0])
+    figure = plt.figure(figsize=(1.2 * columns + 1.8, 1.4 * len(names)), dpi=72, facecolor="white")
+    plt.close(figure)  # shown once, as a cell's value, and not again when pyplot shows what is open
+    axes = figure.subplots(len(names), columns + 1, squeeze=False, width_ratios=[1.3] + [1] * columns)
+    figure.subplots_adjust(0.01, 0.01, 0.99, 0.97, 0.06, 0.16)
+    for ax in axes.ravel():
+        ax.set_axis_off()
+    for line, name in zip(axes, names, strict=True):
+        mine = table[table.label == name].sort_values("path")
+        line[0].text(0, 0.5, f"{printable(name[:18])}\n{len(mine)} images", va="center", fontsize=11,
+                     transform=line[0].transAxes, parse_math=False)
+        mine = mine.iloc[np.unique(np.linspace(0, len(mine) - 1, columns).round().astype(int))]
+        for ax, (_, item) in zip(line[1:], mine.iterrows(), strict=False):
+            words = [str(item["split"])] if "split" in mine else []
+            words += [f"camera {item.camera}"] if isinstance(item.get("camera"), str) else []
+            with Image.open(item.path) as image:
+                ImageOps.exif_transpose(image, in_place=True)
+                ax.imshow(ImageOps.contain(to_rgb(image), (160, 160)))
+            ax.set_title("  ".join(words), fontsize=8, color="#555555", pad=2, parse_math=False)
+    return figure
+
+
+def history_figure(run: Path) -> plt.Figure:
+    "Two panels over the epochs of history.csv: the losses, and the retrieval metrics."
+    history = pd.read_csv(run / "history.csv").set_index("epoch").drop(columns="lr")
+    losses = [c for c in history if "loss" in c.lower()]
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.2), facecolor="white", dpi=90, layout="constrained")
+    for ax, columns, title in zip(axes, (losses, [c for c in history if c not in losses]), ("loss", "retrieval"),
+                                  strict=True):
+        for column in columns:
+            values = history[column].dropna()
+            ax.plot(values.index, values, marker=".", label=column)
+        ax.set(title=title, xlabel="epoch")
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.grid(alpha=0.3)
+        ax.spines[["top", "right"]].set_visible(False)
+        if columns:
+            ax.legend(frameon=False, fontsize=8)
+    axes[1].set_ylim(0, 1)
+    plt.close(figure)
+    return figure

@@ -1,0 +1,144 @@
+"""Galleries: what a model retrieves, seen picture by picture, with the numbers of `recnb.metrics` beside it.
+
+`rank` judges each query's list; `gallery_figure`, `gallery_html` and `gallery_widget` show it. Plain arrays and lists
+go in, so they serve anybody's embeddings. An item left out by the protocol (the query's own picture, the same identity
+seen by the same camera) takes no rank: what stands behind it moves up, here as in the metrics.
+"""
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.path import Path as MarkerPath
+from PIL import Image, ImageColor, ImageOps
+
+from recnb.gallery.pictures import Names, Picture, label_text, read_picture, shorten
+from recnb.retrieval.lists import EXCLUDED, RIGHT, WRONG, Ranking, choose_rows
+
+# Okabe and Ito's blue and vermillion: told apart with every common colour vision, and on white as on black.
+COLOURS = {RIGHT: "#0072B2", WRONG: "#D55E00", EXCLUDED: "#7F7F7F"}
+
+
+# ---- the figure ------------------------------------------------------------------------------------------------------
+
+TILE, GAP, NOTES, CAPTION, HEAD = 0.9, 0.08, 1.5, 0.42, 0.48  # inches
+INK, SOFT, PAPER, MAT = "#1A1A1A", "#5C5C5C", "#FFFFFF", "#F1F1EF"
+SIGNS = {RIGHT: MarkerPath([(-0.9, 0.0), (-0.25, -0.65), (0.95, 0.75)]), WRONG: "x", EXCLUDED: "_"}
+
+
+class PaletteCanvas(FigureCanvasAgg):
+    "Writes PNG with 256 fitted colours: a third of the bytes of true colour, which a notebook would carry for good."
+
+    def print_png(self, filename_or_obj, *, metadata=None, pil_kwargs=None, **_):
+        buffer = io.BytesIO()
+        super().print_png(buffer, metadata=metadata, pil_kwargs=pil_kwargs)
+        with Image.open(buffer) as image:
+            image = image.convert("RGB")
+            sample = image.resize((image.width // 4, image.height // 4), Image.Resampling.NEAREST)
+            fitted = sample.quantize(250, kmeans=2)  # without k-means, small vivid areas (a brand's blue) turn grey
+            own = [channel for colour in (INK, *COLOURS.values()) for channel in ImageColor.getrgb(colour)]
+            fitted.putpalette(fitted.getpalette()[:750] + own)
+            image = image.quantize(palette=fitted, dither=Image.Dither.NONE)
+            corner, palette = image.getpixel((0, 0)), image.getpalette()
+            palette[3 * corner:3 * corner + 3] = ImageColor.getrgb(PAPER)  # the fit leaves it slightly grey
+            image.putpalette(palette)
+            image.save(filename_or_obj, format="png", optimize=True, dpi=(self.figure.dpi, self.figure.dpi))
+
+
+def gallery_figure(ranking: Ranking, query_images: Sequence[Picture], gallery_images: Sequence[Picture],
+                   rows: Sequence[int] | None = None, k: int = 8, label_names: Names = None,
+                   title: str = "Nearest neighbours") -> Figure:
+    """A figure with a row per query: its numbers, its picture, its first k hits, framed, signed, with similarity.
+
+    rows: the queries to show, by default those of `choose_rows`. label_names: list or mapping from identity to text.
+    The background is opaque and every colour is set, so that a dark theme or style leaves it as it is.
+    """
+    rows, k = choose_rows(ranking) if rows is None else np.asarray(rows), min(k, ranking.ids.shape[1])
+    width, height = NOTES + (k + 1) * (TILE + GAP) + 3 * GAP, HEAD + len(rows) * (TILE + CAPTION)
+    fig = plt.figure(figsize=(width, height), dpi=100, facecolor=PAPER, layout="none")
+    plt.close(fig)  # shown once, as a cell's value, and not again when pyplot shows what is open
+    PaletteCanvas(fig)
+    head = fig.add_axes((0, 1 - HEAD / height, 1, HEAD / height), xlim=(0, width), ylim=(0, HEAD), label="head")
+    _draw_head(head, title, [s for s in SIGNS if (ranking.state[rows, :k] == s).any()])
+    for line, q in enumerate(rows):
+        bottom = height - HEAD - line * (TILE + CAPTION) - TILE
+        for place in range(-1, k):  # -1: the query itself
+            left = NOTES + (place + 1) * (TILE + GAP) + (2 * GAP if place >= 0 else 0)
+            box = (left / width, bottom / height, TILE / width, TILE / height)
+            if place < 0:
+                _draw_query(fig.add_axes(box, label=f"query {q}"), ranking, q, k, query_images, label_names)
+            elif ranking.ids[q, place] >= 0:
+                _draw_hit(fig.add_axes(box, label=f"query {q}, hit {place}"), ranking, q, place, gallery_images,
+                          label_names)
+    return fig
+
+
+def _draw_query(ax: Axes, ranking: Ranking, q: int, k: int, images: Sequence[Picture], names: Names) -> None:
+    _draw_tile(ax, images[q], INK, 1.0)
+    notes = ["no positive", "in the gallery"]
+    if ranking.valid[q]:
+        notes = [f"AP {ranking.AP[q]:.3f}", f"first hit: rank {ranking.first_hit[q]}"]
+        missed = ", ".join(str(rank) for _, rank, _ in ranking.missed(q, k))
+        notes += [f"next right: {missed}"] if missed else []
+    lines = _wrap(shorten(label_text(ranking.query_labels[q], names), 36), 19)
+    for i, line in enumerate(lines + notes):
+        _note(ax, line, 0.99 - 0.165 * i, "bold" if i < len(lines) else "normal", SOFT if "next right" in line else INK)
+
+
+def _wrap(text: str, n: int) -> list[str]:
+    "The text in one line, or in two, split behind the last sign or space that fits."
+    if len(text) <= n:
+        return [text]
+    cut = max((text.rfind(sign, 0, n) + 1 for sign in " /_-"), default=0)
+    return [text[:cut or n].strip(), text[cut or n:]]
+
+
+def _note(ax: Axes, text: str, y: float, weight: str, colour: str) -> None:
+    "A line of text to the left of the tile, ending at its edge."
+    ax.annotate(text, (0, y), (-7, 0), xycoords="axes fraction", textcoords="offset points", ha="right", va="top",
+                parse_math=False, fontsize=7.5, fontweight=weight, color=colour)
+
+
+def _draw_hit(ax: Axes, ranking: Ranking, q: int, place: int, images: Sequence[Picture], names: Names) -> None:
+    item, state, position = ranking.ids[q, place], str(ranking.state[q, place]), ranking.position[q, place]
+    dashed = (0, (2.2, 1.4))
+    _draw_tile(ax, images[item], COLOURS[state], 2.4, dashed if state == EXCLUDED else "-")
+    _draw_sign(ax, state, (0.93, 0.93), ax.transAxes)
+    ax.set_xlabel(f"{position or '-'} · {ranking.scores[q, place]:.3f}", fontsize=8, color=INK, labelpad=2)
+    below = {RIGHT: "", EXCLUDED: "own camera", WRONG: shorten(label_text(ranking.gallery_labels[item], names), 17)}
+    ax.annotate(below[state], (0.5, 0), (0, -14), xycoords="axes fraction", textcoords="offset points", ha="center",
+                parse_math=False, va="top", fontsize=6.5, color=SOFT)
+
+
+def _draw_tile(ax: Axes, picture: Picture, colour: str, width: float, style="-") -> None:
+    "The whole picture in the middle of a square, framed."
+    pixels = round(TILE * ax.figure.dpi)
+    tile = ImageOps.pad(read_picture(picture, pixels), (pixels, pixels), color=MAT)
+    ax.imshow(tile, interpolation="nearest", alpha=1 if style == "-" else 0.4)
+    ax.set(xticks=[], yticks=[])
+    for spine in ax.spines.values():
+        spine.set(visible=True, color=colour, linewidth=width, linestyle=style)
+
+
+def _draw_sign(ax: Axes, state: str, at: tuple[float, float], transform) -> None:
+    "A disc in the colour of the state with its sign, drawn: fonts differ in what they hold."
+    style = {"transform": transform, "clip_on": False, "linestyle": "none", "zorder": 9}
+    ax.plot(*at, marker="o", markersize=11, color=COLOURS[state], markeredgecolor=PAPER, markeredgewidth=1, **style)
+    ax.plot(*at, marker=SIGNS[state], markersize=5.5, color="none", markeredgecolor=PAPER, markeredgewidth=1.6, **style)
+
+
+def _draw_head(ax: Axes, title: str, states: list[str]) -> None:
+    "The title, and what the signs mean."
+    ax.set_axis_off()
+    ax.text(0.1, HEAD - 0.13, title, fontsize=10.5, fontweight="bold", color=INK, va="top", parse_math=False)
+    x = NOTES + TILE + 3 * GAP
+    meaning = {RIGHT: "right", WRONG: "wrong", EXCLUDED: "own camera: not counted"}
+    for state in states:
+        _draw_sign(ax, state, (x + 0.08, HEAD - 0.21), ax.transData)
+        ax.text(x + 0.22, HEAD - 0.215, meaning[state], fontsize=8, color=INK, va="center")
+        x += 0.75

@@ -1,0 +1,84 @@
+"""Several models trained together on the same images, and the losses between them.
+
+Their outputs stand under their names, and those of the model that is to be used also at the top, so that evaluation and
+the other losses see one model.
+"""
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from recnb.losses.combined import LOSSES
+
+DISTANCES = {"l2": F.mse_loss, "l1": F.l1_loss, "smooth_l1": F.smooth_l1_loss}
+
+
+def output(out: dict, name: str, key: str) -> Tensor:
+    "One model's output, or the loss's error: a KeyError of Python's would name neither."
+    if name not in out or key not in out[name]:
+        known = [n for n, part in out.items() if isinstance(part, dict)]
+        raise ValueError(f"there is no output '{key}' of a model '{name}'; there are the models {', '.join(known)}")
+    return out[name][key]
+
+
+@LOSSES.register
+class DistillationGTCELoss(nn.Module):
+    "The sum of the cross entropies of several models' logits with the labels; `epsilon` smooths them."
+
+    needs_logits, of_each_image = True, True
+
+    def __init__(self, model_names: list, epsilon: float | None = None, key: str | None = "logits"):
+        super().__init__()
+        self.model_names, self.epsilon, self.key = model_names, epsilon or 0.0, key or "logits"
+
+    def forward(self, out: dict[str, Tensor], y: Tensor) -> Tensor:
+        return sum(F.cross_entropy(output(out, name, self.key).float(), y, label_smoothing=self.epsilon)
+                   for name in self.model_names)
+
+
+@LOSSES.register
+class DistillationDMLLoss(nn.Module):
+    """Mutual learning (https://arxiv.org/abs/1706.00384): the mean of both Kullback-Leibler divergences of two models.
+
+    `act` makes probabilities of the outputs: softmax, or sigmoid entry by entry. Pairs are summed.
+    """
+
+    needs_logits, of_each_image = False, True
+
+    def __init__(self, model_name_pairs: list, act: str = "softmax", key: str | None = "logits"):
+        super().__init__()
+        if act not in ("softmax", "sigmoid"):
+            raise ValueError(f"act is '{act}', only 'softmax' and 'sigmoid' exist")
+        self.model_name_pairs, self.key = model_name_pairs, key or "logits"
+        self.needs_logits = self.key == "logits"
+        self.log_act = F.logsigmoid if act == "sigmoid" else lambda x: x.log_softmax(-1)
+
+    def forward(self, out: dict[str, Tensor], y: Tensor) -> Tensor:
+        total = 0
+        for pair in self.model_name_pairs:
+            a, b = (self.log_act(output(out, name, self.key).float()) for name in pair)
+            both = ((a.exp() - b.exp()) * (a - b)).flatten(1).sum(1)  # of the two divergences
+            total = total + both.mean() / 2
+        return total
+
+
+@LOSSES.register
+class DistillationDistanceLoss(nn.Module):
+    "The mean distance of two models' outputs, `mode` l2 (squared), l1 or smooth_l1. Pairs are summed."
+
+    needs_logits, of_each_image = False, True
+
+    def __init__(self, model_name_pairs: list, mode: str = "l2", key: str | None = "features"):
+        super().__init__()
+        if mode not in DISTANCES:
+            raise ValueError(f"mode is '{mode}', only {', '.join(DISTANCES)} exist")
+        self.model_name_pairs, self.distance, self.key = model_name_pairs, DISTANCES[mode], key or "features"
+        self.needs_logits = self.key == "logits"
+
+    def forward(self, out: dict[str, Tensor], y: Tensor) -> Tensor:
+        pairs = [[output(out, name, self.key).float() for name in pair] for pair in self.model_name_pairs]
+        for a, b in pairs:
+            if a.shape != b.shape:
+                raise ValueError(f"the outputs '{self.key}' of the models have the sizes {tuple(a.shape[1:])} and "
+                                 f"{tuple(b.shape[1:])}; compare outputs of one size, such as logits")
+        return sum(self.distance(a, b) for a, b in pairs)

@@ -1,0 +1,253 @@
+"""Embeddings to class logits, for training only: ArcMargin and its family.
+
+A head is called with labels while it trains and adds its margin to the true class; in evaluation, or without labels,
+it returns the plain cosine. Its weight is kept and used in float32 whatever the precision of the features is, since a
+margin of 0.1 rad and a scale of 80 leave no room for half precision.
+
+For very many classes `sample_rate` takes, in each step, the classes of the batch and as many others as make that share
+of all (Partial FC, https://arxiv.org/abs/2203.15565), and `sharded` divides the weight over the ranks of
+torch.distributed. The logits are then PartialLogits, which CELoss takes.
+"""
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from recnb.distributed.processes import all_rows, gather, ranks, share
+from recnb.distributed.rows import PartialLogits, draw_rows
+from recnb.models.necks import FC
+from recnb.registry import Registry
+
+HEADS = Registry("head", "Arch.Head")
+HEADS.register(FC)
+
+
+def precise(x: Tensor) -> Tensor:
+    "In float32 what comes in half precision; float64 stays."
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def unit(x: Tensor, eps: float = 1e-12) -> Tensor:
+    "Rows of length 1, precise; a zero row stays zero and passes no gradient on, where a division would give NaN."
+    x = precise(x)
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x / length.clamp_min(eps) * (length > eps)
+
+
+def cosine(features: Tensor, weight: Tensor) -> Tensor:
+    "Cosines (B, class_num) between features (B, D) and class weights (class_num, D), precise under autocast too."
+    with torch.autocast(features.device.type, enabled=False):
+        return unit(features) @ unit(weight).T
+
+
+def hold_classes(head: nn.Module, embedding_size: int, class_num: int, sample_rate: float, sharded: bool,
+                 draw: Callable | None = None) -> None:
+    """None; gives a head its class weights (class_num, embedding_size), or with `sharded` this rank's share of them.
+
+    `draw(weight, generator)` fills them, or some of their rows, as they start: by default Xavier's normal distribution.
+    """
+    if not 0 < sample_rate <= 1:
+        raise ValueError(f"sample_rate is {sample_rate}, not a share of the classes above 0 and up to 1")
+    head.class_num, head.sample_rate, head.sharded = class_num, sample_rate, sharded
+    head.rows = share(class_num) if sharded else range(class_num)
+    draw = draw or partial(xavier, math.sqrt(2 / (class_num + embedding_size)))
+    weight = torch.empty(len(head.rows), embedding_size)
+    head.weight = nn.Parameter(draw_rows(weight, head.rows, draw) if sharded else draw(weight))
+
+
+def xavier(std: float, weight: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    "The weight, filled with normal numbers of this deviation."
+    return nn.init.normal_(weight, 0, std, generator)
+
+
+def margin_logits(head: nn.Module, features: Tensor, y: Tensor | None) -> Tensor | PartialLogits:
+    """The logits (B, class_num) of features (B, D); the cosines in evaluation and without labels.
+
+    The head says what becomes of the cosine with a row's own class (`target`) and of those with the others (`others`).
+    With a sample_rate below 1 the classes are drawn from torch's generator and the weight's gradient is sparse, of
+    their rows alone. With `sharded` each rank gets the gradient of the mean over all ranks' images for its rows, which
+    nothing must average again.
+    """
+    world = ranks()[1] if head.sharded else 1
+    if y is None or not head.training:
+        return cosine(features, torch.cat(all_rows(head.weight)) if world > 1 else head.weight)
+    if world == 1 and head.sample_rate == 1:
+        return with_target(head, features, head.weight, y)
+    if not ((y >= 0) & (y < head.class_num)).all():
+        raise ValueError(f"a label is not among the {head.class_num} classes of the head")
+    if world > 1:
+        features, y = gather(precise(features), factor=world), torch.cat(all_rows(y))
+    here = (y >= head.rows.start) & (y < head.rows.stop)
+    weight, column = head.weight, y - head.rows.start
+    if head.sample_rate < 1:
+        weight, column = sampled(head, column, here)
+    logits = with_target(head, features, weight, torch.where(here, column, 0), here)
+    return PartialLogits(logits, torch.where(here, column, -1), world > 1)
+
+
+def sampled(head: nn.Module, column: Tensor, here: Tensor) -> tuple[Tensor, Tensor]:  # (M,), (M,) -> (S, D), (M,)
+    """The weights of the batch's classes that are here and of others drawn; where each row's class stands in them.
+
+    Ranks that all hold the whole weight take the same rows of it, for the classes of all their batches.
+    """
+    chance, own = torch.rand(len(head.weight), device=column.device), column[here]
+    if ranks()[1] > 1 and not head.sharded:
+        dist.broadcast(chance, 0)
+        own = torch.cat(all_rows(own))
+    own = own.unique()
+    chance[own] = 2
+    count = max(round(head.sample_rate * len(head.weight)), len(own), 1)
+    drawn = chance.topk(count, sorted=False).indices.sort().values
+    return F.embedding(drawn, head.weight, sparse=True), torch.searchsorted(drawn, column)
+
+
+def with_target(head: nn.Module, features: Tensor, weight: Tensor, column: Tensor,
+                here: Tensor | None = None) -> Tensor:
+    """(M, S) from features (M, D), class weights (S, D) and where each row's class stands (M,), `here` or not.
+
+    One matrix serves for cosines and logits, and the margin is computed for one entry of a row.
+    """
+    cos = cosine(features, weight)
+    own = torch.arange(len(cos), device=cos.device), column  # gather() would keep the matrix that is written over
+    target = head.target(cos[own][:, None], features)
+    logits = head.others(cos)
+    if here is not None:
+        target = torch.where(here[:, None], target, logits[own][:, None])
+    return logits.scatter_(1, column[:, None], target)
+
+
+@HEADS.register
+class ArcMargin(nn.Module):
+    """Additive angular margin, ArcFace (https://arxiv.org/abs/1801.07698): (B, embedding_size) -> (B, class_num).
+
+    The target logit is scale * cos(theta + margin), margin in radians; beyond theta = pi - margin, where that would
+    rise again, it continues as cosine - margin * sin(margin) (with `easy_margin`: the plain cosine for theta > pi / 2).
+    """
+
+    def __init__(self, embedding_size: int, class_num: int, margin: float = 0.5, scale: float = 80.0,
+                 easy_margin: bool = False, sample_rate: float = 1.0, sharded: bool = False):
+        super().__init__()
+        hold_classes(self, embedding_size, class_num, sample_rate, sharded)
+        self.margin, self.scale, self.easy_margin = margin, scale, easy_margin
+
+    def forward(self, features: Tensor, y: Tensor | None = None) -> Tensor | PartialLogits:  # (B, D), (B,) -> (B, C)
+        return margin_logits(self, features, y)
+
+    def target(self, cos: Tensor, features: Tensor) -> Tensor:  # (M, 1), (M, D) -> (M, 1)
+        "The logit of a row's own class, from its cosine."
+        # 1e-6 as in the original: the square root's slope is infinite at 0, where a feature lies along its weight.
+        sin = ((1 - cos.square()).clamp_min(0) + 1e-6).sqrt()
+        phi = cos * math.cos(self.margin) - sin * math.sin(self.margin)
+        if self.easy_margin:
+            return self.scale * torch.where(cos > 0, phi, cos)
+        beyond = cos - self.margin * math.sin(self.margin)
+        return self.scale * torch.where(cos > -math.cos(self.margin), phi, beyond)
+
+    def others(self, cos: Tensor) -> Tensor:  # (M, S) -> (M, S)
+        "The logits of the other classes, written over the cosines."
+        return cos.mul_(self.scale)
+
+    def extra_repr(self) -> str:
+        return (f"embedding_size={self.weight.shape[1]}, class_num={self.class_num}, margin={self.margin}, "
+                f"scale={self.scale}")
+
+
+@HEADS.register
+class CosMargin(nn.Module):
+    """Additive cosine margin, CosFace (https://arxiv.org/abs/1801.09414): (B, embedding_size) -> (B, class_num).
+
+    The target logit is scale * (cosine - margin).
+    """
+
+    def __init__(self, embedding_size: int, class_num: int, margin: float = 0.35, scale: float = 64.0,
+                 sample_rate: float = 1.0, sharded: bool = False):
+        super().__init__()
+        hold_classes(self, embedding_size, class_num, sample_rate, sharded)
+        self.margin, self.scale = margin, scale
+
+    def forward(self, features: Tensor, y: Tensor | None = None) -> Tensor | PartialLogits:  # (B, D), (B,) -> (B, C)
+        return margin_logits(self, features, y)
+
+    def target(self, cos: Tensor, features: Tensor) -> Tensor:  # (M, 1), (M, D) -> (M, 1)
+        "The logit of a row's own class, from its cosine."
+        return self.scale * (cos - self.margin)
+
+    def others(self, cos: Tensor) -> Tensor:  # (M, S) -> (M, S)
+        "The logits of the other classes, written over the cosines."
+        return cos.mul_(self.scale)
+
+
+@HEADS.register
+class CircleMargin(nn.Module):
+    """Circle loss at class level (https://arxiv.org/abs/2002.10857): (B, embedding_size) -> (B, class_num).
+
+    Each logit is weighted by how far its cosine is from its optimum, 1 + margin for the target and -margin for the
+    others; the weights pass no gradient on.
+    """
+
+    def __init__(self, embedding_size: int, class_num: int, margin: float, scale: float, sample_rate: float = 1.0,
+                 sharded: bool = False):
+        super().__init__()
+        hold_classes(self, embedding_size, class_num, sample_rate, sharded)
+        self.margin, self.scale = margin, scale
+
+    def forward(self, features: Tensor, y: Tensor | None = None) -> Tensor | PartialLogits:  # (B, D), (B,) -> (B, C)
+        return margin_logits(self, features, y)
+
+    def target(self, cos: Tensor, features: Tensor) -> Tensor:  # (M, 1), (M, D) -> (M, 1)
+        "The logit of a row's own class, from its cosine."
+        return self.scale * (1 + self.margin - cos.detach()).clamp_min(0) * (cos - 1 + self.margin)
+
+    def others(self, cos: Tensor) -> Tensor:  # (M, S) -> (M, S)
+        "The logits of the other classes."
+        return self.scale * (cos.detach() + self.margin).clamp_min(0) * (cos - self.margin)
+
+
+def uniform_directions(weight: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    "The weight, filled with directions of uniform entries, at length 1."
+    return F.normalize(weight.uniform_(-1, 1, generator=generator))
+
+
+@HEADS.register
+class AdaMargin(nn.Module):
+    """AdaFace (https://arxiv.org/abs/2204.00964): (B, embedding_size) -> (B, class_num); `m`, `h`, `s` as there.
+
+    The margin grows with the length of the feature, which stands for the quality of the image. `t_alpha` is the rate
+    at which mean and deviation of the lengths follow the batches; they are learnt in training only.
+    """
+
+    def __init__(self, embedding_size: int, class_num: int, m: float = 0.4, h: float = 0.333, s: float = 64.0,
+                 t_alpha: float = 1.0, sample_rate: float = 1.0, sharded: bool = False):
+        super().__init__()
+        hold_classes(self, embedding_size, class_num, sample_rate, sharded, uniform_directions)
+        self.m, self.h, self.s, self.t_alpha = m, h, s, t_alpha
+        self.register_buffer("mean", torch.tensor(20.0))
+        self.register_buffer("std", torch.tensor(100.0))
+
+    def forward(self, features: Tensor, y: Tensor | None = None) -> Tensor | PartialLogits:  # (B, D), (B,) -> (B, C)
+        return margin_logits(self, features, y)
+
+    def target(self, cos: Tensor, features: Tensor) -> Tensor:  # (M, 1), (M, D) -> (M, 1)
+        "The logit of a row's own class, from its cosine."
+        quality = self.quality(torch.linalg.vector_norm(precise(features.detach()), dim=1, keepdim=True))  # (M, 1)
+        theta = cos.clamp(-1 + 1e-3, 1 - 1e-3).acos()  # away from the ends, where the slope of acos is infinite
+        return self.s * ((theta - self.m * quality).clamp(1e-3, math.pi - 1e-3).cos() - self.m * (1 + quality))
+
+    def others(self, cos: Tensor) -> Tensor:  # (M, S) -> (M, S)
+        "The logits of the other classes, kept from the ends as well."
+        return self.s * cos.clamp(-1 + 1e-3, 1 - 1e-3)
+
+    @torch.no_grad()
+    def quality(self, length: Tensor) -> Tensor:
+        "(B, 1) in -1..1: how long a feature is among those seen, after its batch has been counted."
+        length = length.clamp(1e-3, 100)
+        if len(length) > 1:  # one feature has no deviation
+            self.mean.lerp_(length.mean(), self.t_alpha)
+            self.std.lerp_(length.std(), self.t_alpha)
+        return (self.h * (length - self.mean) / (self.std + 1e-3)).clamp(-1, 1)

@@ -1,0 +1,210 @@
+"""Layers between the cut backbone and the head: features (B, C) or (B, C, H, W) in, the embedding (B, D) out.
+
+The neck's output is what is retrieved with; the head behind it exists for training only.
+"""
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from recnb.registry import Registry, fits, suggest
+
+NECKS = Registry("neck", "Arch.Neck")
+INITIALIZERS = {
+    "Normal": lambda p, mean=0.0, std=1.0: nn.init.normal_(p, mean, std),
+    "Constant": lambda p, value=0.0: nn.init.constant_(p, value),
+    "KaimingUniform": lambda p, fan_in=None, negative_slope=0.0, nonlinearity="relu": nn.init.uniform_(
+        p, -(bound := math.sqrt(3) * kaiming(p, fan_in, negative_slope, nonlinearity)), bound),
+    "KaimingNormal": lambda p, fan_in=None, negative_slope=0.0, nonlinearity="relu": nn.init.normal_(
+        p, 0, kaiming(p, fan_in, negative_slope, nonlinearity)),
+    "XavierNormal": lambda p: nn.init.xavier_normal_(p),
+}
+
+
+def kaiming(p: Tensor, fan_in: int | None, negative_slope: float, nonlinearity: str) -> float:
+    "The standard deviation (https://arxiv.org/abs/1502.01852); `fan_in` is by default how many inputs reach an output."
+    return nn.init.calculate_gain(nonlinearity, negative_slope) / math.sqrt(fan_in or p[0].numel())
+
+
+def initialize(parameter: nn.Parameter, attr: dict | bool | None, default: dict) -> None:
+    """None; fills a parameter as `attr` (`{initializer: {name: Normal, std: 0.01}}`) says, otherwise as `default` does.
+
+    `learning_rate` in it is a share of the optimizer's, 0 of which is no training, `regularizer` (L2) replaces its
+    weight decay: both are left on the parameter for the optimizer.
+    """
+    attr = attr if isinstance(attr, dict) else {}  # True is the default, as in the original
+    unknown = set(attr) - {"initializer", "learning_rate", "regularizer"}
+    if unknown:
+        raise ValueError(f"a parameter attribute has no key '{unknown.pop()}', only initializer, learning_rate and "
+                         "regularizer")
+    choose(attr.get("initializer") or default, INITIALIZERS, "initializer", "{name: Normal, std: 0.01}")(parameter)
+    if attr.get("learning_rate") is not None:
+        if not fits(attr["learning_rate"], float) or attr["learning_rate"] < 0:
+            raise ValueError(f"learning_rate is {attr['learning_rate']!r}, not a share of the optimizer's from 0")
+        parameter.lr_multiplier = float(attr["learning_rate"])
+        parameter.requires_grad_(parameter.lr_multiplier > 0)
+    if attr.get("regularizer"):
+        known = {"L2": lambda p, coeff=0.0: setattr(p, "weight_decay", coeff)}
+        choose(attr["regularizer"], known, "regularizer of a parameter", "{name: L2, coeff: 0.}")(parameter)
+
+
+def choose(section, known: dict, kind: str, example: str) -> Callable:
+    "The function of one parameter that a section names, with its arguments; raises ValueError for an unknown one."
+    name = section.get("name") if isinstance(section, dict) else section
+    if not isinstance(section, dict) or name not in known:
+        raise ValueError(f"there is no {kind} '{name}' (written {example}); {suggest(name, known)}")
+    args = {k: v for k, v in section.items() if k != "name"}
+    accepted = list(inspect.signature(known[name]).parameters)[1:]
+    for key in set(args) - set(accepted):
+        raise ValueError(f"the {kind} {name} has no argument '{key}'; {suggest(key, accepted)}")
+    return lambda parameter: known[name](parameter, **args)
+
+
+@NECKS.register
+class VehicleNeck(nn.Module):
+    """A convolution and a flattening: (B, in_channels, H, W) -> (B, out_channels * H' * W').
+
+    Features (B, in_channels) are taken as maps of one pixel. Weights start as N(0, 2 / fan_in), biases at 0;
+    `bias_attr: False` leaves the bias out.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 1, stride: int = 1, padding: int = 0,
+                 dilation: int = 1, groups: int = 1, padding_mode: str = "zeros", weight_attr: dict | None = None,
+                 bias_attr: dict | bool | None = None):
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, groups,
+                              bias=bias_attr is not False, padding_mode=padding_mode)
+        std = math.sqrt(2 / (kernel_size**2 * in_channels))
+        initialize(self.conv.weight, weight_attr, {"name": "Normal", "std": std})
+        if self.conv.bias is not None:
+            initialize(self.conv.bias, bias_attr, {"name": "Constant"})
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) or (B, C) -> (B, D)
+        return self.conv(x if x.dim() == 4 else x[:, :, None, None]).flatten(1)
+
+
+class FC(nn.Module):
+    """A linear layer, as a neck (B, embedding_size) -> (B, class_num) or as a head that gives logits.
+
+    The names are the original's: `embedding_size` is the size of the input, `class_num` that of the output.
+    """
+
+    def __init__(self, embedding_size: int, class_num: int, weight_attr: dict | None = None,
+                 bias_attr: dict | bool | None = None):
+        super().__init__()
+        self.fc = nn.Linear(embedding_size, class_num, bias=bias_attr is not False)
+        initialize(self.fc.weight, weight_attr, {"name": "XavierNormal"})
+        if self.fc.bias is not None:
+            initialize(self.fc.bias, bias_attr, {"name": "Constant"})
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:  # (B, embedding_size) -> (B, class_num)
+        return self.fc(x.flatten(1))
+
+
+NECKS.register(FC)
+
+
+@NECKS.register
+class BNNeck(nn.Module):
+    """Batch normalisation of the features before the head (https://arxiv.org/abs/1903.07071): (B, C) -> (B, C).
+
+    As in the paper the shift stays at zero and is not trained; `bias_attr: {}` trains it, as the original does.
+    """
+
+    def __init__(self, num_features: int, weight_attr: dict | None = None, bias_attr: dict | bool | None = None,
+                 use_global_stats: bool = False):
+        super().__init__()
+        self.bn = nn.BatchNorm1d(num_features)
+        initialize(self.bn.weight, weight_attr, {"name": "Constant", "value": 1.0})
+        initialize(self.bn.bias, bias_attr, {"name": "Constant"})
+        if bias_attr is None or bias_attr is False:
+            self.bn.bias.requires_grad_(False)
+        self.use_global_stats = use_global_stats
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, C) or (B, C, 1, 1) -> (B, C)
+        if self.use_global_stats:
+            self.bn.eval()
+        return self.bn(x.flatten(1))
+
+
+@NECKS.register
+class Tanh(nn.Module):
+    "The features (B, D) squashed to -1..1, whose signs are a binary code."
+
+    def __init__(self):  # its own, so that the registry sees that it takes no argument
+        super().__init__()
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, D) or (B, D, 1, 1) -> (B, D)
+        return x.flatten(1).tanh()
+
+
+@NECKS.register
+class FRFNNeck(nn.Module):
+    "Two linear layers with a leaky ReLU between them, at length 1: (B, num_features) -> (B, out_feat)."
+
+    def __init__(self, num_features: int, out_feat: int):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(num_features, num_features), nn.LeakyReLU(0.1),
+                                    nn.Linear(num_features, out_feat))
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, num_features) -> (B, out_feat)
+        return F.normalize(self.layers(x.flatten(1)), dim=1)
+
+
+@NECKS.register
+class MLP(nn.Module):
+    "Linear, batch normalisation, ReLU, linear: (B, embedding_size) -> (B, class_num), the names as for FC."
+
+    def __init__(self, embedding_size: int, class_num: int, hidden: int | None = None):
+        super().__init__()
+        hidden = hidden or embedding_size
+        self.layers = nn.Sequential(nn.Linear(embedding_size, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(),
+                                    nn.Linear(hidden, class_num))
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, embedding_size) -> (B, class_num)
+        return self.layers(x.flatten(1))
+
+
+@NECKS.register
+class GeM(nn.Module):
+    """Generalised-mean pooling (https://arxiv.org/abs/1711.02512): (B, in_channels, H, W) -> (B, in_channels).
+
+    The mean of x ** p, to the power of 1 / p: 1 averages, a large p takes the maximum. `train_p` learns it.
+    """
+
+    def __init__(self, in_channels: int, p: float = 3.0, train_p: bool = True, eps: float = 1e-6):
+        super().__init__()
+        self.p = nn.Parameter(torch.tensor([float(p)]), requires_grad=train_p)
+        self.in_channels, self.eps = in_channels, eps
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) or (B, C) -> (B, C)
+        x = x if x.dim() != 2 else x[:, :, None, None]
+        if x.dim() != 4 or x.shape[1] != self.in_channels:
+            raise RuntimeError(f"GeM pools maps (B, {self.in_channels}, H, W) and got {tuple(x.shape)}")
+        with torch.autocast(x.device.type, enabled=False):  # powers overflow in half precision
+            return x.float().clamp_min(self.eps).pow(self.p).mean((2, 3)).pow(1 / self.p)
+
+
+@NECKS.register
+class Tokens(nn.Module):
+    """One vector of a transformer's tokens: (B, prefix_tokens + N, C) -> (B, C).
+
+    pool: 'cls' takes the first token, 'mean' averages those of the image; the others before them do not count.
+    """
+
+    def __init__(self, prefix_tokens: int, pool: str = "cls"):
+        super().__init__()
+        if pool not in ("cls", "mean") or (pool == "cls" and not prefix_tokens):
+            raise ValueError(f"pool is '{pool}': there is 'mean', and 'cls' where the backbone has a class token "
+                             f"(it has {prefix_tokens} tokens before the image's)")
+        self.prefix_tokens, self.pool = prefix_tokens, pool
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, L, C) -> (B, C)
+        if x.dim() != 3:
+            raise RuntimeError(f"Tokens takes (B, tokens, C) and got {tuple(x.shape)}")
+        return x[:, 0] if self.pool == "cls" else x[:, self.prefix_tokens :].mean(1)

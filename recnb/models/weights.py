@@ -1,0 +1,76 @@
+"""Weights read from files: safetensors, or torch files without any code in them."""
+from __future__ import annotations
+
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from recnb.models.cutting import classifiers, first_line, kind, listed
+from recnb.registry import ConfigError
+from recnb.storage import resolve
+
+LOCAL_WEIGHTS = "give a local file in Arch.Backbone.pretrained, or False"
+
+
+def _read_weights(path: str | Path) -> dict[str, torch.Tensor]:
+    if not Path(path).is_file():
+        raise ValueError(f"there is no weights file '{path}': {LOCAL_WEIGHTS}")
+    try:
+        safe = str(path).endswith(".safetensors")
+        state = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # each kind of broken file fails in its own way
+        raise ValueError(f"'{path}' cannot be read as a file of weights: {first_line(error)}") from error
+    for wrapper in ("state_dict", "model"):
+        state = state.get(wrapper, state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise ValueError(f"'{path}' holds no state dict, bare or under 'state_dict' or 'model'")
+    return {name.removeprefix("module."): value for name, value in state.items()}
+
+
+def _load(model: nn.Module, path: str | Path) -> list[str]:
+    """Load a file into the whole model; returns the classifier's tensors that do not fit and were left out."""
+    given = {name: value for name, value in _read_weights(path).items() if not name.endswith("num_batches_tracked")}
+    own = {name: value for name, value in model.state_dict().items() if not name.endswith("num_batches_tracked")}
+    wrong = {
+        "missing": own.keys() - given.keys(),
+        "unexpected": given.keys() - own.keys(),
+        "of another shape": {name for name in own.keys() & given.keys() if own[name].shape != given[name].shape},
+    }
+    names = sorted(set().union(*wrong.values()))
+    classifier = tuple(f"{name}." for name in classifiers(model))
+    wrong = {kind: sorted(name for name in group if not name.startswith(classifier)) for kind, group in wrong.items()}
+    parts = [f"{len(group)} are {kind} ({listed(group, 3)})" for kind, group in wrong.items() if group]
+    if parts:
+        raise ValueError(f"'{path}' does not fit {kind(model)}: of {len(own)} tensors " + ", ".join(parts))
+    model.load_state_dict({name: given[name] for name in own.keys() - set(names)}, strict=False)
+    return names
+
+
+def load_weights(model: nn.Module, path: str | Path, where: str = "Global.pretrained_model") -> str:
+    """A sentence that says what was loaded; tensors that are missing or of another shape keep their values.
+
+    Reads .safetensors and weights-only .pth / .pt files (also checkpoints of a run). Raises ConfigError where the file
+    cannot be read or where nothing in it fits.
+    """
+    path = resolve(path)
+    try:
+        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+    except UnpicklingError as error:
+        raise ConfigError(f"{where}: {path} holds other things than tensors, and is not read since "
+                          "that could run code; save a state_dict, best as .safetensors") from error
+    except Exception as error:  # a broken file can fail in any way
+        raise ConfigError(f"{where}: {path} cannot be read as weights: {error}") from error
+    state, own = state.get("model", state) if isinstance(state, dict) else {}, model.state_dict()
+    state = {k: v for k, v in state.items() if isinstance(v, Tensor)} if isinstance(state, dict) else {}
+    fitting = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
+    if not fitting:
+        first = [next((f"{k} {tuple(v.shape)}" for k, v in tensors.items()), "no tensor") for tensors in (state, own)]
+        raise ConfigError(f"{where}: nothing in {path} fits this model (the file begins with "
+                          f"{first[0]}, the model with {first[1]})")
+    model.load_state_dict(fitting, strict=False)
+    others = sorted(set(own) - set(fitting))
+    left = f"; left as they were: {', '.join(others[:5])}{' ...' if len(others) > 5 else ''}" if others else ""
+    return f"{path}: {len(fitting)} of the model's {len(own)} tensors loaded{left}"

@@ -1,0 +1,199 @@
+"""DataLoader, read: sections of the file become tables of images, transforms, samplers and loaders."""
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torchvision.transforms import v2
+
+from recnb.data.augment import BATCH_TRANSFORMS, COUNTED, MIXING
+from recnb.data.cache import keep
+from recnb.data.images import DataError
+from recnb.data.lists import DATASETS, MOST, ImageList, check_images, drop_faults, positives, same_list
+from recnb.data.loaders import ImageLoader, Loaders
+from recnb.data.pipeline import Pipeline, output_shape
+from recnb.data.samplers import SAMPLERS
+from recnb.data.transforms import TRANSFORMS
+from recnb.distributed.processes import ranks
+from recnb.recipe.schema import class_num, items, lookup
+from recnb.registry import ConfigError
+from recnb.storage import resolve
+
+
+def build_batch_transform(cfg: dict, class_num: int) -> Callable | None:
+    """What batch_transform_ops says, or None where it says nothing.
+
+    It is called as (images (B, 3, H, W), labels (B,)) -> (images (B, 3, H, W), labels (B, class_num), whose rows sum to
+    1), images and labels on one device, and draws on torch's global generator.
+
+    `class_num` is the number of training identities; a section that gives another one is a ConfigError, and so is a
+    list of several ops, which would mix what is mixed already.
+    """
+    ops = items(cfg, MIXING)
+    if len(ops) > 1:
+        raise ConfigError(f"{MIXING}: lists {' and '.join(name for _, name, _ in ops)}, and a batch can be mixed once; "
+                          "put them into one OpSampler, each with its 'prob'")
+    return next((BATCH_TRANSFORMS.build({"name": name, **args}, place, class_num=(class_num, COUNTED))
+                 for place, name, args in ops), None)
+
+
+def read_split(cfg: dict, where: str) -> ImageList:
+    "The table of the data set section at `where`, labels as the list or the folders give them."
+    section = lookup(cfg, f"{where}.dataset")
+    if section is None:
+        raise ConfigError(f"{where}.dataset: there is no such section")
+    try:
+        return DATASETS.build(section, f"{where}.dataset")
+    except DataError as error:
+        raise DataError(f"{where}.dataset: {error}") from None
+
+
+def training_images(cfg: dict) -> ImageList:
+    """The training table, with labels 0..N-1 and their names.
+
+    Raises DataError where a label is not below the class_num that the file gives, naming both and their places.
+    """
+    images = read_split(cfg, "DataLoader.Train")
+    (where, classes), relabel = class_num(cfg), lookup(cfg, "DataLoader.Train.dataset.relabel")
+    ids, labels = np.unique(images.labels, return_inverse=True)
+    literal = ids.dtype.kind != "U" and not (classes is None if relabel is None else relabel)
+    if not literal:
+        images.labels = labels.reshape(-1)
+    if literal and not classes and ids[-1] >= MOST:
+        raise DataError(f"{images.place(int(images.labels.argmax()))}: label {ids[-1]} would make as many classes; "
+                        "leave out relabel: False, and the identities are numbered")
+    if classes and images.labels.max() >= classes:
+        first = int(np.argmax(images.labels >= classes))
+        raise DataError(f"{images.place(first)}: label {images.labels[first]} is out of range: {where} is {classes}, "
+                        f"the list has {len(ids)} identities up to {ids[-1]}; correct {where} or leave it out")
+    images.names = np.arange(ids[-1] + 1) if literal else ids
+    return images
+
+
+def evaluation_places(cfg: dict) -> tuple[str, str]:
+    "Where a configuration declares its query and its gallery images."
+    single = cfg["Global"]["eval_mode"] == "classification"
+    return ("DataLoader.Eval",) * 2 if single else ("DataLoader.Eval.Query", "DataLoader.Eval.Gallery")
+
+
+def evaluation_images(cfg: dict) -> tuple[ImageList, ImageList]:
+    """The query and the gallery tables, labelled alike; in classification one table, labelled as in training, twice.
+
+    Where Global.on_bad_image is drop, what cannot be decoded is left out; the identities keep their numbers.
+    Raises DataError where no query has anything to find, where only one of the lists has cameras, or where a class is
+    none of the training's.
+    """
+    if cfg["Global"]["eval_mode"] == "classification":
+        images, classes = read_split(cfg, "DataLoader.Eval"), training_images(cfg).names
+        known = {name: i for i, name in enumerate(classes.tolist())}
+        unknown = [i for i, label in enumerate(images.labels.tolist()) if label not in known]
+        if unknown:
+            raise DataError(f"{images.place(unknown[0])}: {images.labels[unknown[0]]} is none of the training classes; "
+                            "correct the list, or judge unseen identities with Global.eval_mode: retrieval")
+        images.names, images.labels = classes, np.array([known[label] for label in images.labels.tolist()])
+        if cfg["Global"]["on_bad_image"] == "drop":
+            drop_faults(images)
+        return images, images
+    query, gallery = (read_split(cfg, where) for where in evaluation_places(cfg))
+    if (query.cameras is None) != (gallery.cameras is None):
+        with_cameras, without = (query, gallery) if gallery.cameras is None else (gallery, query)
+        raise DataError(f"{with_cameras.source} has a third column, the camera, and {without.source} has none: give "
+                        "it in both lists or in neither")
+    names = np.unique(np.concatenate([query.labels, gallery.labels]))
+    for images in (query, gallery):
+        images.names, images.labels = names, np.searchsorted(names, images.labels)
+        if cfg["Global"]["on_bad_image"] == "drop":
+            drop_faults(images)
+    if not positives(query, gallery).any():
+        raise DataError(f"{query.source}: no query has an image of its identity in {gallery.source} "
+                        "(its own file, and images of its own camera, do not count)")
+    return query, gallery
+
+
+MOST_WORKERS = 8  # where the file does not say: one GPU seldom needs more
+
+
+def build_loaders(cfg: dict) -> Loaders:
+    """The data loaders of a configuration, all images checked by decoding them (`recnb.data.images.faults`).
+
+    With Global.on_bad_image: drop, the others are left out of the lists, before anything but the number of classes is
+    computed from these, and stand in `Loaders.dropped` (`save_dropped`).
+
+    Raises ConfigError or DataError, before anything is trained, for whatever would fail or mislead later.
+    """
+    images, drop = {"DataLoader.Train": training_images(cfg)}, cfg["Global"]["on_bad_image"] == "drop"
+    given, listed = class_num(cfg)[1], len(images["DataLoader.Train"].names)
+    if given and given > listed:
+        print(f"class_num is {given}, the training list has {listed} identities: the others will never be seen")
+    if drop:
+        drop_faults(images["DataLoader.Train"])
+    if cfg["Global"]["eval_during_train"] or lookup(cfg, "DataLoader.Eval"):
+        images |= zip(evaluation_places(cfg), evaluation_images(cfg), strict=True)
+    loaders = {}
+    for where, table in images.items():
+        table.transform = build_transform(cfg, f"{where}.dataset")
+        shape, wanted = output_shape(table.transform, where), tuple(cfg["Global"]["image_shape"])
+        if where != "DataLoader.Train" and shape != wanted:
+            raise ConfigError(f"{where}.dataset.transform_ops make images of {shape}, Global.image_shape is {wanted}")
+        loaders[where] = build_loader(cfg, where, table)
+    if not drop:
+        check_images(*{(t.source, t.paths[0]): t for t in images.values()}.values())
+    if cfg["Global"]["cache_images"]:
+        for where, table in images.items():
+            keep(table, resolve(cfg["Global"]["cache_images"]), where)
+    train, *evaluation = loaders.values()
+    if len(evaluation) == 2 and same_list(*(loader.dataset for loader in evaluation)):
+        evaluation.pop()  # one loader serves as both, so that its images are embedded once
+    return Loaders(train, *evaluation * (2 // max(1, len(evaluation))))
+
+
+def build_loader(cfg: dict, where: str, images: ImageList) -> ImageLoader:
+    "The loader of one split: training batches from its sampler, evaluation images in the order of their list."
+    section, options = lookup(cfg, f"{where}.sampler"), machine_options(lookup(cfg, f"{where}.loader") or {})
+    if section is None or section.get("batch_size", 0) < 1:
+        raise ConfigError(f"{where}.sampler: must name a sampler and its batch_size, at least 1")
+    seed = cfg["Global"]["seed"]
+    # An own generator keeps the loader from drawing on the global random state, which belongs to the model.
+    options |= {"persistent_workers": options["num_workers"] > 0, "pin_memory": torch.cuda.is_available(),
+                "generator": torch.Generator().manual_seed(seed)}
+    if where == "DataLoader.Train":
+        known = {"labels": (images.labels, ""), "seed": (seed, "Global.seed is"),
+                 "rank": (ranks()[0], "this process is"), "world_size": (ranks()[1], "there run")}
+        sampler = SAMPLERS.build(section, f"{where}.sampler", **known)
+        sampler.steps = cfg["Global"]["iter_per_epoch"]
+        return ImageLoader(images, batch_sampler=sampler, **options)
+    if section.get("drop_last"):
+        raise ConfigError(f"{where}.sampler.drop_last: True would leave images out of the evaluation")
+    return ImageLoader(images, batch_size=section["batch_size"], **options)
+
+
+def machine_options(options: dict) -> dict:
+    """num_workers and prefetch_factor where the file leaves them out, by the cores that this process may use.
+
+    A worker for each of its cores, 8 at most, and at least 8 batches ahead.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = max(1, min(MOST_WORKERS, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    options = {"num_workers": workers, **{k: v for k, v in options.items() if k != "use_shared_memory"}}
+    if not options["num_workers"]:
+        options.pop("prefetch_factor", None)  # which torch refuses without workers
+    else:
+        options.setdefault("prefetch_factor", max(2, 8 // options["num_workers"]))
+    return options
+
+
+# --- Lists of them ----------------------------------------------------------------------------------------------------
+
+def build_transform(cfg: dict, where: str) -> Pipeline:
+    """The composed transform_ops of the data set section at `where`.
+
+    Raises ConfigError where an op cannot be built, or where two images of different sizes come out differently,
+    since they could not share a batch.
+    """
+    ops = [TRANSFORMS.build({"name": name, **args}, place)
+           for place, name, args in items(cfg, f"{where}.transform_ops")]
+    transform = Pipeline([*ops, v2.ToDtype(torch.float32, scale=True)])
+    output_shape(transform, where)
+    return transform

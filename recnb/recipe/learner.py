@@ -1,0 +1,112 @@
+"""The whole file, read: model, loaders, loss, optimizers and schedule become one Learner."""
+from __future__ import annotations
+
+import importlib.util
+import json
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from recnb.data.lists import seeded
+from recnb.data.loaders import Loaders
+from recnb.losses.combined import CombinedLoss
+from recnb.recipe.data import build_batch_transform
+from recnb.recipe.model import precision
+from recnb.recipe.objective import build_judge, build_loss
+from recnb.recipe.optimizer import build_optimizer, build_schedules, parameter_groups
+from recnb.recipe.resolved import check_same, resolved
+from recnb.recipe.schema import EMA, architectures, items, lookup
+from recnb.registry import ConfigError
+from recnb.storage import resolve
+from recnb.training.callbacks import Plan
+from recnb.training.fit import fit_config
+from recnb.training.learner import RetrievalLearner
+
+
+def build_learner(cfg: dict, model: nn.Module, loaders: Loaders, run_dir: str | Path) -> RetrievalLearner:
+    """The fastai Learner of a configuration; `learn.fit_config()` runs its whole schedule into `run_dir`.
+
+    Raises ConfigError where the configuration asks for what is not installed.
+    """
+    plan = build_plan(cfg, loaders, Path(run_dir))
+    with seeded(cfg["Global"]["seed"]):  # centres are drawn
+        loss = build_loss(cfg, classes=len(loaders.train.dataset.names), sizes=getattr(model, "sizes", None))
+    if cfg["Global"]["channels_last"]:
+        model.to(memory_format=torch.channels_last)
+    if cfg["Global"]["compile"]:
+        model.compile()  # in place: the names of the weights stay
+    mix = build_batch_transform(cfg, len(loaders.train.dataset.names))
+    if mix:
+        check_mixable(cfg)
+    learn = RetrievalLearner(loaders, model, loss, evaluation_loss(cfg, loaders) if loaders.query else None,
+                             build_optimizer(cfg), build_judge(cfg, model), pick_device(cfg["Global"]["device"]),
+                             path=run_dir, splitter=partial(parameter_groups, cfg), mix=mix)
+    learn.create_opt()  # what no optimizer would train is found now
+    learn.fit_config = partial(fit_config, learn, plan)
+    return learn
+
+
+def check_mixable(cfg: dict) -> None:
+    "None; raises ConfigError where a head or a loss needs one label for each image and images are blended."
+    where = "DataLoader.Train.dataset.batch_transform_ops: blends images and their labels, but"
+    for place, section in architectures(cfg):
+        if lookup(section, "Head.name") not in (None, "FC"):
+            raise ConfigError(f"{where} {place}.Head {section['Head']['name']} needs one label each; take FC")
+    for place, name, _ in items(cfg, "Loss.Train"):
+        if name != "CELoss":
+            raise ConfigError(f"{where} {place} needs one label each; only CELoss takes shares of labels")
+
+
+def build_plan(cfg: dict, loaders: Loaders, folder: Path) -> Plan:
+    "The plan of a configuration; raises ConfigError for a checkpoint that is not there or a missing package."
+    settings = cfg["Global"]
+    if settings["use_visualdl"] and not importlib.util.find_spec("visualdl"):
+        raise ConfigError("Global.use_visualdl: visualdl is not installed; pip install 'recnb[track]', or set it False")
+    checkpoint = resolve(settings["checkpoints"]) if settings["checkpoints"] else None
+    if checkpoint and not checkpoint.is_file():
+        raise ConfigError(f"Global.checkpoints: there is no file {checkpoint}")
+    amp, ema = cfg.get("AMP"), cfg.get("EMA")
+    half = precision(amp, settings["device"]) if amp is not None and amp.get("use_amp", True) else None
+    steps = -(-len(loaders.train) // settings["update_freq"])
+    config = json.dumps(resolved(cfg))
+    return Plan(settings["epochs"], build_schedules(cfg, steps), folder, config,
+                partial(check_same, json.loads(config)), checkpoint,
+                settings["eval_interval"] if settings["eval_during_train"] else 0, settings["save_interval"],
+                settings["print_batch_step"], settings["use_visualdl"], settings["start_eval_epoch"],
+                settings["update_freq"], None if ema is None else ema.get("decay", EMA["decay"]), half,
+                settings["save_steps"], settings["keep_checkpoints"], settings["on_nonfinite"] == "skip",
+                settings["seed"], device_count(settings["devices"]))
+
+
+def device_count(wanted: int | str) -> int:
+    "How many processes Global.devices asks for; `auto` is one for each GPU."
+    return max(1, torch.cuda.device_count()) if wanted == "auto" else wanted
+
+
+def pick_device(name: str) -> torch.device:
+    "The device that Global.device names; without a GPU, 'gpu' becomes the CPU and a line says so."
+    if name == "gpu" and not torch.cuda.is_available():
+        print("Global.device is gpu, and this machine has none: running on the CPU")
+    return torch.device(f"cuda:{torch.cuda.current_device()}" if name == "gpu" and torch.cuda.is_available() else "cpu")
+
+
+def evaluation_loss(cfg: dict, loaders: Loaders) -> CombinedLoss | None:
+    """Loss.Eval where it has a meaning: a term on logits needs evaluation labels that are training classes.
+
+    Where they are, the evaluation lists are renumbered to those classes; where not, a line says so.
+    """
+    loss, train = build_loss(cfg, "Loss.Eval"), loaders.train.dataset
+    lists = (loaders.query.dataset, loaders.gallery.dataset)
+    loss.needs_logits = any(term.needs_logits for term in loss.losses)
+    if loss.needs_logits:
+        number = {name: i for i, name in enumerate(train.names.tolist())}
+        wanted = [[number.get(images.names[label], -1) for label in images.labels.tolist()] for images in lists]
+        if min(map(min, wanted)) < 0:
+            print("Loss.Eval has no value: it needs logits, and the evaluation identities are not training classes")
+            return None
+        for images, labels in zip(lists, wanted, strict=True):
+            images.labels, images.names = np.array(labels), train.names
+    return loss if len(loss.losses) else None

@@ -1,0 +1,73 @@
+"""Loss, Metric and PostProcess, read: their sections become a loss and a judge of embeddings."""
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from recnb.data.lists import ImageList
+from recnb.losses.combined import LOSSES, CombinedLoss
+from recnb.recipe.schema import check_logits, items
+from recnb.registry import ConfigError
+from recnb.training.evaluation import DEFAULT_METRICS, METRICS, POST_PROCESS, TopkAcc, binarized, classified, judge
+
+
+def build_metrics(cfg: dict) -> list[str]:
+    """The keys of the metrics that a configuration lists, in its order; the usual ones of its mode where it lists none.
+
+    Raises ConfigError for a metric that belongs to the other mode.
+    """
+    single, names = cfg["Global"]["eval_mode"] == "classification", []
+    for place, name, args in items(cfg, "Metric.Eval"):
+        if (name == "TopkAcc") != single:
+            raise ConfigError(f"{place}: {name} does not belong to Global.eval_mode {cfg['Global']['eval_mode']}; "
+                              f"{'list TopkAcc' if single else 'list Recallk, mAP, mINP or Precisionk'}")
+        names += METRICS.build({"name": name, **args}, place)
+    return names or (TopkAcc() if single else list(DEFAULT_METRICS))
+
+
+def build_judge(cfg: dict, model: nn.Module | None = None) -> Callable:
+    """`judge` with the metrics, the post-processing and the re-ranking of a configuration.
+
+    In classification it is the accuracy of `model`'s head, and takes what the head reads in place of features.
+    """
+    steps = [POST_PROCESS.build({"name": name, **args}, place) for place, name, args in items(cfg, "PostProcess")]
+    names, re_ranking = build_metrics(cfg), cfg["Global"]["re_ranking"]
+    normalize = cfg["Global"]["feature_normalize"]
+    if cfg["Global"]["feature_binarize"]:
+        steps.insert(0, binarized(cfg["Global"]["feature_binarize"]))
+    if cfg["Global"]["eval_mode"] == "classification":
+        def judged(query_features, gallery_features, query, gallery, train=None):
+            return classified(names, model, query_features, query)
+
+        judged.names = names
+        if getattr(model, "head", None) is not None:
+            judged.reads = model.head_input
+        return judged
+
+    def judged(query_features: Tensor, gallery_features: Tensor, query: ImageList, gallery: ImageList,
+               train: Callable | None = None) -> dict[str, float]:
+        return judge(query_features, gallery_features, query, gallery, names, steps, re_ranking, train, normalize)
+
+    judged.names = names
+    return judged
+
+
+def build_loss(cfg: dict, where: str = "Loss.Train", classes: int | None = None,
+               sizes: dict[str, int] | None = None) -> CombinedLoss:
+    """The weighted sum of the losses at `where`; raises ConfigError where one needs a head and there is none.
+
+    `classes` and `sizes` (of `features` and `backbone`, flat) fill in what a loss with centres or a memory leaves out.
+    """
+    weighted, kinds = [], []
+    for place, name, args in items(cfg, where):
+        known = {"num_classes": (classes, "the training identities are")} if classes else {}
+        size = (sizes or {}).get(args.get("feature_from", "features"))
+        if size:
+            known |= dict.fromkeys(("feat_dim", "embedding_size"), (size, "the model gives features of size"))
+        loss = LOSSES.build({"name": name, **args}, place, **known)
+        if loss.needs_logits:
+            check_logits(cfg, place, name)
+        weighted.append((float(args.get("weight", 1.0)), loss))
+        kinds.append(name)
+    return CombinedLoss(weighted, kinds)

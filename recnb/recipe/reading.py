@@ -1,0 +1,163 @@
+"""A YAML file becomes plain values, whoever wrote it: nothing is built or run, and nothing can fill the memory.
+
+Tags that would build objects, anchors that contain themselves, aliases that multiply, and files that are too large or
+too deeply nested are each refused in a sentence, before any value is made.
+"""
+from __future__ import annotations
+
+import contextlib
+import re
+from itertools import chain
+from pathlib import Path
+
+import yaml
+
+from recnb.registry import ConfigError, suggest
+from recnb.storage import resolve
+
+LARGEST, VALUES, DEEPEST = 500_000, 100_000, 50  # bytes, values and levels of a file; no configuration comes near
+
+
+class Loader(yaml.SafeLoader):
+    "Plain YAML values only, with the two silent traps of YAML 1.1 closed: `1e-3` is a number, a repeated key an error."
+
+    def construct_document(self, node: yaml.Node):
+        "The values of a document, once `measure` has found nothing in it to refuse."
+        measure(node)
+        return super().construct_document(node)
+
+
+Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
+                             list("-+0123456789"))
+
+
+def mapping(loader: Loader, node: yaml.MappingNode) -> dict:
+    "The dict of a YAML mapping; raises ConstructorError where a key is given twice."
+    seen = set()
+    for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+        if key.value in seen:
+            raise yaml.constructor.ConstructorError(None, None, f"the key '{key.value}' is given twice", key.start_mark)
+        seen.add(key.value)
+    return loader.construct_mapping(node, deep=True)
+
+
+Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
+
+
+def measure(node: yaml.Node, above: tuple[int, ...] = (), known: dict | None = None) -> tuple[int, int]:
+    """(values, levels) of a YAML node once its aliases are written out, a long text counting as several values.
+
+    Raises ConstructorError where either is too large, or where a node contains itself. Merged mappings are no more.
+    """
+    known = {} if known is None else known
+    if id(node) in above:
+        raise refused(node, "an anchor contains itself")
+    if len(above) > DEEPEST:
+        raise refused(node, f"it has more than {DEEPEST} levels, one in another, which no configuration needs")
+    if id(node) not in known:
+        inner = [] if isinstance(node, yaml.ScalarNode) else chain.from_iterable(
+            value if isinstance(value, tuple) else (value,) for value in node.value)
+        parts = [measure(value, (*above, id(node)), known) for value in inner]
+        own = 1 + len(node.value) // 100 if isinstance(node, yaml.ScalarNode) else 1
+        known[id(node)] = own + sum(size for size, _ in parts), 1 + max((depth for _, depth in parts), default=0)
+    size, depth = known[id(node)]
+    if size > VALUES:
+        raise refused(node, f"with its aliases written out, it has more than {VALUES:,} values, which no configuration "
+                            "needs")
+    if len(above) + depth > DEEPEST:
+        raise refused(node, f"it has more than {DEEPEST} levels, one in another, which no configuration needs")
+    return size, depth
+
+
+def refused(node: yaml.Node, problem: str) -> yaml.constructor.ConstructorError:
+    "The error of a node that is not built."
+    return yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+
+
+def plain_yaml(path: Path) -> object:
+    "What a YAML file holds, plain values only; raises YAMLError, OSError or ValueError where it cannot be read."
+    if path.exists() and not path.is_file() and not path.is_dir():  # opening a pipe would wait for ever
+        raise ValueError("is a pipe or a device, not a file")
+    with path.open("rb") as file:
+        data = file.read(LARGEST + 1)
+    if len(data) > LARGEST:
+        raise ValueError(f"is larger than {LARGEST:,} bytes, which no configuration needs")
+    return yaml.load(data.decode("utf-8-sig"), Loader)  # a SafeLoader
+
+
+def read_plain(path: Path) -> dict:
+    "The mapping that a YAML file holds; raises ConfigError with file and line where it is anything else."
+    try:
+        content = plain_yaml(path)
+    except RecursionError:
+        raise ConfigError(f"{path}: more than {DEEPEST} levels, one in another") from None
+    except FileNotFoundError:
+        here = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+        raise ConfigError(f"{path}: there is no such file; {suggest(path.name, here)}") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date or number that cannot be
+        mark = getattr(error, "problem_mark", None)
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        if "could not determine a constructor" in problem:
+            problem = f"{problem.split(' for ')[-1]} would build an object, and only plain values are allowed here"
+        raise ConfigError(f"{path}{f' line {mark.line + 1}' if mark else ''}: {problem}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: holds a {type(content).__name__}, not a mapping of sections such as "
+                          "'Global:' and 'Arch:'")
+    return content
+
+
+def read_yaml(path: str | Path) -> dict:
+    "The mapping that a YAML file holds; raises ConfigError with file and line where it is anything else."
+    return read_plain(resolve(path))
+
+
+def as_yaml(cfg: dict) -> str:
+    "The YAML text of a configuration: short sections on one line, the order kept, nothing abbreviated by anchors."
+    dumper = type("Dumper", (yaml.SafeDumper,), {"ignore_aliases": lambda self, data: True})
+    return yaml.dump(cfg, Dumper=dumper, sort_keys=False, default_flow_style=None, width=110)
+
+
+def plain_number(value, like):
+    "The number that a string spells where a number is replaced (papermill hands over `1e-3` as text), else the value."
+    if isinstance(value, str) and isinstance(like, (int, float)) and not isinstance(like, bool):
+        for kind in (int, float):
+            with contextlib.suppress(ValueError):
+                return kind(value)
+    return value
+
+
+def item_index(entries: list, step: str, where: str) -> int:
+    "Which entry of a list a step of a dotted key means: it is a number from 0, or the only entry of that name."
+    names = [next(iter(entry), None) if isinstance(entry, dict) else None for entry in entries]
+    if names.count(step) > 1:
+        raise ConfigError(f"{where} has {names.count(step)} entries '{step}'; give the number of one, counted from 0")
+    index = int(step) if step.isdigit() else names.index(step) if step in names else len(entries)
+    if index >= len(entries):
+        raise ConfigError(f"{where} has no entry '{step}'; {suggest(step, [name for name in names if name])}")
+    return index
+
+
+def override(cfg: dict, key: str, value) -> None:
+    "None; sets one dotted key (list items by number) in place. Raises ConfigError where its parents do not exist."
+    node, steps = cfg, str(key).split(".")
+    for depth, step in enumerate(steps):
+        last = depth == len(steps) - 1
+        if isinstance(node, list):
+            index = item_index(node, step, f"override '{key}': '{'.'.join(steps[:depth])}'")
+            node, step = (node, index) if step.isdigit() else (node[index], step)
+        elif not isinstance(node, dict) or (step not in node and not last):
+            known = node if isinstance(node, dict) else ()
+            raise ConfigError(f"override '{key}': there is no '{'.'.join(steps[:depth + 1])}'; {suggest(step, known)}")
+        if last:
+            node[step] = plain_number(value, node[step] if isinstance(node, list) else node.get(step))
+        else:
+            node = node[step]
+
+
+def unshared(node):
+    "A copy in which nothing stands twice: with YAML's aliases, an override would change every place that shares one."
+    if isinstance(node, dict):
+        return {key: unshared(value) for key, value in node.items()}
+    return [unshared(value) for value in node] if isinstance(node, list | tuple) else node

@@ -1,0 +1,60 @@
+"""What a run is remembered by: its configuration without what may change on resuming."""
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+from recnb.recipe.data import training_images
+from recnb.recipe.schema import GLOBAL, LOADERS, architectures, class_num, lookup, optimizers
+from recnb.registry import ConfigError
+from recnb.storage import resolve
+from recnb.training.schedules import SCHEDULES
+
+# What may differ between a checkpoint's configuration and the one that resumes it: nothing of this changes the numbers.
+FREE = (*(f"Global.{key}" for key in (
+            "checkpoints", "save_steps", "keep_checkpoints", "save_interval", "output_dir", "save_inference_dir",
+            "pretrained_model", "print_batch_step", "use_visualdl", "on_nonfinite", "grad_checkpointing", "device",
+            "devices", "cache_images")), *(f"DataLoader.{part}.loader" for part in LOADERS))
+PATHS = {**{f"DataLoader.{part}.dataset": ("image_root", "cls_label_path") for part in LOADERS},
+         "Global": ("pretrained_model", "checkpoints", "cache_images")}
+
+
+def resolved(cfg: dict) -> dict:
+    "The configuration with what the run derived filled in: paths made absolute, the number of classes, relabelling."
+    cfg = copy.deepcopy(cfg)
+    heads = [section["Head"] for _, section in architectures(cfg) if section.get("Head")]
+    if heads and not class_num(cfg)[1]:
+        classes = len(training_images(cfg).names)
+        for head in heads:
+            head["class_num"] = classes
+        cfg["DataLoader"]["Train"]["dataset"].setdefault("relabel", True)
+    backbones = [(section.get("Backbone") or {}, ("pretrained",)) for _, section in architectures(cfg)]
+    for section, keys in [*((lookup(cfg, place) or {}, keys) for place, keys in PATHS.items()), *backbones]:
+        section |= {k: str(resolve(section[k]).absolute()) for k in keys if isinstance(section.get(k), str)}
+    return cfg
+
+
+def check_same(ours: dict, theirs: dict, path: Path) -> None:
+    """Raise ConfigError where a checkpoint's configuration differs from this one in what changes numbers."""
+    theirs["Global"] = {**GLOBAL, **theirs["Global"]}  # a key that is newer than the checkpoint had its default then
+    differences = compare(theirs, ours)
+    bound = [section["lr"]["name"] for _, section in optimizers(ours)
+             if "epochs" in SCHEDULES.parameters(section["lr"]["name"])]
+    longer = [text for text in differences if text.startswith("Global.epochs:")]
+    if longer and not bound:  # a schedule that does not know the end may go on behind it
+        differences.remove(longer[0])
+    if differences:
+        end = f" ({bound[0]} runs over Global.epochs: with others its rates would differ from the start)"
+        raise ConfigError(f"{path} belongs to another configuration ({'; '.join(differences)}){end * bool(longer)}; "
+                          "use another run folder (Global.pretrained_model takes weights along), or delete this one to "
+                          "begin anew")
+
+
+def compare(old, new, where: str = "") -> list[str]:
+    "What differs between two configurations and matters, each as `place: old -> new`."
+    if where in FREE:
+        return []
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [*old, *(k for k in new if k not in old)]
+        return [text for k in keys for text in compare(old.get(k), new.get(k), f"{where}.{k}".lstrip("."))]
+    return [] if old == new else [f"{where}: {old} -> {new}"]

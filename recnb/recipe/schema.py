@@ -1,0 +1,326 @@
+"""YAML in, a checked plain dict out: sections, names and arguments are all verified before anything is built.
+
+What a section may say is what the registries of the chapters hold; what Global may say is listed here. Everything found
+wrong is a ConfigError of one sentence: the file and line, or the key, and what would mend it.
+"""
+from __future__ import annotations
+
+import importlib
+import inspect
+from pathlib import Path
+
+from recnb.recipe.reading import override, read_yaml, unshared
+from recnb.registry import ConfigError, Registry, entry, fits, suggest
+
+# The keys of Global with their defaults; every other default lives in the signature of the part that it belongs to.
+GLOBAL = {
+    "checkpoints": None, "pretrained_model": None, "output_dir": None, "device": "gpu", "class_num": None,
+    "save_interval": 1, "eval_during_train": True, "eval_interval": 1, "epochs": 10, "print_batch_step": 10,
+    "use_visualdl": False, "image_shape": [3, 224, 224], "save_inference_dir": "./inference", "eval_mode": "retrieval",
+    "seed": 0, "re_ranking": False, "start_eval_epoch": 0, "update_freq": 1, "iter_per_epoch": None,
+    "devices": 1, "channels_last": False, "compile": False, "grad_cache": None,
+    "grad_checkpointing": False, "save_steps": None, "keep_checkpoints": None, "cache_images": None,
+    "on_nonfinite": "stop", "on_bad_image": "stop",
+    "retrieval_feature_from": "features", "feature_normalize": True, "feature_binarize": None,
+}
+# Keys of the original that change no result here: how it computes or logs.
+WITHOUT_EFFECT = {"use_dali": bool, "to_static": bool, "sim_block_size": int, "print_mem_info": bool, "log_ranks": str,
+                  "infer_imgs": str, "warmup_iter": int, "use_multilabel": bool}
+NULLABLE = {"checkpoints": str, "pretrained_model": str, "output_dir": str, "class_num": int, "iter_per_epoch": int,
+            "feature_binarize": str, "save_steps": int, "keep_checkpoints": int, "cache_images": str,
+            "grad_cache": int}
+CHOICES = {"device": ("gpu", "cpu"), "on_nonfinite": ("stop", "skip"), "on_bad_image": ("stop", "drop"),
+           "eval_mode": ("retrieval", "classification"),
+           "feature_binarize": ("round", "sign"), "retrieval_feature_from": ("features", "neck", "backbone")}
+LEAST = {"epochs": 0, "seed": 0, "eval_interval": 1, "print_batch_step": 1, "class_num": 1, "update_freq": 1,
+         "iter_per_epoch": 1, "grad_cache": 1, "save_steps": 1, "keep_checkpoints": 1}
+# What the original has and this has not, with the reason.
+UNSUPPORTED = {
+    "SSL": "semi-supervised training on unlabelled images (FixMatch, CCSSL) has no counterpart here",
+    "UnLabelLoss": "semi-supervised training on unlabelled images (FixMatch, CCSSL) has no counterpart here",
+    "IndexProcess": "it configures a tool that makes a classifier of a gallery; recnb.retrieval.Index is built instead",
+    "Global.train_mode": "other training loops (metabin, fixmatch, fixmatch_ccssl, progressive) have no counterpart "
+                         "here; the default loop is the only one",
+}
+AMP = {"use_amp": True, "level": "O1", "dtype": None, "scale_loss": 1.0, "use_dynamic_loss_scaling": True,
+       "use_fp16_test": False, "use_promote": False}
+EMA = {"decay": 0.9999}
+LOADER = {"num_workers": int, "use_shared_memory": bool, "prefetch_factor": int}  # torch always shares memory
+KEYS = {  # the keys of the sections that are not constructor calls
+    "the file": ("Global", "AMP", "EMA", "DataLoader", "Arch", "Loss", "Optimizer", "Metric", "PostProcess", "Slim",
+                 "Infer"),
+    "Global": (*GLOBAL, *WITHOUT_EFFECT),
+    "AMP": tuple(AMP),
+    "EMA": tuple(EMA),
+    "DataLoader": ("Train", "Eval"),
+    "DataLoader.Train": ("dataset", "sampler", "loader"),
+    "DataLoader.Eval": ("Query", "Gallery", "dataset", "sampler", "loader"),
+    "DataLoader.Eval.Query": ("dataset", "sampler", "loader"),
+    "DataLoader.Eval.Gallery": ("dataset", "sampler", "loader"),
+    "DataLoader.Train.loader": tuple(LOADER),
+    "DataLoader.Eval.loader": tuple(LOADER),
+    "DataLoader.Eval.Query.loader": tuple(LOADER),
+    "DataLoader.Eval.Gallery.loader": tuple(LOADER),
+    "Loss": ("Train", "Eval"),
+    "Metric": ("Train", "Eval"),
+}
+ARCH = ("name", "infer_output_key", "infer_add_softmax", "head_feature_from", "is_rec", "use_sync_bn", "freeze",
+        "Backbone", "BackboneStopLayer", "Neck", "Head")
+DISTILLATION = ("name", "infer_output_key", "infer_add_softmax", "is_rec", "use_sync_bn", "infer_model_name", "models",
+                "freeze_params_list", "pretrained_list")
+LOADERS = ("Train", "Eval.Query", "Eval.Gallery", "Eval")
+REQUIRED = ("DataLoader.Train.dataset", "Arch", "Loss.Train", "Optimizer")
+PARTS = ("data.lists", "data.layouts", "data.transforms", "data.augment", "data.augmix", "data.samplers",
+         "models.necks", "models.heads", "losses.combined", "losses.pairs", "losses.hashing", "losses.memories",
+         "losses.distillation", "losses.pml", "training.optim", "training.schedules", "training.evaluation")
+
+
+def load_config(path: str | Path, overrides: dict | None = None) -> dict:
+    """The checked configuration of a YAML file, a plain dict with Global filled up with its defaults.
+
+    `overrides` maps dotted keys to values, e.g. `{"Global.epochs": 2, "Loss.Train.SupConLoss.weight": 0.5}`.
+    Raises ConfigError, with file, line or key, before anything is built or any image is read.
+    """
+    cfg, overrides = unshared(read_yaml(path)), overrides or {}
+    if not isinstance(overrides, dict):
+        raise ConfigError(f"overrides: {overrides!r} is a {type(overrides).__name__}, not a mapping of dotted keys")
+    check_keys(cfg, "the file")
+    fill_global(cfg)
+    for key, value in overrides.items():
+        try:
+            override(cfg, key, unshared(value))
+        except RecursionError:
+            raise ConfigError(f"override '{key}': its value contains itself, or is too deeply nested") from None
+    fill_global(cfg)
+    fill_loaders(cfg)
+    check(cfg)
+    return cfg
+
+
+def fill_global(cfg: dict) -> None:
+    "None; gives Global, in place, every key that it leaves out."
+    given = {} if cfg.get("Global") is None else cfg["Global"]
+    check_keys(given, "Global")
+    mode = {"eval_mode": "classification"} if lookup(cfg, "DataLoader.Eval.dataset") else {}
+    cfg["Global"] = {**unshared(GLOBAL), **mode, **given}
+
+
+def fill_loaders(cfg: dict) -> None:
+    "None; a sampler without a name is the plain one, and an evaluation list that stands alone is query and gallery."
+    for section in (lookup(cfg, f"DataLoader.{part}.sampler") for part in LOADERS):
+        if isinstance(section, dict):
+            section.setdefault("name", "DistributedBatchSampler")
+    lists = lookup(cfg, "DataLoader.Eval")
+    if isinstance(lists, dict) and cfg["Global"]["eval_mode"] == "retrieval":
+        for one, other in (("Query", "Gallery"), ("Gallery", "Query")):
+            if lists.get(other) and not lists.get(one):
+                lists[one] = unshared(lists[other])
+
+
+def check_keys(section, where: str, known: tuple[str, ...] | None = None) -> None:
+    "None; raises ConfigError where a section is no mapping, or has a key that is not among the known, those of KEYS."
+    if not isinstance(section, dict):
+        raise ConfigError(f"{where}: holds {section!r}, not a mapping of {', '.join(known or KEYS[where])}")
+    known = KEYS[where] if known is None else known
+    for key in section:
+        place = str(key) if where == "the file" else f"{where}.{key}"
+        if place in UNSUPPORTED:
+            raise ConfigError(f"{place}: {UNSUPPORTED[place]}")
+        if key not in known:
+            raise ConfigError(f"{place}: there is no such key; {suggest(key, known)}")
+
+
+def check(cfg: dict) -> None:
+    "None; raises ConfigError for the first section, name, argument or value that cannot be meant."
+    for module in PARTS:  # their registries are what the names are checked against
+        importlib.import_module(f"recnb.{module}")
+    for where in KEYS:
+        section = cfg if where == "the file" else lookup(cfg, where)
+        if section is not None:
+            check_keys(section, where)
+    check_global(cfg["Global"])
+    check_precision(cfg)
+    check_loaders(cfg)
+    for where in (place for place in REQUIRED if not lookup(cfg, place)):
+        raise ConfigError(f"{where}: the file has no such section, and nothing can be trained without it")
+    for where, section in architectures(cfg):
+        check_arch(section, where)
+    check_class_num(cfg)
+    check_evaluation(cfg)
+    for where, section in optimizers(cfg):
+        if not section.get("lr"):
+            raise ConfigError(f"{where}.lr: the file has no such section, and nothing can be trained without it")
+    for where, section, registry in named_sections(cfg):
+        registry.check(section, where)
+        if getattr(registry[section["name"]], "needs_logits", False):
+            check_logits(cfg, where, section["name"])
+
+
+def check_global(section: dict) -> None:
+    "None; raises ConfigError for a value of Global of the wrong kind, or one that is not among the possible."
+    for key, value in section.items():
+        if key == "devices":
+            if value != "auto" and (not fits(value, int) or value < 1):
+                raise ConfigError(f"Global.devices: {value!r} is neither a number of processes nor 'auto'")
+            continue
+        hint = NULLABLE[key] | None if key in NULLABLE else WITHOUT_EFFECT.get(key) or type(GLOBAL[key])
+        if value is None and key in WITHOUT_EFFECT:
+            continue
+        if not fits(value, hint):
+            wanted = inspect.formatannotation(hint)
+            raise ConfigError(f"Global.{key}: {value!r} is a {type(value).__name__}, not {wanted}")
+        if value is not None and value not in CHOICES.get(key, (value,)):
+            raise ConfigError(f"Global.{key}: '{value}' is not supported; {suggest(value, CHOICES[key])}")
+        if key in LEAST and value is not None and value < LEAST[key]:
+            raise ConfigError(f"Global.{key}: {value} is too small; the least is {LEAST[key]}")
+    shape = section["image_shape"]
+    if len(shape) != 3 or shape[0] != 3 or not all(isinstance(n, int) and n > 0 for n in shape):
+        raise ConfigError(f"Global.image_shape: {shape} is not [3, height, width]; images are read in RGB")
+
+
+def check_precision(cfg: dict) -> None:
+    "None; raises ConfigError for a value of the sections AMP and EMA that cannot be meant."
+    amp, ema = cfg.get("AMP") or {}, cfg.get("EMA") or {}
+    for key, value in amp.items():
+        if key == "dtype" and value not in (None, "float16", "bfloat16"):
+            raise ConfigError(f"AMP.dtype: '{value}' is neither float16 nor bfloat16")
+        if (key != "dtype" and not fits(value, type(AMP[key]))) or (key == "level" and value not in ("O1", "O2")):
+            wanted = "O1 or O2" if key == "level" else type(AMP[key]).__name__
+            raise ConfigError(f"AMP.{key}: {value!r} is not {wanted}")
+    if ema and not (fits(ema.get("decay", 0.5), float) and 0 < ema.get("decay", 0.5) < 1):
+        raise ConfigError(f"EMA.decay: {ema['decay']!r} is not a number between 0 and 1")
+
+
+def check_arch(section: dict, where: str) -> None:
+    "None; raises ConfigError for what a model's section cannot mean; the parts are checked by their registries."
+    check_keys(section, where, ARCH)
+    if section.get("name", "RecModel") != "RecModel":
+        raise ConfigError(f"{where}.name: there is no model '{section['name']}'; "
+                          f"{suggest(section['name'], ('RecModel', 'DistillationModel'))}")
+    if str(section.get("infer_add_softmax", "true")).lower() not in ("true", "false"):
+        raise ConfigError(f"{where}.infer_add_softmax: {section['infer_add_softmax']!r} is neither True nor False")
+    for key, kind in (("infer_output_key", str), ("use_sync_bn", bool), ("freeze", list), ("Backbone", dict),
+                      ("BackboneStopLayer", dict)):
+        if not fits(section.get(key), kind | None):
+            raise ConfigError(f"{where}.{key}: {section[key]!r} is not a {kind.__name__}")
+    if section.get("head_feature_from", "neck") not in ("neck", "backbone"):
+        raise ConfigError(f"{where}.head_feature_from: '{section['head_feature_from']}' is neither neck nor backbone")
+    check_keys(section.get("BackboneStopLayer") or {}, f"{where}.BackboneStopLayer", ("name", "output_dim"))
+    if not lookup(section, "Backbone.name"):
+        raise ConfigError(f"{where}.Backbone.name: the file has no such section, and nothing can be trained without it")
+    if not isinstance(section["Backbone"]["name"], str):
+        raise ConfigError(f"{where}.Backbone.name: {section['Backbone']['name']!r} is not the name of a backbone")
+    pretrained = lookup(section, "Backbone.pretrained")
+    if not fits(pretrained, bool | str | None):
+        raise ConfigError(f"{where}.Backbone.pretrained: {pretrained!r} is neither True, False nor the path of a file")
+
+
+def adds_softmax(section: dict) -> bool:
+    "Whether a model's section asks for a softmax behind what is exported; the text 'false' is no."
+    return str(section.get("infer_add_softmax", False)).lower() == "true"
+
+
+def check_logits(cfg: dict, where: str, name: str) -> None:
+    "None; raises ConfigError where a part that needs logits is asked for and a model has no head."
+    for place, section in architectures(cfg):
+        if not section.get("Head"):
+            raise ConfigError(f"{where}: {name} needs logits, and {place}.Head, which makes them, is missing")
+        partial = section["Head"].get("sample_rate", 1) < 1 or section["Head"].get("sharded")
+        if partial and name != "CELoss":
+            raise ConfigError(f"{where}: {name} needs the logits of all classes, and {place}.Head has those of some "
+                              "(sample_rate, sharded); only CELoss takes these")
+
+
+def check_loaders(cfg: dict) -> None:
+    "None; raises ConfigError for a setting of a data loader that torch would refuse later."
+    for where in (f"DataLoader.{part}.loader" for part in LOADERS):
+        for key, value in (lookup(cfg, where) or {}).items():
+            if not fits(value, LOADER[key]) or value < 0:
+                wanted = "True or False" if LOADER[key] is bool else "a whole number from 0"
+                raise ConfigError(f"{where}.{key}: {value!r} is not {wanted}")
+
+
+def check_class_num(cfg: dict) -> None:
+    "None; raises ConfigError where the file gives two different numbers of training identities."
+    given = [("Global.class_num", cfg["Global"]["class_num"]), *(
+        (f"{where}.Head.class_num", lookup(section, "Head.class_num")) for where, section in architectures(cfg))]
+    (one, ours), *others = [pair for pair in given if pair[1]] or [("", None)]
+    for other, number in others:
+        if number != ours:
+            raise ConfigError(f"{one} is {ours}, but {other} is {number}: both count the training identities, so give "
+                              "the same number or leave one of them out")
+
+
+def class_num(cfg: dict) -> tuple[str, int | None]:
+    "(the place, the number) of training identities where the file gives one, otherwise the place is Global's."
+    given = [(f"{where}.Head.class_num", lookup(section, "Head.class_num")) for where, section in architectures(cfg)]
+    return next((pair for pair in given if pair[1]), ("Global.class_num", cfg["Global"]["class_num"]))
+
+
+def check_evaluation(cfg: dict) -> None:
+    "None; raises ConfigError where evaluation is asked for and its list is missing, or is one of another mode."
+    lists, wanted = lookup(cfg, "DataLoader.Eval") or {}, cfg["Global"]["eval_during_train"]
+    single = cfg["Global"]["eval_mode"] == "classification"
+    for key in (key for key in lists if (key in ("Query", "Gallery")) == single):
+        raise ConfigError(f"DataLoader.Eval.{key}: does not belong to Global.eval_mode {cfg['Global']['eval_mode']}, "
+                          f"which is evaluated with DataLoader.Eval.{'dataset' if single else 'Query and .Gallery'}")
+    if single and not lists.get("dataset") and (wanted or lists):
+        raise ConfigError("DataLoader.Eval.dataset: there is no such section; add it, or leave DataLoader.Eval out and "
+                          "set Global.eval_during_train: False")
+    if not single and not lists.get("Query") and (wanted or lists):
+        raise ConfigError("DataLoader.Eval.Query: there is no such section; retrieval is evaluated with "
+                          "DataLoader.Eval.Query and DataLoader.Eval.Gallery (one alone serves as both): add it, or "
+                          "leave DataLoader.Eval out and set Global.eval_during_train: False")
+
+
+def lookup(cfg: dict, where: str):
+    "What stands at a dotted place, or None."
+    node = cfg
+    for step in where.split("."):
+        node = node.get(step) if isinstance(node, dict) else None
+    return node
+
+
+def items(cfg: dict, where: str, named: bool = False) -> list[tuple[str, str, dict]]:
+    "The entries of a list of `{Name: arguments}` as (place, name, arguments); `named`: these may have a 'name' too."
+    section = lookup(cfg, where) or []
+    if not isinstance(section, list):
+        raise ConfigError(f"{where}: must be a list of '- Name: {{arguments}}' entries")
+    return [entry(item, f"{where}.{i}", named) for i, item in enumerate(section)]
+
+
+def architectures(cfg: dict) -> list[tuple[str, dict]]:
+    "The (place, section) of every model of a configuration: Arch itself, or those that Arch.models lists."
+    section = lookup(cfg, "Arch") or {}
+    if not isinstance(section, dict) or section.get("name") != "DistillationModel":
+        return [("Arch", section)]
+    check_keys(section, "Arch", DISTILLATION)
+    models = [(place, args) for place, _, args in items(cfg, "Arch.models", named=True)]
+    if not models:
+        raise ConfigError("Arch.models: DistillationModel needs a list of '- Name: {a RecModel}'")
+    return models
+
+
+def optimizers(cfg: dict) -> list[tuple[str, dict]]:
+    "The (place, section with its name) of each optimizer: the section is one, or a list of `- Name: {arguments}`."
+    section = cfg.get("Optimizer")
+    if isinstance(section, list):
+        return [(place, {"name": name, **args}) for place, name, args in items(cfg, "Optimizer")]
+    return [("Optimizer", section)] if isinstance(section, dict) else []
+
+
+def named_sections(cfg: dict):
+    "Every (place, section, registry) of a configuration whose section picks a part by name."
+    roots = {"Arch": architectures(cfg), "Optimizer": optimizers(cfg)}
+    for registry in Registry.made:
+        for slot in registry.slots:
+            for loader in LOADERS if "*" in slot else ("",):
+                first, _, rest = slot.replace("*", loader).removesuffix("[]").partition(".")
+                for root, section in roots.get(first, [(first, cfg.get(first) or {})]):
+                    where = f"{root}.{rest}" if rest else root
+                    found = lookup(section, rest) if rest else section
+                    if slot.endswith("[]"):
+                        entries = [(place, {"name": name, **args}) for place, name, args in items(cfg, where)]
+                    else:
+                        entries = [(where, found)] if found is not None else []
+                    yield from ((place, section, registry) for place, section in entries)

@@ -1,0 +1,139 @@
+"""Chapter: who matches whom?
+
+The protocol, for a query with identity y:
+    positives   gallery items with identity y, less those that leave the ranking
+    negatives   gallery items with another identity, less those that leave the ranking
+    leaving     the query's own image (by index, never by position); items with the same identity AND the same camera;
+                items of the query's group (any identity), where groups are given
+A query without a positive is left out of every mean, and counted.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from recnb.retrieval.scores import to_numpy
+
+
+def codes(query, gallery, name):
+    """Integer codes (Q,), (G,) of values that are integers of any size or strings; None where neither side is given."""
+    if query is None and gallery is None:
+        return None
+    if query is None or gallery is None:
+        raise ValueError(f"{name} must be given for both the queries and the gallery, or for neither")
+    both = [_labels(values, name) for values in (query, gallery)]
+    if both[0].dtype != object and both[1].dtype != object and np.result_type(*both).kind == "f":
+        both = [values.astype(object) for values in both]  # int64 beside uint64: numpy would make floats of them
+    if {_is_text(values) for values in both if len(values)} == {True, False}:
+        raise ValueError(f"{name} are strings on one side and integers on the other: give both sides the same kind")
+    flat = np.unique(np.concatenate(both), return_inverse=True)[1].reshape(-1)
+    return flat[: len(both[0])], flat[len(both[0]):]
+
+
+def _labels(values, name):
+    values = to_numpy(values)
+    if values.ndim != 1:
+        raise ValueError(f"{name} must be one-dimensional; got shape {values.shape}")
+    whole = values.dtype.kind in "iubUS" or (
+        values.dtype == object and len({isinstance(v, str) for v in values}) < 2
+        and all(isinstance(v, (str, int, np.integer)) for v in values))
+    if not whole and len(values):
+        raise ValueError(f"{name} must be integers or strings; got {values.dtype} (floats lose large integers)")
+    return values
+
+
+def _is_text(values):
+    return values.dtype.kind in "US" or (values.dtype == object and isinstance(values[0], str))
+
+
+def make_protocol(queries, items, exclude_self, same, labels, cameras, groups):
+    """The `Protocol` of so many queries and gallery items, from (query, gallery) pairs of user values or Nones."""
+    given = {"labels": labels, "cameras": cameras, "groups": groups}
+    pairs = {name: codes(*values, name) for name, values in given.items()}
+    for name, values in pairs.items():
+        if values is not None and (len(values[0]), len(values[1])) != (queries, items):
+            raise ValueError(f"there are {queries} queries and {items} gallery items, but {len(values[0])} query {name}"
+                             f" and {len(values[1])} gallery {name}")
+    if pairs["labels"] is None or not queries or not items:
+        raise ValueError(f"query_labels and gallery_labels are needed, and images on both sides: there are {queries} "
+                         f"queries and {items} gallery items")
+    return Protocol(*pairs.values(), _own_rows(exclude_self, queries, items, same))
+
+
+def _own_rows(exclude_self, queries, items, same):
+    """The gallery row of each query's own image (Q,), -1 for none, from what the caller gave as `exclude_self`."""
+    if not isinstance(exclude_self, (bool, np.bool_)):
+        own = to_numpy(exclude_self)
+        if own.shape != (queries,) or own.dtype.kind not in "iu" or own.min() < -1 or own.max() >= items:
+            raise ValueError(f"exclude_self must be True, False or {queries} gallery rows from -1 to {items - 1}")
+        return own.astype(np.int64)
+    if exclude_self and queries != items:
+        raise ValueError(f"exclude_self=True needs query i to be gallery item i, but there are {queries} queries and "
+                         f"{items} gallery items: give the row number of each query's own image instead (-1: none)")
+    return np.arange(queries) if exclude_self or same else np.full(queries, -1)
+
+
+@dataclass
+class Members:
+    """Gallery rows by code: those of code c are order[start[c]:start[c + 1]], ascending."""
+
+    order: np.ndarray
+    start: np.ndarray
+
+    @classmethod
+    def of(cls, pair):
+        query, gallery = pair
+        count = max(query.max(initial=0), gallery.max(initial=0)) + 1
+        start = np.concatenate([[0], np.cumsum(np.bincount(gallery, minlength=count))])
+        return cls(np.argsort(gallery, kind="stable"), start)
+
+    def bounds(self, wanted):
+        """order, and the first and last + 1 place in it of each code."""
+        return self.order, self.start[wanted], self.start[wanted + 1]
+
+    def rows(self, wanted):
+        """The rows of several codes, one after another."""
+        return np.concatenate([self.order[self.start[c]:self.start[c + 1]] for c in wanted])
+
+
+@dataclass
+class Protocol:
+    """Who is whose positive: pairs of integer codes ((Q,), (G,)) or None, and own images (Q,), rows or -1."""
+
+    label: tuple
+    camera: tuple | None
+    group: tuple | None
+    own: np.ndarray
+    positives: np.ndarray = field(init=False)  # (Q,) how many each query has
+    valid: np.ndarray = field(init=False)      # (Q,) has it any
+
+    def __post_init__(self):
+        self.by_label = Members.of(self.label)
+        self.by_group = Members.of(self.group) if self.group else None
+        self.positives = self._count()
+        self.valid = self.positives > 0
+        if not self.valid.any():
+            raise ValueError("no query has a positive in the gallery (same identity, another image, another camera): "
+                             "check the labels, the cameras and how the data were split")
+
+    def _count(self):
+        """Positives by counting codes: same label, less same camera, less same group, less the own image."""
+        count = _matches(self.label)
+        own_counts = (self.own >= 0) & (self.label[0] == self.label[1][self.own])
+        for other in filter(None, (self.camera, self.group)):
+            count -= _matches(_joint(self.label, other))
+            own_counts &= other[0] != other[1][self.own]
+        if self.camera and self.group:
+            count += _matches(_joint(_joint(self.label, self.camera), self.group))
+        return count - own_counts
+
+
+def _matches(pair):
+    query, gallery = pair
+    return np.bincount(gallery, minlength=query.max() + 1)[query]
+
+
+def _joint(first, second):
+    width = max(second[0].max(), second[1].max()) + 1
+    return codes(first[0] * width + second[0], first[1] * width + second[1], "codes")

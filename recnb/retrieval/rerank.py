@@ -1,0 +1,254 @@
+"""Chapter: a second look at the ranking.
+
+What is close to the same things as the query is probably the same thing. k-reciprocal re-ranking compares the
+neighbourhoods of two images, query expansion and database augmentation average an image with its neighbours, and
+whitening gives every direction of the space the same say. None of them needs a label or changes the model.
+"""
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy import sparse
+
+from recnb.retrieval.ranking import njit
+from recnb.retrieval.scores import MEMORY, Rows, exact, pair, spans, to_numpy
+from recnb.retrieval.search import knn, nearest
+
+
+def k_reciprocal(query, gallery=None, k1=20, k2=6, lambda_value=0.3, distance="cosine", device=None, memory=MEMORY):
+    """Distances (Q, G) float32, smaller for better: k-reciprocal re-ranking (Zhong et al., CVPR 2017).
+
+    query (Q, D), gallery (G, D): arrays or tensors; gallery None: the queries are their own gallery, (Q, Q).
+    distance: "cosine" (2 - 2 cos) or "euclidean" (squared), divided by each image's largest distance.
+    Beside this matrix little memory is used; where the matrix itself is too large, use `KReciprocal`.
+    Raises ValueError for bad shapes, non-finite rows or parameters out of range.
+    """
+    rerank = KReciprocal(query, gallery, k1, k2, lambda_value, distance, device, memory)
+    result = np.empty((rerank.queries, rerank.items), np.float32)
+    for rows in spans(rerank.queries, max(1, memory // (16 * rerank.items))):
+        result[rows] = rerank.distances(np.arange(rows.start, rows.stop))
+    return result
+
+
+class KReciprocal:
+    """k-reciprocal re-ranking as a function of query numbers, so that the (Q, G) matrix need not exist.
+
+    `distances(queries)` returns their (B, G) distances; the object itself, when called, minus them: the scores that
+    `recnb.retrieval.metrics.ranking_metrics` takes. It holds neighbour lists and sparse vectors, nothing of size Q x G.
+    """
+
+    def __init__(self, query, gallery=None, k1=20, k2=6, lambda_value=0.3, distance="cosine", device=None,
+                 memory=MEMORY):
+        if distance not in ("cosine", "euclidean"):
+            raise ValueError(f"k-reciprocal re-ranking needs the distance cosine or euclidean; got {distance!r}")
+        if k1 < 1 or k2 < 1 or not 0 <= lambda_value <= 1:
+            raise ValueError(f"k1 and k2 must be at least 1 and lambda_value in 0..1; got {k1}, {k2}, {lambda_value}")
+        query, gallery = pair(query, gallery, distance, device)
+        sides = [query] if gallery is query else [query, gallery]
+        self.queries, self.items = len(query), len(gallery)
+        self.first = 0 if gallery is query else len(query)
+        self.rows = Rows(torch.cat([side.raw(slice(None)) for side in sides]), distance)
+        self.lambda_value, self.memory = lambda_value, memory
+        with exact(self.rows.device):
+            neighbours, lowest = _neighbours(self.rows, k1, memory // 4)
+        every = torch.arange(len(self.rows), device=self.rows.device)  # rounding is no distance: hence the least one
+        self.largest = self._squared(lowest, every).maximum(1e-6 * self._size(every) + 1e-30)
+        vectors = _averaged(self._vectors(neighbours), to_numpy(neighbours[:, :k2]))
+        self.vectors, self.by_column = vectors[: self.queries], vectors[self.first:].tocsc()
+
+    def __call__(self, queries):
+        return -self.distances(queries)
+
+    def distances(self, queries):
+        """Distances (B, G) float32 of the queries with these numbers (B,)."""
+        result, weight = self._unshared(queries), np.float32(1 - self.lambda_value)
+        subtract = _subtract_shared if njit else _subtract_shared_slowly
+
+        def work(rows):
+            subtract(*_parts(self.vectors[queries[rows]]), *_parts(self.by_column), weight, result[rows])
+
+        workers = torch.get_num_threads()
+        with ThreadPoolExecutor(workers) as pool:
+            list(pool.map(work, spans(len(queries), -(-len(queries) // workers))))
+        return result
+
+    def _unshared(self, queries):
+        """Distances (B, G) as if no two images shared a neighbour: 1 - lambda + lambda x the original distance."""
+        result, least = np.empty((len(queries), self.items), np.float32), 1 - self.lambda_value
+        weight = self.lambda_value / self.largest[queries]
+        left, bias = self.rows.queries(queries) * (-2 * weight[:, None]), weight * self._size(queries) + least
+        width = max(1, min(8192, self.memory // (32 * max(self.rows.width, len(left)))))
+        with exact(self.rows.device):
+            for columns in spans(len(self.rows), width, self.first):
+                part = torch.addmm(bias[:, None], left, self.rows.gallery(columns).T).clamp_min_(least)
+                result[:, columns.start - self.first:columns.stop - self.first] = part.cpu().numpy()
+        return result
+
+    def _squared(self, scores, queries):
+        """Squared distances (n,) of unit or raw vectors, from the scores (n,) of these queries."""
+        return (self._size(queries) - 2 * scores).clamp_min(0)
+
+    def _size(self, queries):
+        index = torch.as_tensor(queries, device=self.rows.device)
+        return self.rows.norms[index].square() if self.rows.distance == "euclidean" else self.rows.norms.new_tensor(2.0)
+
+    def _vectors(self, neighbours):
+        """Sparse (N, N): row i holds exp(-distance) of the members of i's extended neighbourhood, summing to 1."""
+        count, parts, half = len(neighbours), [], neighbours[:, : int(np.around((neighbours.shape[1] - 1) / 2)) + 1]
+        mutual = _mutual(half, self.memory)
+        for rows in spans(count, max(1, self.memory // (64 * neighbours.shape[1] ** 2 * half.shape[1]))):
+            owner, member = _members(neighbours, half, mutual, rows)
+            parts.append((owner, member, self._similarity(owner, member)))
+        owner, member, weight = (to_numpy(torch.cat(part)) for part in zip(*parts, strict=True))
+        places = owner.astype(np.int32), member.astype(np.int32)
+        vectors = sparse.csr_array((weight, places), shape=(count, count))
+        vectors.data /= np.repeat(vectors.sum(1), np.diff(vectors.indptr))
+        return vectors
+
+    def _similarity(self, owner, member):
+        result = torch.empty(len(owner), device=self.rows.device)
+        for part in spans(len(owner), max(1, self.memory // (128 * self.rows.width))):
+            scores = (self.rows.queries(owner[part]) * self.rows.gallery(member[part])).sum(1)
+            result[part] = torch.exp(-self._squared(scores, owner[part]) / self.largest[owner[part]])
+        return result
+
+
+def _neighbours(rows, k1, memory):
+    """Rows of each image's nearest, itself first, (N, k1 + 1), and each image's lowest score (N,)."""
+    if len(rows) < 2:
+        raise ValueError("re-ranking needs at least two images")
+    found, k, numbers = [], min(k1, len(rows) - 1), torch.arange(len(rows), device=rows.device)
+    for part in spans(len(rows), max(1, min(1024, memory // (64 * k)))):
+        _, ids, lowest = nearest(rows, rows, part, k, numbers[part], memory)
+        found.append((torch.cat([numbers[part, None], ids], 1), lowest))
+    return tuple(torch.cat(part) for part in zip(*found, strict=True))
+
+
+def _mutual(lists, memory):
+    """Whether each image is also among the listed neighbours of its listed neighbour, bool (N, k)."""
+    numbers = torch.arange(len(lists), device=lists.device)[:, None, None]
+    return torch.cat([(lists[lists[rows]] == numbers[rows]).any(2)
+                      for rows in spans(len(lists), max(1, memory // (64 * lists.shape[1] ** 2)))])
+
+
+def _members(neighbours, half, half_mutual, rows):
+    """(image, member) pairs of the extended k-reciprocal neighbourhoods of some images, without repetition.
+
+    The k1-reciprocal neighbours, and the (k1 / 2)-reciprocal neighbours of each of those of which more than two
+    thirds are k1-reciprocal neighbours of the image already.
+    """
+    near = neighbours[rows]                                                        # (n, K)
+    numbers = torch.arange(rows.start, rows.stop, device=near.device)
+    near = torch.where((neighbours[near] == numbers[:, None, None]).any(2), near, -1)
+    further, counts = half[near.clamp_min(0)], half_mutual[near.clamp_min(0)]      # (n, K, H)
+    known = (further[..., None] == near[:, None, None, :]).any(3) & counts
+    accepted = (near >= 0) & (3 * known.sum(2) > 2 * counts.sum(2))
+    further = torch.where(counts & accepted[..., None], further, -1)
+    members = torch.cat([near, further.flatten(1)], 1).sort(dim=1).values
+    fresh = (members >= 0) & (members != members.roll(1, dims=1))
+    fresh[:, 0] = members[:, 0] >= 0
+    owner = numbers[:, None].expand_as(members)
+    return owner[fresh], members[fresh]
+
+
+def _averaged(vectors, neighbours):
+    """Each sparse row replaced by the mean of its neighbours' rows (the local query expansion of the paper)."""
+    count, k = neighbours.shape
+    weights = np.full(count * k, 1 / k, np.float32)
+    starts, columns = np.arange(0, count * k + 1, k, dtype=np.int32), neighbours.ravel().astype(np.int32)
+    return sparse.csr_array((weights, columns, starts), (count, count)) @ vectors
+
+
+def _parts(matrix):
+    return matrix.indptr, matrix.indices, matrix.data
+
+
+def _subtract_shared_slowly(starts, columns, values, item_starts, items, item_values, weight, result):
+    for i in range(len(result)):
+        shared = np.zeros(result.shape[1], np.float32)
+        for place in range(starts[i], starts[i + 1]):
+            part = slice(item_starts[columns[place]], item_starts[columns[place] + 1])
+            shared[items[part]] += np.minimum(values[place], item_values[part])
+        result[i] -= weight * shared / (2 - shared)
+
+
+if njit is not None:
+
+    @njit(nogil=True)
+    def _subtract_shared(starts, columns, values, item_starts, items, item_values, weight, result):
+        """Turns a Jaccard distance of 1, times weight, into 1 - shared / (2 - shared)."""
+        for i in range(len(result)):
+            shared = np.zeros(result.shape[1], np.float32)
+            for place in range(starts[i], starts[i + 1]):
+                column, value = columns[place], values[place]
+                for j in range(item_starts[column], item_starts[column + 1]):
+                    shared[items[j]] += min(value, item_values[j])
+            for item in range(len(shared)):
+                result[i, item] -= weight * shared[item] / (np.float32(2) - shared[item])
+
+
+def alpha_query_expansion(query, gallery=None, k=10, alpha=3.0, device=None, memory=MEMORY):
+    """Queries (Q, D) float32, unit length, each added to its k nearest, weighted by cosine ** alpha (0 if negative).
+
+    alpha 0 is average query expansion (Chum et al., ICCV 2007), larger values trust near neighbours more (Radenovic,
+    Tolias and Chum, TPAMI 2019). gallery None: the queries are their own gallery, each without itself.
+    """
+    scores, ids = knn(query, gallery, k, device=device, memory=memory)
+    query, gallery = pair(query, gallery, "cosine", device)
+    weights = torch.from_numpy(np.where(scores > 0, scores, 0) ** alpha * (scores > 0)).to(query.device)
+    result = []
+    for rows in spans(len(query), max(1, memory // (16 * query.width))):
+        total = query.queries(rows).clone()
+        for place in range(ids.shape[1]):
+            total += weights[rows, place, None] * gallery.gallery(ids[rows, place])
+        result.append(torch.nn.functional.normalize(total))
+    return torch.cat(result).cpu().numpy()
+
+
+def database_augmentation(gallery, k=10, alpha=3.0, device=None, memory=MEMORY):
+    """Gallery (G, D) float32, unit length, each item added to its k nearest with the weights of query expansion.
+
+    Database-side feature augmentation (Arandjelovic and Zisserman, CVPR 2012).
+    """
+    return alpha_query_expansion(gallery, None, k, alpha, device, memory)
+
+
+@dataclass
+class Whitening:
+    """A projection (x - mean) @ projection, then to unit length; call it with (N, D) to get (N, d) float32."""
+
+    mean: np.ndarray
+    projection: np.ndarray
+
+    def __call__(self, vectors, memory=MEMORY):
+        rows = Rows(vectors, "dot", "vectors", "cpu")
+        if rows.width != len(self.mean):
+            raise ValueError(f"the whitening was fitted on {len(self.mean)} dimensions; got {rows.width}")
+        return np.concatenate([self._apply(rows.raw(part)) for part in spans(len(rows), memory // (16 * rows.width))])
+
+    def _apply(self, rows):
+        mean, projection = map(torch.from_numpy, (self.mean, self.projection))
+        return torch.nn.functional.normalize((rows - mean) @ projection).numpy()
+
+
+def fit_whitening(train, dimensions=None, whiten=True, memory=MEMORY):
+    """A `Whitening` to the leading principal components of a training gallery (N, D), never of the test gallery.
+
+    whiten: divides each component by its standard deviation (Jegou and Chum, ECCV 2012); False: only rotates and cuts.
+    Raises ValueError for more dimensions than the training gallery has or spans.
+    """
+    rows = Rows(train, "dot", "train", "cpu")
+    parts = spans(len(rows), max(1, memory // (16 * rows.width)))
+    mean = sum(rows.raw(part).double().sum(0) for part in parts) / len(rows)
+    centred = (rows.raw(part).double() - mean for part in parts)
+    values, vectors = torch.linalg.eigh(sum(part.T @ part for part in centred) / len(rows))
+    values, vectors = values.flip(0), vectors.flip(1)
+    wanted = dimensions or min(rows.width, len(rows) - 1)
+    if not 0 < wanted <= rows.width or (whiten and values[wanted - 1] <= 1e-9 * values[0]):
+        raise ValueError(f"{wanted} dimensions cannot be whitened from {len(rows)} vectors of {rows.width} dimensions: "
+                         "ask for fewer")
+    scale = values[:wanted].rsqrt() if whiten else torch.ones(wanted)
+    return Whitening(mean.float().numpy(), (vectors[:, :wanted] * scale).float().numpy())

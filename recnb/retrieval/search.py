@@ -1,0 +1,337 @@
+"""Chapter: nearest neighbours.
+
+`knn` answers exactly, in blocks, whatever the size of the gallery. `Index` keeps a faiss index together with what
+faiss forgets: the user's columns (path, label), which model made the vectors, how they are compared, and how much an
+approximate index misses. Both give higher scores to better matches: the cosine, the dot product, minus the Euclidean
+distance, or minus the number of bits that differ.
+
+Past one machine: split the gallery in shards, search each, and `merge`. A billion vectors of 128 float32 are 512 GB
+exact; as 32-byte PQ codes with 8-byte ids they are 40 GB: one large machine, or 4 shards of 10 GB. With 65,536 lists
+(15,000 vectors each) and 64 of them visited, a query reads a million codes, a thousandth of all: 40 MB, some 10 ms of
+one core, divided among the shards. The merge of 4 shards' best 100 is 400 numbers a query.
+"""
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from pathlib import Path
+
+import faiss
+import numpy as np
+import torch
+
+from recnb.retrieval.scores import DISTANCES, MEMORY, Rows, exact, pair, spans, to_numpy
+
+
+def knn(query, gallery=None, k=10, distance="cosine", exclude=None, device=None, memory=MEMORY,
+        backend="torch"):
+    """Scores (Q, k) float32 and gallery row numbers (Q, k) int64 of each query's k best matches, best first.
+
+    query (Q, D), gallery (G, D): numpy arrays (memory-mapped too) or tensors; gallery None: the queries are their own
+    gallery, each without itself. exclude (Q,): one gallery row that each query may not find, -1 for none.
+    Equal scores come in the order of the gallery. A k beyond the gallery gives all of it.
+    backend "faiss" holds the gallery in a faiss Flat index on the CPU: the same answers, but where several items have
+    exactly the k-th best score it may list others of them. Raises ValueError for empty, mismatched or non-finite input.
+    """
+    query, gallery = pair(query, gallery, distance, "cpu" if backend == "faiss" else device)
+    if exclude is None and gallery is query:
+        exclude = np.arange(len(query))
+    exclude = None if exclude is None else torch.as_tensor(to_numpy(exclude).astype(np.int64), device=query.device)
+    if k < 1 or (exclude is not None and exclude.shape != (len(query),)):
+        raise ValueError(f"k must be at least 1 (got {k}) and exclude must have one row number for each query")
+    k = min(k, len(gallery) - (exclude is not None))
+    if k < 1:
+        raise ValueError("the gallery holds nothing but the query itself, so there is no neighbour to find")
+    find, found = nearest if backend == "torch" else _faiss_nearest(gallery), []
+    with exact(query.device):
+        for rows in spans(len(query), max(1, min(1024, memory // (64 * k)))):
+            scores, ids = find(query, gallery, rows, k, None if exclude is None else exclude[rows], memory)[:2]
+            found.append(_user_scores(query, gallery, rows, scores, ids))
+    return tuple(torch.cat(part).cpu().numpy() for part in zip(*found, strict=True))
+
+
+def nearest(query, gallery, rows, k, exclude, memory):
+    """Scores (B, k), gallery rows (B, k) and the lowest score of all (B,), for one slice of the query `Rows`."""
+    left = query.queries(rows)
+    best = left.new_zeros(len(left), 0), torch.zeros(len(left), 0, dtype=torch.int64, device=left.device)
+    lowest = left.new_full((len(left),), torch.inf)
+    width = min(max(2 * k, memory // (16 * len(left))), max(k, memory // (16 * gallery.width)))
+    for columns in spans(len(gallery), width):
+        tile = left @ gallery.gallery(columns).T
+        lowest = torch.minimum(lowest, tile.amin(1))
+        if exclude is not None:
+            own = exclude - columns.start
+            inside = ((own >= 0) & (own < tile.shape[1])).nonzero()[:, 0]
+            tile[inside, own[inside]] = -torch.inf
+        best = _merged(best, _best(tile, min(k, tile.shape[1]), columns.start), k)
+    return *best, lowest
+
+
+def _faiss_nearest(gallery):
+    index = faiss.IndexFlatIP(gallery.width)
+    for rows in spans(len(gallery), 1 << 16):
+        index.add(gallery.gallery(rows).numpy())
+
+    def find(query, gallery, rows, k, exclude, memory):
+        found = index.search(query.queries(rows).numpy(), k + (exclude is not None))
+        scores, ids = map(torch.from_numpy, found)
+        if exclude is not None:
+            scores[ids == exclude[:, None]] = -torch.inf
+        return tuple(part[:, :k] for part in _in_order(scores, ids))
+
+    return find
+
+
+def _best(tile, k, offset):
+    """The k best columns of each row, equal scores in the order of the columns: topk alone picks any of them."""
+    scores, ids = tile.topk(min(k + 1, tile.shape[1]))
+    crowded = (scores[:, k - 1] == scores[:, -1]).nonzero()[:, 0] if tile.shape[1] > k else ()
+    scores, ids = scores[:, :k], ids[:, :k]
+    if len(crowded):
+        ranked = tile[crowded].sort(dim=1, descending=True, stable=True)
+        scores[crowded], ids[crowded] = ranked.values[:, :k], ranked.indices[:, :k]
+    return _in_order(scores, ids + offset)
+
+
+def _in_order(scores, ids):
+    """Best score first, equal scores by id."""
+    ids, order = ids.sort(dim=1)
+    scores, order = scores.gather(1, order).sort(dim=1, descending=True, stable=True)
+    return scores, ids.gather(1, order)
+
+
+def _merged(old, new, k):
+    scores, order = torch.cat([old[0], new[0]], 1).sort(dim=1, descending=True, stable=True)
+    return scores[:, :k], torch.cat([old[1], new[1]], 1).gather(1, order[:, :k])
+
+
+def _user_scores(query, gallery, rows, scores, ids):
+    if query.distance == "hamming":
+        return (scores - query.width) / 2, ids
+    if query.distance != "euclidean":
+        return scores, ids
+    left, exact = query.raw(rows), torch.empty_like(scores)
+    for i in range(scores.shape[1]):  # by subtraction: the product form loses the digits of small distances
+        exact[:, i] = 0 - torch.linalg.vector_norm(left - gallery.raw(ids[:, i].cpu().numpy()), dim=1)
+    return _in_order(exact, ids)
+
+
+def merge(results, k):
+    """Scores (Q, k) and ids (Q, k) of a gallery split in shards, from each shard's (scores, ids), best first.
+
+    Each shard's k best hold the whole gallery's k best, so shards on any number of machines give the exact answer.
+    """
+    scores, ids = (np.concatenate(part, axis=1) for part in zip(*results, strict=True))
+    order = np.lexsort((ids, -scores), axis=1)[:, :k]
+    return np.take_along_axis(scores, order, 1), np.take_along_axis(ids, order, 1)
+
+
+class Index:
+    """A faiss index with the user's ids and columns, that knows which vectors it takes and checks them.
+
+    distance  "cosine" (vectors are normalised on the way in), "dot", "euclidean" or "hamming" (packed bits, uint8)
+    factory   a faiss factory string ("Flat", "HNSW32", "IVF1024,PQ16x8", "BFlat" for bits), or "auto", by the size of
+              the first `add`: exact up to 100,000 vectors, HNSW up to 2 million, IVF-PQ beyond; bits are always exact
+    model     the fingerprint of the model that made the vectors; info: anything else that JSON can hold
+    effort    nprobe of an IVF index (default: a sixteenth of its lists, at least 8), efSearch of HNSW (default 128)
+    An approximate index measures at its first `add` how many of the 10 nearest neighbours it finds, prints that and
+    keeps it as `recall`.
+    """
+
+    def __init__(self, distance="cosine", factory="auto", model=None, info=None, effort=None):
+        if distance not in DISTANCES:
+            raise ValueError(f"distance must be one of {', '.join(DISTANCES)}; got {distance!r}")
+        self.distance, self.factory, self.model, self.info, self.effort = distance, factory, model, info or {}, effort
+        self.dimension, self.recall, self.faiss = None, None, None
+        self.ids, self.columns = np.zeros(0, np.int64), {}
+
+    def __len__(self):
+        return len(self.ids)
+
+    def add(self, vectors, ids=None, model=None, **columns):
+        """The index itself, with vectors (N, D) under integer ids (N,) (None: the next free ones) and N-long columns.
+
+        Raises ValueError for ids already in use, other dimensions, another model, or columns that do not fit.
+        """
+        rows = Rows(vectors, self.distance, "vectors", "cpu")
+        ids = self.ids.max(initial=-1) + 1 + np.arange(len(rows)) if ids is None else to_numpy(ids)
+        columns = {name: to_numpy(values).tolist() for name, values in columns.items()}
+        self._check(rows.array, model)
+        self._check_new(len(rows), ids, columns)
+        if self.faiss is None:
+            self._start(rows)
+        for part in spans(len(rows), 1 << 16):
+            self.faiss.add_with_ids(self._ready(rows, part), ids[part].astype(np.int64))
+        first, self.ids = not len(self.ids), np.concatenate([self.ids, ids.astype(np.int64)])
+        self.columns = {name: self.columns.get(name, []) + values for name, values in columns.items()}
+        if first and self.factory not in ("Flat", "BFlat") and len(rows) > 10:
+            self._measure(rows, ids)
+        return self
+
+    def remove(self, ids):
+        """The index itself without these ids. HNSW cannot forget, so it is built anew from the vectors it keeps."""
+        gone = np.isin(self.ids, to_numpy(ids))
+        if gone.sum() != len(np.unique(to_numpy(ids))):
+            raise ValueError(f"{len(np.unique(to_numpy(ids))) - gone.sum()} of the ids to remove are not in the index")
+        if "HNSW" in self.factory and "IVF" not in self.factory:
+            kept = self.faiss.index.reconstruct_n(0, len(self))[~gone]
+            self.faiss = self._empty()
+            self.faiss.add_with_ids(kept, self.ids[~gone])
+        else:
+            self.faiss.remove_ids(self.ids[gone])
+        self.ids = self.ids[~gone]
+        keep = np.flatnonzero(~gone)
+        self.columns = {name: [values[i] for i in keep] for name, values in self.columns.items()}
+        return self
+
+    def search(self, query, k=10, model=None):
+        """Scores (Q, k) float32 and ids (Q, k) int64, best first, equal scores by id; -infinity and -1 where none."""
+        if not len(self):
+            raise ValueError("the index is empty: add vectors before searching")
+        rows = Rows(query, self.distance, "query", "cpu")
+        self._check(rows.array, model)
+        scores, ids = self.faiss.search(self._ready(rows, slice(None)), k)
+        scores = scores.astype(np.float32)
+        if self.distance in ("euclidean", "hamming"):
+            scores = 0 - (scores if self.distance == "hamming" else np.sqrt(np.maximum(scores, 0)))
+        scores[ids < 0] = -np.inf
+        return merge([(scores, ids)], k)
+
+    def item(self, identity):
+        """The columns' values of one id, as a dict."""
+        place = np.flatnonzero(self.ids == identity)
+        if not len(place):
+            raise ValueError(f"there is no id {identity} in the index")
+        return {name: values[place[0]] for name, values in self.columns.items()}
+
+    def save(self, path):
+        """The folder written: index.json, and the faiss file it names, which faiss alone can read too.
+
+        A reader sees the old index or the new one, never half of one: index.json is replaced last, in one step.
+        """
+        if not len(self):
+            raise ValueError("the index is empty: there is nothing to save")
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            draft = Path(scratch, "vectors")
+            self._faiss_io("write")(self.faiss, str(draft))
+            digest = _sha256(draft)
+            draft.replace(folder / f"vectors-{digest[:16]}.faiss")
+            state = {name: getattr(self, name) for name in STATE} | {"ids": self.ids.tolist(), "sha256": digest}
+            draft.write_text(json.dumps(state))
+            draft.replace(folder / "index.json")
+        for other in set(folder.glob("vectors-*.faiss")) - {folder / f"vectors-{digest[:16]}.faiss"}:
+            other.unlink()
+        return folder
+
+    @classmethod
+    def load(cls, path, dimension=None, model=None):
+        """The index saved in a folder; ValueError where it is damaged, or made for another dimension or model."""
+        folder = Path(path)
+        try:
+            index = cls._read(folder)
+        except Exception as error:  # JSON and faiss raise whatever a damaged file leads them to
+            raise ValueError(f"{folder} holds no index that can be read: {error}; save the index again") from error
+        if dimension not in (None, index.dimension):
+            raise ValueError(f"the index in {folder} holds vectors of {index.dimension} dimensions, not {dimension}")
+        index._check_model(model)
+        return index
+
+    @classmethod
+    def _read(cls, folder):
+        state = json.loads((folder / "index.json").read_text())
+        file = folder / f"vectors-{state['sha256'][:16]}.faiss"
+        if not file.exists() or _sha256(file) != state["sha256"]:
+            raise ValueError(f"{file} is missing or damaged")
+        index = cls(state["distance"])
+        for name in STATE:
+            setattr(index, name, state[name])
+        index.faiss, index.ids = index._faiss_io("read")(str(file)), np.array(state["ids"], dtype=np.int64)
+        bits = index.distance == "hamming"
+        if (index.faiss.ntotal, index.faiss.d) != (len(index.ids), index.dimension * (8 if bits else 1)):
+            raise ValueError(f"{file} does not hold what index.json says")
+        return index
+
+    def _check(self, array, model):
+        if self.dimension not in (None, array.shape[1]):
+            raise ValueError(f"the index takes vectors of {self.dimension} dimensions; got {array.shape[1]}")
+        self._check_model(model)
+
+    def _check_model(self, model):
+        if model is not None and self.model is not None and model != self.model:
+            raise ValueError(f"the index holds vectors of model {self.model}, not of {model}: embed the gallery again")
+
+    def _check_new(self, count, ids, columns):
+        if ids.shape != (count,) or ids.dtype.kind not in "iu" or len(np.unique(ids)) != count or ids.min() < 0:
+            raise ValueError(f"ids must be {count} different integers from 0; got {ids.dtype} of shape {ids.shape}")
+        if np.isin(ids, self.ids).any():
+            raise ValueError(f"id {ids[np.isin(ids, self.ids)][0]} is in the index already: remove it first")
+        if len(self) and set(columns) != set(self.columns):
+            raise ValueError(f"the index has the columns {sorted(self.columns)}; got {sorted(columns)}")
+        for name, values in columns.items():
+            if len(values) != count:
+                raise ValueError(f"column {name} has {len(values)} values for {count} vectors")
+
+    def _start(self, rows):
+        self.dimension = rows.array.shape[1]
+        if self.factory == "auto":
+            self.factory = auto_factory(len(rows), self.dimension, self.distance)
+        self.faiss = self._empty()
+        sample = np.random.default_rng(0).choice(len(rows), min(len(rows), 200_000), replace=False)
+        self.faiss.train(self._ready(rows, np.sort(sample)))
+
+    def _empty(self):
+        bits = self.distance == "hamming"
+        kind = faiss.METRIC_L2 if self.distance == "euclidean" else faiss.METRIC_INNER_PRODUCT
+        index = (faiss.index_binary_factory(self.dimension * 8, self.factory) if bits
+                 else faiss.index_factory(self.dimension, self.factory, kind))
+        if "IVF" in self.factory:  # keeps ids of its own, and an id map around it would lose count at a removal
+            lists = index if bits else faiss.extract_index_ivf(index)
+            lists.nprobe = self.effort or min(lists.nlist, max(8, lists.nlist // 16))
+            return index
+        if "HNSW" in self.factory:
+            index.hnsw.efSearch = self.effort or 128
+        return faiss.IndexBinaryIDMap2(index) if bits else faiss.IndexIDMap2(index)
+
+    def _ready(self, rows, index):
+        if self.distance == "hamming":
+            return np.ascontiguousarray(to_numpy(rows.array[index]))
+        ready = rows.queries(index) if self.distance == "cosine" else rows.raw(index)
+        return np.ascontiguousarray(ready.numpy())
+
+    def _measure(self, rows, ids):
+        sample = np.random.default_rng(0).choice(len(rows), min(len(rows), 200), replace=False)
+        probe, own = to_numpy(rows.array[sample]), ids[sample][:, None]
+        exact = ids[knn(probe, rows.array, 10, self.distance, exclude=sample)[1]]
+        found = self.search(probe, 11)[1]
+        hits = [len(set(f) - set(o) & set(e)) for f, o, e in zip(found, own, exact, strict=True)]
+        self.recall = float(np.mean(hits)) / exact.shape[1]
+        print(f"{self.factory}: finds {self.recall:.1%} of the exact {exact.shape[1]} nearest neighbours")
+
+    def _faiss_io(self, verb):
+        return getattr(faiss, f"{verb}_index" + ("_binary" if self.distance == "hamming" else ""))
+
+
+STATE = ("distance", "factory", "model", "info", "effort", "dimension", "recall", "columns")
+
+
+def auto_factory(count, dimension, distance="cosine"):
+    """The faiss factory string that suits so many vectors: exact while that is fast, then HNSW, then IVF-PQ."""
+    if distance == "hamming":
+        return "BFlat"
+    if count <= 100_000:
+        return "Flat"
+    if count <= 2_000_000:
+        return "HNSW32"
+    pieces = next(p for p in range(max(1, dimension // 4), 0, -1) if dimension % p == 0)
+    return f"IVF{int(4 * count ** 0.5)},PQ{pieces}x8"
+
+
+def _sha256(file):
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while part := stream.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()

@@ -1,0 +1,277 @@
+"""What embeddings do well and where they fail: curves, errors by identity, suspicious labels, a map.
+
+Everything starts from an `Embeddings`, plain arrays with their labels, wherever they come from, compared by cosine.
+Tables are pandas DataFrames, figures are matplotlib's. What counts is said in `recnb.protocol`. No (Q, G) matrix is
+made: ranks are counted and pairs put into bins block by block, and yet exactly, none is left out or sampled.
+"""
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from recnb.data.lists import own_index
+from recnb.gallery.curves import _panels, draw_ap, draw_cmc, draw_pairs
+from recnb.gallery.pictures import label_text
+from recnb.registry import ConfigError, suggest
+from recnb.retrieval import verification
+from recnb.retrieval.lists import Ranking, rank
+from recnb.retrieval.metrics import STANDARD, per_class, ranking_metrics, retrieval_metrics
+from recnb.retrieval.protocol import Protocol, make_protocol
+from recnb.retrieval.ranking import TIE, embedding_ranks
+from recnb.retrieval.rerank import KReciprocal, alpha_query_expansion, database_augmentation
+from recnb.retrieval.scores import MEMORY, exact, pair
+from recnb.retrieval.search import knn
+from recnb.retrieval.stats import bootstrap_interval, paired_difference
+from recnb.storage import resolve
+
+FILES = ("query", "gallery", *(f"{side}_{kind}" for side in ("query", "gallery")
+                               for kind in ("labels", "cameras", "paths")))
+OPTIONS = {"false_match_rate": 1e-3, "neighbours": 5, "agreement": 1.0, "most_points": 2000, "flip": True}
+RANGE = 1.00001  # cosines end here: rounding may carry them past 1
+
+
+@dataclass
+class Embeddings:
+    "Queries (Q, D) and gallery (G, D) with what is known about them; names: identity -> text."
+
+    query: np.ndarray
+    gallery: np.ndarray
+    query_labels: np.ndarray
+    gallery_labels: np.ndarray
+    query_cameras: np.ndarray | None = None
+    gallery_cameras: np.ndarray | None = None
+    exclude_self: bool | np.ndarray = False  # True, or (Q,) the gallery row of each query's own image, -1 for none
+    query_paths: Sequence | None = None
+    gallery_paths: Sequence | None = None
+    names: Sequence | Mapping | None = None
+
+    @property
+    def lists(self) -> tuple:
+        "What the functions of `recnb.retrieval.metrics` and `recnb.retrieval.verification` take behind the vectors."
+        return self.query_labels, self.gallery_labels, self.query_cameras, self.gallery_cameras, self.exclude_self
+
+    @property
+    def protocol(self) -> Protocol:
+        "Who is whose positive; raises ValueError where the arrays do not fit together."
+        ql, gl, qc, gc, own = self.lists
+        return make_protocol(len(self.query), len(self.gallery), own, False, (ql, gl), (qc, gc), (None, None))
+
+    @property
+    def same(self) -> bool:
+        "Whether the queries are the gallery, each finding all the others."
+        return np.array_equal(self.protocol.own, np.arange(len(self.gallery)))
+
+    def union(self) -> tuple[np.ndarray, np.ndarray, list | None]:
+        "Vectors, labels and paths of all images, once each: the gallery, then the queries that are not in it."
+        new = np.flatnonzero(self.protocol.own < 0)
+        known = self.query_paths is not None and self.gallery_paths is not None
+        return (np.concatenate([self.gallery, self.query[new]]),
+                np.concatenate([self.gallery_labels, np.asarray(self.query_labels)[new]]),
+                [*self.gallery_paths, *(self.query_paths[i] for i in new)] if known else None)
+
+    def text(self, labels) -> list[str]:
+        "What the identities are called."
+        return [label_text(label, self.names) for label in np.asarray(labels).tolist()]
+
+
+def chosen(given: Mapping) -> dict:
+    "OPTIONS with the values given; raises ConfigError for a name that does not exist."
+    for name in given:
+        if name not in OPTIONS:
+            raise ConfigError(f"options: there is no '{name}'; {suggest(name, OPTIONS)}")
+    return {**OPTIONS, **given}
+
+
+def of_run(run) -> Embeddings:
+    "The embeddings of a `recnb.runs.folder.Run`."
+    return Embeddings(run.query_features, run.gallery_features, run.query.labels, run.gallery.labels,
+                      run.query.cameras, run.gallery.cameras, run.exclude_self, run.query.paths, run.gallery.paths,
+                      run.query.names)
+
+
+def of_files(files: Mapping[str, str]) -> Embeddings:
+    """The embeddings of .npy files, or .txt files with a value a line; keys as in FILES, raises ConfigError for others.
+
+    Without a gallery the queries search each other. Where both have paths, an image is known to be its own by them.
+    """
+    for key in files:
+        if key not in FILES:
+            raise ConfigError(f"embeddings: there is no '{key}'; {suggest(key, FILES)}")
+    two = any(key.startswith("gallery") for key in files)
+    for key in ("query", "query_labels", "gallery", "gallery_labels")[:4 if two else 2]:
+        if key not in files:
+            raise ConfigError(f"embeddings: '{key}' is missing")
+    values = {key: _read(key, resolve(path)) for key, path in files.items()}
+    for key, value in values.items():
+        rows = len(values[key.split("_")[0]])
+        if len(value) != rows:
+            raise ConfigError(f"embeddings: {key} has {len(value)} entries for {rows} vectors")
+    if not two:
+        both = {key.replace("query", "gallery"): value for key, value in values.items()}
+        return Embeddings(**values, **both, exclude_self=True)
+    paths = [SimpleNamespace(paths=values.get(f"{side}_paths", [])) for side in ("query", "gallery")]
+    return Embeddings(**values, exclude_self=own_index(*paths) if all(p.paths for p in paths) else False)
+
+
+def _read(key: str, path: Path):
+    if not path.is_file():
+        raise ConfigError(f"embeddings: {key}: there is no file {path}")
+    if path.suffix == ".npy":  # "c": nothing is written back, yet torch takes it without a warning
+        try:
+            values = np.load(path, mmap_mode="c" if key in ("query", "gallery") else None, allow_pickle=False)
+        except Exception as error:  # numpy raises whatever a damaged file leads it to
+            raise ConfigError(f"embeddings: {key}: {path} cannot be read as an array: {error}") from error
+        return values.astype(str).tolist() if key.endswith("paths") else values
+    lines = path.read_text(encoding="utf-8").splitlines()
+    if key.endswith("paths"):
+        return lines
+    try:
+        return np.array([int(line) for line in lines])
+    except ValueError:
+        return np.array(lines)
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
+
+def judge(data: Embeddings, topk: Sequence[int] = (1, 5, 10)) -> tuple[pd.DataFrame, dict]:
+    """A row per metric with its 95 % interval, and the arrays of `retrieval_metrics(per_query=True)`.
+
+    Identities are resampled whole: the intervals are for other identities, not only for other pictures of these.
+    Precision and NDCG at 1 are recall1 by other names and left out.
+    """
+    scores, arrays = retrieval_metrics(data.query, data.gallery, *data.lists, topk, metrics=STANDARD, per_query=True)
+    valid, labels = arrays["valid"], np.asarray(data.query_labels)
+    rows = {key: bootstrap_interval(arrays[key][valid], labels[valid])
+            for key in scores if key in arrays and not key.endswith("@1")}
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("metric"), arrays
+
+
+def precision_recall(data: Embeddings, points: int = 101, memory: int = MEMORY) -> tuple[np.ndarray, np.ndarray]:
+    """Recall (P,) and the precision (P,) there, interpolated per query and averaged over the queries.
+
+    Exact, from the ranks of all positives: at recall t, the best precision at any recall of at least t.
+    """
+    protocol = data.protocol
+    recall, total = np.linspace(0, 1, points), np.zeros(points)
+    query, gallery = pair(data.query, data.gallery)
+    with exact(query.device):
+        for queries, ranks in embedding_ranks(query, gallery, protocol, np.flatnonzero(protocol.valid), TIE, memory):
+            precision = np.divide(np.arange(1, ranks.shape[1] + 1), ranks, where=ranks > 0, out=np.zeros(ranks.shape))
+            best = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
+            wanted = np.ceil(recall * protocol.positives[queries][:, None] - 1e-9).astype(int)
+            total += np.take_along_axis(best, np.maximum(wanted - 1, 0), 1).sum(0)
+    return recall, total / protocol.valid.sum()
+
+
+def pair_histogram(data: Embeddings, bins: int = 100, memory: int = MEMORY) -> tuple[np.ndarray, np.ndarray]:
+    "Edges (bins + 1,) of equal bins over all cosines, and how many negative and positive pairs fall in each (2, bins)."
+    protocol, counts = data.protocol, np.zeros((2, bins), np.int64)
+    query, gallery = pair(data.query, data.gallery)
+    with exact(query.device):
+        for kind, scores in verification.pair_scores(query, gallery, protocol, memory):
+            counts[kind] += verification.histogram(scores, -RANGE, RANGE, bins)
+    return np.linspace(-RANGE, RANGE, bins + 1), counts
+
+
+def operating_point(data: Embeddings, rate: float = 1e-3) -> dict:
+    "`verification_metrics`, with the threshold for a false-match rate and the TPR there as plain names beside them."
+    result = verification.verification_metrics(data.query, data.gallery, *data.lists, fpr=(rate,))
+    return {"rate": rate, "threshold": result[f"threshold@FPR={rate:g}"], "TPR": result[f"TPR@FPR={rate:g}"],
+            **{key: value for key, value in result.items() if "@FPR" not in key}}
+
+
+def identities(data: Embeddings, arrays: dict) -> pd.DataFrame:
+    "A row per identity of the queries, the worst AP first."
+    table = per_class(arrays, data.query_labels)
+    return table.assign(label=data.text(table.label))
+
+
+def confused(data: Embeddings, ranking: Ranking | None = None) -> pd.DataFrame:
+    """A row per pair (identity, taken_for): how many queries of the first have the second as first hit, most first.
+
+    `share` is of the identity's queries that have a positive; `back` counts the other way round.
+    """
+    ranking = ranking or rank(data.query, data.gallery, *data.lists, k=1, show_excluded=0)
+    labels, found = (pd.Series(x) for x in (data.query_labels, np.asarray(data.gallery_labels)[ranking.ids[:, 0]]))
+    pairs = pd.DataFrame({"identity": labels, "taken_for": found})[ranking.valid]
+    table = pairs[ranking.failed[ranking.valid]].value_counts().rename("queries").reset_index()
+    back = {(a, b): n for a, b, n in table.itertuples(index=False)}
+    table["share"] = table.queries / table.identity.map(pairs.identity.value_counts())
+    table["back"] = [back.get((b, a), 0) for a, b in zip(table.identity, table.taken_for, strict=True)]
+    table = table.sort_values(["queries", "share", "identity", "taken_for"], ascending=[False, False, True, True])
+    return table.reset_index(drop=True)
+
+
+def label_errors(features, labels, k: int = 5, agreement: float = 1.0) -> pd.DataFrame:
+    """The items whose k nearest neighbours agree on an identity that is not theirs: a row each, surest first.
+
+    agreement: the least share of the neighbours with that identity. `similarity` is the mean cosine with them,
+    `own_similarity` the best with an item of the item's own label (nan where it is the only one).
+    """
+    labels = np.asarray(labels)
+    scores, ids = knn(features, None, k)
+    names, codes = np.unique(labels, return_inverse=True)
+    near = codes[ids]
+    votes = (near[:, :, None] == near[:, None, :]).sum(2)
+    suggested = near[np.arange(len(near)), votes.argmax(1)]  # the first of equals is the nearest
+    items = np.flatnonzero((suggested != codes) & (votes.max(1) / ids.shape[1] >= agreement - 1e-9))
+    rows = []
+    for i in items:
+        mine = np.flatnonzero((codes == codes[i]) & (np.arange(len(codes)) != i))
+        own = knn(features[i:i + 1], features[mine], 1)[0][0, 0] if len(mine) else np.nan
+        rows.append((i, labels[i], names[suggested[i]], votes[i].max() / ids.shape[1],
+                     scores[i][near[i] == suggested[i]].mean(), own))
+    table = pd.DataFrame(rows, columns=["item", "label", "suggested", "agreement", "similarity", "own_similarity"])
+    return table.sort_values(["agreement", "similarity"], ascending=False, kind="stable").reset_index(drop=True)
+
+
+def effects(data: Embeddings, others: Mapping[str, tuple] | None = None) -> pd.DataFrame:
+    """A row per way of searching: its metrics, what it adds to the mAP, and the 95 % interval of that.
+
+    k-reciprocal re-ranking, query expansion, database augmentation, and `others`: name -> (query, gallery) vectors.
+    """
+    gallery = None if data.same else data.gallery
+    expanded = alpha_query_expansion(data.query, gallery)
+    augmented = database_augmentation(data.gallery)
+    ways = {"as they are": (data.query, data.gallery), "re-ranking": None, "query expansion": (expanded, data.gallery),
+            "database augmentation": (data.query, augmented), "both of these": (expanded, augmented), **(others or {})}
+    labels, rows, first = np.asarray(data.query_labels), {}, None
+    options = {"topk": (1,), "metrics": ("recall{k}", "mAP", "mINP"), "per_query": True}
+    for name, vectors in ways.items():
+        scores, arrays = (retrieval_metrics(*vectors, *data.lists, **options) if vectors else
+                          ranking_metrics(KReciprocal(data.query, gallery), *data.lists, **options))
+        valid, first = arrays["valid"], arrays if first is None else first
+        gain = paired_difference(first["AP"][valid], arrays["AP"][valid], labels[valid])
+        rows[name] = {key: scores[key] for key in ("recall1", "mAP", "mINP")} | {
+            "mAP gain": gain["difference"], "low": gain["low"], "high": gain["high"]}
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def project(features, seed: int = 0) -> tuple[np.ndarray, str]:
+    "Points (N, 2) of unit vectors and how they were made: by UMAP where it is installed, otherwise by PCA."
+    unit = np.asarray(features, np.float32)
+    unit = unit / np.maximum(np.linalg.norm(unit, axis=1, keepdims=True), 1e-30)
+    if find_spec("umap"):
+        from umap import UMAP
+        return UMAP(metric="cosine", random_state=seed, n_jobs=1).fit_transform(unit), "UMAP"
+    centred = unit - unit.mean(0)
+    axes = np.linalg.eigh(centred.T @ centred)[1][:, :-3:-1]
+    axes = axes * np.where(axes[np.abs(axes).argmax(0), np.arange(axes.shape[1])] < 0, -1, 1)  # either sign would do
+    return centred @ axes, "PCA"
+
+
+def overview_figure(data: Embeddings, rate: float = 1e-3) -> Figure:
+    "In a row: CMC, similarities of pairs with the threshold, AP of the queries."
+    _, arrays = judge(data)
+    figure, axes = _panels(3)
+    draw_cmc(axes[0], arrays)
+    draw_pairs(axes[1], *pair_histogram(data), operating_point(data, rate))
+    draw_ap(axes[2], arrays)
+    return figure

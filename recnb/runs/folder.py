@@ -1,0 +1,216 @@
+"""The run folder: what was run, on what, with what result.
+
+    config.yaml  the resolved configuration: loading it gives the same run      env.json  versions, device, seed, commit
+    history.csv  one row an epoch        metrics.json  before, after, best; no times, so that two runs compare by bytes
+    model.safetensors, checkpoints/, gallery.html, train.log, and the executed notebook itself
+"""
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import platform
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torchvision.transforms.v2.functional import pil_to_tensor
+
+from recnb.data.lists import ImageList, own_index, same_list
+from recnb.gallery.pictures import read_picture
+from recnb.models.recmodel import RecModel
+from recnb.models.weights import load_weights
+from recnb.recipe.data import build_transform, evaluation_images, evaluation_places
+from recnb.recipe.model import build_model
+from recnb.recipe.reading import as_yaml
+from recnb.recipe.resolved import resolved
+from recnb.recipe.schema import LOADERS, architectures, load_config, lookup
+from recnb.registry import ConfigError
+from recnb.retrieval.lists import Ranking, rank
+from recnb.retrieval.rerank import k_reciprocal
+from recnb.storage import ROOT, replacing, resolve, write_json, write_text
+
+PACKAGES = ("recnb", "torch", "torchvision", "fastai", "timm", "faiss-cpu", "numpy", "pillow", "papermill")
+
+
+def open_run(run_dir: str | Path, cfg: dict) -> Path:
+    "The run folder, made where it is missing, with config.yaml and env.json written."
+    run = resolve_run(run_dir)
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"run_dir: {run} cannot be made: {error}") from error
+    write_text(run / "config.yaml", as_yaml(resolved(cfg)))
+    write_json(run / "env.json", environment(cfg))
+    return run
+
+
+def resolve_run(run_dir: str | Path) -> Path:
+    "Where a run folder is: as it stands, or below the project's root."
+    run = Path(run_dir)
+    return run if run.is_absolute() else ROOT / run
+
+
+def environment(cfg: dict) -> dict:
+    "What env.json holds: versions, device, threads, seed, commit, and a hash of every list file."
+    def installed(package: str) -> str | None:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return None
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() and cfg["Global"]["device"] == "gpu" else "cpu"
+    return {"python": platform.python_version(), "platform": platform.platform(), "device": device,
+            "threads": torch.get_num_threads(), "seed": cfg["Global"]["seed"], "commit": commit(),
+            "packages": {package: installed(package) for package in PACKAGES}, "lists": list_hashes(cfg)}
+
+
+def list_hashes(cfg: dict) -> dict[str, str]:
+    "The SHA-256 of each list file that the configuration names."
+    named = {lookup(cfg, f"DataLoader.{part}.dataset.cls_label_path") for part in LOADERS} - {None}
+    files = [path for path in map(resolve, sorted(named)) if path.is_file()]
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def commit() -> str | None:
+    "The project's git commit, with a plus where files differ from it, or None outside a checkout."
+    def git(*args: str) -> str:
+        return subprocess.check_output(["git", "-C", str(ROOT), *args], text=True, stderr=subprocess.DEVNULL).strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def save_embeddings(run: Path, **embeddings: torch.Tensor) -> None:
+    "None; writes each array of embeddings, float32 (N, D), as embeddings/NAME.npy."
+    for name, values in embeddings.items():
+        with replacing(run / "embeddings" / f"{name}.npy") as path, path.open("wb") as file:
+            np.save(file, values.numpy())
+
+
+def save_metrics(run: Path, before: dict, after: dict) -> dict:
+    "The content of metrics.json, written: the final metrics, and those before training and their gain."
+    content = {**after, "before": before, "gain": {k: after[k] - before[k] for k in after if k in before}}
+    write_json(run / "metrics.json", content)
+    return content
+
+
+@dataclass
+class Run:
+    """A finished run as its folder tells it: configuration, evaluation lists and their features, results.
+
+    The lists are read when they are first asked for: the rest of a run can be used where its images are not.
+    """
+
+    folder: Path
+    cfg: dict
+    lists: Callable[[], tuple[ImageList, ImageList]]  # gives query and gallery
+    query_features: np.ndarray  # (Q, D) float32
+    gallery_features: np.ndarray  # (G, D)
+    metrics: dict
+    history: pd.DataFrame
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def query(self) -> ImageList:
+        return self.lists()[0]
+
+    @property
+    def gallery(self) -> ImageList:
+        return self.lists()[1]
+
+    @property
+    def class_names(self) -> list[str]:
+        """What the training identities are called, in the order of their labels."""
+        def names(path: Path) -> list[str]:
+            return pd.read_csv(path, dtype=str, keep_default_na=False)["name"].tolist()
+
+        return undamaged(self.folder, self.folder / "labels.csv", names)
+
+    @property
+    def exclude_self(self) -> np.ndarray:
+        "(Q,) where each query's own file stands in the gallery, -1 where it does not."
+        return own_index(self.query, self.gallery)
+
+    def rank(self, k: int = 10, re_ranking: bool = False) -> Ranking:
+        "The judged first k of every query, by cosine or by k-reciprocal distance."
+        others = None if same_list(self.query, self.gallery) else self.gallery_features
+        scores = -k_reciprocal(self.query_features, others) if re_ranking else None
+        return rank(self.query_features, self.gallery_features, self.query.labels, self.gallery.labels,
+                    self.query.cameras, self.gallery.cameras, self.exclude_self, k, scores=scores)
+
+    def model(self) -> RecModel:
+        "The trained model in evaluation mode, on the CPU."
+        model = build_model(untrained(self.cfg))
+        load_weights(model, self.folder / "model.safetensors")
+        return model.eval()
+
+
+def model_input(run: Run, picture) -> torch.Tensor:
+    "(3, H, W): a picture (path, PIL image or array) as the run's evaluation shows it to the model."
+    transform = build_transform(run.cfg, f"{evaluation_places(run.cfg)[0]}.dataset")
+    return transform(pil_to_tensor(read_picture(picture, 4096)))
+
+
+def embed_picture(run: Run, model: RecModel, picture) -> np.ndarray:
+    "(D,) the feature of one picture."
+    with torch.inference_mode():
+        return model(model_input(run, picture)[None])["features"][0].float().numpy()
+
+
+def untrained(cfg: dict) -> dict:
+    "The configuration for use only: without pretrained weights, which the run's replace, and recomputed blocks."
+    cfg = copy.deepcopy(cfg)
+    cfg["Global"] |= {"pretrained_model": None, "grad_checkpointing": False}
+    cfg["Arch"].pop("pretrained_list", None)
+    for _, section in architectures(cfg):
+        section["Backbone"]["pretrained"] = False
+    return cfg
+
+
+def load_run(folder: str | Path) -> Run:
+    "The run of a folder that training has finished; raises ConfigError naming what it lacks."
+    run = resolve(folder)
+    parts = {name: run / "embeddings" / f"{name}.npy" for name in ("query", "gallery")}
+    for path in (run / "config.yaml", run / "metrics.json", run / "history.csv", *parts.values()):
+        if not path.is_file():
+            raise ConfigError(f"{run}: is not the folder of a finished run, {path.relative_to(run)} is missing; "
+                              "02_train writes one")
+    cfg = load_config(run / "config.yaml")
+    features = [undamaged(run, path, lambda path: np.load(path, allow_pickle=False)) for path in parts.values()]
+    metrics = undamaged(run, run / "metrics.json", lambda path: json.loads(path.read_text()))
+    lists = cache(partial(read_lists, run, cfg, features))
+    return Run(run, cfg, lists, *features, metrics, undamaged(run, run / "history.csv", pd.read_csv))
+
+
+def read_lists(run: Path, cfg: dict, features: Sequence[np.ndarray]) -> tuple[ImageList, ImageList]:
+    """Return a run's query and gallery lists with their transforms.
+
+    Raise DataError where they are not on this machine, ConfigError where they have changed since the run.
+    """
+    lists = evaluation_images(cfg)
+    for where, images, values in zip(evaluation_places(cfg), lists, features, strict=True):
+        images.transform = build_transform(cfg, f"{where}.dataset")
+        if len(images) != len(values):
+            raise ConfigError(f"{run}: embeddings has {len(values)} rows for the {len(images)} images of "
+                              f"{images.source}; the list has changed since the run")
+    return lists
+
+
+def undamaged(run: Path, path: Path, read: Callable):
+    "What `read` makes of a file of a run; raises ConfigError where it cannot."
+    try:
+        return read(path)
+    except Exception as error:  # readers raise whatever a damaged file leads them to
+        raise ConfigError(f"{run}: {path.relative_to(run)} is damaged: {error}") from error

@@ -1,0 +1,136 @@
+"""Files that are whole or absent, and folders that one process at a time writes to.
+
+A run folder's lock is the operating system's, held on the file `.lock`, so it ends with its owner however that ends.
+Between hosts it holds where the shared file system passes locks on: NFS 4 does, NFS 3 with its lock service running;
+mounts with `nolock`, `local_lock=flock` (NFS) or `localflock` (Lustre) keep locks within each host. Where there is no
+flock at all, filelock warns and the existence of the file is the lock: one left by a host that crashed has to be
+deleted by hand.
+"""
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from recnb.registry import ConfigError
+
+PATIENCE = 20.0  # seconds that an owner of a lock has to end
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    "A temporary path beside `path` that takes its place, flushed to the disk, once the block ends without an error."
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def link_or_copy(source: Path, path: Path) -> None:
+    """Make `path` a hard link to `source`, or a whole copy where the file system has no hard links."""
+    path.unlink(missing_ok=True)
+    try:
+        path.hardlink_to(source)
+    except OSError:  # exFAT, many network and FUSE mounts
+        with replacing(path) as temporary:
+            shutil.copyfile(source, temporary)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    "None; writes the text in UTF-8."
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, content) -> None:
+    "None; writes the content as indented JSON."
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+class LockedError(RuntimeError):
+    """Another process writes to this run folder."""
+
+
+def me() -> str:
+    """Return what a lock says of this process."""
+    return f"process {os.getpid()} on {platform.node()}"
+
+
+def owner(folder: Path) -> str:
+    """Return who holds the folder's lock, or held it when it was killed; empty where nobody does."""
+    try:
+        return (folder / ".owner").read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return ""
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock within the block; the same process may take it again.
+
+    Raises:
+        LockedError: Its owner lives on after some seconds; a kernel ends a little later than what started it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock", thread_local=False, is_singleton=True)
+    acquire(lock, folder)
+    outermost = lock.lock_counter == 1
+    try:
+        if outermost:
+            if left := owner(folder):
+                print(f"{folder}: took over the lock of {left}, which has ended")
+            write_text(folder / ".owner", me())
+        yield
+    finally:
+        if outermost:
+            (folder / ".owner").unlink(missing_ok=True)
+        lock.release()
+
+
+def acquire(lock: FileLock, folder: Path) -> None:
+    """Take the lock, waiting for an owner that is about to end."""
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"{folder}: waiting up to {PATIENCE:.0f} s for {owner(folder) or 'another process'} to end")
+        try:
+            lock.acquire(timeout=PATIENCE)
+        except Timeout:
+            raise LockedError(f"{folder}: {owner(folder) or 'another process'} is writing to this run folder; use "
+                              "another folder, or wait until it has ended") from None
+
+
+# configs/ and notebooks/ lie beside the package in a clone and inside it in an installed wheel. ROOT is what relative
+# paths start from: the clone, or the working directory where the package is installed.
+PACKAGE = Path(__file__).resolve().parent
+ROOT = Path.cwd() if (PACKAGE / "configs").is_dir() else PACKAGE.parent
+SHIPPED = ("configs", "notebooks")
+
+
+def resolve(path: str | Path) -> Path:
+    """Return the path itself if it exists from here, otherwise the same path below ROOT.
+
+    What an installed wheel ships, such as `configs/demo.yaml`, is found in the package. Raise ConfigError for text that
+    cannot be a path.
+    """
+    try:
+        path = Path(path).expanduser()
+        if path.exists() or path.is_absolute():
+            return path
+        shipped = path.parts[:1] and path.parts[0] in SHIPPED and (PACKAGE / path).exists()
+        return (PACKAGE if shipped else ROOT) / path
+    except (OSError, RuntimeError) as error:  # RuntimeError: ~ of someone who is not known
+        raise ConfigError(f"'{str(path)[:100]}' cannot be a path: {getattr(error, 'strerror', error)}") from None

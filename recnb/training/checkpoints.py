@@ -1,0 +1,182 @@
+"""Checkpoints: everything needed to go on after each epoch, and the refusal to go on with something else.
+
+A checkpoint holds weights, optimizer, history, the random state of every process and the resolved configuration. It is
+written whole or not at all, read with `weights_only=True`, and a run that goes on from one, in as many processes, ends
+with the same bits as one that did not stop.
+"""
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import nn
+
+from recnb.distributed.processes import anywhere, ranks
+from recnb.distributed.rows import collect, sharded_weights, split
+from recnb.registry import ConfigError
+from recnb.storage import link_or_copy, replacing
+from recnb.training.guard import TrainingError
+from recnb.training.learner import Callback, RetrievalLearner
+
+
+class Checkpoints(Callback):
+    """Everything needed to go on, after each epoch and every `save_steps` batches, and apart the best epoch's weights.
+
+    `epoch_N.pt` is kept every `save_interval` epochs, the last `keep` of them. `wish` says when to save and stop.
+    """
+
+    order = 90  # behind everything whose state is kept
+
+    def __init__(self, folder: Path, recipe: str, save_interval: int = 1, save_steps: int | None = None,
+                 keep: int | None = None, wish=None):
+        self.folder, self.recipe, self.save_interval, self.keep = folder, recipe, save_interval, keep
+        self.save_steps, self.wish, self.restored = save_steps, wish, None
+
+    def before_train(self):
+        self.since = 0
+        if self.restored:  # only now, since whatever ran before may have drawn on the generators
+            if self.restored["batch"]:
+                self.history.sums, self.history.count = self.restored["sums"], self.restored["count"]
+            set_random_state(self.restored["rng"])
+            self.restored = None
+
+    def after_batch(self):
+        if not self.training:
+            return
+        self.since, step = self.since + 1, self.iter + 1
+        whole = step % self.history.plan.update_freq == 0 or step == self.n_iter  # no gradients are waiting
+        asked = anywhere(self.wish.asked, self.loss.device)
+        if whole and (asked or (self.save_steps and self.since >= self.save_steps)):
+            self.since = 0
+            self.save(self.epoch, step)
+            self.stop_if(asked, f"epoch {self.epoch + 1} step {step}")
+
+    def after_epoch(self):
+        epoch = self.epoch + 1
+        self.save(epoch, 0)
+        if self.history.best.get("epoch") == epoch:
+            self.save_best()
+        if self.save_interval > 0 and epoch % self.save_interval == 0 and ranks()[0] == 0:
+            kept = self.folder / f"epoch_{epoch}.pt"
+            link_or_copy(self.folder / "latest.pt", kept)  # `latest` is replaced, never rewritten: a link is a copy
+            numbered = sorted(self.folder.glob("epoch_*.pt"), key=lambda path: int(path.stem.split("_")[1]))
+            for path in numbered[: -self.keep] if self.keep else ():
+                path.unlink()
+        if epoch < self.n_epoch:
+            self.stop_if(anywhere(self.wish.asked, self.dls.device), f"epoch {epoch}")
+
+    def stop_if(self, asked: bool, place: str) -> None:
+        if asked:
+            raise KeyboardInterrupt(f"stopped behind {place}, all saved: the same command goes on from there")
+
+    def save(self, epoch: int, batch: int) -> None:
+        "None; writes latest.pt: `epoch` epochs are done, and `batch` batches of the next."
+        model, optimizer = whole_states(self.model, self.opt)
+        self.history.join()  # every process goes on from the first one's
+        state = {"model": model, "loss": self.loss_func.train_loss.state_dict(), "optimizer": optimizer,
+                 "epoch": epoch, "batch": batch, "history": self.history.rows,
+                 "best": self.history.best, "config": self.recipe, "rng": random_states(), "sums": self.history.sums,
+                 "count": self.history.count,
+                 "callbacks": {cb.name: cb.state_dict() for cb in self.learn.cbs if hasattr(type(cb), "state_dict")}}
+        path = self.folder / "latest.pt"
+        if ranks()[0]:
+            return
+        try:
+            with replacing(path) as temporary:
+                torch.save(state, temporary)
+        except (OSError, RuntimeError) as error:  # torch's writer has no error of its own
+            intact = "the one before it is intact" if path.exists() else "there is none yet"
+            raise TrainingError(f"{path}: the checkpoint cannot be written, {intact} ({error})") from error
+
+    def save_best(self) -> None:
+        average = getattr(self.learn, "moving_average", None)
+        judged = self.model if average is None else average.average.module
+        save_weights(whole_states(judged)[0], self.folder / "best.safetensors")
+
+
+def save_weights(state: dict[str, torch.Tensor], path: Path) -> None:
+    "None; the first process writes a state dict as a .safetensors file."
+    if ranks()[0]:
+        return
+    with replacing(path) as temporary:
+        save_file({name: value.contiguous() for name, value in state.items()}, temporary)
+
+
+def random_states() -> list[dict]:
+    "The states of torch's generators, on the CPU and on every GPU, of each process; all of them have to call it."
+    own = {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+    world = ranks()[1]
+    states = [own] * world
+    if world > 1:
+        dist.all_gather_object(states, own)
+    return states
+
+
+def set_random_state(states: list[dict] | dict) -> None:
+    """None; sets torch's generators as this process had them.
+
+    A process that the states do not know, since there were fewer or since an older checkpoint has the first one's
+    alone, is seeded from the first one's and its own number.
+    """
+    states, rank = states if isinstance(states, list) else [states], ranks()[0]
+    if rank >= len(states):
+        torch.manual_seed(int(states[0]["torch"].sum()) + rank)
+        return
+    torch.set_rng_state(states[rank]["torch"])
+    if states[rank]["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(states[rank]["cuda"])
+
+
+def resume(learn: RetrievalLearner, callbacks: list[Callback], path: Path, check_same: Callable) -> None:
+    """Give the learner and the callbacks the state of the checkpoint `path`, to go on from there.
+
+    `check_same(theirs, path)` raises ConfigError where the checkpoint's configuration is another than this run's.
+    """
+    history, checkpoints = (next(cb for cb in callbacks if cb.name == name) for name in ("history", "checkpoints"))
+    try:
+        state = torch.load(path, "cpu", weights_only=True)
+        theirs = json.loads(state["config"])
+    except Exception as error:  # torch raises whatever its unpickler meets
+        raise ConfigError(f"{path} is not a checkpoint of a run: {error}") from error
+    check_same(theirs, path)
+    try:
+        learn.model.load_state_dict(split(state["model"], sharded_weights(learn.model)))
+        learn.loss_func.train_loss.load_state_dict(state["loss"])
+        load_optimizer(learn, state["optimizer"])
+        for callback in (cb for cb in callbacks if cb.name in state["callbacks"]):
+            callback.load_state_dict(state["callbacks"][callback.name])
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path}: its content does not fit its own configuration, so it has been changed or is "
+                          f"damaged ({error}); take an earlier checkpoint, or delete it to begin anew") from error
+    history.rows, history.best, checkpoints.restored = state["history"], state["best"], state
+    learn.first_epoch, learn.first_batch = state["epoch"], state["batch"]
+    best, kept = history.best.get("epoch"), checkpoints.folder / "best.safetensors"
+    if best == state["epoch"] and not state["batch"]:  # the process may have ended before they were written
+        average = next((cb.average.module for cb in callbacks if cb.name == "moving_average"), learn.model)
+        save_weights(whole_states(average)[0], kept)
+    elif best and not kept.exists():  # a checkpoint from another folder
+        print(f"the best epoch so far, {best}, is not in {checkpoints.folder}: the best is found anew")
+        history.best = {}
+
+
+def whole_states(model: nn.Module, optimizer=None) -> tuple[dict, dict | None]:
+    "The states of model and optimizer, the shares of sharded weights joined; every process has to call it."
+    state = collect(model.state_dict(), sharded_weights(model))
+    return state, optimizer and with_rows(model, optimizer.opt, optimizer.state_dict(), collect)
+
+
+def load_optimizer(learn: RetrievalLearner, state: dict) -> None:
+    "None; the learner's optimizer goes on from a state, of which sharded weights take their share."
+    learn.opt.load_state_dict(with_rows(learn.model, learn.opt.opt, state, split))
+
+
+def with_rows(model: nn.Module, optimizer, state: dict, change: Callable) -> dict:
+    "The state of an optimizer, or of each of several, in which `change(state, counts)` is made to sharded weights."
+    if "optimizers" in state:
+        parts = zip(optimizer.optimizers, state["optimizers"], strict=True)
+        return {"optimizers": [with_rows(model, own, part, change) for own, part in parts]}
+    return {**state, "state": change(state["state"], sharded_weights(model, optimizer))}

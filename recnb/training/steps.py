@@ -1,0 +1,121 @@
+"""How one step of the optimizer is made of batches, processes and scales.
+
+A step may use the gradients of several batches (`Accumulate`) and of several processes (`Together`), may need losses
+that are scaled while they are followed in half precision (`ScaleLoss`), and moves an average of the weights
+(`MovingAverage`). Behind a batch they act in this order: sum, average over processes, look for what has no value
+(`recnb.guard`), scale back and step, average the weights.
+"""
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from recnb.distributed.gradients import average_gradients, copy_from_first
+from recnb.distributed.processes import ranks
+from recnb.distributed.rows import sharded_weights, split
+from recnb.training.checkpoints import whole_states
+from recnb.training.learner import Callback, CancelBatchException, CancelStepException
+
+
+class Together(Callback):
+    "Keeps several processes at one: the first one's weights to begin with and its buffers, averaged gradients."
+
+    order = 8  # behind Accumulate, before the gradients are looked at and used
+
+    def own(self) -> list[nn.Parameter]:
+        "The parameters that every process holds."
+        shards = {self.model.get_parameter(name) for name in sharded_weights(self.model)}
+        both = (*self.model.parameters(), *self.loss_func.parameters())
+        return [p for p in both if p.requires_grad and p not in shards]
+
+    def before_fit(self):
+        copy_from_first([*self.own(), *self.model.buffers()])
+
+    def before_step(self):
+        average_gradients(self.own())
+
+    def after_step(self):
+        copy_from_first(self.model.buffers())
+
+
+class Accumulate(Callback):
+    "Sums the gradients of several batches, the loss of each divided by their number, before a step of the optimizer."
+
+    def __init__(self, batches: int):
+        self.batches = batches
+
+    def before_backward(self):
+        self.learn.loss_grad = self.loss_grad / self.batches
+
+    def before_step(self):  # the last batches of an epoch may be fewer
+        if (self.iter + 1) % self.batches and self.iter + 1 < self.n_iter:
+            raise CancelBatchException
+
+
+class ScaleLoss(Callback):
+    """Keeps the gradients of float16 from vanishing; a step whose gradients overflow is left out and the scale halved.
+
+    Gradients are scaled back before the optimizer is called, so that its hooks clip and add to true ones. Several
+    processes leave out the same steps, also where one alone sees the overflow in its share of a sharded head.
+    """
+
+    order = 10  # behind Accumulate
+
+    def __init__(self, device: torch.device):
+        kind = ShardedGradScaler if ranks()[1] > 1 else torch.amp.GradScaler
+        self.scaler = kind(device.type)
+
+    def before_backward(self):
+        self.learn.loss_grad = self.scaler.scale(self.loss_grad)
+
+    def before_step(self):
+        # A fused one would be called with gradients that overflow too: its hooks would run and fill its state.
+        self.opt.opt._step_supports_amp_scaling = False
+        self.scaler.unscale_(self.opt.opt)
+        self.scaler.step(self.opt.opt)
+        self.scaler.update()
+        raise CancelStepException  # it has been done, or had to be left out
+
+    def state_dict(self) -> dict:
+        return self.scaler.state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        self.scaler.load_state_dict(state)
+
+
+class MovingAverage(Callback):
+    """An exponential moving average of the weights and buffers, which is what is evaluated and kept as the best.
+
+    `decay` a step; training goes on with the weights themselves.
+    """
+
+    order = 30
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+
+    def after_step(self):
+        self.average.update_parameters(self.learn.model)
+
+    def before_validate(self):
+        self.swap()
+
+    def after_validate(self):
+        self.swap()
+
+    def swap(self):
+        for own, other in zip(*([*m.parameters(), *m.buffers()] for m in (self.learn.model, self.average.module)),
+                              strict=True):
+            held = own.detach().clone()
+            own.data.copy_(other)
+            other.data.copy_(held)
+
+    def state_dict(self) -> dict:
+        return {"weights": whole_states(self.average.module)[0], "steps": int(self.average.n_averaged)}
+
+    def load_state_dict(self, state: dict) -> None:
+        module = self.average.module
+        module.load_state_dict(split(state["weights"], sharded_weights(module)))
+        self.average.n_averaged.fill_(state["steps"])

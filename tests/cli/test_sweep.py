@@ -1,0 +1,181 @@
+"Batches of runs, and the notebook that compares them: recnb/cli/sweep.py, recnb/cli/notebook.py, 06_compare."
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+import yaml
+from conftest import tiny_config
+
+from recnb.cli import notebook, sweep, train
+from recnb.registry import ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]
+TRAIN, COMPARE = ROOT / "notebooks" / "02_train.ipynb", ROOT / "notebooks" / "06_compare.ipynb"
+
+
+@pytest.fixture
+def called(monkeypatch, capfd):
+    "A function that calls a script as the command line does: its exit code or message, and what it printed."
+    def call(module, *args):
+        monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, args)])
+        try:
+            code = module.main()
+        except SystemExit as end:
+            code = end.code
+        return code, capfd.readouterr().out
+
+    return call
+
+
+def batch_file(drawn, folder: Path, **content) -> Path:
+    config = tiny_config(drawn, folder / "tiny.yaml")
+    path = folder / "batch.yaml"
+    path.write_text(yaml.safe_dump({"config": str(config), "run_dir": str(folder / "runs"), **content}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def second_run(drawn, tmp_path_factory):
+    "A run like the trained one with another margin, made without a notebook."
+    folder = tmp_path_factory.mktemp("second")
+    config = tiny_config(drawn, folder / "tiny.yaml", {"Arch.Head.margin": 0.3})
+    assert train.main([str(config), "--run-dir", str(folder / "second")]) == 0
+    return folder / "second"
+
+
+def test_grid_and_list_are_combined():
+    runs = sweep.expand({"overrides": {"Global.epochs": 3},
+                         "grid": {"Arch.Head.margin": [0.1, 0.3], "Arch.Head.scale": [16]},
+                         "list": [{}, {"Optimizer.lr.learning_rate": 0.001, "Global.image_shape": [3, 64, 64]}]})
+    assert list(runs) == ["margin-0.1", "margin-0.3", "margin-0.1_learning_rate-0.001_image_shape-3-64-64",
+                          "margin-0.3_learning_rate-0.001_image_shape-3-64-64"]  # scale is the same in all
+    assert runs["margin-0.3"] == {"Global.epochs": 3, "Arch.Head.margin": 0.3, "Arch.Head.scale": 16}
+    assert sweep.expand({}) == {"base": {}}
+    assert list(sweep.expand({"grid": {"Arch.Head.name": ["A", "B"], "Arch.Neck.name": ["C"]},
+                              "list": [{"Arch.Backbone.name": "x/y"}, {}]})) == [
+        "Head.name-A_Backbone.name-y", "Head.name-B_Backbone.name-y", "Head.name-A", "Head.name-B"]
+
+
+@pytest.mark.parametrize("content, message", [
+    ({"grid": {"a.b": [1, 1]}}, "two runs are named"),
+    ({"list": [{}, {}]}, "two runs are named base"),
+    ({"grid": {"a.b": 1}}, "a.b: 1 is not a list"),
+    ({"grid": {"a.b": [1]}, "list": [{"a.b": 2}]}, "a.b stands in grid and in overrides or list"),
+    ({"list": {"a.b": 1}}, "is a dict, not a list"),
+])
+def test_what_cannot_be_meant_is_refused(content, message):
+    with pytest.raises(ConfigError, match=message):
+        sweep.expand(content)
+
+
+def test_the_example_is_sound_and_print_runs_nothing(called, tmp_path):
+    code, printed = called(sweep, "configs/sweeps/demo_margin.yaml", "--run-dir", tmp_path / "runs", "--print")
+    lines = printed.splitlines()
+    assert code == 0 and len(lines) == 6 and not (tmp_path / "runs").exists()
+    for line in lines:
+        before, command = line.split(" && ")
+        assert shlex.split(before)[:2] == ["mkdir", "-p"] and subprocess.run(["bash", "-nc", line]).returncode == 0
+        words = shlex.split(command)
+        assert words[1:3] == ["-m", "papermill"] and Path(words[3]) == TRAIN
+        assert set(yaml.safe_load(words[words.index("-y") + 1])) == {"config", "run_dir", "overrides"}
+        assert Path(words[4]).parent == Path(shlex.split(before)[2])
+
+
+@pytest.mark.parametrize("content, message", [
+    ({"grid": {"Arch.Head.margn": [0.1, 0.3]}}, "margn-0.1: .*did you mean 'margin'"),
+    ({"gird": {}}, "gird: there is no such key; did you mean 'grid'"),
+    ({"list": [{}, {"Arch.Head.margin": 0.2}]}, "base and margin-0.2 are the same configuration"),
+])
+def test_a_batch_is_checked_before_anything_starts(drawn, tmp_path, content, message):
+    path = batch_file(drawn, tmp_path, **content)
+    with pytest.raises(ConfigError, match=message):
+        sweep.plan(str(path), None)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_command_that_fails_stops_no_other(tmp_path, capfd):
+    jobs = [sweep.Job(name, tmp_path / name, {}, ["sh", "-c", text])
+            for name, text in (("first", "true"), ("second", "echo this is why; exit 3"), ("third", "true"))]
+    sweep.Batch(jobs, 2).run()
+    assert [job.state for job in jobs] == ["done", "failed", "done"] and "this is why" in capfd.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_failing_run_keeps_its_notebook_and_the_others_go_on(called, drawn, tmp_path):
+    path = batch_file(drawn, tmp_path, list=[{"Arch.Head.margin": 0.1}, {"Arch.Head.margin": 0.3},
+                                             {"DataLoader.Train.dataset.cls_label_path": str(tmp_path / "none.txt")}])
+    code, printed = called(sweep, path, "--jobs", 2)
+    assert code == 1
+    states = {folder.name[:10]: (folder / "metrics.json").exists() for folder in (tmp_path / "runs").iterdir()}
+    assert states == {"margin-0.1": True, "margin-0.3": True, "cls_label_": False}
+    failed = next((tmp_path / "runs").glob("cls_label_*"))
+    cells = nbformat.read(failed / "train.ipynb", 4).cells
+    assert any(output.output_type == "error" for cell in cells for output in cell.get("outputs", []))
+    assert "failed after" in printed and "there is no file" in printed
+    table = printed[printed.rindex("seconds"):]
+    assert table.count(" done ") == 2 and table.count(" failed ") == 1 and "mAP" in table
+
+
+def test_what_is_done_is_skipped_and_another_config_refused(called, trained_run, second_run, drawn, tmp_path,
+                                                            monkeypatch):
+    path = batch_file(drawn, tmp_path, list=[{"Arch.Head.margin": 0.2}, {"Arch.Head.margin": 0.3}],
+                      overrides={"Global.epochs": 2})
+    first, second = tmp_path / "runs" / "margin-0.2", tmp_path / "runs" / "margin-0.3"
+    shutil.copytree(trained_run, first)
+    shutil.copytree(second_run, second)
+    assert [job.state for job in sweep.plan(str(path), None)] == ["done", "interrupted"]
+    (second / "gallery.html").touch()  # what the notebook writes last
+    monkeypatch.setattr(sweep.Batch, "run_one", lambda self, job: pytest.fail(f"{job.name} is run again"))
+    code, printed = called(sweep, path)
+    assert code == 0 and "2 runs, 2 of them done before" in printed
+    (first / "metrics.json").unlink()
+    assert [job.state for job in sweep.plan(str(path), None)] == ["interrupted", "done"]
+    content = yaml.safe_load(path.read_text())
+    path.write_text(yaml.safe_dump({**content, "overrides": {"Global.epochs": 2, "Arch.Head.scale": 8}}))
+    with pytest.raises(ConfigError, match=r"0.2 holds a run of another configuration \(Arch.Head.scale: 16 -> 8"):
+        sweep.plan(str(path), None)
+
+
+def test_the_runs_are_compared(called, trained_run, second_run, tmp_path):
+    executed, pair = tmp_path / "new" / "compare.ipynb", {"run": trained_run, "second": second_run}
+    code, _ = called(notebook, COMPARE, executed, "-p", "run_dirs", json.dumps([*map(str, pair.values())]),
+                     "-p", "pattern", "", "-p", "out_dir", tmp_path / "out")
+    assert code == 0
+    board = pd.read_csv(tmp_path / "out" / "leaderboard.csv")
+    assert set(board.run) == set(pair) and (board.state == "finished").all()
+    scores = [json.loads((pair[name] / "metrics.json").read_text())["mAP"] for name in board.run]
+    assert board.mAP.tolist() == pytest.approx(scores)
+    outputs = [output for cell in nbformat.read(executed, 4).cells for output in cell.get("outputs", [])]
+    assert [output.text for output in outputs if output.get("name") == "stderr"] == []
+    assert any("Arch.Head.margin" in str(output.get("data")) for output in outputs)
+    assert executed.stat().st_size < 1_500_000
+
+
+@pytest.mark.slow
+def test_a_single_run_is_a_leaderboard_of_one(called, trained_run, tmp_path):
+    code, _ = called(notebook, COMPARE, tmp_path / "compare.ipynb", "-y", json.dumps(
+        {"run_dirs": [str(trained_run)], "pattern": "", "out_dir": str(tmp_path)}))
+    assert code == 0 and "nothing to pair" in (tmp_path / "compare.ipynb").read_text()
+
+
+def test_unknown_parameters_and_wrong_types_are_refused(called, tmp_path):
+    code, _ = called(notebook, TRAIN, tmp_path / "x" / "out.ipynb", "-p", "overide", "{}")
+    assert "there is no parameter 'overide'; did you mean 'overrides'?" in code
+    assert not (tmp_path / "x").exists()
+    code, _ = called(notebook, TRAIN, tmp_path / "out.ipynb", "-p", "overrides", "[1]")
+    assert "overrides: [1] is a list, not dict" in code
+    with pytest.raises(ConfigError, match=r"there is no such notebook; did you mean '02_train.ipynb'"):
+        notebook.check(ROOT / "notebooks" / "02_trian.ipynb", {})
+
+
+def test_values_arrive_as_they_were_meant(tmp_path):
+    given = notebook.parameters_of(TRAIN, [["run_dir", "1e-3"], ["overrides", "{a.b: 1e-5, c.d: 'yes'}"]], "")
+    assert given == {"run_dir": "1e-3", "overrides": {"a.b": 1e-5, "c.d": "yes"}}
+    words = notebook.papermill_command(TRAIN, tmp_path / "out.ipynb", given)
+    assert yaml.safe_load(words[words.index("-y") + 1]) == given

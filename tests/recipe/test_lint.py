@@ -1,0 +1,69 @@
+"What the lint finds, each finding planted and then taken away again; the shipped configurations are free of them."
+import pytest
+
+from recnb import build_loaders, load_config
+from recnb.recipe.lint import lint, stop
+from recnb.registry import ConfigError
+
+PLANTED = [
+    ("DataLoader.Train.sampler", {"name": "DistributedBatchSampler", "batch_size": 8}, "take PKSampler"),
+    ("Loss.Train.1.SupConLoss.views", 3, "write views: 2"),
+    ("Loss.Train", [{"CELoss": {"weight": 0.5}}], "write weight: 1.0 for the original's behaviour"),
+    ("Arch.infer_add_softmax", True, "write infer_add_softmax: False"),
+    ("Optimizer.lr.warmup_epoch", 2, "lower it or raise Global.epochs"),
+    ("Loss.Train", [{"CELoss": {"weight": 0}}, {"SupConLoss": {"weight": 0, "views": 2}}], "give one loss a weight"),
+    ("Arch.infer_add_softmax", "false", "write False"),
+    ("Global.use_dali", True, "leave it out"),
+    ("Global.devices", 2, "multiply learning_rate by their number (Adam: by its root), or divide batch_size by it"),
+    ("Slim", {"prune": {"name": "fpgm"}}, "leave the section out"),
+    ("Metric.Train", [{"TopkAcc": {"topk": [1]}}], "leave it out"),
+    ("DataLoader.Eval.Query.dataset.transform_ops", [{"RandFlipImage": {}}, {"ResizeImage": {"size": 32}}],
+     "leave it out there"),
+]
+
+
+def mends(config) -> list[str]:
+    return [finding.mend for finding in lint(load_config(config))]
+
+
+def test_an_ordinary_configuration_has_no_finding(config_file):
+    assert mends(config_file()) == []
+
+
+@pytest.mark.parametrize(("key", "value", "mend"), PLANTED)
+def test_each_finding_names_what_would_mend_it(config_file, key, value, mend):
+    assert mends(config_file({key: value})) == [mend]
+
+
+@pytest.mark.parametrize(("ops", "mend"), [
+    ([{"RandomErasing": {}}, {"NormalizeImage": {}}], "move it behind NormalizeImage"),
+    ([{"NormalizeImage": {}}, {"RandomErasing": {"mean": [0.5, 0.5, 0.5]}}], "write mean: [0., 0., 0.]"),
+    ([{"NormalizeImage": {}}, {"RandomErasing": {}}], None),
+])
+def test_erasing_belongs_behind_the_normalisation(config_file, ops, mend):
+    found = mends(config_file({"DataLoader.Train.dataset.transform_ops": [{"ResizeImage": {"size": 32}}, *ops]}))
+    assert found == ([mend] if mend else [])
+
+
+def test_test_identities_that_are_trained_on_are_counted(config_file, drawn):
+    cfg = load_config(config_file())
+    assert lint(cfg, build_loaders(cfg)) == []
+    cfg = load_config(config_file({"DataLoader.Train.dataset.cls_label_path": str(drawn / "gallery.txt")}))
+    assert "9 of 9 identities" in lint(cfg, build_loaders(cfg))[0].what
+
+
+@pytest.mark.parametrize("name", ["demo", "grocery", "omniglot"])
+def test_the_shipped_configurations_have_no_finding(name):
+    assert mends(f"configs/{name}.yaml") == []
+
+
+def test_training_images_of_another_size_are_found(config_file):
+    cfg = load_config(config_file({"DataLoader.Train.dataset.transform_ops": [{"ResizeImage": {"size": [24, 32]}}]}))
+    (finding,) = lint(cfg, build_loaders(cfg))
+    assert finding.what == "images of [3, 32, 24], Global.image_shape is [3, 32, 32]"
+
+
+def test_strict_findings_stop_the_run(config_file):
+    stop(lint(load_config(config_file({"Global.use_dali": True}))))
+    with pytest.raises(ConfigError, match=r"Loss\.Train: every weight is 0: no gradient comes of it"):
+        stop(lint(load_config(config_file({"Loss.Train": [{"CELoss": {"weight": 0}}, {"CELoss": {"weight": 0}}]}))))

@@ -1,0 +1,189 @@
+"""Neighbours against plain sorting; the index through its whole life, and what it refuses."""
+
+import json
+
+import faiss
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from recnb.retrieval import search
+from recnb.retrieval.search import Index, auto_factory, knn, merge
+
+
+@st.composite
+def problems(draw):
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    queries, items, width = draw(st.integers(1, 7)), draw(st.integers(2, 40)), draw(st.integers(1, 3))
+    distance = draw(st.sampled_from(["dot", "euclidean", "hamming"]))
+    low, high, kind = (0, 4, np.uint8) if distance == "hamming" else (-2, 3, np.float32)
+    query, gallery = (rng.integers(low, high, (n, width)).astype(kind) for n in (queries, items))
+    exclude = rng.integers(-1, items, queries) if draw(st.booleans()) else None
+    return query, gallery, distance, exclude, draw(st.integers(1, 45)), draw(st.sampled_from([1, 1 << 28]))
+
+
+@settings(max_examples=200, deadline=None)
+@given(problems())
+def test_knn_is_a_stable_sort(problem):
+    query, gallery, distance, exclude, k, memory = problem
+    q, g = query.astype(float), gallery.astype(float)
+    if distance == "hamming":
+        q, g = (np.unpackbits(x, axis=1).astype(float) for x in (query, gallery))
+    scores = q @ g.T if distance == "dot" else -((q[:, None] - g[None]) ** 2).sum(-1)
+    scores = -np.sqrt(-scores) if distance == "euclidean" else scores
+    found, ids = knn(query, gallery, k, distance, exclude, memory=memory)
+    assert found.dtype == np.float32 and ids.dtype == np.int64
+    assert ids.shape == (len(query), min(k, len(gallery) - (exclude is not None)))
+    for i, row in enumerate(scores):
+        order = [j for j in np.argsort(-row, kind="stable") if exclude is None or j != exclude[i]]
+        assert list(ids[i]) == order[:k][: ids.shape[1]]
+        assert found[i] == pytest.approx(row[ids[i]], abs=1e-5)
+
+
+@pytest.mark.parametrize("distance", ["cosine", "dot", "euclidean"])
+def test_every_way_of_searching_gives_the_same_answer(distance):
+    rng = np.random.default_rng(0)
+    query, gallery = rng.normal(size=(70, 24)).astype(np.float32), rng.normal(size=(900, 24)).astype(np.float32)
+    scores, ids = knn(query, gallery, 9, distance)
+    index = Index(distance, "Flat").add(gallery)
+    shards = [Index(distance).add(gallery[part], np.arange(900)[part]) for part in (slice(0, 300), slice(300, 900))]
+    answers = {"tensors": knn(torch.tensor(query), torch.tensor(gallery), 9, distance),
+               "blocks": knn(query, gallery, 9, distance, memory=1 << 12),
+               "faiss": knn(query, gallery, 9, distance, backend="faiss"), "index": index.search(query, 9),
+               "two shards": merge([shard.search(query, 9) for shard in shards], 9)}
+    for name, (other_scores, other_ids) in answers.items():
+        assert (other_ids == ids).all(), name
+        assert other_scores == pytest.approx(scores, abs=1e-4), name
+    own = knn(gallery, None, 3, distance)
+    assert (own[1] != np.arange(900)[:, None]).all()
+    assert (knn(gallery, None, 3, distance, backend="faiss")[1] == own[1]).all()
+
+
+def test_faiss_shards_of_saved_indices_answer_as_one(tmp_path):
+    rng = np.random.default_rng(0)
+    gallery, query = rng.normal(size=(400, 8)).astype(np.float32), rng.normal(size=(20, 8)).astype(np.float32)
+    whole = Index("dot").add(gallery).search(query, 5)
+    for shard in range(2):
+        Index("dot").add(gallery[shard::2], np.arange(400)[shard::2]).save(tmp_path / str(shard))
+    together = faiss.IndexShards(8, True, False)
+    parts = [faiss.read_index(str(next((tmp_path / str(shard)).glob("*.faiss")))) for shard in range(2)]
+    for part in parts:
+        together.add_shard(part)
+    scores, ids = together.search(query, 5)
+    assert (ids == whole[1]).all() and scores == pytest.approx(whole[0], abs=1e-5)
+
+
+def test_duplicates_come_in_the_order_of_the_gallery_and_never_hide_the_query():
+    x = np.ones((40, 3), np.float32)
+    assert (knn(x[:2], x, 5)[1] == np.arange(5)).all()
+    assert knn(x, None, 39)[1][7].tolist() == [*range(7), *range(8, 40)]
+
+
+def test_small_euclidean_distances_keep_their_digits():
+    x = np.full((2, 512), 10.0, np.float32)
+    x[1, 0] += 1e-3
+    assert knn(x, None, 1, "euclidean")[0][0, 0] == pytest.approx(-1e-3, rel=1e-2)
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda x: knn(x, x, 0), "k must be at least 1"),
+    (lambda x: knn(x[:1], None, 1), "nothing but the query itself"),
+    (lambda x: knn(x, x, 1, exclude=[0]), "one row number for each query"),
+    (lambda x: knn(x, x[:, :2], 1), "3 dimensions but gallery has 2"),
+    (lambda x: knn(x, np.full((2, 3), np.nan), 1), "gallery row 0 holds NaN"),
+    (lambda x: Index().search(x), "index is empty"),
+    (lambda x: Index("manhattan"), "distance must be one of"),
+    (lambda x: Index().add(x).search(x[:, :2]), "vectors of 3 dimensions; got 2"),
+    (lambda x: Index().add(x).add(x[:, :2]), "vectors of 3 dimensions; got 2"),
+    (lambda x: Index().add(x, ids=[1, 1, 2, 3]), "4 different integers"),
+    (lambda x: Index().add(x, ids=["a", "b", "c", "d"]), "4 different integers"),
+    (lambda x: Index().add(x, ids=[1, 2, 3, 4]).add(x, ids=[4, 5, 6, 7]), "id 4 is in the index already"),
+    (lambda x: Index().add(x, path=["a"]), "column path has 1 values for 4"),
+    (lambda x: Index().add(x, path=list("abcd")).add(x), "has the columns"),
+    (lambda x: Index().add(x).remove([9]), "1 of the ids to remove"),
+    (lambda x: Index().add(x).item(9), "no id 9"),
+    (lambda x: Index(model="a").add(x, model="b"), "model a, not of b"),
+    (lambda x: Index(model="a").add(x).search(x, model="b"), "model a, not of b"),
+    (lambda x: Index().save("unused"), "nothing to save"),
+])
+def test_bad_input_gets_one_clear_sentence(call, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        call(np.eye(4, 3, dtype=np.float32) + 1)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("distance, factory", [
+    ("cosine", "Flat"), ("dot", "HNSW16"), ("euclidean", "IVF4,Flat"), ("hamming", "BFlat"), ("hamming", "BIVF4"),
+    ("hamming", "BHNSW16")])
+def test_an_index_through_its_life(distance, factory, tmp_path, capfd):
+    rng = np.random.default_rng(0)
+    bits = distance == "hamming"
+    x = rng.integers(0, 256, (300, 16), dtype=np.uint8) if bits else rng.normal(size=(300, 16)).astype(np.float32)
+    names = [f"image{i}.png" for i in range(300)]
+    index = Index(distance, factory, model="abc", info={"flip": True}, effort=64)
+    index.add(x[:200], np.arange(200) * 10, path=names[:200], label=np.arange(200) % 7)
+    printed = capfd.readouterr().out
+    assert ("nearest neighbours" in printed) == (index.recall is not None) == (factory not in ("Flat", "BFlat"))
+    assert index.recall is None or index.recall > 0.9
+    index.add(x[200:], path=names[200:], label=np.arange(200, 300) % 7)
+    assert index.ids[200] == 1991 and len(index) == 300
+    index.remove([0, 10, 1991])
+    assert len(index) == 297
+    kept = np.setdiff1d(np.arange(300), [0, 1, 200])
+    place = dict(zip(index.ids, kept, strict=True))
+    index.save(tmp_path / "index")
+    loaded = Index.load(tmp_path / "index", dimension=16, model="abc")
+    assert len(loaded) == 297 and loaded.info == {"flip": True} and loaded.recall == index.recall
+    exact = knn(x[kept], x[kept], 3, distance)
+    for one in (index, loaded):
+        scores, ids = one.search(x[kept], 3, model="abc")
+        assert (ids[:, 0] == index.ids[exact[1][:, 0]]).mean() > 0.95
+        assert scores == pytest.approx(exact[0], abs=1e-3) or factory not in ("Flat", "BFlat")
+        assert one.item(ids[5, 0]) == {"path": names[place[ids[5, 0]]], "label": place[ids[5, 0]] % 7}
+        assert not {0, 10, 1991} & set(one.search(x[:3], 50)[1].ravel())
+
+
+def test_loading_for_another_dimension_or_model_is_an_error(tmp_path):
+    Index(model="abc").add(np.eye(3, dtype=np.float32)).save(tmp_path)
+    with pytest.raises(ValueError, match="3 dimensions, not 4"):
+        Index.load(tmp_path, dimension=4)
+    with pytest.raises(ValueError, match="model abc, not of xyz"):
+        Index.load(tmp_path, model="xyz")
+
+
+def test_missing_neighbours_are_minus_one():
+    scores, ids = Index("euclidean").add(np.eye(3, dtype=np.float32)).search(np.eye(3, dtype=np.float32)[:1], 5)
+    assert ids.tolist() == [[0, 1, 2, -1, -1]] and np.isneginf(scores[0, 3:]).all()
+
+
+def test_an_interrupted_save_leaves_the_old_index(tmp_path, monkeypatch):
+    Index().add(np.eye(3, dtype=np.float32)).save(tmp_path)
+    new = Index().add(np.eye(5, dtype=np.float32))
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="disk is full"):
+        patch.setattr(search.json, "dumps", lambda *_: (_ for _ in ()).throw(OSError("disk is full")))
+        new.save(tmp_path)
+    assert len(Index.load(tmp_path)) == 3
+    new.save(tmp_path)
+    assert len(Index.load(tmp_path)) == 5
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".faiss", ".json"]
+
+
+def test_a_damaged_file_is_noticed(tmp_path):
+    Index().add(np.eye(3, dtype=np.float32)).save(tmp_path)
+    file = next(tmp_path.glob("*.faiss"))
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="missing or damaged"):
+        Index.load(tmp_path)
+    assert json.loads((tmp_path / "index.json").read_text())["distance"] == "cosine"
+
+
+def test_the_kind_of_index_follows_the_size():
+    assert auto_factory(60_000, 128) == "Flat"
+    assert auto_factory(500_000, 128) == "HNSW32"
+    assert auto_factory(10_000_000, 100) == "IVF12649,PQ25x8"
+    assert auto_factory(10_000_000, 16, "hamming") == "BFlat"
+    for dimension in (1, 7, 16, 100):
+        faiss.index_factory(dimension, auto_factory(10_000_000, dimension))

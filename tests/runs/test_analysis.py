@@ -1,0 +1,268 @@
+"""The analysis of embeddings against plain loops, and its notebook as a user runs it."""
+import itertools
+import json
+
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import run_notebook
+from PIL import Image
+
+from recnb import gallery, retrieval
+from recnb.registry import ConfigError
+from recnb.runs import analysis
+
+
+def synthetic(seed=0, identities=6, each=5, noise=0.6, cameras=True):
+    rng = np.random.default_rng(seed)
+    centres = rng.normal(size=(identities, 16))
+    parts = [np.repeat(np.arange(identities), n) for n in (3, each)]
+    vectors = [(centres[part] + noise * 2 * rng.normal(size=(len(part), 16))).astype(np.float32) for part in parts]
+    seen = [rng.integers(0, 3, len(part)) for part in parts] if cameras else [None, None]
+    return analysis.Embeddings(*vectors, *parts, *seen)
+
+
+def lists_of(data):
+    "Per query: (cosines of its positives, of its negatives), by a plain loop."
+    unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (data.query, data.gallery)]
+    for q, row in enumerate(unit[0] @ unit[1].T):
+        positive = [s for s, y, c in zip(row, data.gallery_labels, data.gallery_cameras, strict=True)
+                    if y == data.query_labels[q] and c != data.query_cameras[q]]
+        yield np.array(positive), row[data.gallery_labels != data.query_labels[q]]
+
+
+def ranks_of(data):
+    return [sorted(1 + (neg > s).sum() + (pos > s).sum() for s in pos) for pos, neg in lists_of(data) if len(pos)]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_cmc_and_precision_recall_against_loops(seed):
+    data = synthetic(seed)
+    ranks = ranks_of(data)
+    _, arrays = analysis.judge(data)
+    expected = [np.mean([r[0] <= k for r in ranks]) for k in range(1, 31)]
+    assert retrieval.cmc(arrays, 30) == pytest.approx(expected)
+    recall, precision = analysis.precision_recall(data, memory=1 << 14)
+    for t, value in zip(recall, precision, strict=True):
+        best = [max(j / r for j, r in enumerate(one, 1) if j / len(one) >= t - 1e-9) for one in ranks]
+        assert value == pytest.approx(np.mean(best))
+    assert precision[0] >= precision[50] >= precision[100]
+
+
+def test_cmc_beyond_the_gallery_stays_at_one():
+    assert retrieval.cmc(analysis.judge(synthetic())[1], 500)[-1] == 1
+
+
+def test_intervals_hold_the_estimate():
+    metrics, arrays = analysis.judge(synthetic())
+    assert (metrics.low <= metrics["mean"]).all() and (metrics["mean"] <= metrics.high).all()
+    assert metrics["mean"]["mAP"] == pytest.approx(arrays["AP"][arrays["valid"]].mean())
+    assert metrics.low["mAP"] < metrics.high["mAP"]
+
+
+@pytest.mark.parametrize("bins", [1, 7, 100])
+def test_the_histogram_counts_every_pair(bins):
+    data = synthetic()
+    edges, counts = analysis.pair_histogram(data, bins, memory=1 << 14)
+    positive, negative = (np.concatenate(part) for part in zip(*lists_of(data), strict=True))
+    assert counts.tolist() == [np.histogram(x, edges)[0].tolist() for x in (negative, positive)]
+
+
+@pytest.mark.parametrize("rate", [0.3, 0.05, 0.01])
+def test_the_threshold_against_sorted_negatives(rate):
+    data = synthetic()
+    point = analysis.operating_point(data, rate)
+    positive, negative = (np.concatenate(part) for part in zip(*lists_of(data), strict=True))
+    allowed = int(rate * len(negative))  # the next negative would be one too many
+    limit = np.sort(negative)[::-1][allowed]
+    assert (negative >= point["threshold"]).mean() <= rate
+    assert point["TPR"] == pytest.approx((positive > limit).mean(), abs=1.5 / len(positive))
+    assert point["threshold"] > limit - 1e-4
+    assert point["rate"] == rate and json.dumps(point)
+
+
+def test_identities_are_the_means_of_their_queries():
+    data = synthetic()
+    _, arrays = analysis.judge(data)
+    table = analysis.identities(data, arrays)
+    assert table.AP.is_monotonic_increasing and table.queries.sum() == arrays["valid"].sum()
+    for label, ap in zip(table.label, table.AP, strict=True):
+        mine = arrays["valid"] & (data.query_labels == int(str(label).split()[-1]))
+        assert ap == pytest.approx(arrays["AP"][mine].mean())
+
+
+def test_confused_pairs_against_a_loop():
+    data, expected = synthetic(noise=1.0), {}
+    unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (data.query, data.gallery)]
+    for q, row in enumerate(unit[0] @ unit[1].T):
+        same = data.gallery_labels == data.query_labels[q]
+        counted = ~(same & (data.gallery_cameras == data.query_cameras[q]))
+        first = data.gallery_labels[np.where(counted, row, -2).argmax()]
+        if (same & counted).any() and first != data.query_labels[q]:
+            pair = int(data.query_labels[q]), int(first)
+            expected[pair] = expected.get(pair, 0) + 1
+    table = analysis.confused(data)
+    assert expected
+    assert {(r.identity, r.taken_for): r.queries for r in table.itertuples()} == expected
+    assert table.queries.is_monotonic_decreasing and table.share.between(0, 1).all()
+    assert [expected.get((r.taken_for, r.identity), 0) for r in table.itertuples()] == table.back.tolist()
+
+
+def test_nobody_is_confused_where_all_is_right():
+    assert analysis.confused(synthetic(noise=0.01)).empty
+
+
+def test_planted_label_errors_are_found_and_clean_data_has_none():
+    vectors, labels, _ = synthetic(noise=0.05, each=8, cameras=False).union()
+    assert analysis.label_errors(vectors, labels).empty
+    wrong = labels.copy()
+    planted = {3: 4, 20: 1, 47: 0}
+    for item, label in planted.items():
+        wrong[item] = label
+    table = analysis.label_errors(vectors, wrong)
+    assert dict(zip(table["item"], table.suggested, strict=True)) == {i: labels[i] for i in planted}
+    assert (table.agreement == 1).all() and (table.similarity > table.own_similarity).all()
+
+
+def test_labels_may_be_strings_and_the_agreement_lower():
+    vectors, labels, _ = synthetic(noise=0.05, each=8, cameras=False).union()
+    names = np.array([f"thing {label}" for label in labels])
+    names[0] = names[1] = "alone"
+    table = analysis.label_errors(vectors, names, k=5, agreement=0.6)
+    assert set(table["item"]) == {0, 1} and set(table.suggested) == {f"thing {labels[0]}"}
+
+
+def test_effects_compare_with_the_plain_search():
+    data = synthetic()
+    table = analysis.effects(data, {"halved": (data.query[:, :8], data.gallery[:, :8])})
+    assert table.index[0] == "as they are" and table["mAP gain"].iloc[0] == 0
+    assert "halved" in table.index and "re-ranking" in table.index
+    assert table["mAP gain"].to_numpy() == pytest.approx((table.mAP - table.mAP.iloc[0]).to_numpy())
+    assert table.mAP.iloc[0] == pytest.approx(analysis.judge(data)[0]["mean"]["mAP"])
+
+
+def test_one_set_that_searches_itself():
+    data = synthetic(cameras=False)
+    both = analysis.Embeddings(data.gallery, data.gallery, data.gallery_labels, data.gallery_labels, exclude_self=True)
+    assert both.same and len(both.union()[0]) == len(data.gallery) and not data.same
+    assert len(analysis.effects(both)) == 5
+
+
+def test_the_principal_components_spread_the_points():
+    vectors = synthetic().union()[0]
+    points, method = analysis.project(vectors)
+    assert points.shape == (len(vectors), 2) and method in ("PCA", "UMAP")
+    if method == "PCA":
+        unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+        spread = np.linalg.svd(unit - unit.mean(0), compute_uv=False)[:2]
+        assert np.linalg.norm(points, axis=0) == pytest.approx(spread, rel=1e-4)
+
+
+def test_pictures_on_the_map_stand_apart():
+    points = np.random.default_rng(0).normal(size=(300, 2))
+    labels = (np.arange(300) == 77).astype(int)
+    figure = gallery.map_figure(points, labels, [Image.new("RGB", (20, 20))] * 300, [1], most=40)
+    taken = [artist.xy for artist in figure.axes[0].artists]
+    assert tuple(taken[0]) == tuple(points[77]) and 10 < len(taken) <= 40
+    place = (np.array(taken) - points.min(0)) / np.ptp(points, axis=0) * (18, 14)  # in pictures
+    assert all(np.abs(a - b).max() >= 1 for a, b in itertools.combinations(place, 2))
+
+
+def test_figures_are_white_and_small(tmp_path):
+    data = synthetic()
+    pictures = [Image.new("RGB", (20, 20), "red")] * len(data.gallery)
+    points, _ = analysis.project(data.gallery)
+    figures = [analysis.overview_figure(data), analysis.overview_figure(data, rate=1e-9),
+               gallery.map_figure(points, data.gallery_labels, pictures, [0, 1]),
+               gallery.map_figure(points, data.gallery_labels)]
+    for i, figure in enumerate(figures):
+        figure.savefig(tmp_path / f"{i}.png")
+        assert figure.dpi <= 100
+        assert Image.open(tmp_path / f"{i}.png").convert("RGB").getpixel((0, 0)) == (255, 255, 255)
+
+
+def written(data, folder):
+    folder.mkdir(exist_ok=True)
+    files = {}
+    for key in ("query", "gallery", "query_cameras", "gallery_cameras"):
+        np.save(folder / f"{key}.npy", getattr(data, key))
+        files[key] = str(folder / f"{key}.npy")
+    for key in ("query_labels", "gallery_labels"):
+        (folder / f"{key}.txt").write_text("\n".join(f"thing {label}" for label in getattr(data, key)) + "\n")
+        files[key] = str(folder / f"{key}.txt")
+    return files
+
+
+def test_files_give_the_same_as_arrays(tmp_path):
+    data = synthetic()
+    read = analysis.of_files(written(data, tmp_path))
+    assert read.query_labels[0] == "thing 0"
+    pd.testing.assert_frame_equal(analysis.judge(read)[0], analysis.judge(data)[0])
+
+
+def test_without_a_gallery_the_queries_search_each_other(tmp_path):
+    files = written(synthetic(), tmp_path)
+    read = analysis.of_files({"query": files["query"], "query_labels": files["query_labels"]})
+    assert read.same and len(read.gallery) == len(read.query)
+
+
+def test_paths_tell_whose_picture_is_whose(tmp_path):
+    files = written(synthetic(cameras=True), tmp_path)
+    for side, count in (("query", 18), ("gallery", 30)):
+        (tmp_path / f"{side}.list").write_text("\n".join(f"{(i * 7) % count}.jpg" for i in range(count)))
+        files[f"{side}_paths"] = str(tmp_path / f"{side}.list")
+    read = analysis.of_files(files)
+    assert all(read.query_paths[q] == read.gallery_paths[g] for q, g in enumerate(read.protocol.own) if g >= 0)
+    assert (read.protocol.own >= 0).all() and len(read.union()[0]) == 30
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"gallery_label": "x.npy"}, "did you mean 'gallery_labels'"),
+    ({"query": ...}, "'query' is missing"),
+    ({"gallery": ...}, "'gallery' is missing"),
+    ({"query_labels": "nowhere.txt"}, "there is no file"),
+    ({"gallery_labels": "short.txt"}, "gallery_labels has 1 entries for 30 vectors"),
+])
+def test_what_is_wrong_with_files_is_said(tmp_path, change, message):
+    files = written(synthetic(), tmp_path)
+    (tmp_path / "short.txt").write_text("1\n")
+    files |= {key: str(tmp_path / value) for key, value in change.items() if value is not ...}
+    files = {key: value for key, value in files.items() if change.get(key) is not ...}
+    with pytest.raises(ConfigError, match=message):
+        analysis.of_files(files)
+
+
+def test_an_unknown_option_is_refused():
+    assert analysis.chosen({"neighbours": 3})["neighbours"] == 3
+    with pytest.raises(ConfigError, match="did you mean 'neighbours'"):
+        analysis.chosen({"neighbors": 3})
+
+
+def check_results(folder, notebook):
+    report = json.loads((folder / "evaluation.json").read_text())
+    assert report["metrics"]["mAP"]["low"] <= report["metrics"]["mAP"]["mean"] <= report["metrics"]["mAP"]["high"]
+    assert {"threshold", "TPR", "rate", "EER"} <= set(report["verification"])
+    assert pd.read_csv(folder / "ap_per_identity.csv").AP.is_monotonic_increasing
+    assert "taken_for" in pd.read_csv(folder / "confused.csv")
+    assert "suggested" in pd.read_csv(folder / "label_errors.csv")
+    shown = [output for cell in nbformat.read(notebook, 4).cells for output in cell.get("outputs", [])]
+    assert sum("image/png" in output.get("data", {}) for output in shown) == 3  # the curves, the pairs, the map
+    assert [output.text for output in shown if output.get("name") == "stderr"] == []
+    assert notebook.stat().st_size < 1_500_000
+    return report
+
+
+@pytest.mark.slow
+def test_the_notebook_on_files(tmp_path):
+    files = written(synthetic(), tmp_path / "files")
+    notebook = run_notebook("03_evaluate", tmp_path / "run", embeddings=files, out_dir=str(tmp_path / "out"))
+    report = check_results(tmp_path / "out", notebook)
+    assert report["metrics"] == analysis.judge(synthetic())[0].to_dict("index")
+
+
+def test_the_notebook_on_a_run(trained_run, tmp_path):
+    notebook = run_notebook("03_evaluate", tmp_path / "run", run=str(trained_run), out_dir=str(tmp_path / "out"))
+    report = check_results(tmp_path / "out", notebook)
+    metrics = json.loads((trained_run / "metrics.json").read_text())
+    assert report["metrics"]["mAP"]["mean"] == pytest.approx(metrics["mAP"], abs=1e-6)

@@ -1,0 +1,103 @@
+"One process writes to a run folder: who holds the lock, who may take it over, and when."
+import subprocess
+import sys
+
+import pytest
+
+from recnb import storage as files
+from recnb.storage import LockedError, locked, owner
+
+HOLD = """
+import sys
+from pathlib import Path
+from recnb.storage import locked
+with locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+RACE = """
+import sys, time
+from pathlib import Path
+from recnb.storage import locked
+folder = Path(sys.argv[1])
+print("ready", flush=True)
+while not (folder / "go").exists():  # all at once
+    pass
+with locked(folder):
+    (folder / "inside").touch(exist_ok=False)
+    time.sleep(0.1)
+    (folder / "inside").unlink()
+"""
+
+
+@pytest.fixture(autouse=True)
+def hurry(monkeypatch):
+    monkeypatch.setattr(files, "PATIENCE", 0.3)
+
+
+def start(code, folder):
+    "Another process that runs the code and has printed its first line."
+    process = subprocess.Popen([sys.executable, "-c", code, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                               text=True)
+    assert process.stdout.readline() in ("held\n", "ready\n")
+    return process
+
+
+def killed(folder):
+    "A process that held the lock and was killed."
+    process = start(HOLD, folder)
+    process.kill()
+    process.wait()
+    return process
+
+
+def test_a_living_owner_keeps_others_out_and_a_dead_one_does_not(tmp_path, capsys):
+    process = start(HOLD, tmp_path)
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.iterdir()}
+    with pytest.raises(LockedError, match=f"process {process.pid} on .* is writing to this run"), locked(tmp_path):
+        pytest.fail("the lock was taken from a living owner")
+    assert before == {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.iterdir()}
+    process.kill()
+    process.wait()
+    with locked(tmp_path):
+        assert owner(tmp_path) == files.me()
+    assert f"took over the lock of process {process.pid}" in capsys.readouterr().out
+    assert not owner(tmp_path)
+
+
+def test_an_owner_that_ends_is_waited_for(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(files, "PATIENCE", 20)
+    process = start(HOLD, tmp_path)
+    process.stdin.close()
+    with locked(tmp_path):
+        assert owner(tmp_path) == files.me()
+    process.wait()
+    assert "took over" not in capsys.readouterr().out
+
+
+def test_processes_that_start_at_once_on_a_dead_owners_lock_hold_it_one_after_another(tmp_path):
+    killed(tmp_path)
+    processes = [start(RACE, tmp_path) for _ in range(4)]
+    (tmp_path / "go").touch()
+    printed = "".join(process.communicate(timeout=30)[0] for process in processes)
+    assert [process.returncode for process in processes] == [0, 0, 0, 0]
+    assert printed.count("took over the lock of process") == 1
+
+
+def test_a_lock_within_a_lock_leaves_the_outer_one(tmp_path):
+    with locked(tmp_path):
+        with locked(tmp_path):
+            pass
+        assert owner(tmp_path) == files.me()
+        process = subprocess.run([sys.executable, "-c", HOLD.replace("with locked", "import recnb.storage\n"
+                                  "recnb.storage.PATIENCE = 0.1\nwith locked"), str(tmp_path)], input="", text=True,
+                                 capture_output=True)
+        assert process.returncode and "LockedError" in process.stderr and files.me() in process.stderr
+
+
+def test_an_error_within_frees_the_lock(tmp_path):
+    with pytest.raises(ValueError), locked(tmp_path):
+        raise ValueError
+    process = start(HOLD, tmp_path)
+    process.communicate()
+    assert process.returncode == 0

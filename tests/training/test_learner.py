@@ -1,0 +1,199 @@
+"""It stays a fastai Learner: what people who know fastai do with one works here, on drawn images."""
+from dataclasses import replace
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+from fastai.callback.core import Callback
+from torch.utils.data import DataLoader
+
+from recnb.data.lists import own_index
+from recnb.data.loaders import Loaders, over
+from recnb.data.samplers import PKSampler
+from recnb.losses.combined import CELoss, CombinedLoss, SupConLoss
+from recnb.models.backbones import create_backbone
+from recnb.models.heads import ArcMargin
+from recnb.models.necks import FC
+from recnb.models.recmodel import RecModel
+from recnb.recipe.data import build_loaders, evaluation_images
+from recnb.recipe.learner import build_learner
+from recnb.recipe.model import build_model
+from recnb.recipe.schema import load_config
+from recnb.retrieval.metrics import retrieval_metrics
+from recnb.training.evaluation import embed
+from recnb.training.learner import RetrievalLearner
+
+
+@pytest.fixture
+def learn(config_file, tmp_path):
+    cfg = load_config(config_file())
+    return build_learner(cfg, build_model(cfg), build_loaders(cfg), tmp_path / "run")
+
+
+def weights(module) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in module.parameters()]).clone()
+
+
+def convolutions(module) -> torch.Tensor:
+    "All weights but those of batch norms, which fastai trains in frozen layers too."
+    return torch.cat([p.detach().flatten() for p in module.parameters() if p.dim() == 4]).clone()
+
+
+def test_composed_by_hand_without_yaml(config_file, tmp_path):
+    parts = build_loaders(load_config(config_file()))
+    train = parts.train.dataset
+    loaders = Loaders(DataLoader(train, batch_sampler=PKSampler(train.labels, batch_size=8, sample_per_id=2)),
+                      parts.query, parts.gallery)
+    backbone = create_backbone("test_resnet", stop="layer3", input_size=(3, 32, 32))
+    pooled = torch.nn.Sequential(backbone, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+    model = RecModel(pooled, FC(backbone.out_channels, 16), ArcMargin(16, len(train.names)))
+    learn = RetrievalLearner(loaders, model, CombinedLoss([(1.0, CELoss()), (0.5, SupConLoss())]), path=tmp_path)
+    learn.fit_one_cycle(1, 1e-3)
+    assert set(learn.scores()) == {"recall1", "recall5", "mAP"}
+
+
+def test_head_neck_and_backbone_all_learn(learn):
+    before = {name: weights(getattr(learn.model, name)) for name in ("backbone", "neck", "head")}
+    learn.fit(1, 1e-2)
+    for name, old in before.items():
+        assert not torch.equal(old, weights(getattr(learn.model, name))), name
+
+
+def test_labels_reach_the_head_only_in_training(learn):
+    seen = []
+
+    class Watch(Callback):
+        order = 0
+
+        def after_pred(self):
+            seen.append((self.training, sorted(self.pred)))
+
+    learn.fit(1, 1e-3, cbs=Watch())
+    assert (True, ["backbone", "features", "logits", "neck"]) in seen
+    assert all("logits" not in keys for training, keys in seen if not training)
+
+
+def test_lr_find_and_fit_one_cycle(learn, tmp_path):
+    before = weights(learn.model)
+    found = learn.lr_find(num_it=8, show_plot=False)
+    assert found.valley > 0 and torch.equal(before, weights(learn.model))
+    learn.fit_one_cycle(2, 1e-3)
+    rates = learn.recorder.lrs
+    assert max(rates) == pytest.approx(1e-3, rel=0.05) and rates[-1] < rates[0] < max(rates)
+
+
+def test_freeze_trains_neck_and_head_only_and_sliced_rates_spread(learn):
+    learn.freeze()
+    frozen, free = convolutions(learn.model.backbone), weights(learn.model.head)
+    learn.fit(1, 1e-2)
+    assert torch.equal(frozen, convolutions(learn.model.backbone))
+    assert not torch.equal(free, weights(learn.model.head))
+    learn.unfreeze()
+    learn.fit(1, slice(1e-5, 1e-3))
+    assert [group["lr"] for group in learn.opt.hypers] == pytest.approx([1e-5, 1e-3])
+    assert not torch.equal(frozen, convolutions(learn.model.backbone))
+
+
+def test_validate_and_get_preds(learn):
+    record = learn.validate()
+    names = learn.recorder.metric_names[2:-1]
+    assert dict(zip(names, record, strict=True))["mAP"] == learn.scores()["mAP"]
+    embeddings, labels = learn.get_preds()
+    query, gallery = learn.loaders.query.dataset, learn.loaders.gallery.dataset
+    assert embeddings.shape == (len(query) + len(gallery), 16)
+    assert labels.tolist() == [*query.labels, *gallery.labels]
+    train, targets = learn.get_preds(ds_idx=0)
+    assert train.shape == (len(learn.loaders.train.dataset), 16)
+    assert targets.tolist() == learn.loaders.train.dataset.labels.tolist()
+
+
+def test_scores_are_those_of_the_embeddings(learn):
+    query, gallery = learn.loaders.query.dataset, learn.loaders.gallery.dataset
+    ours, theirs = learn.embeddings()
+    direct = retrieval_metrics(ours, theirs, query.labels, gallery.labels, query.cameras, gallery.cameras,
+                               exclude_self=own_index(query, gallery))
+    assert learn.scores() == pytest.approx({k: direct[k] for k in ("recall1", "recall5", "mAP")}, abs=1e-6)
+
+
+def test_one_list_as_query_and_gallery_is_embedded_once(config_file, tmp_path, drawn):
+    cfg = load_config(config_file({"DataLoader.Eval.Query.dataset.cls_label_path": str(drawn / "gallery.txt")}))
+    learn = build_learner(cfg, build_model(cfg), build_loaders(cfg), tmp_path)
+    assert len(learn.dls.valid.dataset) == len(learn.loaders.gallery.dataset)
+    embeddings, _ = learn.get_preds()
+    labels, cameras = learn.loaders.gallery.dataset.labels, learn.loaders.gallery.dataset.cameras
+    direct = retrieval_metrics(embeddings, None, labels, query_cameras=cameras)
+    assert learn.scores()["mAP"] == pytest.approx(direct["mAP"], abs=1e-6)
+
+
+@pytest.mark.parametrize("column", [1, 2])  # of labels and of cameras
+def test_the_same_images_with_other_labels_or_cameras_are_another_list(config_file, tmp_path, drawn, column):
+    rows = [line.split() for line in (drawn / "gallery.txt").read_text().splitlines()]
+    for row in rows[:6]:
+        row[column] = rows[-1][column] if column == 1 else "77"
+    (tmp_path / "query.txt").write_text("".join(f"{' '.join(row)}\n" for row in rows))
+    lists = {f"DataLoader.Eval.{part}.dataset.cls_label_path": str(path) for part, path in (
+        ("Query", tmp_path / "query.txt"), ("Gallery", drawn / "gallery.txt"))}
+    cfg = load_config(config_file(lists))
+    learn = build_learner(cfg, build_model(cfg), build_loaders(cfg), tmp_path)
+    query, gallery = evaluation_images(cfg)
+    direct = retrieval_metrics(*learn.embeddings(), query.labels, gallery.labels, query.cameras, gallery.cameras,
+                               exclude_self=np.arange(len(query)))
+    assert learn.scores()["mAP"] == pytest.approx(direct["mAP"], abs=1e-6)
+
+
+def test_the_loaders_of_the_caller_stay_as_they_are(config_file, tmp_path):
+    cfg = load_config(config_file())
+    loaders = build_loaders(cfg)
+    gallery = loaders.gallery = over(loaders.query, replace(loaders.query.dataset))
+    learn = build_learner(cfg, build_model(cfg), loaders, tmp_path)
+    assert loaders.gallery is gallery and len(learn.dls.valid.dataset) == 2 * len(gallery.dataset)
+
+
+def test_show_batch_and_plot_loss_draw(learn):
+    figure = learn.dls.train.show_batch(8)
+    assert next(ax.get_title() for ax in figure.axes).startswith("identity")
+    learn.fit(1, 1e-3)
+    ax = learn.recorder.plot_loss(skip_start=0)
+    assert len(ax.lines[0].get_ydata()) == len(learn.dls.train)
+    plt.close("all")
+
+
+def test_callbacks_of_ones_own_and_save_load(learn):
+    class Count(Callback):
+        steps = 0
+
+        def after_step(self):
+            Count.steps += 1
+
+    learn.fit(1, 1e-3, cbs=Count())
+    assert Count.steps == len(learn.dls.train)
+    learn.save("kept")
+    kept = weights(learn.model)
+    learn.fit(1, 1e-1)
+    learn.load("kept")
+    assert torch.equal(kept, weights(learn.model))
+
+
+def test_each_epoch_draws_its_own_batches(learn):
+    drawn = []
+
+    class Watch(Callback):
+        def before_batch(self):
+            if self.training:
+                drawn.append(self.y.tolist())
+
+    learn.fit(2, 1e-3, cbs=Watch())
+    steps = len(learn.dls.train)
+    assert len(drawn) == 2 * steps and drawn[:steps] != drawn[steps:]
+    assert all(len(set(batch)) == 4 for batch in drawn)
+
+
+def test_embed_is_ordered_and_leaves_the_mode_alone(learn):
+    learn.model.train()
+    first = embed(learn.model, learn.loaders.query, progress=False)
+    assert learn.model.training and first.dtype == torch.float32
+    learn.model.eval()
+    images = torch.stack([learn.loaders.query.dataset[i][0] for i in range(3)])
+    with torch.no_grad():
+        np.testing.assert_allclose(first[:3], learn.model(images)["features"], atol=1e-5)
