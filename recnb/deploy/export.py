@@ -23,9 +23,11 @@ from recnb.deploy import recognizer as deploy
 from recnb.deploy.graph import (
     FORMATS,
     Inference,
+    check_installed,
     chosen_output,
     describe,
     finished,
+    open_model,
     picked,
     preprocessing,
     trained_model,
@@ -190,7 +192,7 @@ def export_model(run: Run, formats: Sequence[str] = ("onnx", "torch"), folder: s
     arch: infer_output_key and infer_add_softmax, where they shall not be the configuration's.
     Raises ConfigError for what cannot be meant, ExportError where the proof fails (the files are in FOLDER.failed).
     """
-    deploy.check_installed()
+    check_installed()
     check_arguments(formats, arch)
     deploy.check_rate(false_match_rate, run.query, run.gallery)
     target, network = export_folder(run, folder), trained_model(run)
@@ -209,7 +211,7 @@ def export_model(run: Run, formats: Sequence[str] = ("onnx", "torch"), folder: s
         shutil.copyfile(Path(__file__).with_name("example.py"), part / "example.py")
         write_text(part / "inference.yml", as_yaml(meta))
         report = prove(run, lambda x: finished(picked(network, x, output), unit, softmax), runners, outside,
-                       deploy.open_model(part / "model.onnx"), images)
+                       open_model(part / "model.onnx"), images)
         write_json(part / "parity.json", report)
         if report["failures"]:
             raise ExportError(f"the exported model is not the trained one: {'; '.join(report['failures'])}; nothing is "

@@ -23,7 +23,6 @@ from torchvision.transforms import InterpolationMode, v2
 
 from recnb.data.pipeline import single_ops
 from recnb.data.transforms import reversed_channels
-from recnb.deploy import recognizer as deploy
 from recnb.models.cutting import first_line
 from recnb.models.recmodel import RecModel, vectors
 from recnb.recipe.schema import adds_softmax
@@ -244,7 +243,7 @@ def runner(path: Path) -> Callable[[Tensor], np.ndarray]:
     if path.suffix == ".pt2":
         module = torch.export.load(path).module()
         return lambda x: module(x).numpy()
-    session = deploy.open_model(path).session
+    session = open_model(path).session
     return lambda x: session.run(None, {"image": x.numpy()})[0]
 
 

@@ -10,6 +10,7 @@ import yaml
 from safetensors.torch import save_file
 from torch import nn
 
+import recnb.losses.pml  # noqa: F401 (registers PML)
 from recnb.data.images import DataError
 from recnb.losses.combined import LOSSES, CombinedLoss
 from recnb.models.heads import HEADS, ArcMargin, cosine
@@ -39,7 +40,7 @@ EXAMPLES = {  # arguments that a part needs and that the walk below can neither 
              "DistillationGTCELoss": {"model_names": ["One", "Other"]},
              "DistillationDMLLoss": {"model_name_pairs": [["One", "Other"]]},
              "DistillationDistanceLoss": {"model_name_pairs": [["One", "Other"]]},
-             "PML": {"loss": "ProxyAnchorLoss", "num_classes": 5, "embedding_size": 8}},
+             "PML": {"loss": "ProxyAnchorLoss", "num_classes": 5, "embedding_size": 16}},
     "optimizer": {},
     "learning-rate schedule": {"Cosine": {"learning_rate": 0.1}, "ConstLR": {"learning_rate": 0.1},
                                "Constant": {"learning_rate": 0.1}, "Linear": {"learning_rate": 0.1},
@@ -64,7 +65,8 @@ def example(registry, name, **known):
 
 
 def built(registry, name, **known):
-    return registry.build(example(registry, name, **known), "here", **{k: (v, "") for k, v in known.items()})
+    section = example(registry, name, **known)
+    return registry.build(section, "here", **{k: (v, "") for k, v in known.items() if k not in section})
 
 
 def check_saving(part, other, run, path):
