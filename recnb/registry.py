@@ -12,14 +12,14 @@ import typing
 
 
 class ConfigError(ValueError):
-    "A configuration that cannot mean what it says; the message names the place and what would mend it."
+    """A configuration that cannot mean what it says; the message names the place and what would mend it."""
 
     def __init__(self, message: str):
         super().__init__(message.encode("utf-8", "backslashreplace").decode())  # a file may hold what is no text
 
 
 def suggest(word: str, known: typing.Iterable[str]) -> str:
-    "A half sentence that offers the nearest known spelling, or lists what there is."
+    """A half sentence that offers the nearest known spelling, or lists what there is."""
     known = sorted(str(k) for k in known)
     near = difflib.get_close_matches(str(word), known, n=1, cutoff=0.6)
     folded = [k for k in known if k.lower() == str(word).lower()]
@@ -29,7 +29,7 @@ def suggest(word: str, known: typing.Iterable[str]) -> str:
 
 
 def fits(value, hint) -> bool:
-    "Whether a value from YAML can be what an annotation asks for; annotations that YAML cannot express always fit."
+    """Whether a value from YAML can be what an annotation asks for; annotations that YAML cannot express always fit."""
     if isinstance(hint, str) or hint in (typing.Any, inspect.Parameter.empty):
         return True
     if typing.get_args(hint) and typing.get_origin(hint) not in (list, tuple, dict):
@@ -43,7 +43,7 @@ def fits(value, hint) -> bool:
 
 
 class Registry(dict):
-    "Constructors by the name that a YAML file uses; the name is the class's or function's own."
+    """Constructors by the name that a YAML file uses; the name is the class's or function's own."""
 
     made: typing.ClassVar[list[Registry]] = []
 
@@ -55,19 +55,19 @@ class Registry(dict):
         self.made.append(self)
 
     def register(self, part):
-        "The part itself, now known by its own name: use as a decorator."
+        """The part itself, now known by its own name: use as a decorator."""
         self[part.__name__] = part
         return part
 
     def arguments(self, section: dict) -> dict:
-        "The keys of a section that go to the constructor."
+        """The keys of a section that go to the constructor."""
         return {k: v for k, v in section.items() if k != "name" and k not in self.beside}
 
     def parameters(self, name: str) -> dict[str, inspect.Parameter]:
         return {k: p for k, p in inspect.signature(self[name]).parameters.items() if k != "self"}
 
     def check(self, section, where: str) -> None:
-        "None; raises ConfigError for an unknown name or argument, or a value of the wrong kind."
+        """Raise ConfigError for an unknown name or argument, or a value of the wrong kind."""
         if not isinstance(section, dict) or section.get("name") is None:
             raise ConfigError(f"{where}: holds {section!r}, not a mapping with a 'name'; {suggest('', self)}")
         name = section["name"]
@@ -115,7 +115,7 @@ class Registry(dict):
 
 
 def entry(item, where: str, named: bool = False) -> tuple[str, str, dict]:
-    "(place, name, arguments) of one `- Name: {arguments}`; raises ConfigError for anything else."
+    """(place, name, arguments) of one `- Name: {arguments}`; raises ConfigError for anything else."""
     pairs = list(item.items()) if isinstance(item, dict) else []
     if len(pairs) != 1 or not isinstance(pairs[0][1], dict | None) or (not named and "name" in (pairs[0][1] or {})):
         raise ConfigError(f"{where}: {item!r} is not of the form '- Name: {{arguments}}'")

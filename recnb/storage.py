@@ -50,13 +50,13 @@ def link_or_copy(source: Path, path: Path) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    "None; writes the text in UTF-8."
+    """Write the text in UTF-8."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: str | Path, content) -> None:
-    "None; writes the content as indented JSON."
+    """Write the content as indented JSON."""
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 

@@ -22,7 +22,7 @@ KINDS = {kind.__name__: kind for kind in (str, int, float, bool, dict, list)}
 
 
 def kinds(notebook: str | Path) -> dict[str, type]:
-    "The type of each parameter of a notebook; `object` where the notebook does not tell."
+    """The type of each parameter of a notebook; `object` where the notebook does not tell."""
     path = resolve(notebook)
     if not path.is_file():
         raise ConfigError(f"{notebook}: there is no such notebook; "
@@ -32,7 +32,7 @@ def kinds(notebook: str | Path) -> dict[str, type]:
 
 
 def check(notebook: str | Path, parameters: dict) -> None:
-    "None; raises ConfigError for a parameter that the notebook does not have, or a value of the wrong type."
+    """Raise ConfigError for a parameter that the notebook does not have, or a value of the wrong type."""
     known = kinds(notebook)
     for name, value in parameters.items():
         if name not in known:
@@ -42,7 +42,7 @@ def check(notebook: str | Path, parameters: dict) -> None:
 
 
 def papermill_command(notebook: str | Path, output: str | Path, parameters: dict) -> list[str]:
-    "The words of the papermill call, the same from every folder; the parameters are checked."
+    """The words of the papermill call, the same from every folder; the parameters are checked."""
     check(notebook, parameters)
     # YAML as yaml writes it: of `1e-05`, which other writers may choose, papermill's YAML would make a string
     text = yaml.safe_dump(parameters, default_flow_style=True, sort_keys=False, width=float("inf")).strip()
@@ -51,7 +51,10 @@ def papermill_command(notebook: str | Path, output: str | Path, parameters: dict
 
 
 def parameters_of(notebook: str | Path, pairs: list[list[str]], text: str) -> dict:
-    "The parameters that -p and -y give; -p is read as the notebook's type asks, so that a str stays as it is written."
+    """The parameters that -p and -y give.
+
+    -p is read as the notebook's type asks, so that a str stays as it is written.
+    """
     known, given = kinds(notebook), yaml.load(text, Loader) or {}  # a SafeLoader
     if not isinstance(given, dict):
         raise ConfigError(f"-y: {text!r} is not a mapping of names to values")

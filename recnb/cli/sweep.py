@@ -39,7 +39,7 @@ KEYS = ("config", "run_dir", "overrides", "grid", "list")
 
 @dataclass
 class Job:
-    "One run of a batch: its name, folder, checked configuration and the words that start it."
+    """One run of a batch: its name, folder, checked configuration and the words that start it."""
 
     name: str
     folder: Path
@@ -50,7 +50,10 @@ class Job:
 
 
 def expand(batch: dict) -> dict[str, dict]:
-    "The overrides of every run by its name, which says what differs; raises ConfigError where two runs are the same."
+    """The overrides of every run by its name, which says what differs.
+
+    Raises ConfigError where two runs are the same.
+    """
     common, grid, points = (batch.get(key) or kind for key, kind in (("overrides", {}), ("grid", {}), ("list", [{}])))
     for section, kind in ((common, dict), (grid, dict), (points, list), *((point, dict) for point in points)):
         if not isinstance(section, kind):
@@ -75,13 +78,16 @@ def expand(batch: dict) -> dict[str, dict]:
 
 
 def word(value) -> str:
-    "A value as a part of a folder's name; of a path, its last step."
+    """A value as a part of a folder's name; of a path, its last step."""
     text = json.dumps(value) if isinstance(value, dict | list) else str(value).rpartition("/")[2]
     return re.sub(r"[^\w.+-]+", "-", text).strip("-")
 
 
 def plan(path: str, run_dir: str | None) -> list[Job]:
-    "Every run of a batch, checked and with its state; raises ConfigError naming run and key before anything is run."
+    """Every run of a batch, checked and with its state.
+
+    Raises ConfigError naming run and key before anything is run.
+    """
     batch = read_yaml(path)
     for key in batch:
         if key not in KEYS:
@@ -107,7 +113,7 @@ def plan(path: str, run_dir: str | None) -> list[Job]:
 
 
 def state(job: Job) -> str:
-    "'done', 'interrupted' or 'new'; raises ConfigError where the folder belongs to another configuration."
+    """'done', 'interrupted' or 'new'; raises ConfigError where the folder belongs to another configuration."""
     if not (job.folder / "config.yaml").is_file():
         return "new"
     differing = compare(load_config(job.folder / "config.yaml"), resolved(job.cfg))
@@ -119,7 +125,7 @@ def state(job: Job) -> str:
 
 
 class Batch:
-    "Runs jobs, each a child process; `stop` ends those that run and starts no more."
+    """Runs jobs, each a child process; `stop` ends those that run and starts no more."""
 
     def __init__(self, jobs: list[Job], at_once: int):
         self.jobs, self.at_once, self.children, self.stopped = jobs, at_once, [], False
@@ -166,7 +172,7 @@ class Batch:
 
 
 def table(jobs: list[Job]) -> pd.DataFrame:
-    "A row per run: state, seconds, and the metrics of those that have any."
+    """A row per run: state, seconds, and the metrics of those that have any."""
     rows = {}
     for job in jobs:
         path = job.folder / "metrics.json"

@@ -23,7 +23,7 @@ from recnb.training.guard import TrainingError
 
 
 def main(words: list[str] | None = None) -> int:
-    "The exit code of the command: 0, or 1 behind one line of what is wrong, 130 where it was asked to stop."
+    """The exit code of the command: 0, or 1 behind one line of what is wrong, 130 where it was asked to stop."""
     parser = argparse.ArgumentParser(prog="python -m recnb.cli.train", description=__doc__.splitlines()[0])
     parser.add_argument("config", help="the YAML file")
     parser.add_argument("--run-dir", help="where to write; by default Global.output_dir, else runs and the name")

@@ -49,7 +49,7 @@ def RandAugment(num_layers: int = 2, magnitude: int = 5, fillcolor: list | None 
 
 @TRANSFORMS.register
 def AutoAugment(fillcolor: list | None = None) -> v2.Transform:
-    "The policy that AutoAugment found for ImageNet (https://arxiv.org/abs/1805.09501): one of its 25 pairs of ops."
+    """The policy that AutoAugment found for ImageNet (https://arxiv.org/abs/1805.09501): one of its 25 pairs of ops."""
     fill = per_channel("fillcolor", fillcolor or GREY)
     return of_bytes("AutoAugment", v2.AutoAugment(AutoAugmentPolicy.IMAGENET, INTERPOLATION["bilinear"], fill))
 
@@ -85,7 +85,7 @@ def TimmAutoAugment(config_str: str = "rand-m9-mstd0.5-inc1", interpolation: str
 
 
 def shorthand(text: str) -> tuple[str, dict]:
-    "('rand', {'m': 9.0, ...}) of 'rand-m9'; raises ValueError for a part that is unknown here."
+    """('rand', {'m': 9.0, ...}) of 'rand-m9'; raises ValueError for a part that is unknown here."""
     kind, *parts = text.split("-")
     if kind not in SETTINGS:
         raise ValueError(f"config_str '{text}' begins with '{kind}'; {suggest(kind, SETTINGS)}")
@@ -100,7 +100,7 @@ def shorthand(text: str) -> tuple[str, dict]:
 
 
 def layers(text: str, look: dict, m: float, n: float, mstd: float, inc: float) -> v2.Transform:
-    "timm's RandAugment: a normal distribution of levels is 21 equally likely ones, in steps of a tenth."
+    """timm's RandAugment: a normal distribution of levels is 21 equally likely ones, in steps of a tenth."""
     if inc == 0 or not 0 <= m <= 10 or n < 1:
         raise ValueError(f"config_str '{text}': write inc1, since torchvision's ops always grow with their level, "
                          "a level m from 0 to 10 and n of 1 or more")
@@ -114,7 +114,7 @@ def layers(text: str, look: dict, m: float, n: float, mstd: float, inc: float) -
 
 @TRANSFORMS.register
 def RandomApply(transforms: list, p: float = 0.5) -> v2.Transform:
-    "A list of transforms, `- Name: {arguments}` each, applied all together with probability `p`."
+    """A list of transforms, `- Name: {arguments}` each, applied all together with probability `p`."""
     ops = [TRANSFORMS.build({"name": name, **args}, place)
            for place, name, args in (entry(item, f"transforms.{i}") for i, item in enumerate(transforms))]
     return sometimes(p, *ops, key="p")
@@ -130,7 +130,7 @@ def RandomInterpolationAugment(prob: float = 1.0) -> v2.Transform:
 
 
 def resampled(image: torch.Tensor) -> torch.Tensor:
-    "(3, H, W) of the same size, after a smaller one."
+    """(3, H, W) of the same size, after a smaller one."""
     height, width = image.shape[-2:]
     side = max(1, int(height * (0.2 + 0.8 * torch.rand(()).item())))
     for size in ([side, side], [height, width]):
@@ -151,7 +151,7 @@ def Cutout(n_holes: int = 1, length: int = 112) -> v2.Transform:
 
 
 def with_holes(n_holes: int, length: int, image: torch.Tensor) -> torch.Tensor:
-    "A copy of the image (3, H, W) with the holes in it."
+    """A copy of the image (3, H, W) with the holes in it."""
     image = image.clone()
     for _ in range(n_holes):
         top, left = (int(torch.randint(side, ())) - length // 2 for side in image.shape[-2:])
@@ -169,7 +169,7 @@ def MixupOperator(class_num: int, alpha: float = 1.0) -> Callable:
 
 @BATCH_TRANSFORMS.register
 def CutmixOperator(class_num: int, alpha: float = 0.2) -> Callable:
-    "CutMix (https://arxiv.org/abs/1905.04899): a rectangle of another image, and of its label as large a share."
+    """CutMix (https://arxiv.org/abs/1905.04899): a rectangle of another image, and of its label as large a share."""
     return partial(shuffled, v2.CutMix(alpha=positive(alpha), num_classes=class_num))
 
 
@@ -194,7 +194,7 @@ def OpSampler(class_num: int, MixupOperator: dict | None = None, CutmixOperator:
 
 
 def positive(alpha: float) -> float:
-    "The parameter of a Beta distribution; raises ValueError where there is no such distribution."
+    """The parameter of a Beta distribution; raises ValueError where there is no such distribution."""
     if alpha <= 0:
         raise ValueError(f"alpha is {alpha}, and must be above 0")
     return alpha
@@ -212,5 +212,5 @@ def shuffled(mix: Callable, images: torch.Tensor, labels: torch.Tensor) -> tuple
 
 
 def unmixed(class_num: int, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    "The images as they are, and their labels (B,) as (B, class_num)."
+    """The images as they are, and their labels (B,) as (B, class_num)."""
     return images, one_hot(labels, class_num).float()

@@ -71,7 +71,7 @@ def augmixed(share: Beta, shares: Dirichlet, depth: int, severity: float, image:
 
 
 def drawn(share: Beta, shares: Dirichlet, depth: int, severity: float) -> tuple[list[float], list[list[tuple]]]:
-    "The weight of each chain, which the image's own completes to 1, and each chain as [(op, level, sign), ...]."
+    """The weight of each chain, which the image's own completes to 1, and each chain as [(op, level, sign), ...]."""
     weights = (share.sample() * shares.sample()).tolist()
     depths = [depth] * len(weights) if depth > 0 else torch.randint(1, 4, (len(weights),)).tolist()
     names = list(AUGMIX_OPS)
@@ -80,7 +80,7 @@ def drawn(share: Beta, shares: Dirichlet, depth: int, severity: float) -> tuple[
 
 
 def turned(image: torch.Tensor, degrees: float) -> torch.Tensor:
-    "`warped`: a turn counter-clockwise around the middle."
+    """`warped`: a turn counter-clockwise around the middle."""
     cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     y, x = (side / 2 for side in image.shape[-2:])
     return warped(image, [(cos, -sin, x - cos * x + sin * y), (sin, cos, y - sin * x - cos * y)])
@@ -104,16 +104,22 @@ def warped(image: torch.Tensor, matrix: list[tuple]) -> torch.Tensor:
 
 
 def moved(image: torch.Tensor, right: int, down: int) -> torch.Tensor:
-    "(3, H, W), whose pixel (x, y) is the image's at (x + right, y + down), or black."
+    """(3, H, W), whose pixel (x, y) is the image's at (x + right, y + down), or black."""
     return pad(image, [-right, right, -down, down])
 
 
 def solarized(image: torch.Tensor, threshold: int) -> torch.Tensor:
-    "uint8 (3, H, W) with values from the threshold on inverted; comparing takes torch twenty times as long as numpy."
+    """uint8 (3, H, W) with values from the threshold on inverted.
+
+    Comparing takes torch twenty times as long as numpy.
+    """
     values = image.numpy()
     return torch.from_numpy(values ^ -(values >= threshold).view(np.uint8))  # minus 1 is 255 here, and x ^ 255, 255 - x
 
 
 def rounded(values: torch.Tensor) -> torch.Tensor:
-    "uint8 of bytes, or of floats from 0 to 255, which are written over; numpy's cast takes a third of torch's time."
+    """uint8 of bytes, or of floats from 0 to 255, which are written over.
+
+    Numpy's cast takes a third of torch's time.
+    """
     return torch.from_numpy(values.add_(0.5).numpy().astype(np.uint8)) if values.is_floating_point() else values

@@ -24,7 +24,7 @@ from recnb.storage import replacing
 # --- Images decoded once ----------------------------------------------------------------------------------------------
 
 class Kept:
-    "The images (3, H, W) of a list as the first `done` ops of a transform leave them, in a file."
+    """The images (3, H, W) of a list as the first `done` ops of a transform leave them, in a file."""
 
     def __init__(self, path: Path, transform: Pipeline, done: int):
         self.path, self.transform, self.done, self.map = path, transform, done, None
@@ -39,7 +39,7 @@ class Kept:
 
 
 def fixed_ops(transform: Pipeline) -> int:
-    "How many of the first ops make one size of all images, and of an image always the same; 0 where none do."
+    """How many of the first ops make one size of all images, and of an image always the same; 0 where none do."""
     last = 0
     for count, op in enumerate(transform.transforms, 1):
         if not isinstance(op, (v2.Identity, v2.Resize, v2.CenterCrop)):
@@ -50,7 +50,7 @@ def fixed_ops(transform: Pipeline) -> int:
 
 
 def keep(images: ImageList, folder: Path, where: str) -> None:
-    """None; decodes and resizes the images of a list into a file of the folder, unless it is there, and uses it.
+    """Decode and resizes the images of a list into a file of the folder, unless it is there, and uses it.
 
     The file is named by the paths, sizes, dates and boxes of the images, the ops and the decoders. Raises ConfigError
     where the first ops leave no one size to keep, DataError where the disk has no room.
@@ -66,7 +66,7 @@ def keep(images: ImageList, folder: Path, where: str) -> None:
 
 
 def write_kept(images: ImageList) -> None:
-    "None; writes the file of `images.kept` where there is none."
+    """Write the file of `images.kept` where there is none."""
     if images.kept.path.exists():  # asked by one process: others might see the file and not wait for it
         return
 

@@ -33,14 +33,14 @@ REMEMBERED = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cac
 
 
 class DataError(RuntimeError):
-    "Images or list files that cannot be used; the message names the file and the line."
+    """Images or list files that cannot be used; the message names the file and the line."""
 
     def __init__(self, message: str):
         super().__init__(message.encode("utf-8", "backslashreplace").decode())  # file names may be no text
 
 
 class Cropped(str):
-    "The path of an image of which only `box` is meant, (left, top, right, bottom) in pixels."
+    """The path of an image of which only `box` is meant, (left, top, right, bottom) in pixels."""
 
     def __new__(cls, path: str, box: Sequence[int] = ()):
         self = super().__new__(cls, path)
@@ -49,12 +49,12 @@ class Cropped(str):
 
 
 def printable(text: str) -> str:
-    "The text on one line, in signs that can be written: control signs and bytes that are no text become escapes."
+    """The text on one line, in signs that can be written: control signs and bytes that are no text become escapes."""
     return re.sub("[\x00-\x1f\x7f\u2028\u2029\ud800-\udfff]", lambda sign: ascii(sign[0])[1:-1], text)
 
 
 def opened(path: str) -> Image.Image:
-    "A file's image, its header read; raises what Pillow raises, also for what has too many pixels."
+    """A file's image, its header read; raises what Pillow raises, also for what has too many pixels."""
     if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever  # noqa: PTH116
         raise IsADirectoryError
     return Image.open(path)
@@ -116,7 +116,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def reason(error: Exception) -> str:
-    "Why an image cannot be used, from what reading it raised: the half sentence behind its name."
+    """Why an image cannot be used, from what reading it raised: the half sentence behind its name."""
     if isinstance(error, Image.DecompressionBombError):
         return (f"has more pixels than is safe to decode: {error} Save it smaller, leave it out, or raise "
                 "PIL.Image.MAX_IMAGE_PIXELS where you trust it")
@@ -130,7 +130,7 @@ def reason(error: Exception) -> str:
 
 
 def check_box(left: int, top: int, right: int, bottom: int, width: int, height: int) -> tuple[int, int, int, int]:
-    "The box; raises ValueError where a box holds no pixels or reaches out of the image."
+    """The box; raises ValueError where a box holds no pixels or reaches out of the image."""
     if not (0 <= left < right <= width and 0 <= top < bottom <= height):
         raise ValueError(f"the box {left} {top} {right} {bottom} is not within the {width} x {height} pixels of the "
                          "image")
@@ -173,7 +173,7 @@ def faults(paths: Sequence[str], boxes: np.ndarray | None = None) -> dict[int, s
 
 
 def fault(path: str, box: list[int] | None = None) -> str | None:
-    "Why an image cannot be used, or None."
+    """Why an image cannot be used, or None."""
     try:
         read_rgb(path, box, draft=True)
     except Exception as error:  # decoders raise whatever a broken file leads them to
@@ -182,7 +182,10 @@ def fault(path: str, box: list[int] | None = None) -> str | None:
 
 
 def fingerprint(paths: Sequence[str], boxes: np.ndarray | None, part: range) -> str | None:
-    "A digest of path, size, date and box of some images and of the decoder's version; None where a file is missing."
+    """A digest of path, size, date and box of some images and of the decoder's version.
+
+    None where a file is missing.
+    """
     digest = hashlib.sha256(PIL.__version__.encode())
     for i in part:
         try:

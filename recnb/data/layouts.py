@@ -71,7 +71,7 @@ def MSMT17(image_root: str, cls_label_path: str) -> ImageList:
 
 
 def within(image_root: str, folder: str, name: str) -> Path:
-    "Where `name` of the distributed `folder` is; raises DataError where it is nowhere or in several places."
+    """Where `name` of the distributed `folder` is; raises DataError where it is nowhere or in several places."""
     root = resolve(image_root)
     places = [root / name, root / folder / name, *sorted(root.glob(f"*/{folder}/{name}"))]
     found = [place for place in places if place.exists()]
@@ -82,7 +82,7 @@ def within(image_root: str, folder: str, name: str) -> Path:
 
 
 def persons(folder: Path) -> ImageList:
-    "The images of a folder, person and camera parsed from their names; raises DataError for a name without them."
+    """The images of a folder, person and camera parsed from their names; raises DataError for a name without them."""
     rows = []
     for file in sorted(folder.iterdir()):
         if file.suffix.lower() in EXTENSIONS:
@@ -99,7 +99,7 @@ def persons(folder: Path) -> ImageList:
 
 
 def listed_persons(path: Path) -> ImageList:
-    "The images of one of MSMT17's lists `path person`; the camera is the third number of a file's name."
+    """The images of one of MSMT17's lists `path person`; the camera is the third number of a file's name."""
     part = "train" if path.stem in ("list_train", "list_val") else "test"
     masked = path.parent / f"mask_{part}_v2"
     images = read_list(str(masked if masked.is_dir() else path.parent / part), str(path), None, (2,))
@@ -112,7 +112,7 @@ def listed_persons(path: Path) -> ImageList:
 
 
 def named(numbers: Iterable[int]) -> np.ndarray:
-    "Numbers as names that sort as they do, up to 9999: such labels are never taken for those of a classifier."
+    """Numbers as names that sort as they do, up to 9999: such labels are never taken for those of a classifier."""
     return np.array([f"{number:04d}" for number in numbers])
 
 
@@ -136,7 +136,7 @@ def CompCars(image_root: str, cls_label_path: str, label_root: str | None = None
 
 
 def read_box(path: Path, place: str) -> list[int]:
-    "[left, top, right, bottom] of a box file of CompCars; `place` is where its image is listed."
+    """[left, top, right, bottom] of a box file of CompCars; `place` is where its image is listed."""
     try:
         lines = path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -150,7 +150,7 @@ def read_box(path: Path, place: str) -> list[int]:
 @DATASETS.register
 def ICartoonDataset(image_root: str, cls_label_path: str, relabel: bool | None = None,
                     allow_outside: bool = False) -> ImageList:
-    "The images of a list of iCartoonFace (Zheng et al., 2020): path and label, separated by a tab."
+    """The images of a list of iCartoonFace (Zheng et al., 2020): path and label, separated by a tab."""
     return read_list(image_root, cls_label_path, "\t", (2,), allow_outside)
 
 
@@ -183,13 +183,16 @@ def LogoDataset(image_root: str, cls_label_path: str, relabel: bool | None = Non
 
 @DATASETS.register
 def Cifar10(image_root: str, mode: str = "train", download: bool = False, backend: str = "cv2") -> ImageList:
-    "All ten classes of CIFAR-10 (Krizhevsky, 2009), `mode` train or test; written once as files (`Torchvision`)."
+    """All ten classes of CIFAR-10 (Krizhevsky, 2009), `mode` train or test; written once as files (`Torchvision`)."""
     return Torchvision(image_root, "CIFAR10", "train", 1.0, mode, download)
 
 
 @DATASETS.register
 def Cifar100(image_root: str, mode: str = "train", download: bool = False, backend: str = "cv2") -> ImageList:
-    "All hundred classes of CIFAR-100 (Krizhevsky, 2009), `mode` train or test; written once as files (`Torchvision`)."
+    """All hundred classes of CIFAR-100 (Krizhevsky, 2009), `mode` train or test.
+
+    Written once as files (`Torchvision`).
+    """
     return Torchvision(image_root, "CIFAR100", "train", 1.0, mode, download)
 
 
@@ -224,7 +227,10 @@ def Torchvision(image_root: str, set: str, part: str = "train", train_share: flo
 
 
 def stored(name: str, root: Path, split: str | None, download: bool) -> list[tuple[str, str]]:
-    "(path, class) of every image of one split, class by class; raises DataError where torchvision does not find it."
+    """(path, class) of every image of one split, class by class.
+
+    Raises DataError where torchvision does not find it.
+    """
     made = getattr(torchvision.datasets, name)
     options = {"train": split == "train", "background": split == "background", "split": split, "download": download,
                "loader": str}  # a loader that opens nothing: items are then paths
@@ -251,7 +257,7 @@ def stored(name: str, root: Path, split: str | None, download: bool) -> list[tup
 
 
 def class_names(data) -> dict[int, str]:
-    "What a set of torchvision's calls each label, as far as it says."
+    """What a set of torchvision's calls each label, as far as it says."""
     if getattr(data, "class_to_idx", None):
         return {index: str(name) for name, index in data.class_to_idx.items()}
     for names in ("classes", "categories", "_characters"):
@@ -261,7 +267,7 @@ def class_names(data) -> dict[int, str]:
 
 
 def items(data) -> Iterable:
-    "The (path or picture, label) of each image; paths that a set keeps are taken without opening the images."
+    """The (path or picture, label) of each image; paths that a set keeps are taken without opening the images."""
     if hasattr(data, "_samples"):
         return data._samples
     if hasattr(data, "_images"):
@@ -293,7 +299,7 @@ def written_once(folder: Path) -> Iterator[tuple]:
 
 
 def register_set(name: str) -> None:
-    "None; makes a set of torchvision's known by its own name, as well as by `Torchvision` with `set`."
+    """Make a set of torchvision's known by its own name, as well as by `Torchvision` with `set`."""
     def dataset(image_root: str, part: str = "train", train_share: float = 0.5, split: str | None = None,
                 download: bool = False) -> ImageList:
         return Torchvision(image_root, name, part, train_share, split, download)

@@ -61,15 +61,15 @@ class ImageList(Dataset):
 
     @property
     def pictures(self) -> list[str]:
-        "The paths, each with its box where there are boxes: what galleries show."
+        """The paths, each with its box where there are boxes: what galleries show."""
         return self.paths if self.boxes is None else [*map(Cropped, self.paths, self.boxes.tolist())]
 
     def place(self, index: int) -> str:
-        "Where an item was declared: `train.txt line 7`, or its path."
+        """Where an item was declared: `train.txt line 7`, or its path."""
         return f"{self.source} line {self.lines[index]}" if self.lines is not None else printable(self.paths[index])
 
     def image(self, index: int) -> torch.Tensor:
-        "uint8 (3, H, W) of `read_pixels`; raises DataError with the file that cannot be decoded and why."
+        """uint8 (3, H, W) of `read_pixels`; raises DataError with the file that cannot be decoded and why."""
         box = None if self.boxes is None else self.boxes[index].tolist()
         try:
             return read_pixels(self.paths[index], box)
@@ -77,11 +77,11 @@ class ImageList(Dataset):
             raise DataError(self.sentence(index, reason(error))) from error
 
     def sentence(self, index: int, reason: str) -> str:
-        "Which image cannot be used, where it was declared, and why."
+        """Which image cannot be used, where it was declared, and why."""
         return f"{self.place(index)}: the image {printable(self.paths[index])} {reason}"
 
     def leave_out(self, reasons: dict[int, str]) -> None:
-        "None; takes the items with a reason out, in place, and notes them in `dropped`; numbers and names stay."
+        """Take the items with a reason out, in place, and notes them in `dropped`; numbers and names stay."""
         for i, why in reasons.items():
             line = "" if self.lines is None else int(self.lines[i])
             self.dropped.append((self.source, line, self.paths[i], why))
@@ -92,7 +92,7 @@ class ImageList(Dataset):
                 setattr(self, name, getattr(self, name)[kept])
 
     def being_read(self) -> list[str]:
-        "The files that worker processes have begun to read last, one a worker."
+        """The files that worker processes have begun to read last, one a worker."""
         return [self.paths[i] for i in self.begun.tolist() if i >= 0]
 
     def __getitem__(self, item: int | tuple[int, int]):
@@ -129,7 +129,7 @@ class Item(Sequence):
 
 @contextmanager
 def seeded(seed: int | None):
-    "The CPU's random numbers drawn from `seed` within the block and as before behind it; None changes nothing."
+    """The CPU's random numbers drawn from `seed` within the block and as before behind it; None changes nothing."""
     before = torch.get_rng_state()
     if seed is not None:
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed all devices, in 2 ms
@@ -166,7 +166,7 @@ def read_list(image_root: str, cls_label_path: str, delimiter: str | None, colum
 
 
 def below(root: str, name: str, allow_outside: bool, path: Path, number: int) -> str:
-    "The file that a list names; raises DataError where that is none, or none below `root` and none may be outside."
+    """The file that a list names; raises DataError where that is none, or none below `root` and none may be outside."""
     file = os.path.join(root, name)  # noqa: PTH118 (a Path takes four times as long)
     if ODD.search(name):
         if "\0" in name:
@@ -181,7 +181,7 @@ def below(root: str, name: str, allow_outside: bool, path: Path, number: int) ->
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
-    "(number from 1, text) of the lines of a list that are not blank; raises DataError where there is no such text."
+    """(number from 1, text) of the lines of a list that are not blank; raises DataError where there is no such text."""
     if not path.is_file():
         raise DataError(f"cls_label_path: there is no file {path}")
     try:
@@ -194,13 +194,13 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def undecodable(path: Path) -> int:
-    "The number of the first line that is not UTF-8: reading a file in parts tells the place within a part only."
+    """The number of the first line that is not UTF-8: reading a file in parts tells the place within a part only."""
     with path.open(encoding="utf-8", errors="surrogateescape") as file:
         return next(number for number, line in enumerate(file, 1) if re.search("[\udc80-\udcff]", line))
 
 
 def integer(cell: str, path: Path, number: int) -> int:
-    "The label or camera in a cell of a list; raises DataError with file and line where it is none."
+    """The label or camera in a cell of a list; raises DataError with file and line where it is none."""
     try:
         value = int(cell)
     except ValueError:
@@ -213,20 +213,20 @@ def integer(cell: str, path: Path, number: int) -> int:
 @DATASETS.register
 def VeriWild(image_root: str, cls_label_path: str, relabel: bool | None = None, backend: str = "cv2",
              allow_outside: bool = False) -> ImageList:
-    "The images of a list `path label [camera]`, columns separated by white space; `backend` changes nothing."
+    """The images of a list `path label [camera]`, columns separated by white space; `backend` changes nothing."""
     return read_list(image_root, cls_label_path, None, (2, 3), allow_outside)
 
 
 @DATASETS.register
 def ImageNetDataset(image_root: str, cls_label_path: str, delimiter: str | None = " ",
                     relabel: bool | None = None, allow_outside: bool = False) -> ImageList:
-    "The images of a list `path label`; with the default delimiter, paths may hold spaces."
+    """The images of a list `path label`; with the default delimiter, paths may hold spaces."""
     return read_list(image_root, cls_label_path, delimiter or " ", (2,), allow_outside)
 
 
 @DATASETS.register
 def ImageFolder(image_root: str, relabel: bool | None = None) -> ImageList:
-    "The images below `image_root`, where each folder of the first level is one identity (of that name)."
+    """The images below `image_root`, where each folder of the first level is one identity (of that name)."""
     root = resolve(image_root)
     folders = sorted(p for p in root.iterdir() if p.is_dir()) if root.is_dir() else []
     files = [(str(file), folder.name) for folder in folders
@@ -238,7 +238,7 @@ def ImageFolder(image_root: str, relabel: bool | None = None) -> ImageList:
 
 
 def check_images(*tables: ImageList) -> None:
-    "None; raises DataError, one report over all tables, naming the first images that cannot be used."
+    """Raise DataError, one report over all tables, naming the first images that cannot be used."""
     bad = [table.sentence(i, why) for table in tables for i, why in faults(table.paths, table.boxes).items()]
     if bad:
         more = [f"and {len(bad) - REPORTED} more"] * (len(bad) > REPORTED)
@@ -248,7 +248,7 @@ def check_images(*tables: ImageList) -> None:
 
 
 def drop_faults(images: ImageList) -> None:
-    "None; leaves out, in place, the images that cannot be used, and says so; raises DataError where none is left."
+    """Leave out, in place, the images that cannot be used, and says so; raises DataError where none is left."""
     found, identities = faults(images.paths, images.boxes), set(images.labels.tolist())
     if not found:
         return
@@ -262,19 +262,19 @@ def drop_faults(images: ImageList) -> None:
 
 
 def save_dropped(rows: Iterable[tuple], path: str | Path) -> None:
-    "None; writes `Loaders.dropped`, what was left out and why, as CSV, `list,line,path,reason`."
+    """Write `Loaders.dropped`, what was left out and why, as CSV, `list,line,path,reason`."""
     write_csv([("list", "line", "path", "reason"), *rows], path)
 
 
 def write_csv(rows: Iterable[tuple], path: str | Path) -> None:
-    "None; writes the rows as CSV in UTF-8; bytes of a file name that are no text become escapes."
+    """Write the rows as CSV in UTF-8; bytes of a file name that are no text become escapes."""
     with replacing(path) as temporary, temporary.open("w", encoding="utf-8", errors="backslashreplace",
                                                       newline="") as file:
         csv.writer(file, lineterminator="\n").writerows(rows)
 
 
 def save_label_map(images: ImageList, path: str | Path) -> None:
-    "None; writes which label each identity has as CSV, `label,name`, in the order of the labels."
+    """Write which label each identity has as CSV, `label,name`, in the order of the labels."""
     write_csv([("label", "name"), *enumerate(images.names.tolist())], path)
 
 
@@ -286,13 +286,13 @@ def same_list(one: ImageList, other: ImageList) -> bool:
 
 
 def own_index(query: ImageList, gallery: ImageList) -> np.ndarray:
-    "(Q,) where each query's own file stands in the gallery, -1 where it does not."
+    """(Q,) where each query's own file stands in the gallery, -1 where it does not."""
     places = {os.path.realpath(path): i for i, path in enumerate(gallery.paths)}
     return np.array([places.get(os.path.realpath(path), -1) for path in query.paths])
 
 
 def positives(query: ImageList, gallery: ImageList) -> np.ndarray:
-    "(Q,) how many gallery images each query can find: its identity, not its own file, not its own camera."
+    """(Q,) how many gallery images each query can find: its identity, not its own file, not its own camera."""
     identity = Counter(gallery.labels.tolist())
     if query.cameras is not None and gallery.cameras is not None:
         same = Counter(zip(gallery.labels.tolist(), gallery.cameras.tolist(), strict=True))

@@ -36,14 +36,14 @@ class ImageLoader(DataLoader):
         return self.finished(super().__iter__())
 
     def finished(self, batches) -> Iterator[tuple[Tensor, Tensor]]:
-        "The batches on the device, their last ops run there."
+        """The batches on the device, their last ops run there."""
         for x, *boxes, y in batches:
             x, y = (tensor.to(self.device, non_blocking=True) for tensor in (x, y))
             yield self.transform.finish(x, *boxes) if boxes else x, y
 
 
 def shared_transform(dataset: Dataset):
-    "The transform of all images of a data set, None where it has none or parts of it have different ones."
+    """The transform of all images of a data set, None where it has none or parts of it have different ones."""
     if isinstance(dataset, ConcatDataset):
         parts = [shared_transform(part) for part in dataset.datasets]
         return parts[0] if len(set(map(str, parts))) == 1 else None
@@ -51,24 +51,24 @@ def shared_transform(dataset: Dataset):
 
 
 def finished_items(items: list) -> list[Tensor]:
-    "(x, y) of items that are ready, each by its own transform."
+    """(x, y) of items that are ready, each by its own transform."""
     return default_collate([tuple(item) for item in items])
 
 
 def raw_items(items: list) -> list[Tensor]:
-    "(pixels (B, 3, H, W), boxes (B, E, 4), y) of items whose last ops are yet to be run."
+    """(pixels (B, 3, H, W), boxes (B, E, 4), y) of items whose last ops are yet to be run."""
     return default_collate([(item.pixels, item.boxes, item.label) for item in items])
 
 
 def batches_on(loader: DataLoader, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    "The batches of any loader on a device; the images of an ImageLoader become floats there."
+    """The batches of any loader on a device; the images of an ImageLoader become floats there."""
     if isinstance(loader, ImageLoader):
         loader.device = device
     return ((x.to(device, non_blocking=True), y.to(device, non_blocking=True)) for x, y in loader)
 
 
 def over(loader: DataLoader, dataset: Dataset, **changes) -> ImageLoader:
-    "Another data set, every item once and in its order, in batches as large and with workers as those of a loader."
+    """Another data set, every item once and in its order, in batches as large and with workers as those of a loader."""
     size = {} if "batch_sampler" in changes else {"batch_size": loader.batch_size or loader.batch_sampler.batch_size}
     return ImageLoader(dataset, **{**size, "num_workers": loader.num_workers, "pin_memory": loader.pin_memory,
                                    "prefetch_factor": loader.prefetch_factor, "generator": loader.generator,
@@ -76,7 +76,7 @@ def over(loader: DataLoader, dataset: Dataset, **changes) -> ImageLoader:
 
 
 def divided(loader: DataLoader) -> DataLoader:
-    "This process's share of an evaluation loader: every n-th image of n processes."
+    """This process's share of an evaluation loader: every n-th image of n processes."""
     rank, world = ranks()
     return loader if world == 1 else over(loader, Subset(loader.dataset, range(rank, len(loader.dataset), world)))
 
@@ -111,7 +111,7 @@ class Loaders:
 
     @property
     def dropped(self) -> list[tuple]:
-        "(list, line, path, reason) of each image that was left out, once, whatever lists it stands in."
+        """(list, line, path, reason) of each image that was left out, once, whatever lists it stands in."""
         parts = (part for part in (self.train, self.query, self.gallery) if part is not None)
         return list(dict.fromkeys(row for part in parts for row in part.dataset.dropped))
 

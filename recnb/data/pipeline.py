@@ -21,20 +21,20 @@ class Pipeline(v2.Compose):
         self.later = next((i for i, op in reversed([*enumerate(self.transforms, 1)]) if not by_batch(op)), 0)
 
     def before(self, image: torch.Tensor, done: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-        "The image (3, H, W) and what erasing ops will erase, (E, 4) of [top, left, height, width]; `done` ops are."
+        """The image (3, H, W) and what erasing ops will erase, (E, 4) of [top, left, height, width]; `done` ops are."""
         for op in self.transforms[done:self.later]:
             image = op(image)
         return image, torch.tensor([rectangle(op, image) for op in self.erasing()], dtype=torch.int64).reshape(-1, 4)
 
     def finish(self, images: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
-        "(B, 3, H, W) on the device of the images, from those of `before` and their (B, E, 4) on the CPU."
+        """(B, 3, H, W) on the device of the images, from those of `before` and their (B, E, 4) on the CPU."""
         boxes = iter(boxes.unbind(1))
         for op in self.transforms[self.later:]:
             images = erased(images, next(boxes), op.value) if isinstance(op, v2.RandomErasing) else op(images)
         return images
 
     def erasing(self) -> list[v2.RandomErasing]:
-        "The ops of `finish` that erase."
+        """The ops of `finish` that erase."""
         return [op for op in self.transforms[self.later:] if isinstance(op, v2.RandomErasing)]
 
 
@@ -51,7 +51,7 @@ def rectangle(op: v2.RandomErasing, image: torch.Tensor) -> list[int]:
 
 
 def erased(images: torch.Tensor, boxes: torch.Tensor, value: list[float]) -> torch.Tensor:
-    "The images (B, 3, H, W), in each a rectangle of (B, 4) overwritten in place."
+    """The images (B, 3, H, W), in each a rectangle of (B, 4) overwritten in place."""
     colour = images.new_tensor(value).view(-1, 1, 1)
     for image, (top, left, height, width) in zip(images, boxes.tolist(), strict=True):
         if height:
@@ -60,7 +60,10 @@ def erased(images: torch.Tensor, boxes: torch.Tensor, value: list[float]) -> tor
 
 
 def output_shape(transform: v2.Transform, where: str) -> tuple[int, ...]:
-    "(3, H, W) of what a transform makes of any image; raises ConfigError where that depends on the image or on chance."
+    """(3, H, W) of what a transform makes of any image.
+
+    Raises ConfigError where that depends on the image or on chance.
+    """
     images = [torch.zeros(3, height, width, dtype=torch.uint8) for height, width in ((300, 200), (90, 120))]
     with torch.random.fork_rng(devices=[]):
         try:
@@ -74,13 +77,16 @@ def output_shape(transform: v2.Transform, where: str) -> tuple[int, ...]:
 
 
 def single_ops(transform: v2.Transform) -> list[v2.Transform]:
-    "The transforms that a composed one runs, in order; v2.Compose keeps them in a plain list, so modules() is blind."
+    """The transforms that a composed one runs, in order.
+
+    V2.Compose keeps them in a plain list, so modules() is blind.
+    """
     inner = getattr(transform, "transforms", None)
     return [transform] if inner is None else [op for part in inner for op in single_ops(part)]
 
 
 def display_image(image: torch.Tensor, transform: v2.Transform) -> torch.Tensor:
-    "(H, W, 3) in [0, 1]: a transformed image with every normalisation undone, for looking at."
+    """(H, W, 3) in [0, 1]: a transformed image with every normalisation undone, for looking at."""
     ops = single_ops(transform)
     for op in reversed(ops):
         if isinstance(op, v2.Normalize):

@@ -69,7 +69,7 @@ def read_table(source: str | Path, image_root: str | Path | None = None, columns
 
 
 def read_csv(path: Path, root: Path, columns: dict) -> tuple[pd.DataFrame, list[str]]:
-    "The table of a CSV and the place of each row; cells are parted by the commonest of , ; and tab in the header."
+    """The table of a CSV and the place of each row; cells are parted by the commonest of , ; and tab in the header."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -94,12 +94,12 @@ def read_csv(path: Path, root: Path, columns: dict) -> tuple[pd.DataFrame, list[
 
 
 def plain(path: str | Path) -> str:
-    "The absolute path without dots; links are kept, for an image belongs to the folder where it is listed."
+    """The absolute path without dots; links are kept, for an image belongs to the folder where it is listed."""
     return os.path.normpath(Path(path).absolute())
 
 
 def check_paths(paths, places: list[str]) -> None:
-    "None; raises DataError for the first image that does not exist or stands there twice."
+    """Raise DataError for the first image that does not exist or stands there twice."""
     first = {}
     for path, place in zip(paths, places, strict=True):
         if path in first:
@@ -110,7 +110,7 @@ def check_paths(paths, places: list[str]) -> None:
 
 
 def with_cameras(table: pd.DataFrame, pattern: str, root: Path) -> pd.DataFrame:
-    "The table with the camera that a regular expression finds in each path below `root`."
+    """The table with the camera that a regular expression finds in each path below `root`."""
     if re.compile(pattern).groups != 1:
         raise DataError(f"camera_pattern: '{pattern}' does not have one group, which finds the camera")
     found = [re.search(pattern, Path(os.path.relpath(path, root)).as_posix()) for path in table.path]
@@ -152,13 +152,13 @@ def split(table: pd.DataFrame, test_share: float = 0.3, query_share: float = 0.3
 
 
 def units(table: pd.DataFrame) -> np.ndarray:
-    "(N,) a number for what must not be torn apart: the group of an image, or the image itself."
+    """(N,) a number for what must not be torn apart: the group of an image, or the image itself."""
     own = "image " + table.path
     return pd.factorize(own if "group" not in table else ("group " + table.group).fillna(own))[0]
 
 
 def sources(table: pd.DataFrame) -> np.ndarray:
-    "(N,) the number of the camera, and where none is known one beyond them, of the unit."
+    """(N,) the number of the camera, and where none is known one beyond them, of the unit."""
     if "camera" not in table or table.camera.isna().all():
         return units(table)
     known = table.camera.notna().to_numpy()
@@ -168,7 +168,7 @@ def sources(table: pd.DataFrame) -> np.ndarray:
 
 
 def test_identities(identity: np.ndarray, unit: np.ndarray, share: float, rng) -> np.ndarray:
-    "(identities,) True for those to test: `share` of those that can be, whatever their number of images."
+    """(identities,) True for those to test: `share` of those that can be, whatever their number of images."""
     images = np.bincount(identity)
     nodes = len(images) + unit.max() + 1
     links = coo_matrix((np.ones(len(unit)), (identity, len(images) + unit)), shape=(nodes, nodes))
@@ -188,7 +188,7 @@ def test_identities(identity: np.ndarray, unit: np.ndarray, share: float, rng) -
 
 
 def query_rows(identity: np.ndarray, unit: np.ndarray, source: np.ndarray, share: float, rng) -> np.ndarray:
-    "Which rows are queries: units in random order, each taken only if all queries still find something."
+    """Which rows are queries: units in random order, each taken only if all queries still find something."""
     members, left, asked = defaultdict(list), defaultdict(Counter), defaultdict(list)
     for row, (i, u, s) in enumerate(zip(identity, unit, source, strict=True)):
         members[u].append(row)
@@ -219,7 +219,7 @@ def fingerprints(paths) -> pd.DataFrame:
 
 
 def fingerprint(path: str) -> dict:
-    "The row of `fingerprints` of one file."
+    """The row of `fingerprints` of one file."""
     row = dict.fromkeys(("width", "height", "sha256", "hash", "colours", "problem"))
     try:
         data = Path(path).read_bytes()
@@ -267,13 +267,13 @@ def audit(table: pd.DataFrame, prints: pd.DataFrame | None = None, distance: int
 
 
 def same_bytes(digests: np.ndarray, rows: np.ndarray) -> list[tuple]:
-    "(row, row, 0, kind) of the same digest: the first of each with every other."
+    """(row, row, 0, kind) of the same digest: the first of each with every other."""
     first = {}
     return [(first[digests[i]], i, 0, "same file") for i in rows if first.setdefault(digests[i], i) != i]
 
 
 def alike(prints: pd.DataFrame, rows: np.ndarray, distance: int) -> list[tuple]:
-    "(row, row, differing bits, kind) of different files that look alike, nearest first."
+    """(row, row, differing bits, kind) of different files that look alike, nearest first."""
     kinds = prints.iloc[rows].assign(row=rows).drop_duplicates("sha256").dropna(subset=["hash"])
     if len(kinds) < 2:
         return []

@@ -35,7 +35,7 @@ class EpochSampler(Sampler):
         self.first = 0  # how many batches an iteration leaves out
 
     def set_epoch(self, epoch: int) -> None:
-        "None; the next iteration draws this epoch."
+        """The next iteration draws this epoch."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -45,7 +45,7 @@ class EpochSampler(Sampler):
         return islice((batch for again in count() for batch in self.one_pass(again)), self.first, len(self))
 
     def one_pass(self, again: int):
-        "The batches of the first pass of the epoch, or of a pass `again` behind it."
+        """The batches of the first pass of the epoch, or of a pass `again` behind it."""
         rng = np.random.default_rng([self.seed, self.epoch, *[again] * (again > 0)])
         batches = self.draw(rng)
         seeds = rng.integers(2**62, size=(len(batches), self.whole))
@@ -54,7 +54,7 @@ class EpochSampler(Sampler):
 
 
 class Identities:
-    "The images of each identity in a label array: how many, and in random order within each."
+    """The images of each identity in a label array: how many, and in random order within each."""
 
     def __init__(self, labels, batch_size: int, per_identity: int, key: str, world_size: int):
         self.labels = np.asarray(labels)
@@ -69,7 +69,7 @@ class Identities:
         self.start = np.cumsum(self.counts) - self.counts
 
     def shuffled(self, rng) -> np.ndarray:
-        "All indices, sorted by identity and in random order within each: identity i begins at start[i]."
+        """All indices, sorted by identity and in random order within each: identity i begins at start[i]."""
         return np.lexsort((rng.random(len(self.labels)), self.labels))
 
 
@@ -101,7 +101,7 @@ def DistributedRandomIdentitySampler(labels, batch_size: int, num_instances: int
 
 
 def most_batches(groups: np.ndarray, per_batch: int) -> int:
-    "The largest T for which T batches of distinct identities can be filled: sum(min(groups, T)) >= T * per_batch."
+    """The largest T for which T batches of distinct identities can be filled: sum(min(groups, T)) >= T * per_batch."""
     low, high = 1, int(groups.sum()) // per_batch
     while low < high:
         middle = (low + high + 1) // 2
@@ -111,7 +111,7 @@ def most_batches(groups: np.ndarray, per_batch: int) -> int:
 
 
 def deal_groups(taken: np.ndarray, wanted: int, rng) -> tuple[np.ndarray, np.ndarray]:
-    "(identity, n-th group of it) of `wanted` groups, the surplus dropped at random, identities in random order."
+    """(identity, n-th group of it) of `wanted` groups, the surplus dropped at random, identities in random order."""
     surplus = rng.permutation(np.repeat(np.arange(len(taken)), taken))[wanted:]
     taken = taken - np.bincount(surplus, minlength=len(taken))
     order = rng.permutation(len(taken))
@@ -148,7 +148,7 @@ def PKSampler(labels, batch_size: int, sample_per_id: int, sample_method: str = 
 
 
 def ratios(identities: int, id_list: list[int], ratio: list[float]) -> np.ndarray:
-    "(identities,) how many times as often as by default each is drawn; raises ValueError for ranges that are none."
+    """(identities,) how many times as often as by default each is drawn; raises ValueError for ranges that are none."""
     if len(id_list) != 2 * len(ratio) or not all(number > 0 for number in ratio):
         raise ValueError(f"id_list {id_list} needs the first and the last identity for each number of ratio {ratio}, "
                          "and these must be positive")
@@ -163,7 +163,7 @@ def ratios(identities: int, id_list: list[int], ratio: list[float]) -> np.ndarra
 
 
 def distinct(cumulative: np.ndarray, count: int, rng) -> np.ndarray:
-    "`count` distinct numbers; drawing again what was drawn before equals drawing without replacement."
+    """`count` distinct numbers; drawing again what was drawn before equals drawing without replacement."""
     chosen, tries = np.empty(0, int), count
     while len(chosen) < count:
         tries *= 2  # where few identities hold most images, the others take many
@@ -175,7 +175,7 @@ def distinct(cumulative: np.ndarray, count: int, rng) -> np.ndarray:
 @SAMPLERS.register
 def DistributedBatchSampler(labels, batch_size: int, drop_last: bool = False, shuffle: bool = False, seed: int = 0,
                             rank: int = 0, world_size: int = 1) -> EpochSampler:
-    "The whole list in batches, shuffled or in order; with several ranks all are of one size."
+    """The whole list in batches, shuffled or in order; with several ranks all are of one size."""
     items, whole = len(labels), batch_size * world_size
     length = items // whole + (items % whole > 0 and not drop_last and world_size == 1)
 

@@ -28,7 +28,7 @@ WIDTH_HEIGHT, HEIGHT_WIDTH = "[width, height]", "[height, width]"
 
 
 def interpolation_mode(name: str | None) -> InterpolationMode:
-    "The mode of a name, bilinear for None; raises ValueError for an unknown one."
+    """The mode of a name, bilinear for None; raises ValueError for an unknown one."""
     if name is not None and name not in INTERPOLATION:
         raise ValueError(f"there is no interpolation '{name}', only {', '.join(INTERPOLATION)}")
     return INTERPOLATION[name or "bilinear"]
@@ -43,7 +43,7 @@ def affine_mode(name: str) -> InterpolationMode:
 
 
 def height_width(size: int | list, order: str = WIDTH_HEIGHT) -> list[int]:
-    "[height, width] of a size that is one number, or two in this order; raises ValueError for anything else."
+    """[height, width] of a size that is one number, or two in this order; raises ValueError for anything else."""
     sides = size if isinstance(size, list | tuple) else [size, size]
     if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
         raise ValueError(f"size is {size}, neither a number of pixels nor {order}")
@@ -51,7 +51,7 @@ def height_width(size: int | list, order: str = WIDTH_HEIGHT) -> list[int]:
 
 
 def bounds(key: str, value: list | None, default: tuple) -> list[float]:
-    "[least, greatest] of an argument, the default for None; raises ValueError where they are not such a pair."
+    """[least, greatest] of an argument, the default for None; raises ValueError where they are not such a pair."""
     pair = default if value is None else value
     if len(pair) != 2 or not all(fits(end, float) for end in pair) or not 0 < pair[0] <= pair[1]:
         raise ValueError(f"{key} is {value}, not two numbers above 0, the smaller one first")
@@ -59,7 +59,7 @@ def bounds(key: str, value: list | None, default: tuple) -> list[float]:
 
 
 def per_channel(key: str, value: float | list) -> list[float]:
-    "Three numbers, one a channel, of an argument that is one number or three; raises ValueError for anything else."
+    """Three numbers, one a channel, of an argument that is one number or three; raises ValueError for anything else."""
     values = value if isinstance(value, list | tuple) else [value] * 3
     if len(values) != 3 or not all(fits(number, float) for number in values):
         raise ValueError(f"{key} is {value}, neither one number nor three, one a channel")
@@ -67,19 +67,19 @@ def per_channel(key: str, value: float | list) -> list[float]:
 
 
 def sometimes(prob: float, *ops: v2.Transform, key: str = "prob") -> v2.Transform:
-    "All of the ops with probability `prob`, otherwise none of them; raises ValueError for no probability."
+    """All of the ops with probability `prob`, otherwise none of them; raises ValueError for no probability."""
     if not 0 <= prob <= 1:
         raise ValueError(f"{key} is {prob}, not a probability from 0 to 1")
     return v2.RandomApply(list(ops), prob)
 
 
 def of_bytes(name: str, op: v2.Transform, prob: float = 1.0) -> v2.Transform:
-    "An op with probability `prob` that is defined on 8-bit images and refuses any other, by its name in the file."
+    """An op with probability `prob` that is defined on 8-bit images and refuses any other, by its name in the file."""
     return v2.Compose([v2.Lambda(partial(checked_bytes, name)), sometimes(prob, op)])
 
 
 def checked_bytes(name: str, image: torch.Tensor) -> torch.Tensor:
-    "The image; raises ValueError where it has been made float before."
+    """The image; raises ValueError where it has been made float before."""
     if image.dtype != torch.uint8:
         raise ValueError(f"{name} works on 8-bit images: put it before ToTensor and NormalizeImage")
     return image
@@ -90,19 +90,19 @@ def checked_bytes(name: str, image: torch.Tensor) -> torch.Tensor:
 @TRANSFORMS.register
 def DecodeImage(to_rgb: bool = True, channel_first: bool = False, to_np: bool = False,
                 backend: str = "pil") -> v2.Transform:
-    "The identity, or RGB to BGR with `to_rgb: False`; the file itself is always decoded before the first op."
+    """The identity, or RGB to BGR with `to_rgb: False`; the file itself is always decoded before the first op."""
     return v2.Identity() if to_rgb else v2.Lambda(reversed_channels)
 
 
 def reversed_channels(image: torch.Tensor) -> torch.Tensor:
-    "BGR from RGB, or back; a function of its own since worker processes that are not forked must unpickle it."
+    """BGR from RGB, or back; a function of its own since worker processes that are not forked must unpickle it."""
     return image.flip(-3)
 
 
 @TRANSFORMS.register
 def ResizeImage(size: int | list | None = None, resize_short: int | None = None, interpolation: str | None = None,
                 backend: str = "pil", return_numpy: bool = True) -> v2.Transform:
-    "Resizing to `size` (a number, or [width, height]), or of the shorter side to `resize_short` pixels."
+    """Resizing to `size` (a number, or [width, height]), or of the shorter side to `resize_short` pixels."""
     if (size is None) == (resize_short is None):
         raise ValueError("ResizeImage needs either 'size' or 'resize_short'")
     target = height_width(size) if resize_short is None else resize_short
@@ -111,7 +111,7 @@ def ResizeImage(size: int | list | None = None, resize_short: int | None = None,
 
 @TRANSFORMS.register
 def CropImage(size: int | list) -> v2.Transform:
-    "The central crop of `size` pixels (a number, or [width, height])."
+    """The central crop of `size` pixels (a number, or [width, height])."""
     return v2.CenterCrop(height_width(size))
 
 
@@ -129,33 +129,33 @@ def RandCropImage(size: int | list, scale: list | None = None, ratio: list | Non
 
 @TRANSFORMS.register
 def RandCropImageV2(size: int | list) -> v2.Transform:
-    "A random crop of exactly `size` pixels (a number, or [width, height]), without resizing; none smaller goes in."
+    """A random crop of exactly `size` pixels (a number, or [width, height]), without resizing; none smaller goes in."""
     return v2.RandomCrop(height_width(size))
 
 
 @TRANSFORMS.register
 def RandomCropImage(size: int | list) -> v2.Transform:
-    "Another of the original's names for a random crop of `size` pixels (a number, or [width, height])."
+    """Another of the original's names for a random crop of `size` pixels (a number, or [width, height])."""
     return RandCropImageV2(size)
 
 
 @TRANSFORMS.register
 def Resize(size: int | list, interpolation: str = "bilinear") -> v2.Transform:
-    "Resizing of the shorter side to `size` pixels, or to [height, width]."
+    """Resizing of the shorter side to `size` pixels, or to [height, width]."""
     sides = height_width(size, HEIGHT_WIDTH)
     return v2.Resize(sides if isinstance(size, list) else size, interpolation_mode(interpolation), antialias=True)
 
 
 @TRANSFORMS.register
 def CenterCrop(size: int | list) -> v2.Transform:
-    "The central crop of `size` pixels (a number, or [height, width]), with black where the image is smaller."
+    """The central crop of `size` pixels (a number, or [height, width]), with black where the image is smaller."""
     return v2.CenterCrop(height_width(size, HEIGHT_WIDTH))
 
 
 @TRANSFORMS.register
 def RandomCrop(size: int | list, padding: int | list | None = None, pad_if_needed: bool = False,
                fill: float | list = 0, padding_mode: str = "constant") -> v2.Transform:
-    "A random crop of `size` pixels (a number, or [height, width]) out of the image padded as Pad does."
+    """A random crop of `size` pixels (a number, or [height, width]) out of the image padded as Pad does."""
     return v2.RandomCrop(height_width(size, HEIGHT_WIDTH), pad_if_needed=pad_if_needed,
                          **border(padding, fill, padding_mode))
 
@@ -163,7 +163,7 @@ def RandomCrop(size: int | list, padding: int | list | None = None, pad_if_neede
 @TRANSFORMS.register
 def RandomResizedCrop(size: int | list, scale: list | None = None, ratio: list | None = None,
                       interpolation: str = "bilinear") -> v2.Transform:
-    "A random crop of a random share and aspect of the image, resized to `size` (a number, or [height, width])."
+    """A random crop of a random share and aspect of the image, resized to `size` (a number, or [height, width])."""
     return v2.RandomResizedCrop(height_width(size, HEIGHT_WIDTH), bounds("scale", scale, (0.08, 1.0)),
                                 bounds("ratio", ratio, (3 / 4, 4 / 3)), interpolation_mode(interpolation),
                                 antialias=True)
@@ -182,7 +182,7 @@ def CropWithPadding(prob: float = 1.0, padding_num: float = 0, size: int | list 
 
 
 def in_its_place(fill: float, scale: list, ratio: list, image: torch.Tensor) -> torch.Tensor:
-    "(3, H, W) of `fill`, but for a random rectangle of the image."
+    """(3, H, W) of `fill`, but for a random rectangle of the image."""
     top, left, height, width = v2.RandomResizedCrop.get_params(image, scale, ratio)
     result = torch.full_like(image, fill)
     box = (..., slice(top, top + height), slice(left, left + width))
@@ -193,7 +193,7 @@ def in_its_place(fill: float, scale: list, ratio: list, image: torch.Tensor) -> 
 # --- Borders, flips, turns --------------------------------------------------------------------------------------------
 
 def border(padding: int | list | None, fill: float | list, padding_mode: str) -> dict:
-    "What torchvision calls a border; raises ValueError where its widths, its colour or its mode cannot be meant."
+    """What torchvision calls a border; raises ValueError where its widths, its colour or its mode cannot be meant."""
     widths = padding if isinstance(padding, list) else [padding or 0]
     if len(widths) not in (1, 2, 4) or not all(isinstance(width, int) and width >= 0 for width in widths):
         raise ValueError(f"padding is {padding}, neither a number of pixels, [left and right, top and bottom] nor "
@@ -217,13 +217,13 @@ def Pad(padding: int | list, fill: float | list = 0, padding_mode: str = "consta
 
 @TRANSFORMS.register
 def Pad_paddle_vision(padding: int | list, fill: float | list = 0, padding_mode: str = "constant") -> v2.Transform:
-    "The original's name for paddle.vision's Pad: the same as Pad."
+    """The original's name for paddle.vision's Pad: the same as Pad."""
     return Pad(padding, fill, padding_mode)
 
 
 @TRANSFORMS.register
 def RandFlipImage(flip_code: int = 1, prob: float = 0.5) -> v2.Transform:
-    "A flip with probability `prob`: 1 left-right, 0 top-bottom, -1 both at once."
+    """A flip with probability `prob`: 1 left-right, 0 top-bottom, -1 both at once."""
     if flip_code not in (-1, 0, 1):
         raise ValueError(f"flip_code is {flip_code}, only 1 (left-right), 0 (top-bottom) and -1 (both) exist")
     flips = {1: [v2.RandomHorizontalFlip(1)], 0: [v2.RandomVerticalFlip(1)]}
@@ -232,7 +232,7 @@ def RandFlipImage(flip_code: int = 1, prob: float = 0.5) -> v2.Transform:
 
 @TRANSFORMS.register
 def RandomHorizontalFlip(prob: float = 0.5) -> v2.Transform:
-    "A flip left-right with probability `prob`."
+    """A flip left-right with probability `prob`."""
     return RandFlipImage(prob=prob)
 
 
@@ -253,18 +253,18 @@ def RandomRotation(degrees: float | list, prob: float = 0.5, interpolation: str 
 @TRANSFORMS.register
 def ColorJitter(brightness: float = 0, contrast: float = 0, saturation: float = 0, hue: float = 0,
                 prob: float = 1.0) -> v2.Transform:
-    "Random brightness, contrast, saturation and hue, applied with probability `prob`."
+    """Random brightness, contrast, saturation and hue, applied with probability `prob`."""
     return sometimes(prob, v2.ColorJitter(brightness, contrast, saturation, hue))
 
 
 @TRANSFORMS.register
 def RandomGrayscale(p: float = 0.1) -> v2.Transform:
-    "Three equal channels of grey with probability `p`."
+    """Three equal channels of grey with probability `p`."""
     return sometimes(p, v2.RandomGrayscale(1), key="p")
 
 
 def number(value: float | str) -> float:
-    "A number that may be written as a fraction: `1.0/255.0`."
+    """A number that may be written as a fraction: `1.0/255.0`."""
     numerator, _, denominator = str(value).partition("/")
     return float(numerator) / float(denominator or 1)
 
@@ -272,7 +272,7 @@ def number(value: float | str) -> float:
 @TRANSFORMS.register
 def NormalizeImage(scale: float | str | None = None, mean: list | None = None, std: list | None = None,
                    order: str = "", output_fp16: bool = False, channel_num: int = 3) -> v2.Transform:
-    "(image * scale - mean) / std per channel; scale defaults to 1/255, mean and std to ImageNet's."
+    """(image * scale - mean) / std per channel; scale defaults to 1/255, mean and std to ImageNet's."""
     if order not in ("", "hwc", "chw"):
         raise ValueError(f"order is '{order}', only '', 'hwc' and 'chw' exist (all three mean the same here)")
     factor = number(scale) if scale is not None else 1 / 255
@@ -282,13 +282,13 @@ def NormalizeImage(scale: float | str | None = None, mean: list | None = None, s
 
 @TRANSFORMS.register
 def ToTensor() -> v2.Transform:
-    "float32 between 0 and 1 of an 8-bit image; what is float already stays as it is."
+    """float32 between 0 and 1 of an 8-bit image; what is float already stays as it is."""
     return v2.ToDtype(torch.float32, scale=True)
 
 
 @TRANSFORMS.register
 def Normalize(mean: float | list = 0.0, std: float | list = 1.0, data_format: str = "CHW") -> v2.Transform:
-    "(image - mean) / std per channel, of an image between 0 and 1: ToTensor must come first."
+    """(image - mean) / std per channel, of an image between 0 and 1: ToTensor must come first."""
     if data_format not in ("CHW", "HWC"):
         raise ValueError(f"data_format is '{data_format}', only 'CHW' and 'HWC' exist (both mean the same here)")
     return v2.Normalize(per_channel("mean", mean), per_channel("std", std))

@@ -34,7 +34,7 @@ def prepare(image, steps):
 
 
 class Model:
-    "Model('model.onnx')(image) is the embedding (D,) of a Pillow image; `meta` is what inference.yml says."
+    """Model('model.onnx')(image) is the embedding (D,) of a Pillow image; `meta` is what inference.yml says."""
 
     def __init__(self, path):
         self.session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])

@@ -49,20 +49,20 @@ OPTIONS = ("folder", "normalize", "dynamic_size", "images", "infer_output_key", 
 
 
 class ExportError(RuntimeError):
-    "An exported model that is not the trained one; the message says by how much, and where the files are."
+    """An exported model that is not the trained one; the message says by how much, and where the files are."""
 
 
 # ---- the proof -------------------------------------------------------------------------------------------------------
 
 def taken(images: ImageList, rows: np.ndarray) -> ImageList:
-    "Some of the items of a list."
+    """Some of the items of a list."""
     return replace(images, paths=[images.paths[i] for i in rows], labels=images.labels[rows], lines=None,
                    cameras=None if images.cameras is None else images.cameras[rows],
                    boxes=None if images.boxes is None else images.boxes[rows])
 
 
 def sample(query: ImageList, gallery: ImageList, most: int) -> tuple[np.ndarray, np.ndarray]:
-    "Rows of both lists: of as many identities, drawn at random, as have `most` images together; one at the least."
+    """Rows of both lists: of as many identities, drawn at random, as have `most` images together; one at the least."""
     known = np.random.default_rng(0).permutation(np.unique(query.labels[positives(query, gallery) > 0]))
     counts = sum(np.bincount(images.labels, minlength=len(query.names))[known] for images in (query, gallery))
     kept = known[:max(1, int((np.cumsum(counts) <= most).sum()))]
@@ -70,14 +70,14 @@ def sample(query: ImageList, gallery: ImageList, most: int) -> tuple[np.ndarray,
 
 
 def pixels_and_input(outside: v2.Transform, whole: v2.Transform, image: Tensor) -> tuple[Tensor, Tensor]:
-    "What the exported graph takes of an image, uint8 (H, W, 3), and what the trained model takes, (3, H, W)."
+    """What the exported graph takes of an image, uint8 (H, W, 3), and what the trained model takes, (3, H, W)."""
     return outside(image).permute(1, 2, 0), whole(image)
 
 
 @torch.inference_mode()
 def outputs(images: ImageList, outside: v2.Transform, runners: dict[str, Callable], batch: int,
             trained: Callable | None = None) -> dict[str, np.ndarray]:
-    "(N, D) of a list's images by each exported model, and where given by the trained one, under 'trained'."
+    """(N, D) of a list's images by each exported model, and where given by the trained one, under 'trained'."""
     table = replace(images, transform=partial(pixels_and_input, outside, images.transform))
     found = {name: [] for name in (*runners, *["trained"] * (trained is not None))}
     for (pixels, x), _ in DataLoader(table, batch):
@@ -87,7 +87,7 @@ def outputs(images: ImageList, outside: v2.Transform, runners: dict[str, Callabl
 
 
 def agreement(trained: tuple, exported: tuple, query: ImageList, gallery: ImageList, distance: str) -> dict:
-    "How two pairs of (query (Q, D), gallery (G, D)) compare, as vectors and in what they retrieve."
+    """How two pairs of (query (Q, D), gallery (G, D)) compare, as vectors and in what they retrieve."""
     ours, theirs = (np.concatenate(pair).astype(np.float64) for pair in (trained, exported))
     length = np.linalg.norm(ours, axis=1) * np.linalg.norm(theirs, axis=1)
     cosine, difference = (ours * theirs).sum(1) / np.maximum(length, 1e-12), np.abs(ours - theirs)
@@ -126,7 +126,7 @@ def prove(run: Run, trained: Callable, runners: dict[str, Callable], outside: v2
 
 
 def failures(report: dict) -> list[str]:
-    "A sentence for each file that has to be exact and is not."
+    """A sentence for each file that has to be exact and is not."""
     rows = {(name, size): row for name, sizes in report["model_parity"].items() for size, row in sizes.items()}
     rows |= {(name, "from image files"): row for name, row in report["pipeline_parity"].items()}
     found = []
@@ -223,7 +223,7 @@ def export_model(run: Run, formats: Sequence[str] = ("onnx", "torch"), folder: s
 
 
 def check_arguments(formats: Sequence[str], arch: dict) -> None:
-    "None; raises ConfigError for a format or an option that does not exist."
+    """Raise ConfigError for a format or an option that does not exist."""
     for name in formats:
         if name not in FORMATS:
             raise ConfigError(f"formats: there is no format '{name}'; {suggest(name, FORMATS)}")

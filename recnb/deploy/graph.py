@@ -60,7 +60,7 @@ class Inference(nn.Module):
 
 
 def needed(network: RecModel, output: str) -> RecModel:
-    "A copy of a model in evaluation mode without the parts that `output` does not need."
+    """A copy of a model in evaluation mode without the parts that `output` does not need."""
     network = copy.deepcopy(network).eval().requires_grad_(False)
     if output != "logits":
         network.head = None
@@ -70,7 +70,7 @@ def needed(network: RecModel, output: str) -> RecModel:
 
 
 def picked(network: RecModel, x: Tensor, output: str) -> Tensor:  # (B, 3, H, W) -> (B, D)
-    "One of the OUTPUTS; logits are computed from what the head was trained on."
+    """One of the OUTPUTS; logits are computed from what the head was trained on."""
     out = network.parts(x)
     if output != "logits":
         return vectors(out[output])
@@ -78,13 +78,13 @@ def picked(network: RecModel, x: Tensor, output: str) -> Tensor:  # (B, 3, H, W)
 
 
 def finished(x: Tensor, normalize: bool, softmax: bool) -> Tensor:
-    "float32 output, at unit length or as probabilities where asked for."
+    """float32 output, at unit length or as probabilities where asked for."""
     x = x.float()
     return F.normalize(x, dim=1) if normalize else x.softmax(1) if softmax else x
 
 
 def trained_model(run: Run) -> RecModel:
-    "The run's model, the chosen one of several, computing in float32 on the CPU."
+    """The run's model, the chosen one of several, computing in float32 on the CPU."""
     model = run.model()
     model = model.models[model.chosen] if hasattr(model, "chosen") else model
     model.precision = None
@@ -94,7 +94,7 @@ def trained_model(run: Run) -> RecModel:
 # ---- what inference.yml says -----------------------------------------------------------------------------------------
 
 def chosen_output(section: dict, network: RecModel) -> tuple[str, bool]:
-    "(infer_output_key, whether a softmax follows) of Arch; ConfigError for what the model has not or cannot mean."
+    """(infer_output_key, whether a softmax follows) of Arch; ConfigError for what the model has not or cannot mean."""
     key, softmax = section.get("infer_output_key") or "features", adds_softmax(section)
     if key not in OUTPUTS:
         raise ConfigError(f"Arch.infer_output_key: there is no output '{key}'; {suggest(key, OUTPUTS)}")
@@ -125,7 +125,7 @@ def preprocessing(run: Run) -> tuple[list[dict], v2.Transform, dict]:
 
 
 def step(op: v2.Transform) -> dict:
-    "One resize or central crop as data: sizes are [height, width], resize_short the pixels of the shorter side."
+    """One resize or central crop as data: sizes are [height, width], resize_short the pixels of the shorter side."""
     if isinstance(op, v2.CenterCrop):
         return {"crop": list(op.size)}
     name = InterpolationMode(op.interpolation).value if isinstance(op, v2.Resize) else str(op)
@@ -137,7 +137,7 @@ def step(op: v2.Transform) -> dict:
 
 
 def values(ops: Sequence[v2.Transform]) -> dict:
-    "The mean and std (of pixels 0..255) and the channel order that ops on pixel values come to."
+    """The mean and std (of pixels 0..255) and the channel order that ops on pixel values come to."""
     scale, mean, std, order = None, [0.0] * 3, [1.0] * 3, "RGB"
     for op in ops:
         if isinstance(op, v2.ToDtype) and scale is None:
@@ -152,7 +152,7 @@ def values(ops: Sequence[v2.Transform]) -> dict:
 
 
 def describe(run: Run, steps: list[dict], inside: dict, described: dict, dynamic_size: bool) -> dict:
-    "The content of inference.yml; `described` is its section output."
+    """The content of inference.yml; `described` is its section output."""
     if described["name"] == "logits":
         described = {**described, "labels": run.class_names}
     size = [None, None] if dynamic_size else run.cfg["Global"]["image_shape"][1:]
@@ -166,7 +166,7 @@ def describe(run: Run, steps: list[dict], inside: dict, described: dict, dynamic
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    "What torch and onnxruntime print and log meanwhile is not shown: what goes wrong comes as an exception."
+    """What torch and onnxruntime print and log meanwhile is not shown: what goes wrong comes as an exception."""
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
@@ -177,7 +177,10 @@ def quiet() -> Iterator[None]:
 
 
 def traced(model: nn.Module, size: Sequence[int], dynamic_size: bool = False) -> torch.export.ExportedProgram:
-    "The graph of a model over uint8 (B, H, W, 3) for any B, and any H and W where asked for; ConfigError if it fails."
+    """The graph of a model over uint8 (B, H, W, 3) for any B, and any H and W where asked for.
+
+    ConfigError if it fails.
+    """
     sides = {1: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC} if dynamic_size else {}
     shapes = ({0: torch.export.Dim("batch", min=1), **sides},)
     try:
@@ -190,7 +193,7 @@ def traced(model: nn.Module, size: Sequence[int], dynamic_size: bool = False) ->
 
 
 def write_onnx(program: torch.export.ExportedProgram, path: Path, meta: dict) -> None:
-    "None; writes the graph as ONNX in one file, with inference.yml's content as JSON in it."
+    """Write the graph as ONNX in one file, with inference.yml's content as JSON in it."""
     import onnx
 
     with quiet():
@@ -207,7 +210,7 @@ def write_onnx(program: torch.export.ExportedProgram, path: Path, meta: dict) ->
 
 
 def write_int8(source: Path, path: Path, meta: dict) -> None:
-    "None; writes an ONNX file with 8-bit weights, activations quantised as they come (onnxruntime's dynamic kind)."
+    """Write an ONNX file with 8-bit weights, activations quantised as they come (onnxruntime's dynamic kind)."""
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
@@ -239,7 +242,7 @@ def write_models(build: Callable[..., Inference], formats: Sequence[str], folder
 
 
 def runner(path: Path) -> Callable[[Tensor], np.ndarray]:
-    "What a model file computes: from uint8 (B, H, W, 3) to float32 (B, D)."
+    """What a model file computes: from uint8 (B, H, W, 3) to float32 (B, D)."""
     if path.suffix == ".pt2":
         module = torch.export.load(path).module()
         return lambda x: module(x).numpy()
@@ -251,14 +254,14 @@ NEEDED = ("onnx", "onnxscript", "onnxruntime")
 
 
 def check_installed() -> None:
-    "None; raises ConfigError where a package is missing that exporting needs beyond those of recnb."
+    """Raise ConfigError where a package is missing that exporting needs beyond those of recnb."""
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
         raise ConfigError(f"exporting needs {' and '.join(missing)}: pip install 'recnb[export]'")
 
 
 def open_model(path: str | Path) -> Model:
-    "The exported ONNX model of a file, as its own example.py runs it."
+    """The exported ONNX model of a file, as its own example.py runs it."""
     check_installed()
     from recnb.deploy.example import Model
 

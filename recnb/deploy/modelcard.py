@@ -28,20 +28,20 @@ NOT_TESTED = """- Images of other sources than those of the lists above: other c
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence]) -> str:
-    "A table in Markdown; floats with three decimals."
+    """A table in Markdown; floats with three decimals."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(f'{cell:.3f}' if isinstance(cell, float) else str(cell) for cell in line)} |"
                      for line in lines)
 
 
 def list_row(name: str, images: ImageList) -> list:
-    "Name, source, images, identities and cameras of a list."
+    """Name, source, images, identities and cameras of a list."""
     cameras = "unknown" if images.cameras is None else len(np.unique(images.cameras))
     return [name, Path(images.source).name, f"{len(images):,}", f"{len(np.unique(images.labels)):,}", cameras]
 
 
 def data_section(run: Run) -> str:
-    "The lists that the model was trained and judged on, as far as they are on this machine."
+    """The lists that the model was trained and judged on, as far as they are on this machine."""
     rows = [list_row("queries", run.query), list_row("gallery", run.gallery)]
     try:
         rows.insert(0, list_row("training", training_images(run.cfg)))
@@ -52,7 +52,7 @@ def data_section(run: Run) -> str:
 
 
 def preprocessing_section(meta: dict) -> str:
-    "What happens to an image before the graph and inside it."
+    """What happens to an image before the graph and inside it."""
     steps = [", ".join(f"{key.replace('_', ' ')} {value}" for key, value in step.items())
              for step in meta["preprocess"]] or ["no resizing"]
     inside = meta["inside"]
@@ -64,7 +64,7 @@ def preprocessing_section(meta: dict) -> str:
 
 
 def output_section(meta: dict, run: Run) -> str:
-    "What comes out, and what the run's own evaluation did behind it."
+    """What comes out, and what the run's own evaluation did behind it."""
     output = meta["output"]
     form = "at length 1: compare by dot product, which is the cosine" if output["normalised"] else (
         f"as it comes; the evaluation compares by {meta['compare']}")
@@ -78,7 +78,7 @@ def output_section(meta: dict, run: Run) -> str:
 
 
 def results_section(info: dict | None, run: Run) -> str:
-    "Metrics with intervals, and the thresholds; without an index, what training has measured."
+    """Metrics with intervals, and the thresholds; without an index, what training has measured."""
     if info is None:
         return table(("metric", "value"), [(k, v) for k, v in run.metrics.items() if isinstance(v, float)])
     metrics = table(("metric", "value", "95 % interval"), [
@@ -95,7 +95,7 @@ def results_section(info: dict | None, run: Run) -> str:
 
 
 def proof_section(report: dict) -> str:
-    "Each file against the trained model."
+    """Each file against the trained model."""
     rows = [(name, size.replace("_", " "), row) for name, sizes in report["model_parity"].items()
             for size, row in sizes.items()]
     rows += [(name, "image files", row) for name, row in report["pipeline_parity"].items()]
@@ -108,7 +108,7 @@ def proof_section(report: dict) -> str:
 
 
 def config_section(run: Run) -> str:
-    "The parts of the configuration that make the model."
+    """The parts of the configuration that make the model."""
     kept = {"Global": {key: run.cfg["Global"][key] for key in ("epochs", "seed", "image_shape")},
             "transform_ops": lookup(run.cfg, "DataLoader.Train.dataset.transform_ops"),
             "sampler": lookup(run.cfg, "DataLoader.Train.sampler"),
@@ -117,7 +117,7 @@ def config_section(run: Run) -> str:
 
 
 def model_card(run: Run, meta: dict, report: dict, info: dict | None, files: Sequence[str]) -> str:
-    "The text of README.md: `meta` as in inference.yml, `report` as in parity.json, `info` as in the index."
+    """The text of README.md: `meta` as in inference.yml, `report` as in parity.json, `info` as in the index."""
     file = run.folder / "env.json"
     env = json.loads(file.read_text()) if file.is_file() else {}
     backbones = [section["Backbone"] for _, section in architectures(run.cfg)]

@@ -46,12 +46,12 @@ RATES = (1e-2, 1e-3, 1e-4)  # what the calibration shows beside the rate that wa
 
 
 def digest(path: Path) -> str:
-    "The fingerprint of a model's file, by which an index knows whose vectors it holds."
+    """The fingerprint of a model's file, by which an index knows whose vectors it holds."""
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def embed_file(model: Model, path: str | Path) -> np.ndarray:
-    "(D,) float32 of an image file; raises DataError with its name where it cannot be read."
+    """(D,) float32 of an image file; raises DataError with its name where it cannot be read."""
     try:
         with Image.open(path) as image:
             return model(image)
@@ -60,7 +60,7 @@ def embed_file(model: Model, path: str | Path) -> np.ndarray:
 
 
 def embed_images(model: Model, images: ImageList) -> np.ndarray:
-    "(N, D) float32 of a list's images by the exported model, from their files, or from their boxes in them."
+    """(N, D) float32 of a list's images by the exported model, from their files, or from their boxes in them."""
     if images.boxes is None:
         return np.stack([embed_file(model, path) for path in images.paths])
     boxed = (Image.fromarray(images.image(i).permute(1, 2, 0).numpy()) for i in range(len(images)))
@@ -70,13 +70,13 @@ def embed_images(model: Model, images: ImageList) -> np.ndarray:
 # ---- the threshold ---------------------------------------------------------------------------------------------------
 
 def negative_pairs(query: ImageList, gallery: ImageList) -> int:
-    "How many pairs of a query and a gallery image are of different identities."
+    """How many pairs of a query and a gallery image are of different identities."""
     counts = np.bincount(gallery.labels, minlength=query.labels.max() + 1)
     return int((len(gallery) - counts[query.labels]).sum())
 
 
 def check_rate(rate: float, query: ImageList, gallery: ImageList) -> None:
-    "None; raises ConfigError for a false-match rate that the pairs of two lists are too few to show."
+    """Raise ConfigError for a false-match rate that the pairs of two lists are too few to show."""
     negatives = negative_pairs(query, gallery)
     if not 0 < rate < 1 or rate * negatives < 1:
         raise ConfigError(f"false_match_rate: {rate:g} cannot be measured on the {negatives:,} pairs of different "
@@ -124,7 +124,7 @@ def calibrate(query, gallery, lists: tuple, own: np.ndarray, rates: Sequence[flo
 
 
 def intervals(query, gallery, lists: tuple, own: np.ndarray, distance: str) -> dict[str, dict[str, float]]:
-    "recall1, recall5 and mAP, each with its 95 % interval over identities."
+    """recall1, recall5 and mAP, each with its 95 % interval over identities."""
     _, arrays = retrieval_metrics(query, gallery, *lists, own, distance=distance, metrics=("recall{k}", "mAP"),
                                   per_query=True)
     valid, labels = arrays["valid"], np.asarray(lists[0])
@@ -179,13 +179,13 @@ class Recognizer:
         self.threshold = self.index.info["threshold"] if threshold is None else threshold
 
     def embed(self, picture: Picture) -> np.ndarray:
-        "(D,) float32 of a picture: a path, a Pillow image or a uint8 array."
+        """(D,) float32 of a picture: a path, a Pillow image or a uint8 array."""
         if isinstance(picture, np.ndarray):
             picture = read_picture(picture, max(picture.shape))
         return embed_file(self.model, picture) if isinstance(picture, str | Path) else self.model(picture)
 
     def search(self, picture: Picture, k: int = 5) -> pd.DataFrame:
-        "The k most similar items, best first, in the columns similarity, accepted, label, path and id."
+        """The k most similar items, best first, in the columns similarity, accepted, label, path and id."""
         scores, ids = (part[0] for part in self.index.search(self.embed(picture)[None], k, self.fingerprint))
         rows = [{"similarity": float(score), "accepted": bool(score >= self.threshold), "label": item["label"],
                  "path": str(Path(self.index.info["image_root"]) / item["path"]), "id": int(place)}
@@ -193,12 +193,12 @@ class Recognizer:
         return pd.DataFrame(rows)
 
     def identify(self, picture: Picture) -> str:
-        "The label of the most similar item where it is accepted, otherwise 'unknown'."
+        """The label of the most similar item where it is accepted, otherwise 'unknown'."""
         first = self.search(picture, 1).iloc[0]
         return first.label if first.accepted else UNKNOWN
 
     def add(self, paths: Sequence[str | Path], labels: Sequence[str]) -> list[int]:
-        "The ids of new items, each an image file and the label that it shall be recognised by."
+        """The ids of new items, each an image file and the label that it shall be recognised by."""
         if len(paths) != len(labels):
             raise ValueError(f"each image needs a label; there are {len(paths)} images and {len(labels)} labels")
         vectors = np.stack([self.embed(path) for path in paths])
@@ -207,7 +207,7 @@ class Recognizer:
         return self.index.ids[-len(paths):].tolist()
 
     def remove(self, *labels: str) -> int:
-        "How many items went: all those of the labels; raises ValueError for a label that the index does not have."
+        """How many items went: all those of the labels; raises ValueError for a label that the index does not have."""
         for label in set(map(str, labels)) - set(self.index.columns["label"]):
             raise ValueError(f"the index has no items of the label '{label}'")
         gone = self.index.ids[np.isin(self.index.columns["label"], list(map(str, labels)))]
@@ -215,7 +215,7 @@ class Recognizer:
         return len(gone)
 
     def save(self) -> Path:
-        "The folder of the index, written: as a whole, so that readers see the old one or the new one."
+        """The folder of the index, written: as a whole, so that readers see the old one or the new one."""
         return self.index.save(self.folder / "index")
 
 

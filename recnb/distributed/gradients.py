@@ -19,7 +19,7 @@ BUCKET = 25 << 20  # bytes of gradients that travel at a time
 
 
 def share_batches(model: nn.Module) -> None:
-    """None; each batch normalisation of a model sees the rows of all processes while it trains, on any device.
+    """Each batch normalisation of a model sees the rows of all processes while it trains, on any device.
 
     The whole input travels, in either direction: for the CPU, where torch has no SyncBatchNorm.
     """
@@ -31,7 +31,7 @@ def share_batches(model: nn.Module) -> None:
 
 @torch.compiler.disable
 def take_all_rows(norm: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
-    "The rows of all processes in place of this one's, while a module trains."
+    """The rows of all processes in place of this one's, while a module trains."""
     if not norm.training or ranks()[1] == 1:
         return None
     counts = torch.cat(all_rows(torch.tensor([len(args[0])], device=args[0].device))).tolist()
@@ -41,12 +41,12 @@ def take_all_rows(norm: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
 
 @torch.compiler.disable
 def keep_own_rows(norm: nn.Module, args: tuple, output: Tensor) -> Tensor:
-    "This process's rows of what a module has made of all."
+    """This process's rows of what a module has made of all."""
     return output[norm.own_rows] if norm.training and ranks()[1] > 1 else output
 
 
 def buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    "The tensors in lists of one kind, each of about as many bytes as travel at a time."
+    """The tensors in lists of one kind, each of about as many bytes as travel at a time."""
     held: dict[torch.dtype, list[Tensor]] = {}
     for tensor in tensors:
         bucket = held.setdefault(tensor.dtype, [])
@@ -70,7 +70,7 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def copy_from_first(tensors: Iterable[Tensor]) -> None:
-    "None; the tensors become those of the first process."
+    """The tensors become those of the first process."""
     with torch.no_grad():
         for bucket in buckets(tensors):
             flat = torch.cat([tensor.detach().flatten() for tensor in bucket])
@@ -79,6 +79,6 @@ def copy_from_first(tensors: Iterable[Tensor]) -> None:
 
 
 def write_back(flat: Tensor, tensors: list[Tensor]) -> None:
-    "None; the tensors get their values from one long vector."
+    """The tensors get their values from one long vector."""
     for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
         tensor.data.copy_(part.view_as(tensor))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 @contextlib.contextmanager
 def processes(device: str) -> Iterator[None]:
-    "The process group that torchrun's environment describes, within the block; only its first process prints."
+    """The process group that torchrun's environment describes, within the block; only its first process prints."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or ranks()[1] > 1:
         yield
         return
@@ -33,7 +33,7 @@ def processes(device: str) -> Iterator[None]:
 
 
 def first_does(work, *args) -> None:
-    "None; the first process does the work, the others wait until it is done."
+    """The first process does the work, the others wait until it is done."""
     if ranks()[0] == 0:
         work(*args)
     if ranks()[1] > 1:
@@ -53,12 +53,12 @@ class Gathered(dict):
 
 
 def everyone(out: dict, y: Tensor) -> tuple[dict, Tensor]:
-    "The output dict and the labels of all processes, one behind the other."
+    """The output dict and the labels of all processes, one behind the other."""
     return Gathered(out), torch.cat(all_rows(y))
 
 
 def averaged(values: Tensor) -> Tensor:
-    "The mean of a tensor over the processes."
+    """The mean of a tensor over the processes."""
     if ranks()[1] > 1:
         values = values / ranks()[1]
         dist.all_reduce(values)
@@ -66,7 +66,7 @@ def averaged(values: Tensor) -> Tensor:
 
 
 def anywhere(flag: bool, device: torch.device) -> bool:
-    "Whether the flag is up in any process."
+    """Whether the flag is up in any process."""
     if ranks()[1] == 1:
         return flag
     raised = torch.tensor(float(flag), device=device)
@@ -75,7 +75,7 @@ def anywhere(flag: bool, device: torch.device) -> bool:
 
 
 def joined(features: Tensor) -> Tensor:
-    "The features (N, D) of a whole list on every process, from each one's share of them, on the CPU."
+    """The features (N, D) of a whole list on every process, from each one's share of them, on the CPU."""
     world = ranks()[1]
     if world == 1:
         return features
@@ -99,13 +99,16 @@ def launch(config: Path, run_dir: Path, count: int) -> Iterator[str]:
 
 
 def ranks() -> tuple[int, int]:
-    "(this process's rank, the number of ranks): (0, 1) where torch.distributed does not run."
+    """(this process's rank, the number of ranks): (0, 1) where torch.distributed does not run."""
     running = dist.is_available() and dist.is_initialized()
     return (dist.get_rank(), dist.get_world_size()) if running else (0, 1)
 
 
 def share(count: int, rank: int | None = None, world: int | None = None) -> range:
-    "The rows of `count` that a rank (this one) of `world` (as many as run) holds; raises ValueError for too few rows."
+    """The rows of `count` that a rank (this one) of `world` (as many as run) holds.
+
+    Raises ValueError for too few rows.
+    """
     rank, world = (own if given is None else given for given, own in zip((rank, world), ranks(), strict=True))
     if count < world:
         raise ValueError(f"sharded: there are {count} classes for {world} ranks; leave sharded out, or run fewer ranks")
@@ -113,7 +116,7 @@ def share(count: int, rank: int | None = None, world: int | None = None) -> rang
 
 
 def all_rows(x: Tensor) -> list[Tensor]:
-    "The tensors (B, ...) of all ranks in their order, without gradients; their numbers of rows may differ."
+    """The tensors (B, ...) of all ranks in their order, without gradients; their numbers of rows may differ."""
     world = ranks()[1]
     if world == 1:
         return [x]
@@ -128,7 +131,7 @@ def all_rows(x: Tensor) -> list[Tensor]:
 
 
 class Gather(torch.autograd.Function):
-    "What `gather` does, to autograd."
+    """What `gather` does, to autograd."""
 
     @staticmethod
     def forward(ctx, x: Tensor, factor: float) -> Tensor:
@@ -155,7 +158,7 @@ def gather(x: Tensor, factor: float = 1.0) -> Tensor:  # (B, D) -> (sum of B, D)
 
 
 class Total(torch.autograd.Function):
-    "The sum over ranks of equally shaped tensors; each rank follows the gradient of its own term."
+    """The sum over ranks of equally shaped tensors; each rank follows the gradient of its own term."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:

@@ -98,7 +98,7 @@ def step_by_rows(optimizer: torch.optim.Optimizer) -> None:
 
 
 def put_back(rows: Tensor, used: dict, p: Tensor, state: dict, index: Tensor) -> None:
-    "Write the rows and their state into a parameter and its own."
+    """Write the rows and their state into a parameter and its own."""
     p.detach()[index] = rows.detach()
     for k, v in used.items():
         if not per_row(v, rows):
@@ -110,7 +110,7 @@ def put_back(rows: Tensor, used: dict, p: Tensor, state: dict, index: Tensor) ->
 
 
 def per_row(value, p: Tensor) -> bool:
-    "Whether an entry of an optimizer's state, or of a state dict, has a row for each row of a parameter."
+    """Whether an entry of an optimizer's state, or of a state dict, has a row for each row of a parameter."""
     return isinstance(value, Tensor) and value.dim() > 0 and len(value) == len(p)
 
 
@@ -129,7 +129,7 @@ def sharded_weights(model: nn.Module, optimizer: torch.optim.Optimizer | None = 
 
 
 def merge(states: Sequence[dict], counts: dict[Hashable, int]) -> dict:
-    "One state of all rows from those of all ranks, in their order; what is not sharded comes from the first."
+    """One state of all rows from those of all ranks, in their order; what is not sharded comes from the first."""
     def join(entries: list):
         if isinstance(entries[0], dict):
             return {key: join([entry[key] for entry in entries]) for key in entries[0]}
@@ -139,7 +139,7 @@ def merge(states: Sequence[dict], counts: dict[Hashable, int]) -> dict:
 
 
 def split(state: dict, counts: dict[Hashable, int], rank: int | None = None, world: int | None = None) -> dict:
-    "The state of a rank (this one) of `world` (as many as run) from that of all rows."
+    """The state of a rank (this one) of `world` (as many as run) from that of all rows."""
     def cut(entry, count: int):
         if isinstance(entry, dict):
             return {key: cut(value, count) for key, value in entry.items()}

@@ -25,7 +25,7 @@ GROUPS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # O
 # ---- figures ---------------------------------------------------------------------------------------------------------
 
 def curves_figure(arrays: dict, recall: np.ndarray, precision: np.ndarray) -> Figure:
-    "Two panels: CMC, and precision over recall."
+    """Two panels: CMC, and precision over recall."""
     figure, axes = _panels(2)
     draw_cmc(axes[0], arrays)
     axes[1].plot(recall, precision, color=COLOURS[RIGHT], linewidth=2)
@@ -36,14 +36,14 @@ def curves_figure(arrays: dict, recall: np.ndarray, precision: np.ndarray) -> Fi
 
 
 def histogram_figure(edges: np.ndarray, counts: np.ndarray, point: dict) -> Figure:
-    "The similarities of pairs, with the operating threshold."
+    """The similarities of pairs, with the operating threshold."""
     figure, (ax,) = _panels(1, 7)
     draw_pairs(ax, edges, counts, point)
     return figure
 
 
 def draw_cmc(ax: Axes, arrays: dict, most: int = 50) -> None:
-    "None; draws the share of queries found by each rank, with the first and the tenth named."
+    """Draw the share of queries found by each rank, with the first and the tenth named."""
     values = cmc(arrays, most)
     ax.plot(np.arange(1, most + 1), values, color=COLOURS[RIGHT], linewidth=2)
     for k in (1, 10):
@@ -55,7 +55,7 @@ def draw_cmc(ax: Axes, arrays: dict, most: int = 50) -> None:
 
 
 def draw_pairs(ax: Axes, edges: np.ndarray, counts: np.ndarray, point: dict) -> None:
-    "None; draws both kinds of pairs, each with an area of 1, and the threshold."
+    """Draw both kinds of pairs, each with an area of 1, and the threshold."""
     width, used = edges[1] - edges[0], np.flatnonzero(counts.sum(0))
     heights = counts / counts.sum(1, keepdims=True) / width
     for kind, name, colour in ((0, "other identity", COLOURS[WRONG]), (1, "same identity", COLOURS[RIGHT])):
@@ -73,7 +73,7 @@ def draw_pairs(ax: Axes, edges: np.ndarray, counts: np.ndarray, point: dict) -> 
 
 
 def draw_ap(ax: Axes, arrays: dict) -> None:
-    "None; draws how the average precision is spread over the queries, and its mean."
+    """Draw how the average precision is spread over the queries, and its mean."""
     ap = arrays["AP"][arrays["valid"]]
     ax.hist(ap, np.linspace(0, 1, 21), color=COLOURS[RIGHT], edgecolor="white", linewidth=0.8)
     ax.axvline(ap.mean(), color=COLOURS[WRONG], linewidth=1.8)
@@ -113,7 +113,7 @@ def map_figure(points: np.ndarray, labels, pictures: Sequence | None = None, gro
 
 
 def _apart(points: np.ndarray, first: np.ndarray, most: int) -> list[int]:
-    "Up to `most` points, none within a picture's size of another; those marked `first` come first."
+    """Up to `most` points, none within a picture's size of another; those marked `first` come first."""
     place = (points - points.min(0)) / np.maximum(np.ptp(points, axis=0), 1e-30) * (18, 14)  # in pictures
     taken = []
     for i in np.argsort(~first, kind="stable"):
@@ -135,7 +135,10 @@ def _panels(count: int, width: float | None = None) -> tuple[Figure, np.ndarray]
 
 
 def samples_figure(table: pd.DataFrame, rows: int = 6, columns: int = 8):
-    "A page of samples, an identity a row, spread over the identities by size; under each picture its camera or split."
+    """A page of samples, an identity a row, spread over the identities by size.
+
+    Under each picture its camera or split.
+    """
     counts = table.label.value_counts(ascending=False, sort=True)
     names = counts.index[np.unique(np.linspace(0, len(counts) - 1, rows).round().astype(int))]
     columns = min(columns, counts.iloc[0])
@@ -161,7 +164,7 @@ def samples_figure(table: pd.DataFrame, rows: int = 6, columns: int = 8):
 
 
 def history_figure(run: Path) -> plt.Figure:
-    "Two panels over the epochs of history.csv: the losses, and the retrieval metrics."
+    """Two panels over the epochs of history.csv: the losses, and the retrieval metrics."""
     history = pd.read_csv(run / "history.csv").set_index("epoch").drop(columns="lr")
     losses = [c for c in history if "loss" in c.lower()]
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.2), facecolor="white", dpi=90, layout="constrained")

@@ -91,7 +91,7 @@ def _draw_query(ax: Axes, ranking: Ranking, q: int, k: int, images: Sequence[Pic
 
 
 def _wrap(text: str, n: int) -> list[str]:
-    "The text in one line, or in two, split behind the last sign or space that fits."
+    """The text in one line, or in two, split behind the last sign or space that fits."""
     if len(text) <= n:
         return [text]
     cut = max((text.rfind(sign, 0, n) + 1 for sign in " /_-"), default=0)
@@ -99,7 +99,7 @@ def _wrap(text: str, n: int) -> list[str]:
 
 
 def _note(ax: Axes, text: str, y: float, weight: str, colour: str) -> None:
-    "A line of text to the left of the tile, ending at its edge."
+    """A line of text to the left of the tile, ending at its edge."""
     ax.annotate(text, (0, y), (-7, 0), xycoords="axes fraction", textcoords="offset points", ha="right", va="top",
                 parse_math=False, fontsize=7.5, fontweight=weight, color=colour)
 
@@ -116,7 +116,7 @@ def _draw_hit(ax: Axes, ranking: Ranking, q: int, place: int, images: Sequence[P
 
 
 def _draw_tile(ax: Axes, picture: Picture, colour: str, width: float, style="-") -> None:
-    "The whole picture in the middle of a square, framed."
+    """The whole picture in the middle of a square, framed."""
     pixels = round(TILE * ax.figure.dpi)
     tile = ImageOps.pad(read_picture(picture, pixels), (pixels, pixels), color=MAT)
     ax.imshow(tile, interpolation="nearest", alpha=1 if style == "-" else 0.4)
@@ -126,14 +126,14 @@ def _draw_tile(ax: Axes, picture: Picture, colour: str, width: float, style="-")
 
 
 def _draw_sign(ax: Axes, state: str, at: tuple[float, float], transform) -> None:
-    "A disc in the colour of the state with its sign, drawn: fonts differ in what they hold."
+    """A disc in the colour of the state with its sign, drawn: fonts differ in what they hold."""
     style = {"transform": transform, "clip_on": False, "linestyle": "none", "zorder": 9}
     ax.plot(*at, marker="o", markersize=11, color=COLOURS[state], markeredgecolor=PAPER, markeredgewidth=1, **style)
     ax.plot(*at, marker=SIGNS[state], markersize=5.5, color="none", markeredgecolor=PAPER, markeredgewidth=1.6, **style)
 
 
 def _draw_head(ax: Axes, title: str, states: list[str]) -> None:
-    "The title, and what the signs mean."
+    """The title, and what the signs mean."""
     ax.set_axis_off()
     ax.text(0.1, HEAD - 0.13, title, fontsize=10.5, fontweight="bold", color=INK, va="top", parse_math=False)
     x = NOTES + TILE + 3 * GAP

@@ -27,17 +27,17 @@ EMPTY = "data:image/gif;base64,R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAA
 
 
 def wrapped(text: str) -> str:
-    "The text escaped, free to break behind the signs that join words in a name."
+    """The text escaped, free to break behind the signs that join words in a name."""
     return escape(text).replace("/", "/<wbr>").replace("_", "_<wbr>")
 
 
 def sign(state: str) -> str:
-    "The state's sign as inline SVG: a disc with a tick, a cross, a bar, or a clock's hands for what comes later."
+    """The state's sign as inline SVG: a disc with a tick, a cross, a bar, or a clock's hands for what comes later."""
     return f'<svg class="sign {state}" viewBox="0 0 20 20" aria-hidden="true"><path d="{PATHS[state]}"/></svg>'
 
 
 class Pages:
-    "Each query of a ranking as an HTML article; `embed` says how a picture enters the page."
+    """Each query of a ranking as an HTML article; `embed` says how a picture enters the page."""
 
     def __init__(self, ranking: Ranking, query_images: Sequence[Picture], gallery_images: Sequence[Picture],
                  label_names: Names = None, size: int = 112, keep: int | None = 4096):
@@ -52,7 +52,7 @@ class Pages:
         self.embed: Callable[[str, int], str] = lambda side, i: f'src="{self.uri(side, i)}"'
 
     def key(self, side: str, i: int) -> tuple[str, int]:
-        "The picture's name, one for a query that is in the gallery too."
+        """The picture's name, one for a query that is in the gallery too."""
         own = self.ranking.own[i] if side == "query" else -1
         return ("item", int(own)) if own >= 0 else (side, int(i))
 
@@ -65,7 +65,7 @@ class Pages:
         return f'<img {self.embed(*self.key(side, i))} alt="{escape(alt)}">'
 
     def name(self, side: str, i: int) -> str:
-        "Where the picture lies, its last two steps, or its number where it is no file."
+        """Where the picture lies, its last two steps, or its number where it is no file."""
         image = self.images[side][i]
         return printable("/".join(Path(image).parts[-2:])) if isinstance(image, (str, Path)) else f"{side} {i}"
 
@@ -74,7 +74,7 @@ class Pages:
         return label_text(labels[i], self.label_names)
 
     def article(self, q: int, k: int, hits: bool = True) -> str:
-        "One query with its facts and, where asked for, its first k hits and the first positives that these miss."
+        """One query with its facts and, where asked for, its first k hits and the first positives that these miss."""
         identity = self.identity("query", q)
         found = f'<div class="found">{self._hits(q, k)}{self.missed(q, k)}</div>' if hits else ""
         return (f'<article id="q{q}" tabindex="-1" aria-label="query {q}, {escape(identity)}"><div class="about">'
@@ -88,7 +88,7 @@ class Pages:
         return f"<h3>First {len(hits)}</h3><ol>{''.join(hits)}</ol>"
 
     def missed(self, q: int, k: int) -> str:
-        "The first positives that are not among the first k, with their rank; empty where there is none."
+        """The first positives that are not among the first k, with their rank; empty where there is none."""
         tiles = [self._tile(item, MISSED, f"{rank} · {score:.3f}", f"rank {rank}") for item, rank, score
                  in self.ranking.missed(q, k)]
         return f"<h3>First positives missed, with their rank</h3><ol>{''.join(tiles)}</ol>" if tiles else ""
@@ -160,7 +160,7 @@ def gallery_html(ranking: Ranking, query_images: Sequence[Picture], gallery_imag
 
 
 def _entry(pages: Pages, q: int, i: int) -> str:
-    "A query in the page's list."
+    """A query in the page's list."""
     r, identity = pages.ranking, pages.identity("query", q)
     state = (WRONG if r.failed[q] else RIGHT) if r.valid[q] else EXCLUDED
     said = {RIGHT: "first hit right", WRONG: "first hit wrong", EXCLUDED: "no positive"}[state]

@@ -16,7 +16,7 @@ Names = Sequence[str] | Mapping | None           # identity -> text
 # ---- pictures and words ----------------------------------------------------------------------------------------------
 
 def read_picture(picture: Picture, size: int) -> Image.Image:
-    "The picture in RGB, upright, at most size x size; FileNotFoundError or ValueError names the file."
+    """The picture in RGB, upright, at most size x size; FileNotFoundError or ValueError names the file."""
     if isinstance(picture, (str, Path)):
         return _read_file(Path(picture), size, getattr(picture, "box", None))
     if isinstance(picture, np.ndarray):
@@ -55,6 +55,6 @@ def label_text(label, names: Names = None) -> str:
 
 
 def shorten(text: str, n: int) -> str:
-    "The text in at most n characters, the middle left out: names differ at either end."
+    """The text in at most n characters, the middle left out: names differ at either end."""
     head = (n - 1) // 2
     return text if len(text) <= n else f"{text[:head]}…{text[len(text) - (n - 1 - head):]}"

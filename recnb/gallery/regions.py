@@ -12,13 +12,13 @@ from torch.nn.functional import interpolate, normalize
 
 
 def agreement(model: nn.Module, a: Tensor, b: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    "The heats (H, W) in [0, 1] of two model inputs (3, H, W), each against the other."
+    """The heats (H, W) in [0, 1] of two model inputs (3, H, W), each against the other."""
     maps = [spatial_map(model, x) for x in (a, b)]
     return tuple(heat(own, other, x.shape[1:]) for own, other, x in zip(maps, maps[::-1], (a, b), strict=True))
 
 
 def heat(own: Tensor, other: Tensor, size: tuple[int, int]) -> np.ndarray:
-    "(H, W) in [0, 1] of size: the cosine of each location of map `own` (C, h, w) with the mean vector of `other`."
+    """(H, W) in [0, 1] of size: the cosine of each location of map `own` (C, h, w) with the mean vector of `other`."""
     own, other = (normalize(x.float(), dim=0) for x in (own, other))
     cosine = torch.einsum("chw,c->hw", own, normalize(other.mean((1, 2)), dim=0)).clamp(0, 1)
     return interpolate(cosine[None, None], tuple(size), mode="bilinear")[0, 0].cpu().numpy()
@@ -50,7 +50,7 @@ def spatial_map(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def as_map(out: Tensor, aspect: float, prefix: int = 0) -> Tensor | None:
-    "One output as (C, h, w), from (C, h, w), (h, w, C) or tokens (prefix + h * w, C); None for what has no place."
+    """One output as (C, h, w), from (C, h, w), (h, w, C) or tokens (prefix + h * w, C); None for what has no place."""
     if out.ndim == 2 and len(out) - prefix > 1:
         tokens = out[prefix:]
         height = max(1, round((len(tokens) * aspect) ** 0.5))

@@ -51,7 +51,7 @@ def gallery_static(ranking: Ranking, query_images: Sequence[Picture], gallery_im
 
 
 def _choice(pages: Pages, q: int, key: str, group: str, checked: str) -> str:
-    "A query's radio button with its label: picture, AP, and whether the first hit is right."
+    """A query's radio button with its label: picture, AP, and whether the first hit is right."""
     r, identity = pages.ranking, pages.identity("query", q)
     state = (WRONG if r.failed[q] else RIGHT) if r.valid[q] else EXCLUDED
     said = {RIGHT: "first hit right", WRONG: "first hit wrong", EXCLUDED: "no positive"}[state]

@@ -59,7 +59,10 @@ def gallery_widget(rankings: Ranking | Mapping[str, Ranking], query_images: Sequ
 
 
 class Hits(widgets.VBox):
-    "A heading and a row of tiles, each a button with a picture and a note; `pick(item)` is called for the one clicked."
+    """A heading and a row of tiles, each a button with a picture and a note.
+
+    `pick(item)` is called for the one clicked.
+    """
 
     def __init__(self, pages: Pages, pick: Callable[[int], None]):
         self.pages, self.pick, self.items, self.tiles = pages, pick, [], []
@@ -70,7 +73,7 @@ class Hits(widgets.VBox):
         self.add_class(self.key)
 
     def show(self, title: str, tiles: list[tuple[int, str, str]], pickable: Callable[[int], bool]) -> None:
-        "None; shows (gallery row, state, caption) tiles, whose buttons are used again for the next query."
+        """Show (gallery row, state, caption) tiles, whose buttons are used again for the next query."""
         self.items = [item for item, _, _ in tiles]
         while len(self.tiles) < len(tiles):
             self._add_tile()
@@ -89,7 +92,7 @@ class Hits(widgets.VBox):
         self.style_sheet.value = f"<style>{''.join(rules)}</style>"
 
     def _rule(self, i: int, item: int, state: str) -> str:
-        "The style of a tile's button: its sign over its picture, framed in the colour of its state."
+        """The style of a tile's button: its sign over its picture, framed in the colour of its state."""
         layers = [(f"url({self.pages.uri('item', item)})", "contain", "center")]
         if state:
             sign = SIGN.format(colour=FILL[state], path=PATHS[state]).replace("<", "%3C").replace(">", "%3E")
@@ -107,7 +110,7 @@ class Hits(widgets.VBox):
 
 
 class GalleryWidget(widgets.VBox):
-    "A query with its hits. `query` is the row shown, and may be set; `rows` are the queries that the slider walks."
+    """A query with its hits. `query` is the row shown, and may be set; `rows` are the queries that the slider walks."""
 
     query = traitlets.Int(0)
 
@@ -158,7 +161,7 @@ class GalleryWidget(widgets.VBox):
         self.change = widgets.Dropdown(options=[("all", "all")], description="changed", style=plain, layout=wide)
 
     def _panels(self) -> widgets.Accordion:
-        "What is looked at now and then: filters, an image of one's own, the heat map, the export."
+        """What is looked at now and then: filters, an image of one's own, the heat map, the export."""
         row = {"layout": widgets.Layout(flex_flow="row wrap", grid_gap="4px 12px")}
         panels = {"filters": widgets.HBox([self.identity, self.confused, self.camera, self.change], **row)}
         self.upload, self.path = widgets.FileUpload(accept="image/*"), widgets.Text(placeholder="path of an image")
@@ -193,13 +196,13 @@ class GalleryWidget(widgets.VBox):
 
     @property
     def pages(self) -> Pages:
-        "The articles of the ranking shown."
+        """The articles of the ranking shown."""
         return self.pages_of[self.ranking.value] if hasattr(self, "ranking") else next(iter(self.pages_of.values()))
 
     # ---- which queries ----
 
     def _choose(self, _=None, first: bool = False) -> None:
-        "Brings the filters in step with the rankings chosen."
+        """Brings the filters in step with the rankings chosen."""
         confusions = self._confusions()
         example = {pair: q for q, pair in confusions.items()}
         self.confused.options = [(ANY, ANY), *((f"{' taken for '.join(self._texts(example[pair]))} ({n})", pair)
@@ -211,7 +214,7 @@ class GalleryWidget(widgets.VBox):
         self._list(first=first)
 
     def _confusions(self) -> dict[int, tuple]:
-        "Each failed query's own identity and that of its first hit."
+        """Each failed query's own identity and that of its first hit."""
         ranking = self.pages.ranking
         failed = np.flatnonzero(ranking.failed)
         first = ranking.ids[failed, (ranking.position[failed] == 1).argmax(1)]
@@ -219,19 +222,19 @@ class GalleryWidget(widgets.VBox):
         return dict(zip(failed.tolist(), labels, strict=True))
 
     def _texts(self, q: int) -> list[str]:
-        "What a failed query's identity and that of its first hit are called."
+        """What a failed query's identity and that of its first hit are called."""
         ranking = self.pages.ranking
         return [self.pages.identity("query", q),
                 self.pages.identity("item", ranking.ids[q, (ranking.position[q] == 1).argmax()])]
 
     def changed(self) -> tuple[list[int], list[int]]:
-        "The queries whose first hit the ranking beside has right and this one wrong, and the other way round."
+        """The queries whose first hit the ranking beside has right and this one wrong, and the other way round."""
         if self.compare.value == NONE:
             return [], []
         return tuple(rows.tolist() for rows in changed(self.pages.ranking, self.pages_of[self.compare.value].ranking))
 
     def _list(self, _=None, first: bool = False) -> None:
-        "The rows to walk, after a change of order or filter; the query shown stays where it is one of them."
+        """The rows to walk, after a change of order or filter; the query shown stays where it is one of them."""
         ranking, keep = self.pages.ranking, np.ones(len(self.pages.ranking), bool)
         if self.failures.value:
             keep &= ranking.failed
@@ -261,14 +264,14 @@ class GalleryWidget(widgets.VBox):
             self.query = self.rows[place]
 
     def _seek_failure(self) -> None:
-        "Goes to the next failure behind the query shown, from the end on to the first."
+        """Goes to the next failure behind the query shown, from the end on to the first."""
         here = self.rows.index(self.query) + 1 if self.query in self.rows else 0
         failures = [q for q in self.rows[here:] + self.rows[:here] if self.pages.ranking.failed[q]]
         if failures:
             self.query = failures[0]
 
     def pick(self, item: int) -> None:
-        "Makes a gallery item the query: one of the queries where it is one, otherwise by a search of its own."
+        """Makes a gallery item the query: one of the queries where it is one, otherwise by a search of its own."""
         if item in self.pages.query_of:
             self.query = self.pages.query_of[item]
         elif self.features is not None:
@@ -308,7 +311,7 @@ class GalleryWidget(widgets.VBox):
         return item in self.pages.query_of or self.features is not None
 
     def _search(self, picture: str | io.BytesIO | None = None) -> None:
-        "Shows what an image of one's own finds; a sentence where it cannot be read."
+        """Shows what an image of one's own finds; a sentence where it cannot be read."""
         if picture is None:  # the field was emptied
             return
         try:
@@ -322,7 +325,7 @@ class GalleryWidget(widgets.VBox):
                          "your image", states)
 
     def _show_found(self, feature, picture: str, name: str, states: np.ndarray, own: int | None = None) -> None:
-        "A query that is none of the ranking's: its nearest gallery items, with neither rank nor AP."
+        """A query that is none of the ranking's: its nearest gallery items, with neither rank nor AP."""
         exclude = None if own is None else np.array([own])
         scores, ids = knn(np.asarray(feature, np.float32)[None], self.features, self.k.value, exclude=exclude)
         self.about.value = (f'<article><div class="about"><h2>{wrapped(name)}</h2><figure>{picture}</figure>'
@@ -333,7 +336,7 @@ class GalleryWidget(widgets.VBox):
         self.later.value, self.others.layout.display = "", "none"
 
     def _show_heat(self, _=None) -> None:
-        "The picture of the query and of the hit chosen, each with the regions that agree with the other."
+        """The picture of the query and of the hit chosen, each with the regions that agree with the other."""
         opened = self.panels.selected_index
         if opened is None or self.panels.titles[opened] != "where two pictures agree" or self.hit.value is None:
             return
@@ -349,7 +352,7 @@ class GalleryWidget(widgets.VBox):
     # ---- what is kept ----
 
     def save_html(self) -> Path:
-        "The file of the queries listed, up to a hundred, as a page that stands alone."
+        """The file of the queries listed, up to a hundred, as a page that stands alone."""
         path, pages = self.export_folder / "gallery_view.html", self.pages
         gallery_html(pages.ranking, pages.images["query"], pages.images["item"], path, self.rows, self.k.value,
                      label_names=pages.label_names, size=pages.size)
@@ -357,7 +360,7 @@ class GalleryWidget(widgets.VBox):
         return path
 
     def save_png(self) -> Path:
-        "The file of the query shown, as a figure."
+        """The file of the query shown, as a figure."""
         path, pages = self.export_folder / f"query_{self.query}.png", self.pages
         path.parent.mkdir(parents=True, exist_ok=True)
         gallery_figure(pages.ranking, pages.images["query"], pages.images["item"], [self.query], self.k.value,
@@ -367,7 +370,7 @@ class GalleryWidget(widgets.VBox):
 
 
 def overlaid(picture: Picture, heat: np.ndarray) -> Image.Image:
-    "The picture under its heat (H, W) in [0, 1]: the hotter, the more of the colour is seen."
+    """The picture under its heat (H, W) in [0, 1]: the hotter, the more of the colour is seen."""
     image = read_picture(picture, 224)
     heat = np.asarray(Image.fromarray(np.asarray(heat, np.float32)).resize(image.size, Image.Resampling.BILINEAR))
     colour, share = mpl.colormaps["inferno"](heat)[..., :3] * 255, 0.75 * heat[..., None]
@@ -375,7 +378,7 @@ def overlaid(picture: Picture, heat: np.ndarray) -> Image.Image:
 
 
 def as_uri(image: Image.Image) -> str:
-    "A JPEG in a data URI."
+    """A JPEG in a data URI."""
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=85)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

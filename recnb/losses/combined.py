@@ -93,7 +93,7 @@ class SupConLoss(nn.Module):
         return loss[anchor].sum() / anchor.sum().clamp_min(1) * self.temperature / self.base_temperature
 
     def per_row(self, rows: Tensor, features: Tensor, positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
-        "(the loss of each row as an anchor, whether it is one), in blocks."
+        """(the loss of each row as an anchor, whether it is one), in blocks."""
         with torch.autocast(features.device.type, enabled=False):
             similarity = rows @ features.T / self.temperature  # (C, B)
         others = similarity.masked_fill(~(positive | negative), torch.finfo(similarity.dtype).min)
@@ -103,7 +103,7 @@ class SupConLoss(nn.Module):
 
 
 def first_rows(y: Tensor) -> Tensor:
-    "(B,) whether a row is the first of its identity."
+    """(B,) whether a row is the first of its identity."""
     order = y.argsort(stable=True)
     return torch.ones_like(y, dtype=torch.bool).scatter(0, order[1:], y[order].diff() != 0)
 

@@ -14,7 +14,7 @@ DISTANCES = {"l2": F.mse_loss, "l1": F.l1_loss, "smooth_l1": F.smooth_l1_loss}
 
 
 def output(out: dict, name: str, key: str) -> Tensor:
-    "One model's output, or the loss's error: a KeyError of Python's would name neither."
+    """One model's output, or the loss's error: a KeyError of Python's would name neither."""
     if name not in out or key not in out[name]:
         known = [n for n, part in out.items() if isinstance(part, dict)]
         raise ValueError(f"there is no output '{key}' of a model '{name}'; there are the models {', '.join(known)}")
@@ -23,7 +23,7 @@ def output(out: dict, name: str, key: str) -> Tensor:
 
 @LOSSES.register
 class DistillationGTCELoss(nn.Module):
-    "The sum of the cross entropies of several models' logits with the labels; `epsilon` smooths them."
+    """The sum of the cross entropies of several models' logits with the labels; `epsilon` smooths them."""
 
     needs_logits, of_each_image = True, True
 
@@ -64,7 +64,7 @@ class DistillationDMLLoss(nn.Module):
 
 @LOSSES.register
 class DistillationDistanceLoss(nn.Module):
-    "The mean distance of two models' outputs, `mode` l2 (squared), l1 or smooth_l1. Pairs are summed."
+    """The mean distance of two models' outputs, `mode` l2 (squared), l1 or smooth_l1. Pairs are summed."""
 
     needs_logits, of_each_image = False, True
 

@@ -82,5 +82,5 @@ class DCHLoss(nn.Module):
         return (weight * pairs).mean() + self._lambda * rounding.mean()
 
     def distance(self, a: Tensor, b: Tensor) -> Tensor:
-        "D / 2 (1 - cosine) over the last axis; the cosine up to 0.99, so that no logarithm is of 0."
+        """D / 2 (1 - cosine) over the last axis; the cosine up to 0.99, so that no logarithm is of 0."""
         return a.shape[-1] / 2 * (1 - F.cosine_similarity(a, b, dim=-1).clamp_max(0.99))

@@ -48,14 +48,14 @@ class CrossBatchMemory(nn.Module):
         self.register_buffer("position", torch.tensor(0))
 
     def add(self, features: Tensor, y: Tensor) -> None:
-        "None; writes the rows (B, D) over the oldest ones, without their gradients."
+        """Write the rows (B, D) over the oldest ones, without their gradients."""
         features, y = features.detach()[-len(self.labels) :], y[-len(self.labels) :]
         places = (self.position + torch.arange(len(y), device=y.device)) % len(self.labels)
         self.features[places], self.labels[places] = features.to(self.features.dtype), y
         self.position.copy_((self.position + len(y)) % len(self.labels))
 
     def written(self) -> tuple[Tensor, Tensor]:
-        "(features (M, D), labels (M,)) of all rows written so far."
+        """(features (M, D), labels (M,)) of all rows written so far."""
         known = self.labels >= 0
         return self.features[known], self.labels[known]
 
@@ -95,7 +95,7 @@ class AcrossBatches(nn.Module):
 def ContrastiveLoss_XBM(xbm_size: int, embedding_size: int, xbm_weight: float = 1.0, start_iter: int = 1000,
                         margin: float = 0.5, epsilon: float = 1e-5, normalize_feature: bool = True,
                         feature_from: str = "features") -> AcrossBatches:
-    "ContrastiveLoss within the batch and with a memory of `xbm_size` embeddings of `embedding_size`."
+    """ContrastiveLoss within the batch and with a memory of `xbm_size` embeddings of `embedding_size`."""
     loss = ContrastiveLoss(margin, None, normalize_feature, epsilon, feature_from)
     return AcrossBatches(loss, CrossBatchMemory(xbm_size, embedding_size), xbm_weight, start_iter)
 
@@ -105,7 +105,7 @@ def TripletAngularMarginLoss_XBM(start_iter: int, xbm_size: int, xbm_weight: flo
                                  normalize_feature: bool = True, add_absolute: bool = False,
                                  absolute_loss_weight: float = 1.0, ap_value: float = 0.9, an_value: float = 0.5,
                                  feature_from: str = "features") -> AcrossBatches:
-    "TripletAngularMarginLoss within the batch and with a memory of `xbm_size` embeddings of `feat_dim`."
+    """TripletAngularMarginLoss within the batch and with a memory of `xbm_size` embeddings of `feat_dim`."""
     loss = TripletAngularMarginLoss(feature_from, margin, normalize_feature, add_absolute, absolute_loss_weight,
                                     ap_value, an_value)
     return AcrossBatches(loss, CrossBatchMemory(xbm_size, feat_dim), xbm_weight, start_iter)

@@ -18,38 +18,38 @@ from recnb.models.heads import precise, unit
 
 
 def masks(y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    "(B, B) positives without the row itself, (B, B) negatives, (B,) rows that have one of each."
+    """(B, B) positives without the row itself, (B, B) negatives, (B,) rows that have one of each."""
     same = y[:, None] == y
     positive = same & ~torch.eye(len(y), dtype=torch.bool, device=y.device)
     return positive, ~same, positive.any(1) & ~same.all(1)
 
 
 def squared_distances(x: Tensor, to: Tensor | None = None) -> Tensor:  # (B, D), (M, D) -> (B, M)
-    "Squared Euclidean distances to the rows of `to`, by default those of `x`, in float32 and never below 0."
+    """Squared Euclidean distances to the rows of `to`, by default those of `x`, in float32 and never below 0."""
     to = x if to is None else to
     with torch.autocast(x.device.type, enabled=False):
         return (x.square().sum(1)[:, None] + to.square().sum(1) - 2 * x @ to.T).clamp_min(0)
 
 
 def products(a: Tensor, b: Tensor) -> Tensor:  # (B, D), (M, D) -> (B, M)
-    "Inner products in float32 under autocast too: cosines where the rows have length 1."
+    """Inner products in float32 under autocast too: cosines where the rows have length 1."""
     with torch.autocast(a.device.type, enabled=False):
         return a @ b.T
 
 
 def rows(out: dict[str, Tensor], feature_from: str, normalize: bool) -> Tensor:
-    "(B, D) features of the output dict, in float32 at least, at length 1 where asked for."
+    """(B, D) features of the output dict, in float32 at least, at length 1 where asked for."""
     features = precise(out[feature_from]).flatten(1)
     return unit(features) if normalize else features
 
 
 def mean(values: Tensor, counted: Tensor) -> Tensor:
-    "The mean over the rows that count, 0 where none does; the others pass no gradient on."
+    """The mean over the rows that count, 0 where none does; the others pass no gradient on."""
     return torch.where(counted, values, 0).sum() / counted.sum().clamp_min(1)
 
 
 def hardest(matrix: Tensor, mask: Tensor, largest: bool) -> Tensor:  # (B, B) -> (B,)
-    "The largest or smallest entry of each row under the mask; 0 where the mask is empty."
+    """The largest or smallest entry of each row under the mask; 0 where the mask is empty."""
     filled = matrix.masked_fill(~mask, -math.inf if largest else math.inf)
     value = filled.amax(1) if largest else filled.amin(1)
     return torch.where(mask.any(1), value, 0)
@@ -77,7 +77,7 @@ class TripletLossV2(nn.Module):
 
     @staticmethod
     def gaps(x: Tensor, features: Tensor, positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
-        "(how much farther each row's farthest positive is than its nearest negative, whether it has both)."
+        """(how much farther each row's farthest positive is than its nearest negative, whether it has both)."""
         distance = squared_distances(x, features).clamp_min(1e-12).sqrt()
         gap = hardest(distance, positive, True) - hardest(distance, negative, False)
         return gap, positive.any(1) & negative.any(1)
@@ -85,7 +85,7 @@ class TripletLossV2(nn.Module):
 
 @LOSSES.register
 def TripletLoss(margin: float = 1.0, feature_from: str = "features", chunk: int | None = None) -> TripletLossV2:
-    "TripletLossV2 over features as they come, not normalised."
+    """TripletLossV2 over features as they come, not normalised."""
     return TripletLossV2(margin, False, feature_from, chunk)
 
 
@@ -117,11 +117,11 @@ class TripletAngularMarginLoss(nn.Module):
                                self.chunk))
 
     def between(self, similarity: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
-        "The loss of the rows of a matrix of similarities (B, M), with the masks of its positives and negatives."
+        """The loss of the rows of a matrix of similarities (B, M), with the masks of its positives and negatives."""
         return mean(*self.per_row(similarity, positive, negative))
 
     def per_row(self, similarity: Tensor, positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
-        "(the loss of each row as an anchor, whether it is one)."
+        """(the loss of each row as an anchor, whether it is one)."""
         near, far = hardest(similarity, negative, True), hardest(similarity, positive, False)
         loss = (near - far + self.margin).clamp_min(0)
         absolute = (self.ap_value - far).clamp_min(0) + (near - self.an_value).clamp_min(0)
@@ -145,7 +145,7 @@ class PairwiseCosface(nn.Module):
         return mean(*in_blocks(self.per_row, rows(out, self.feature_from, True), y, self.chunk))
 
     def per_row(self, x: Tensor, features: Tensor, positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
-        "(the loss of each row as an anchor, whether it is one), in blocks."
+        """(the loss of each row as an anchor, whether it is one), in blocks."""
         anchor, similarity = positive.any(1) & negative.any(1), products(x, features)
         least = torch.finfo(similarity.dtype).min
         near = (-self.gamma * similarity).masked_fill(~positive, least).logsumexp(1)
@@ -265,7 +265,7 @@ class ContrastiveLoss(nn.Module):
         return self.between(products(features, features), y[:, None] == y)
 
     def between(self, similarity: Tensor, same: Tensor) -> Tensor:
-        "The loss of the rows of a matrix of similarities (B, M), with the mask of its pairs of one identity."
+        """The loss of the rows of a matrix of similarities (B, M), with the mask of its pairs of one identity."""
         near = torch.where(same & (similarity < 1 - self.epsilon), 1 - similarity, 0)
         far = torch.where(~same & (similarity > self.margin), similarity, 0)
         return (near + far).sum() / len(same)

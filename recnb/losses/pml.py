@@ -15,7 +15,7 @@ from recnb.registry import suggest
 
 
 def part(kind: str, name: str, args: dict):
-    "The loss or miner of that name; raises ValueError where it, an argument or the package does not exist."
+    """The loss or miner of that name; raises ValueError where it, an argument or the package does not exist."""
     try:
         known = vars(importlib.import_module(f"pytorch_metric_learning.{kind}"))
     except ImportError:

@@ -43,7 +43,7 @@ class BranchedConv(nn.Module):
 
     @torch.no_grad()
     def reparameterize(self) -> None:
-        "From now on one convolution in place of the branches; there is no way back."
+        """From now on one convolution in place of the branches; there is no way back."""
         if self.dw_conv is not None:
             return
         first, kernel, bias = self.dw_conv_list[0].conv, 0, 0
@@ -118,7 +118,7 @@ class PPLCNetV2(nn.Module):
         return self.fc(self.flatten(self.dropout(self.act(x))))
 
     def group_matcher(self, coarse: bool = False) -> dict:
-        "Which parameters belong to which stage, or block, as timm's models say it."
+        """Which parameters belong to which stage, or block, as timm's models say it."""
         return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.(\d+)"}
 
 
@@ -179,13 +179,13 @@ class WideResNet(nn.Module):
         return self.fc(self.flatten(self.avg_pool(x)))
 
     def group_matcher(self, coarse: bool = False) -> dict:
-        "Which parameters belong to which stage, or block, as timm's models say it; `bn1` to the last."
+        """Which parameters belong to which stage, or block, as timm's models say it; `bn1` to the last."""
         return {"stem": r"^conv1", "blocks": [(r"^block(\d)" if coarse else r"^block(\d)\.(\d+)", None),
                                               (r"^bn1", (99999,))]}
 
 
 class TokenMean(nn.Module):
-    "The mean of the tokens from `first` on: (B, N, C) -> (B, C)."
+    """The mean of the tokens from `first` on: (B, N, C) -> (B, C)."""
 
     def __init__(self, first: int = 0):
         super().__init__()

@@ -125,7 +125,7 @@ def stages(model: nn.Module) -> list[list[str]]:
 
 
 def layer_depths(model: nn.Module) -> dict[str, int]:
-    "How deep each parameter lies, counted in blocks from 0 at the image; otherwise as `stages`."
+    """How deep each parameter lies, counted in blocks from 0 at the image; otherwise as `stages`."""
     return _depths(model, coarse=False)
 
 

@@ -41,18 +41,18 @@ def in_chunks(part: Callable[[Tensor], dict[str, Tensor]], x: Tensor, chunk: int
 
 @torch.compiler.disable(recursive=False)  # the part itself may be compiled, what surrounds it cannot
 def computed_again(part: Callable[[Tensor], dict[str, Tensor]], x: Tensor, module: nn.Module) -> dict[str, Tensor]:
-    "`part(x)`, of which nothing is kept but the input."
+    """`part(x)`, of which nothing is kept but the input."""
     return checkpoint(part, x, use_reentrant=False, context_fn=partial(contexts, module))
 
 
 def contexts(module: nn.Module) -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
-    "What the first and the second computation of a part run in."
+    """What the first and the second computation of a part run in."""
     return contextlib.nullcontext(), buffers_kept(module)
 
 
 @contextlib.contextmanager
 def buffers_kept(module: nn.Module) -> Iterator[None]:
-    "What runs inside changes none of the module's buffers, such as running means."
+    """What runs inside changes none of the module's buffers, such as running means."""
     kept = [(buffer, buffer.clone()) for buffer in module.buffers()]
     try:
         yield
@@ -63,7 +63,7 @@ def buffers_kept(module: nn.Module) -> Iterator[None]:
 
 
 def recompute_blocks(backbone: Cut) -> None:
-    """None; each block of a backbone keeps nothing but its input while it trains, and runs again in the backward pass.
+    """Each block of a backbone keeps nothing but its input while it trains, and runs again in the backward pass.
 
     Gradient checkpointing (https://arxiv.org/abs/1604.06174) of the blocks by which timm counts a model's depth, with
     the same random numbers and batch statistics that count once. `set_grad_checkpointing` of timm's models would count
@@ -83,7 +83,7 @@ def recompute_blocks(backbone: Cut) -> None:
 
 
 def computed_when_needed(block: nn.Module, forward: Callable, x: Tensor, *args, **kwargs):  # (B, ...) -> (B, ...)
-    "What a block's forward gives, computed again for its gradients while the block trains."
+    """What a block's forward gives, computed again for its gradients while the block trains."""
     if not (block.training and torch.is_grad_enabled()):
         return forward(x, *args, **kwargs)
     given = x if isinstance(x, Tensor) else [*x]  # the list of maps that a DenseNet's layer gets grows until then

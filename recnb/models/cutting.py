@@ -45,7 +45,7 @@ class Cut(nn.Module):
         self.stop_there()
 
     def stop_there(self) -> None:
-        "None; the layer ends the forward pass from now on, also where it has been replaced since."
+        """The layer ends the forward pass from now on, also where it has been replaced since."""
         if self.layer:
             layer = self.model.get_submodule(self.layer)
             if _stop_forward not in layer._forward_hooks.values():
@@ -131,18 +131,18 @@ def _config(model: nn.Module) -> dict:
 
 
 def kind(model: nn.Module) -> str:
-    "What a model is called in messages: its architecture's name, or its class's."
+    """What a model is called in messages: its architecture's name, or its class's."""
     return _config(model).get("architecture") or type(model).__name__
 
 
 def classifiers(model: nn.Module) -> tuple[str, ...]:
-    "The names of the layers that a model's configuration calls its classifier, as far as the model has them."
+    """The names of the layers that a model's configuration calls its classifier, as far as the model has them."""
     names, modules = _config(model).get("classifier") or (), dict(model.named_modules())
     return tuple(name for name in ((names,) if isinstance(names, str) else names) if name in modules)
 
 
 def remove_classifier(model: nn.Module) -> bool:
-    "Whether there was a classifier; an identity takes its place."
+    """Whether there was a classifier; an identity takes its place."""
     # Not timm's reset_classifier: in some versions it also puts average pooling in place of what was asked for.
     for name in classifiers(model):
         model.set_submodule(name, nn.Identity())
@@ -287,10 +287,10 @@ def _remove(model: nn.Module, names: list[str]) -> None:
 
 
 def listed(names: list[str], most: int = 5) -> str:
-    "The first names in quotes, for a message."
+    """The first names in quotes, for a message."""
     return ", ".join(f"'{name}'" for name in names[:most]) + (", ..." if len(names) > most else "")
 
 
 def first_line(error: Exception) -> str:
-    "What an error says in one line."
+    """What an error says in one line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

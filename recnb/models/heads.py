@@ -29,26 +29,26 @@ HEADS.register(FC)
 
 
 def precise(x: Tensor) -> Tensor:
-    "In float32 what comes in half precision; float64 stays."
+    """In float32 what comes in half precision; float64 stays."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def unit(x: Tensor, eps: float = 1e-12) -> Tensor:
-    "Rows of length 1, precise; a zero row stays zero and passes no gradient on, where a division would give NaN."
+    """Rows of length 1, precise; a zero row stays zero and passes no gradient on, where a division would give NaN."""
     x = precise(x)
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return x / length.clamp_min(eps) * (length > eps)
 
 
 def cosine(features: Tensor, weight: Tensor) -> Tensor:
-    "Cosines (B, class_num) between features (B, D) and class weights (class_num, D), precise under autocast too."
+    """Cosines (B, class_num) between features (B, D) and class weights (class_num, D), precise under autocast too."""
     with torch.autocast(features.device.type, enabled=False):
         return unit(features) @ unit(weight).T
 
 
 def hold_classes(head: nn.Module, embedding_size: int, class_num: int, sample_rate: float, sharded: bool,
                  draw: Callable | None = None) -> None:
-    """None; gives a head its class weights (class_num, embedding_size), or with `sharded` this rank's share of them.
+    """Give a head its class weights (class_num, embedding_size), or with `sharded` this rank's share of them.
 
     `draw(weight, generator)` fills them, or some of their rows, as they start: by default Xavier's normal distribution.
     """
@@ -62,7 +62,7 @@ def hold_classes(head: nn.Module, embedding_size: int, class_num: int, sample_ra
 
 
 def xavier(std: float, weight: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    "The weight, filled with normal numbers of this deviation."
+    """The weight, filled with normal numbers of this deviation."""
     return nn.init.normal_(weight, 0, std, generator)
 
 
@@ -140,7 +140,7 @@ class ArcMargin(nn.Module):
         return margin_logits(self, features, y)
 
     def target(self, cos: Tensor, features: Tensor) -> Tensor:  # (M, 1), (M, D) -> (M, 1)
-        "The logit of a row's own class, from its cosine."
+        """The logit of a row's own class, from its cosine."""
         # 1e-6 as in the original: the square root's slope is infinite at 0, where a feature lies along its weight.
         sin = ((1 - cos.square()).clamp_min(0) + 1e-6).sqrt()
         phi = cos * math.cos(self.margin) - sin * math.sin(self.margin)
@@ -150,7 +150,7 @@ class ArcMargin(nn.Module):
         return self.scale * torch.where(cos > -math.cos(self.margin), phi, beyond)
 
     def others(self, cos: Tensor) -> Tensor:  # (M, S) -> (M, S)
-        "The logits of the other classes, written over the cosines."
+        """The logits of the other classes, written over the cosines."""
         return cos.mul_(self.scale)
 
     def extra_repr(self) -> str:
@@ -175,11 +175,11 @@ class CosMargin(nn.Module):
         return margin_logits(self, features, y)
 
     def target(self, cos: Tensor, features: Tensor) -> Tensor:  # (M, 1), (M, D) -> (M, 1)
-        "The logit of a row's own class, from its cosine."
+        """The logit of a row's own class, from its cosine."""
         return self.scale * (cos - self.margin)
 
     def others(self, cos: Tensor) -> Tensor:  # (M, S) -> (M, S)
-        "The logits of the other classes, written over the cosines."
+        """The logits of the other classes, written over the cosines."""
         return cos.mul_(self.scale)
 
 
@@ -201,16 +201,16 @@ class CircleMargin(nn.Module):
         return margin_logits(self, features, y)
 
     def target(self, cos: Tensor, features: Tensor) -> Tensor:  # (M, 1), (M, D) -> (M, 1)
-        "The logit of a row's own class, from its cosine."
+        """The logit of a row's own class, from its cosine."""
         return self.scale * (1 + self.margin - cos.detach()).clamp_min(0) * (cos - 1 + self.margin)
 
     def others(self, cos: Tensor) -> Tensor:  # (M, S) -> (M, S)
-        "The logits of the other classes."
+        """The logits of the other classes."""
         return self.scale * (cos.detach() + self.margin).clamp_min(0) * (cos - self.margin)
 
 
 def uniform_directions(weight: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    "The weight, filled with directions of uniform entries, at length 1."
+    """The weight, filled with directions of uniform entries, at length 1."""
     return F.normalize(weight.uniform_(-1, 1, generator=generator))
 
 
@@ -234,18 +234,18 @@ class AdaMargin(nn.Module):
         return margin_logits(self, features, y)
 
     def target(self, cos: Tensor, features: Tensor) -> Tensor:  # (M, 1), (M, D) -> (M, 1)
-        "The logit of a row's own class, from its cosine."
+        """The logit of a row's own class, from its cosine."""
         quality = self.quality(torch.linalg.vector_norm(precise(features.detach()), dim=1, keepdim=True))  # (M, 1)
         theta = cos.clamp(-1 + 1e-3, 1 - 1e-3).acos()  # away from the ends, where the slope of acos is infinite
         return self.s * ((theta - self.m * quality).clamp(1e-3, math.pi - 1e-3).cos() - self.m * (1 + quality))
 
     def others(self, cos: Tensor) -> Tensor:  # (M, S) -> (M, S)
-        "The logits of the other classes, kept from the ends as well."
+        """The logits of the other classes, kept from the ends as well."""
         return self.s * cos.clamp(-1 + 1e-3, 1 - 1e-3)
 
     @torch.no_grad()
     def quality(self, length: Tensor) -> Tensor:
-        "(B, 1) in -1..1: how long a feature is among those seen, after its batch has been counted."
+        """(B, 1) in -1..1: how long a feature is among those seen, after its batch has been counted."""
         length = length.clamp(1e-3, 100)
         if len(length) > 1:  # one feature has no deviation
             self.mean.lerp_(length.mean(), self.t_alpha)

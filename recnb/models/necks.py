@@ -27,12 +27,15 @@ INITIALIZERS = {
 
 
 def kaiming(p: Tensor, fan_in: int | None, negative_slope: float, nonlinearity: str) -> float:
-    "The standard deviation (https://arxiv.org/abs/1502.01852); `fan_in` is by default how many inputs reach an output."
+    """The standard deviation (https://arxiv.org/abs/1502.01852).
+
+    `fan_in` is by default how many inputs reach an output.
+    """
     return nn.init.calculate_gain(nonlinearity, negative_slope) / math.sqrt(fan_in or p[0].numel())
 
 
 def initialize(parameter: nn.Parameter, attr: dict | bool | None, default: dict) -> None:
-    """None; fills a parameter as `attr` (`{initializer: {name: Normal, std: 0.01}}`) says, otherwise as `default` does.
+    """Fill a parameter as `attr` (`{initializer: {name: Normal, std: 0.01}}`) says, otherwise as `default` does.
 
     `learning_rate` in it is a share of the optimizer's, 0 of which is no training, `regularizer` (L2) replaces its
     weight decay: both are left on the parameter for the optimizer.
@@ -54,7 +57,7 @@ def initialize(parameter: nn.Parameter, attr: dict | bool | None, default: dict)
 
 
 def choose(section, known: dict, kind: str, example: str) -> Callable:
-    "The function of one parameter that a section names, with its arguments; raises ValueError for an unknown one."
+    """The function of one parameter that a section names, with its arguments; raises ValueError for an unknown one."""
     name = section.get("name") if isinstance(section, dict) else section
     if not isinstance(section, dict) or name not in known:
         raise ValueError(f"there is no {kind} '{name}' (written {example}); {suggest(name, known)}")
@@ -134,7 +137,7 @@ class BNNeck(nn.Module):
 
 @NECKS.register
 class Tanh(nn.Module):
-    "The features (B, D) squashed to -1..1, whose signs are a binary code."
+    """The features (B, D) squashed to -1..1, whose signs are a binary code."""
 
     def __init__(self):  # its own, so that the registry sees that it takes no argument
         super().__init__()
@@ -145,7 +148,7 @@ class Tanh(nn.Module):
 
 @NECKS.register
 class FRFNNeck(nn.Module):
-    "Two linear layers with a leaky ReLU between them, at length 1: (B, num_features) -> (B, out_feat)."
+    """Two linear layers with a leaky ReLU between them, at length 1: (B, num_features) -> (B, out_feat)."""
 
     def __init__(self, num_features: int, out_feat: int):
         super().__init__()
@@ -158,7 +161,7 @@ class FRFNNeck(nn.Module):
 
 @NECKS.register
 class MLP(nn.Module):
-    "Linear, batch normalisation, ReLU, linear: (B, embedding_size) -> (B, class_num), the names as for FC."
+    """Linear, batch normalisation, ReLU, linear: (B, embedding_size) -> (B, class_num), the names as for FC."""
 
     def __init__(self, embedding_size: int, class_num: int, hidden: int | None = None):
         super().__init__()

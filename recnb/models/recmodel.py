@@ -42,7 +42,7 @@ class RecModel(nn.Module):
             return self.parts(x, y)
 
     def parts(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
-        "What `forward` gives, in the precision that it is called in."
+        """What `forward` gives, in the precision that it is called in."""
         out = in_chunks(self.embed, x, self.grad_cache if self.training else None, self)
         if self.head is not None and y is not None:
             out["logits"] = self.head(self.head_input(out), y)  # (B, class_num)
@@ -51,7 +51,7 @@ class RecModel(nn.Module):
         return out
 
     def embed(self, x: Tensor) -> dict[str, Tensor]:
-        "What needs no labels: `backbone`, `neck` (where there is one) and `features` (B, D)."
+        """What needs no labels: `backbone`, `neck` (where there is one) and `features` (B, D)."""
         out = {"backbone": self.backbone(x)}
         if self.neck is not None:
             out["neck"] = self.neck(out["backbone"])
@@ -69,7 +69,7 @@ class RecModel(nn.Module):
         return self
 
     def freeze(self, names: Sequence[str]) -> None:
-        "None; keeps these parts (patterns of module names such as 'backbone.model.layer1*') as they are from now on."
+        """Keep these parts (patterns of module names such as 'backbone.model.layer1*') as they are from now on."""
         known = [name for name, _ in self.named_modules()]
         for pattern in names:
             found = [name for name in known if name and fnmatch(name, pattern)]
@@ -80,7 +80,7 @@ class RecModel(nn.Module):
             self.get_submodule(name).eval().requires_grad_(False)
 
     def describe(self) -> str:
-        "A line for each part: what it is, what it gives, how many parameters it has."
+        """A line for each part: what it is, what it gives, how many parameters it has."""
         end = getattr(self.backbone, "stop", None) or "its end"
         shape = getattr(self.backbone, "out_shape", None)  # a backbone of one's own need not know it
         parts = {"backbone": f"cut at {end}, gives {shape}" if shape else "not cut",
@@ -92,7 +92,7 @@ class RecModel(nn.Module):
 
 
 def vectors(x: Tensor) -> Tensor:
-    "(B, D) from maps of one pixel (B, D, 1, 1); anything else as it is."
+    """(B, D) from maps of one pixel (B, D, 1, 1); anything else as it is."""
     return x.flatten(1) if x.shape[2:].numel() == 1 else x
 
 
@@ -128,6 +128,6 @@ class DistillationModel(nn.Module):
         return self.models[self.chosen].head_input(out)
 
     def describe(self) -> str:
-        "The lines of each model, under its name."
+        """The lines of each model, under its name."""
         return "\n".join(f"{name}{' (the one that is used)' * (name == self.chosen)}\n{model.describe()}"
                          for name, model in self.models.items())

@@ -40,7 +40,7 @@ def build_batch_transform(cfg: dict, class_num: int) -> Callable | None:
 
 
 def read_split(cfg: dict, where: str) -> ImageList:
-    "The table of the data set section at `where`, labels as the list or the folders give them."
+    """The table of the data set section at `where`, labels as the list or the folders give them."""
     section = lookup(cfg, f"{where}.dataset")
     if section is None:
         raise ConfigError(f"{where}.dataset: there is no such section")
@@ -73,7 +73,7 @@ def training_images(cfg: dict) -> ImageList:
 
 
 def evaluation_places(cfg: dict) -> tuple[str, str]:
-    "Where a configuration declares its query and its gallery images."
+    """Where a configuration declares its query and its gallery images."""
     single = cfg["Global"]["eval_mode"] == "classification"
     return ("DataLoader.Eval",) * 2 if single else ("DataLoader.Eval.Query", "DataLoader.Eval.Gallery")
 
@@ -150,7 +150,7 @@ def build_loaders(cfg: dict) -> Loaders:
 
 
 def build_loader(cfg: dict, where: str, images: ImageList) -> ImageLoader:
-    "The loader of one split: training batches from its sampler, evaluation images in the order of their list."
+    """The loader of one split: training batches from its sampler, evaluation images in the order of their list."""
     section, options = lookup(cfg, f"{where}.sampler"), machine_options(lookup(cfg, f"{where}.loader") or {})
     if section is None or section.get("batch_size", 0) < 1:
         raise ConfigError(f"{where}.sampler: must name a sampler and its batch_size, at least 1")

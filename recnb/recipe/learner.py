@@ -50,7 +50,7 @@ def build_learner(cfg: dict, model: nn.Module, loaders: Loaders, run_dir: str | 
 
 
 def check_mixable(cfg: dict) -> None:
-    "None; raises ConfigError where a head or a loss needs one label for each image and images are blended."
+    """Raise ConfigError where a head or a loss needs one label for each image and images are blended."""
     where = "DataLoader.Train.dataset.batch_transform_ops: blends images and their labels, but"
     for place, section in architectures(cfg):
         if lookup(section, "Head.name") not in (None, "FC"):
@@ -61,7 +61,7 @@ def check_mixable(cfg: dict) -> None:
 
 
 def build_plan(cfg: dict, loaders: Loaders, folder: Path) -> Plan:
-    "The plan of a configuration; raises ConfigError for a checkpoint that is not there or a missing package."
+    """The plan of a configuration; raises ConfigError for a checkpoint that is not there or a missing package."""
     settings = cfg["Global"]
     if settings["use_visualdl"] and not importlib.util.find_spec("visualdl"):
         raise ConfigError("Global.use_visualdl: visualdl is not installed; pip install 'recnb[track]', or set it False")
@@ -82,12 +82,12 @@ def build_plan(cfg: dict, loaders: Loaders, folder: Path) -> Plan:
 
 
 def device_count(wanted: int | str) -> int:
-    "How many processes Global.devices asks for; `auto` is one for each GPU."
+    """How many processes Global.devices asks for; `auto` is one for each GPU."""
     return max(1, torch.cuda.device_count()) if wanted == "auto" else wanted
 
 
 def pick_device(name: str) -> torch.device:
-    "The device that Global.device names; without a GPU, 'gpu' becomes the CPU and a line says so."
+    """The device that Global.device names; without a GPU, 'gpu' becomes the CPU and a line says so."""
     if name == "gpu" and not torch.cuda.is_available():
         print("Global.device is gpu, and this machine has none: running on the CPU")
     return torch.device(f"cuda:{torch.cuda.current_device()}" if name == "gpu" and torch.cuda.is_available() else "cpu")

@@ -18,7 +18,7 @@ PER_IDENTITY = ("sample_per_id", "num_instances")
 
 
 class Finding(NamedTuple):
-    "One thing to look at: its place in the file, what is there, why that matters, what would mend it."
+    """One thing to look at: its place in the file, what is there, why that matters, what would mend it."""
 
     place: str
     what: str
@@ -28,20 +28,20 @@ class Finding(NamedTuple):
 
 
 def lint(cfg: dict, loaders: Loaders | None = None) -> list[Finding]:
-    "The findings of a checked configuration; with its loaders, those of the lists too."
+    """The findings of a checked configuration; with its loaders, those of the lists too."""
     checks = [losses, augmentation, inference, schedule, processes, without_effect]
     findings = [finding for check in checks for finding in check(cfg)]
     return findings + ([*identities(loaders), *shapes(cfg, loaders)] if loaders else [])
 
 
 def stop(findings: list[Finding]) -> None:
-    "None; raises ConfigError for the first strict finding."
+    """Raise ConfigError for the first strict finding."""
     for finding in (finding for finding in findings if finding.strict):
         raise ConfigError(f"{finding.place}: {finding.what}: {finding.why}; {finding.mend}")
 
 
 def losses(cfg: dict) -> Iterator[Finding]:
-    "Pair losses without pairs, views that the sampler does not draw, a weight that the original ignored."
+    """Pair losses without pairs, views that the sampler does not draw, a weight that the original ignored."""
     sampler, terms = lookup(cfg, "DataLoader.Train.sampler") or {}, list(items(cfg, "Loss.Train"))
     drawn = next((sampler[key] for key in PER_IDENTITY if key in sampler), None)
     for place, name, args in terms:
@@ -61,7 +61,7 @@ def losses(cfg: dict) -> Iterator[Finding]:
 
 
 def augmentation(cfg: dict) -> Iterator[Finding]:
-    "Erasing on the wrong side of the normalisation."
+    """Erasing on the wrong side of the normalisation."""
     ops = list(items(cfg, "DataLoader.Train.dataset.transform_ops"))
     names = [name for _, name, _ in ops]
     normalize = next((name for name in names if name in ("NormalizeImage", "Normalize")), None)
@@ -84,7 +84,7 @@ def augmentation(cfg: dict) -> Iterator[Finding]:
 
 
 def inference(cfg: dict) -> Iterator[Finding]:
-    "A softmax over an embedding."
+    """A softmax over an embedding."""
     for place, section in [("Arch", cfg["Arch"]), *architectures(cfg)[:1]]:
         key, given = section.get("infer_output_key") or "features", section.get("infer_add_softmax")
         if isinstance(given, str):
@@ -98,7 +98,7 @@ def inference(cfg: dict) -> Iterator[Finding]:
 
 
 def schedule(cfg: dict) -> Iterator[Finding]:
-    "A warm-up that never ends."
+    """A warm-up that never ends."""
     epochs = cfg["Global"]["epochs"]
     for where, section in optimizers(cfg):
         warmup = section["lr"].get("warmup_epoch") or 0
@@ -108,7 +108,7 @@ def schedule(cfg: dict) -> Iterator[Finding]:
 
 
 def processes(cfg: dict) -> Iterator[Finding]:
-    "A step of several batches at the learning rate of one."
+    """A step of several batches at the learning rate of one."""
     count, batch = cfg["Global"]["devices"], lookup(cfg, "DataLoader.Train.sampler.batch_size")
     if count != 1:
         yield Finding("Global.devices", f"{count}, each with batches of {batch}",
@@ -117,7 +117,7 @@ def processes(cfg: dict) -> Iterator[Finding]:
 
 
 def without_effect(cfg: dict) -> Iterator[Finding]:
-    "What the original has and this has not, or does not need."
+    """What the original has and this has not, or does not need."""
     for key in (key for key in WITHOUT_EFFECT if cfg["Global"].get(key)):
         yield Finding(f"Global.{key}", f"{cfg['Global'][key]}", "it changes nothing here", "leave it out")
     for key, why in (("Slim", "pruning and quantisation while training have no counterpart here, the model is trained "
@@ -130,7 +130,7 @@ def without_effect(cfg: dict) -> Iterator[Finding]:
 
 
 def shapes(cfg: dict, loaders: Loaders) -> Iterator[Finding]:
-    "Training images of another size than those that are evaluated."
+    """Training images of another size than those that are evaluated."""
     shape = output_shape(loaders.train.dataset.transform, "DataLoader.Train")
     if list(shape) != cfg["Global"]["image_shape"]:
         yield Finding("DataLoader.Train.dataset.transform_ops", f"images of {list(shape)}, Global.image_shape is "
@@ -139,7 +139,7 @@ def shapes(cfg: dict, loaders: Loaders) -> Iterator[Finding]:
 
 
 def identities(loaders: Loaders) -> Iterator[Finding]:
-    "Evaluation identities that occur in training: by their names, which are numbers in a list."
+    """Evaluation identities that occur in training: by their names, which are numbers in a list."""
     if loaders.query is not None:
         trained = set(loaders.train.dataset.names.tolist())
         tested = {loaders.query.dataset.names[i] for i in loaders.query.dataset.labels.tolist()}

@@ -40,7 +40,7 @@ def build_model(cfg: dict, classes: int | None = None) -> RecModel | Distillatio
 
 
 def build_recmodel(cfg: dict, section: dict, where: str, classes: int | None) -> RecModel:
-    "The model of one section; `classes` is the number of training identities."
+    """The model of one section; `classes` is the number of training identities."""
     backbone = build_backbone(cfg, section, where)
     neck, size = build_neck(section, where, backbone)
     head, given = None, section.get("head_feature_from", "neck")
@@ -81,7 +81,7 @@ def precision(amp: dict, device: str) -> torch.dtype:
 
 
 def build_distillation(cfg: dict, models: dict[str, RecModel]) -> DistillationModel:
-    "The models trained together, some frozen or with weights of their own; `infer_model_name` or the last is used."
+    """The models trained together, some frozen or with weights of their own; `infer_model_name` or the last is used."""
     section, names = cfg["Arch"], list(models)
     chosen = section.get("infer_model_name") or names[-1]
     if chosen not in models:
@@ -111,7 +111,7 @@ def class_number(cfg: dict, counted: int | None) -> int:
 
 
 def build_backbone(cfg: dict, section: dict, where: str) -> nn.Module:
-    "The backbone of a model's section, cut where it says; raises ConfigError for what timm or the cut refuse."
+    """The backbone of a model's section, cut where it says; raises ConfigError for what timm or the cut refuse."""
     given, stop = dict(section["Backbone"]), section.get("BackboneStopLayer") or {}
     if isinstance(given.get("pretrained"), str):
         given["pretrained"] = resolve(given["pretrained"])
@@ -128,7 +128,7 @@ def build_backbone(cfg: dict, section: dict, where: str) -> nn.Module:
 
 
 def build_neck(section: dict, where: str, backbone: nn.Module) -> tuple[nn.Module | None, int]:
-    "(the neck or None, the size of the features); the backbone's output is checked to suit it."
+    """(the neck or None, the size of the features); the backbone's output is checked to suit it."""
     shape, stop = backbone.out_shape, lookup(section, "BackboneStopLayer.name") or "its end"
     if not section.get("Neck"):
         if len(shape) > 1 and prod(shape[1:]) > 1:

@@ -36,7 +36,7 @@ def build_optimizer(cfg: dict) -> Callable:
 
 
 def build_entry(section: dict, where: str) -> Callable:
-    "A function `(groups, lr) -> torch optimizer` for one entry; L1 and the clipping happen before its steps."
+    """A function `(groups, lr) -> torch optimizer` for one entry; L1 and the clipping happen before its steps."""
     section = dict(section)
     regular = REGULARIZERS.build(section["regularizer"], f"{where}.regularizer") if section.get("regularizer") else {}
     if regular and "weight_decay" in section:
@@ -59,7 +59,7 @@ def build_entry(section: dict, where: str) -> Callable:
 
 
 def in_backbone(name: str) -> bool:
-    "Whether a parameter of a model, or of one of the models that are distilled together, belongs to its backbone."
+    """Whether a parameter of a model, or of one of the models that are distilled together, belongs to its backbone."""
     return re.match(r"(models\.[^.]+\.)?backbone\.", name) is not None
 
 
@@ -91,7 +91,7 @@ def parameter_groups(cfg: dict, model: nn.Module, loss: nn.Module) -> list[dict]
 
 
 def loss_parameters(loss: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    "(name, parameter) of what the terms of a CombinedLoss learn, such as CenterLoss.centers."
+    """(name, parameter) of what the terms of a CombinedLoss learn, such as CenterLoss.centers."""
     terms = zip(getattr(loss, "names", ["loss"]), getattr(loss, "losses", [loss]), strict=True)
     return [(f"{term}.{name}", p) for term, part in terms for name, p in part.named_parameters()]
 
@@ -123,7 +123,7 @@ def scope_names(scope: str | None, where: str, model: nn.Module, loss: nn.Module
 
 
 def undecayed(name: str, p: nn.Parameter, section: dict) -> bool:
-    "Whether an entry of Optimizer exempts a parameter from weight decay."
+    """Whether an entry of Optimizer exempts a parameter from weight decay."""
     named = any(part in name for part in (section.get("no_weight_decay_name") or "").split())
     flat = section.get("one_dim_param_no_weight_decay") or (
         section["name"] == "AdamWDL" and section.get("filter_bias_and_bn", True))
@@ -131,7 +131,7 @@ def undecayed(name: str, p: nn.Parameter, section: dict) -> bool:
 
 
 def depth_shares(cfg: dict, model: nn.Module) -> dict[str, float]:
-    "For AdamWDL the share of the rate of each parameter of a backbone, by how far it lies before the end."
+    """For AdamWDL the share of the rate of each parameter of a backbone, by how far it lies before the end."""
     decay = next((section.get("layerwise_decay", 0.75) for _, section in optimizers(cfg)
                   if section["name"] == "AdamWDL"), None)
     shares = {}
@@ -146,13 +146,13 @@ def depth_shares(cfg: dict, model: nn.Module) -> dict[str, float]:
 
 
 def build_schedules(cfg: dict, step_each_epoch: int) -> list[Callable]:
-    "For each entry of Optimizer: its learning rate as a function of the steps taken and the evaluations' results."
+    """For each entry of Optimizer: its learning rate as a function of the steps taken and the evaluations' results."""
     return [build_schedule(section.get("lr") or {}, f"{where}.lr", cfg["Global"]["epochs"], step_each_epoch)
             for where, section in optimizers(cfg)]
 
 
 def build_schedule(section: dict, where: str, epochs: int, step_each_epoch: int) -> Callable:
-    "The schedule of one section `lr`; raises ConfigError for what it cannot mean."
+    """The schedule of one section `lr`; raises ConfigError for what it cannot mean."""
     SCHEDULES.check(section, where)
     warmup = {key: section[key] for key in WARMUP if key in section}
     epochs -= warmup.get("warmup_epoch", 0)

@@ -22,7 +22,7 @@ class Loader(yaml.SafeLoader):
     "Plain YAML values only, with the two silent traps of YAML 1.1 closed: `1e-3` is a number, a repeated key an error."
 
     def construct_document(self, node: yaml.Node):
-        "The values of a document, once `measure` has found nothing in it to refuse."
+        """The values of a document, once `measure` has found nothing in it to refuse."""
         measure(node)
         return super().construct_document(node)
 
@@ -32,7 +32,7 @@ Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+
 
 
 def mapping(loader: Loader, node: yaml.MappingNode) -> dict:
-    "The dict of a YAML mapping; raises ConstructorError where a key is given twice."
+    """The dict of a YAML mapping; raises ConstructorError where a key is given twice."""
     seen = set()
     for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
         if key.value in seen:
@@ -70,12 +70,12 @@ def measure(node: yaml.Node, above: tuple[int, ...] = (), known: dict | None = N
 
 
 def refused(node: yaml.Node, problem: str) -> yaml.constructor.ConstructorError:
-    "The error of a node that is not built."
+    """The error of a node that is not built."""
     return yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
 
 
 def plain_yaml(path: Path) -> object:
-    "What a YAML file holds, plain values only; raises YAMLError, OSError or ValueError where it cannot be read."
+    """What a YAML file holds, plain values only; raises YAMLError, OSError or ValueError where it cannot be read."""
     if path.exists() and not path.is_file() and not path.is_dir():  # opening a pipe would wait for ever
         raise ValueError("is a pipe or a device, not a file")
     with path.open("rb") as file:
@@ -86,7 +86,7 @@ def plain_yaml(path: Path) -> object:
 
 
 def read_plain(path: Path) -> dict:
-    "The mapping that a YAML file holds; raises ConfigError with file and line where it is anything else."
+    """The mapping that a YAML file holds; raises ConfigError with file and line where it is anything else."""
     try:
         content = plain_yaml(path)
     except RecursionError:
@@ -109,12 +109,12 @@ def read_plain(path: Path) -> dict:
 
 
 def read_yaml(path: str | Path) -> dict:
-    "The mapping that a YAML file holds; raises ConfigError with file and line where it is anything else."
+    """The mapping that a YAML file holds; raises ConfigError with file and line where it is anything else."""
     return read_plain(resolve(path))
 
 
 def as_yaml(cfg: dict) -> str:
-    "The YAML text of a configuration: short sections on one line, the order kept, nothing abbreviated by anchors."
+    """The YAML text of a configuration: short sections on one line, the order kept, nothing abbreviated by anchors."""
     dumper = type("Dumper", (yaml.SafeDumper,), {"ignore_aliases": lambda self, data: True})
     return yaml.dump(cfg, Dumper=dumper, sort_keys=False, default_flow_style=None, width=110)
 
@@ -129,7 +129,7 @@ def plain_number(value, like):
 
 
 def item_index(entries: list, step: str, where: str) -> int:
-    "Which entry of a list a step of a dotted key means: it is a number from 0, or the only entry of that name."
+    """Which entry of a list a step of a dotted key means: it is a number from 0, or the only entry of that name."""
     names = [next(iter(entry), None) if isinstance(entry, dict) else None for entry in entries]
     if names.count(step) > 1:
         raise ConfigError(f"{where} has {names.count(step)} entries '{step}'; give the number of one, counted from 0")
@@ -140,7 +140,7 @@ def item_index(entries: list, step: str, where: str) -> int:
 
 
 def override(cfg: dict, key: str, value) -> None:
-    "None; sets one dotted key (list items by number) in place. Raises ConfigError where its parents do not exist."
+    """Set one dotted key (list items by number) in place. Raises ConfigError where its parents do not exist."""
     node, steps = cfg, str(key).split(".")
     for depth, step in enumerate(steps):
         last = depth == len(steps) - 1

@@ -51,7 +51,7 @@ def check_same(ours: dict, theirs: dict, path: Path) -> None:
 
 
 def compare(old, new, where: str = "") -> list[str]:
-    "What differs between two configurations and matters, each as `place: old -> new`."
+    """What differs between two configurations and matters, each as `place: old -> new`."""
     if where in FREE:
         return []
     if isinstance(old, dict) and isinstance(new, dict):

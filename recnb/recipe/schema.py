@@ -98,7 +98,7 @@ def load_config(path: str | Path, overrides: dict | None = None) -> dict:
 
 
 def fill_global(cfg: dict) -> None:
-    "None; gives Global, in place, every key that it leaves out."
+    """Give Global, in place, every key that it leaves out."""
     given = {} if cfg.get("Global") is None else cfg["Global"]
     check_keys(given, "Global")
     mode = {"eval_mode": "classification"} if lookup(cfg, "DataLoader.Eval.dataset") else {}
@@ -106,7 +106,7 @@ def fill_global(cfg: dict) -> None:
 
 
 def fill_loaders(cfg: dict) -> None:
-    "None; a sampler without a name is the plain one, and an evaluation list that stands alone is query and gallery."
+    """A sampler without a name is the plain one, and an evaluation list that stands alone is query and gallery."""
     for section in (lookup(cfg, f"DataLoader.{part}.sampler") for part in LOADERS):
         if isinstance(section, dict):
             section.setdefault("name", "DistributedBatchSampler")
@@ -118,7 +118,7 @@ def fill_loaders(cfg: dict) -> None:
 
 
 def check_keys(section, where: str, known: tuple[str, ...] | None = None) -> None:
-    "None; raises ConfigError where a section is no mapping, or has a key that is not among the known, those of KEYS."
+    """Raise ConfigError where a section is no mapping, or has a key that is not among the known, those of KEYS."""
     if not isinstance(section, dict):
         raise ConfigError(f"{where}: holds {section!r}, not a mapping of {', '.join(known or KEYS[where])}")
     known = KEYS[where] if known is None else known
@@ -131,7 +131,7 @@ def check_keys(section, where: str, known: tuple[str, ...] | None = None) -> Non
 
 
 def check(cfg: dict) -> None:
-    "None; raises ConfigError for the first section, name, argument or value that cannot be meant."
+    """Raise ConfigError for the first section, name, argument or value that cannot be meant."""
     for module in PARTS:  # their registries are what the names are checked against
         importlib.import_module(f"recnb.{module}")
     for where in KEYS:
@@ -157,7 +157,7 @@ def check(cfg: dict) -> None:
 
 
 def check_global(section: dict) -> None:
-    "None; raises ConfigError for a value of Global of the wrong kind, or one that is not among the possible."
+    """Raise ConfigError for a value of Global of the wrong kind, or one that is not among the possible."""
     for key, value in section.items():
         if key == "devices":
             if value != "auto" and (not fits(value, int) or value < 1):
@@ -179,7 +179,7 @@ def check_global(section: dict) -> None:
 
 
 def check_precision(cfg: dict) -> None:
-    "None; raises ConfigError for a value of the sections AMP and EMA that cannot be meant."
+    """Raise ConfigError for a value of the sections AMP and EMA that cannot be meant."""
     amp, ema = cfg.get("AMP") or {}, cfg.get("EMA") or {}
     for key, value in amp.items():
         if key == "dtype" and value not in (None, "float16", "bfloat16"):
@@ -192,7 +192,7 @@ def check_precision(cfg: dict) -> None:
 
 
 def check_arch(section: dict, where: str) -> None:
-    "None; raises ConfigError for what a model's section cannot mean; the parts are checked by their registries."
+    """Raise ConfigError for what a model's section cannot mean; the parts are checked by their registries."""
     check_keys(section, where, ARCH)
     if section.get("name", "RecModel") != "RecModel":
         raise ConfigError(f"{where}.name: there is no model '{section['name']}'; "
@@ -216,12 +216,12 @@ def check_arch(section: dict, where: str) -> None:
 
 
 def adds_softmax(section: dict) -> bool:
-    "Whether a model's section asks for a softmax behind what is exported; the text 'false' is no."
+    """Whether a model's section asks for a softmax behind what is exported; the text 'false' is no."""
     return str(section.get("infer_add_softmax", False)).lower() == "true"
 
 
 def check_logits(cfg: dict, where: str, name: str) -> None:
-    "None; raises ConfigError where a part that needs logits is asked for and a model has no head."
+    """Raise ConfigError where a part that needs logits is asked for and a model has no head."""
     for place, section in architectures(cfg):
         if not section.get("Head"):
             raise ConfigError(f"{where}: {name} needs logits, and {place}.Head, which makes them, is missing")
@@ -232,7 +232,7 @@ def check_logits(cfg: dict, where: str, name: str) -> None:
 
 
 def check_loaders(cfg: dict) -> None:
-    "None; raises ConfigError for a setting of a data loader that torch would refuse later."
+    """Raise ConfigError for a setting of a data loader that torch would refuse later."""
     for where in (f"DataLoader.{part}.loader" for part in LOADERS):
         for key, value in (lookup(cfg, where) or {}).items():
             if not fits(value, LOADER[key]) or value < 0:
@@ -241,7 +241,7 @@ def check_loaders(cfg: dict) -> None:
 
 
 def check_class_num(cfg: dict) -> None:
-    "None; raises ConfigError where the file gives two different numbers of training identities."
+    """Raise ConfigError where the file gives two different numbers of training identities."""
     given = [("Global.class_num", cfg["Global"]["class_num"]), *(
         (f"{where}.Head.class_num", lookup(section, "Head.class_num")) for where, section in architectures(cfg))]
     (one, ours), *others = [pair for pair in given if pair[1]] or [("", None)]
@@ -252,13 +252,13 @@ def check_class_num(cfg: dict) -> None:
 
 
 def class_num(cfg: dict) -> tuple[str, int | None]:
-    "(the place, the number) of training identities where the file gives one, otherwise the place is Global's."
+    """(the place, the number) of training identities where the file gives one, otherwise the place is Global's."""
     given = [(f"{where}.Head.class_num", lookup(section, "Head.class_num")) for where, section in architectures(cfg)]
     return next((pair for pair in given if pair[1]), ("Global.class_num", cfg["Global"]["class_num"]))
 
 
 def check_evaluation(cfg: dict) -> None:
-    "None; raises ConfigError where evaluation is asked for and its list is missing, or is one of another mode."
+    """Raise ConfigError where evaluation is asked for and its list is missing, or is one of another mode."""
     lists, wanted = lookup(cfg, "DataLoader.Eval") or {}, cfg["Global"]["eval_during_train"]
     single = cfg["Global"]["eval_mode"] == "classification"
     for key in (key for key in lists if (key in ("Query", "Gallery")) == single):
@@ -274,7 +274,7 @@ def check_evaluation(cfg: dict) -> None:
 
 
 def lookup(cfg: dict, where: str):
-    "What stands at a dotted place, or None."
+    """What stands at a dotted place, or None."""
     node = cfg
     for step in where.split("."):
         node = node.get(step) if isinstance(node, dict) else None
@@ -282,7 +282,10 @@ def lookup(cfg: dict, where: str):
 
 
 def items(cfg: dict, where: str, named: bool = False) -> list[tuple[str, str, dict]]:
-    "The entries of a list of `{Name: arguments}` as (place, name, arguments); `named`: these may have a 'name' too."
+    """The entries of a list of `{Name: arguments}` as (place, name, arguments).
+
+    `named`: these may have a 'name' too.
+    """
     section = lookup(cfg, where) or []
     if not isinstance(section, list):
         raise ConfigError(f"{where}: must be a list of '- Name: {{arguments}}' entries")
@@ -290,7 +293,7 @@ def items(cfg: dict, where: str, named: bool = False) -> list[tuple[str, str, di
 
 
 def architectures(cfg: dict) -> list[tuple[str, dict]]:
-    "The (place, section) of every model of a configuration: Arch itself, or those that Arch.models lists."
+    """The (place, section) of every model of a configuration: Arch itself, or those that Arch.models lists."""
     section = lookup(cfg, "Arch") or {}
     if not isinstance(section, dict) or section.get("name") != "DistillationModel":
         return [("Arch", section)]
@@ -302,7 +305,7 @@ def architectures(cfg: dict) -> list[tuple[str, dict]]:
 
 
 def optimizers(cfg: dict) -> list[tuple[str, dict]]:
-    "The (place, section with its name) of each optimizer: the section is one, or a list of `- Name: {arguments}`."
+    """The (place, section with its name) of each optimizer: the section is one, or a list of `- Name: {arguments}`."""
     section = cfg.get("Optimizer")
     if isinstance(section, list):
         return [(place, {"name": name, **args}) for place, name, args in items(cfg, "Optimizer")]
@@ -310,7 +313,7 @@ def optimizers(cfg: dict) -> list[tuple[str, dict]]:
 
 
 def named_sections(cfg: dict):
-    "Every (place, section, registry) of a configuration whose section picks a part by name."
+    """Every (place, section, registry) of a configuration whose section picks a part by name."""
     roots = {"Arch": architectures(cfg), "Optimizer": optimizers(cfg)}
     for registry in Registry.made:
         for slot in registry.slots:

@@ -43,6 +43,6 @@ def write_config(folder: str | Path, image_root: str | Path, base: str | Path = 
 
 
 def portable(path: str | Path) -> str:
-    "The path as a config says it: from the project's root where it is below that, otherwise absolute."
+    """The path as a config says it: from the project's root where it is below that, otherwise absolute."""
     path = Path(plain(resolve(path)))
     return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.as_posix()

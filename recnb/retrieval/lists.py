@@ -20,7 +20,10 @@ RIGHT, WRONG, EXCLUDED, END = "right", "wrong", "excluded", ""
 
 @dataclass(repr=False, eq=False)
 class Ranking:
-    "The first k of each of Q lists, judged; `hits` goes further down than k, so that missed positives are known too."
+    """The first k of each of Q lists, judged.
+
+    `hits` goes further down than k, so that missed positives are known too.
+    """
 
     ids: np.ndarray         # (Q, k) rows of the gallery, most similar first; -1 where the list has ended
     scores: np.ndarray      # (Q, k) similarity; nan where the list has ended
@@ -48,16 +51,16 @@ class Ranking:
 
     @property
     def valid(self) -> np.ndarray:
-        "(Q,) whether the query has a positive at all: the others count in no metric."
+        """(Q,) whether the query has a positive at all: the others count in no metric."""
         return self.positives > 0
 
     @property
     def failed(self) -> np.ndarray:
-        "(Q,) whether the first counted item is of another identity: what recall@1 counts as a miss."
+        """(Q,) whether the first counted item is of another identity: what recall@1 counts as a miss."""
         return self.first_hit > 1
 
     def order(self, by: str = "worst") -> np.ndarray:
-        "The queries by AP, 'worst' or 'best' first (those without a positive last), or as they came ('index')."
+        """The queries by AP, 'worst' or 'best' first (those without a positive last), or as they came ('index')."""
         if by == "index":
             return np.arange(len(self))
         if by not in ("worst", "best"):
@@ -65,7 +68,7 @@ class Ranking:
         return np.argsort(self.AP if by == "worst" else -self.AP, kind="stable")  # nan sorts last
 
     def missed(self, q: int, k: int, n: int = 3) -> list[tuple[int, int, float]]:
-        "The first n positives of query q that are not among its first k items: (gallery row, rank, similarity)."
+        """The first n positives of query q that are not among its first k items: (gallery row, rank, similarity)."""
         found = zip(self.hits[q].tolist(), self.hit_ranks[q].tolist(), self.hit_scores[q].tolist(), strict=True)
         shown = set(self.ids[q, :k].tolist())
         return [hit for hit in found if hit[0] >= 0 and hit[0] not in shown][:n]
@@ -105,14 +108,14 @@ def rank(query, gallery, query_labels, gallery_labels, query_cameras=None, galle
 
 
 def _cosines(query, gallery) -> Iterator[np.ndarray]:
-    "Each query's cosine with every gallery item, (G,)."
+    """Each query's cosine with every gallery item, (G,)."""
     query, gallery = (normalize(torch.as_tensor(x).detach().float(), eps=1e-30) for x in (query, gallery))
     for block in query.split(max(1, 2**24 // len(gallery))):
         yield from to_numpy(block @ gallery.T)
 
 
 def _judge(keys, scores, positive, excluded, k: int, show_excluded: int, n_hits: int) -> dict:
-    "One query's row of each array of a `Ranking`; keys order the gallery, -infinity for what is never shown."
+    """One query's row of each array of a `Ranking`; keys order the gallery, -infinity for what is never shown."""
     counted = np.where(excluded, -np.inf, keys)
     left_out = _best(np.where(excluded, keys, -np.inf), len(keys))
     visible = counted.copy()
@@ -138,7 +141,7 @@ def _best(keys: np.ndarray, n: int) -> np.ndarray:
 
 
 def _pad(values: np.ndarray, n: int, fill) -> np.ndarray:
-    "The values as an array of n: a list may end before k."
+    """The values as an array of n: a list may end before k."""
     return np.concatenate([values, np.full(n - len(values), fill, values.dtype)])
 
 
@@ -162,7 +165,7 @@ def choose_rows(ranking: Ranking, n: int = 6) -> np.ndarray:
 
 
 def changed(first: Ranking, second: Ranking) -> tuple[np.ndarray, np.ndarray]:
-    "The queries whose first hit only the second has right, and only the first has; the largest change in AP first."
+    """The queries whose first hit only the second has right, and only the first has; the largest change in AP first."""
     order = np.argsort(-np.abs(np.nan_to_num(second.AP - first.AP)), kind="stable")
     return tuple(order[(good.first_hit[order] == 1) & bad.failed[order]]
                  for good, bad in ((second, first), (first, second)))

@@ -163,6 +163,6 @@ DEFINITIONS = {
 
 
 def cmc(arrays: dict, most: int = 50) -> np.ndarray:
-    "(most,) the share of queries whose first positive is among the first 1, 2, ... `most`."
+    """(most,) the share of queries whose first positive is among the first 1, 2, ... `most`."""
     first = arrays["first_hit"][arrays["valid"]]
     return np.cumsum(np.bincount(np.minimum(first, most + 1), minlength=most + 2)[1:most + 1]) / len(first)

@@ -39,7 +39,7 @@ RANGE = 1.00001  # cosines end here: rounding may carry them past 1
 
 @dataclass
 class Embeddings:
-    "Queries (Q, D) and gallery (G, D) with what is known about them; names: identity -> text."
+    """Queries (Q, D) and gallery (G, D) with what is known about them; names: identity -> text."""
 
     query: np.ndarray
     gallery: np.ndarray
@@ -59,17 +59,17 @@ class Embeddings:
 
     @property
     def protocol(self) -> Protocol:
-        "Who is whose positive; raises ValueError where the arrays do not fit together."
+        """Who is whose positive; raises ValueError where the arrays do not fit together."""
         ql, gl, qc, gc, own = self.lists
         return make_protocol(len(self.query), len(self.gallery), own, False, (ql, gl), (qc, gc), (None, None))
 
     @property
     def same(self) -> bool:
-        "Whether the queries are the gallery, each finding all the others."
+        """Whether the queries are the gallery, each finding all the others."""
         return np.array_equal(self.protocol.own, np.arange(len(self.gallery)))
 
     def union(self) -> tuple[np.ndarray, np.ndarray, list | None]:
-        "Vectors, labels and paths of all images, once each: the gallery, then the queries that are not in it."
+        """Vectors, labels and paths of all images, once each: the gallery, then the queries that are not in it."""
         new = np.flatnonzero(self.protocol.own < 0)
         known = self.query_paths is not None and self.gallery_paths is not None
         return (np.concatenate([self.gallery, self.query[new]]),
@@ -77,12 +77,12 @@ class Embeddings:
                 [*self.gallery_paths, *(self.query_paths[i] for i in new)] if known else None)
 
     def text(self, labels) -> list[str]:
-        "What the identities are called."
+        """What the identities are called."""
         return [label_text(label, self.names) for label in np.asarray(labels).tolist()]
 
 
 def chosen(given: Mapping) -> dict:
-    "OPTIONS with the values given; raises ConfigError for a name that does not exist."
+    """OPTIONS with the values given; raises ConfigError for a name that does not exist."""
     for name in given:
         if name not in OPTIONS:
             raise ConfigError(f"options: there is no '{name}'; {suggest(name, OPTIONS)}")
@@ -90,7 +90,7 @@ def chosen(given: Mapping) -> dict:
 
 
 def of_run(run) -> Embeddings:
-    "The embeddings of a `recnb.runs.folder.Run`."
+    """The embeddings of a `recnb.runs.folder.Run`."""
     return Embeddings(run.query_features, run.gallery_features, run.query.labels, run.gallery.labels,
                       run.query.cameras, run.gallery.cameras, run.exclude_self, run.query.paths, run.gallery.paths,
                       run.query.names)
@@ -188,7 +188,7 @@ def operating_point(data: Embeddings, rate: float = 1e-3) -> dict:
 
 
 def identities(data: Embeddings, arrays: dict) -> pd.DataFrame:
-    "A row per identity of the queries, the worst AP first."
+    """A row per identity of the queries, the worst AP first."""
     table = per_class(arrays, data.query_labels)
     return table.assign(label=data.text(table.label))
 
@@ -255,7 +255,7 @@ def effects(data: Embeddings, others: Mapping[str, tuple] | None = None) -> pd.D
 
 
 def project(features, seed: int = 0) -> tuple[np.ndarray, str]:
-    "Points (N, 2) of unit vectors and how they were made: by UMAP where it is installed, otherwise by PCA."
+    """Points (N, 2) of unit vectors and how they were made: by UMAP where it is installed, otherwise by PCA."""
     unit = np.asarray(features, np.float32)
     unit = unit / np.maximum(np.linalg.norm(unit, axis=1, keepdims=True), 1e-30)
     if find_spec("umap"):
@@ -268,7 +268,7 @@ def project(features, seed: int = 0) -> tuple[np.ndarray, str]:
 
 
 def overview_figure(data: Embeddings, rate: float = 1e-3) -> Figure:
-    "In a row: CMC, similarities of pairs with the threshold, AP of the queries."
+    """In a row: CMC, similarities of pairs with the threshold, AP of the queries."""
     _, arrays = judge(data)
     figure, axes = _panels(3)
     draw_cmc(axes[0], arrays)

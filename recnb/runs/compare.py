@@ -30,7 +30,7 @@ STYLES = [(colour, line) for line in ("-", "--", ":") for colour in COLOURS]
 
 
 def find_runs(run_dirs: Sequence[str | Path] = (), pattern: str = "") -> list[Path]:
-    "The folders named, and those of the pattern that hold a config.yaml; raises ConfigError where there is none."
+    """The folders named, and those of the pattern that hold a config.yaml; raises ConfigError where there is none."""
     base = Path("/") if Path(pattern).is_absolute() else ROOT
     found = sorted(base.glob(pattern.lstrip("/"))) if pattern else []
     folders = [*map(resolve, run_dirs), *(path for path in found if (path / "config.yaml").is_file())]
@@ -41,7 +41,7 @@ def find_runs(run_dirs: Sequence[str | Path] = (), pattern: str = "") -> list[Pa
 
 
 def short_names(keys: Iterable[Sequence[str]], joint: str = "/") -> list[str]:
-    "Each key (its steps) by its last step, or as many of the last steps as tell it from the others."
+    """Each key (its steps) by its last step, or as many of the last steps as tell it from the others."""
     keys, names = [tuple(key) for key in keys], []
     for key in keys:
         same = [sum(other[-n:] == key[-n:] for other in keys) for n in range(1, len(key) + 1)]
@@ -50,7 +50,7 @@ def short_names(keys: Iterable[Sequence[str]], joint: str = "/") -> list[str]:
 
 
 def load_runs(folders: Sequence[Path]) -> tuple[dict[str, Run], dict[str, str]]:
-    "The finished runs by name, and for each of the others the reason why it cannot be compared."
+    """The finished runs by name, and for each of the others the reason why it cannot be compared."""
     runs, unusable = {}, {}
     for name, folder in zip(short_names(folder.absolute().parts for folder in folders), folders, strict=True):
         try:
@@ -82,7 +82,7 @@ def leaderboard(runs: dict[str, Run], unusable: dict[str, str] | None = None, by
 
 
 def flat(node, place: str = "") -> dict:
-    "A configuration as {dotted key: value}, keys as overrides spell them; of a list of parts, their order as well."
+    """A configuration as {dotted key: value}, keys as overrides spell them; of a list of parts, their order as well."""
     if isinstance(node, dict) and node:
         return {k: v for key, value in node.items() for k, v in flat(value, f"{place}.{key}".lstrip(".")).items()}
     if isinstance(node, list) and node and all(isinstance(entry, dict) and len(entry) == 1 for entry in node):
@@ -94,7 +94,7 @@ def flat(node, place: str = "") -> dict:
 
 
 def differences(configs: dict[str, dict]) -> pd.DataFrame:
-    "A row per run and a column per dotted key in which the configurations differ; '-' where one does not have it."
+    """A row per run and a column per dotted key in which the configurations differ; '-' where one does not have it."""
     flats = {name: {key: str(value) for key, value in flat(cfg).items()} for name, cfg in configs.items()}
     keys = dict.fromkeys(key for cfg in flats.values() for key in cfg if key not in FREE)
     differing = [key for key in keys if len({cfg.get(key) for cfg in flats.values()}) > 1]
@@ -103,7 +103,7 @@ def differences(configs: dict[str, dict]) -> pd.DataFrame:
 
 
 def curves(runs: dict[str, Run], metric: str = "") -> plt.Figure:
-    "The training loss and a metric (by default the first that the runs have) over the epochs, a line per run."
+    """The training loss and a metric (by default the first that the runs have) over the epochs, a line per run."""
     metric = metric or next((key for run in runs.values() for key in run.metrics if key in run.history), "")
     lines = -(-len(runs) // 3)  # of the legend
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.4 + 0.22 * lines), facecolor="white", dpi=90, layout="constrained")
@@ -123,12 +123,12 @@ def curves(runs: dict[str, Run], metric: str = "") -> plt.Figure:
 
 
 def judge(run: Run, k: int = 10) -> Ranking:
-    "The run's judged lists as its own evaluation ranks them."
+    """The run's judged lists as its own evaluation ranks them."""
     return run.rank(k, re_ranking=run.cfg["Global"]["re_ranking"])
 
 
 def unpaired(first: Run, second: Run) -> str:
-    "Why two runs cannot be paired query by query, in a sentence, or nothing where they can."
+    """Why two runs cannot be paired query by query, in a sentence, or nothing where they can."""
     for part in ("query", "gallery"):
         ours, theirs = getattr(first, part), getattr(second, part)
         if ours.paths != theirs.paths:
@@ -158,7 +158,7 @@ def paired(rankings: dict[str, Ranking], baseline: str) -> pd.DataFrame:
 
 
 def stacked(entries: Sequence[tuple[Ranking, int, str]], label_names=None) -> Ranking:
-    "One ranking of chosen lists, (ranking, query, what to call it) each, over the same gallery: for the galleries."
+    """One ranking of chosen lists, (ranking, query, what to call it) each, over the same gallery: for the galleries."""
     first = entries[0][0]
     shared = {"gallery_labels": np.array([label_text(x, label_names) for x in first.gallery_labels.tolist()]),
               "gallery_cameras": first.gallery_cameras,

@@ -19,7 +19,10 @@ from recnb.storage import resolve
 
 
 def train(cfg: dict, run_dir: str | Path) -> dict:
-    "The metrics of a checked configuration, trained into a run folder; a strict finding of the lint is a ConfigError."
+    """The metrics of a checked configuration, trained into a run folder.
+
+    A strict finding of the lint is a ConfigError.
+    """
     image_root = cfg["DataLoader"]["Train"]["dataset"].get("image_root") or ""
     if "data/demo/" in image_root:  # the demo draws its own images
         first_does(draw_marks, resolve("data/demo"))
@@ -47,6 +50,6 @@ def train(cfg: dict, run_dir: str | Path) -> dict:
 
 
 def print_epoch(run: Path, epochs: int) -> None:
-    "None; prints the last row of a run's history on one line."
+    """Print the last row of a run's history on one line."""
     row = pd.read_csv(run / "history.csv").iloc[-1].dropna()
     print(f"epoch {row.pop('epoch'):.0f} of {epochs}: {', '.join(f'{k} {v:.4g}' for k, v in row.items())}", flush=True)

@@ -40,7 +40,7 @@ PACKAGES = ("recnb", "torch", "torchvision", "fastai", "timm", "faiss-cpu", "num
 
 
 def open_run(run_dir: str | Path, cfg: dict) -> Path:
-    "The run folder, made where it is missing, with config.yaml and env.json written."
+    """The run folder, made where it is missing, with config.yaml and env.json written."""
     run = resolve_run(run_dir)
     try:
         run.mkdir(parents=True, exist_ok=True)
@@ -52,13 +52,13 @@ def open_run(run_dir: str | Path, cfg: dict) -> Path:
 
 
 def resolve_run(run_dir: str | Path) -> Path:
-    "Where a run folder is: as it stands, or below the project's root."
+    """Where a run folder is: as it stands, or below the project's root."""
     run = Path(run_dir)
     return run if run.is_absolute() else ROOT / run
 
 
 def environment(cfg: dict) -> dict:
-    "What env.json holds: versions, device, threads, seed, commit, and a hash of every list file."
+    """What env.json holds: versions, device, threads, seed, commit, and a hash of every list file."""
     def installed(package: str) -> str | None:
         try:
             return version(package)
@@ -72,14 +72,14 @@ def environment(cfg: dict) -> dict:
 
 
 def list_hashes(cfg: dict) -> dict[str, str]:
-    "The SHA-256 of each list file that the configuration names."
+    """The SHA-256 of each list file that the configuration names."""
     named = {lookup(cfg, f"DataLoader.{part}.dataset.cls_label_path") for part in LOADERS} - {None}
     files = [path for path in map(resolve, sorted(named)) if path.is_file()]
     return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def commit() -> str | None:
-    "The project's git commit, with a plus where files differ from it, or None outside a checkout."
+    """The project's git commit, with a plus where files differ from it, or None outside a checkout."""
     def git(*args: str) -> str:
         return subprocess.check_output(["git", "-C", str(ROOT), *args], text=True, stderr=subprocess.DEVNULL).strip()
 
@@ -90,14 +90,14 @@ def commit() -> str | None:
 
 
 def save_embeddings(run: Path, **embeddings: torch.Tensor) -> None:
-    "None; writes each array of embeddings, float32 (N, D), as embeddings/NAME.npy."
+    """Write each array of embeddings, float32 (N, D), as embeddings/NAME.npy."""
     for name, values in embeddings.items():
         with replacing(run / "embeddings" / f"{name}.npy") as path, path.open("wb") as file:
             np.save(file, values.numpy())
 
 
 def save_metrics(run: Path, before: dict, after: dict) -> dict:
-    "The content of metrics.json, written: the final metrics, and those before training and their gain."
+    """The content of metrics.json, written: the final metrics, and those before training and their gain."""
     content = {**after, "before": before, "gain": {k: after[k] - before[k] for k in after if k in before}}
     write_json(run / "metrics.json", content)
     return content
@@ -140,37 +140,37 @@ class Run:
 
     @property
     def exclude_self(self) -> np.ndarray:
-        "(Q,) where each query's own file stands in the gallery, -1 where it does not."
+        """(Q,) where each query's own file stands in the gallery, -1 where it does not."""
         return own_index(self.query, self.gallery)
 
     def rank(self, k: int = 10, re_ranking: bool = False) -> Ranking:
-        "The judged first k of every query, by cosine or by k-reciprocal distance."
+        """The judged first k of every query, by cosine or by k-reciprocal distance."""
         others = None if same_list(self.query, self.gallery) else self.gallery_features
         scores = -k_reciprocal(self.query_features, others) if re_ranking else None
         return rank(self.query_features, self.gallery_features, self.query.labels, self.gallery.labels,
                     self.query.cameras, self.gallery.cameras, self.exclude_self, k, scores=scores)
 
     def model(self) -> RecModel:
-        "The trained model in evaluation mode, on the CPU."
+        """The trained model in evaluation mode, on the CPU."""
         model = build_model(untrained(self.cfg))
         load_weights(model, self.folder / "model.safetensors")
         return model.eval()
 
 
 def model_input(run: Run, picture) -> torch.Tensor:
-    "(3, H, W): a picture (path, PIL image or array) as the run's evaluation shows it to the model."
+    """(3, H, W): a picture (path, PIL image or array) as the run's evaluation shows it to the model."""
     transform = build_transform(run.cfg, f"{evaluation_places(run.cfg)[0]}.dataset")
     return transform(pil_to_tensor(read_picture(picture, 4096)))
 
 
 def embed_picture(run: Run, model: RecModel, picture) -> np.ndarray:
-    "(D,) the feature of one picture."
+    """(D,) the feature of one picture."""
     with torch.inference_mode():
         return model(model_input(run, picture)[None])["features"][0].float().numpy()
 
 
 def untrained(cfg: dict) -> dict:
-    "The configuration for use only: without pretrained weights, which the run's replace, and recomputed blocks."
+    """The configuration for use only: without pretrained weights, which the run's replace, and recomputed blocks."""
     cfg = copy.deepcopy(cfg)
     cfg["Global"] |= {"pretrained_model": None, "grad_checkpointing": False}
     cfg["Arch"].pop("pretrained_list", None)
@@ -180,7 +180,7 @@ def untrained(cfg: dict) -> dict:
 
 
 def load_run(folder: str | Path) -> Run:
-    "The run of a folder that training has finished; raises ConfigError naming what it lacks."
+    """The run of a folder that training has finished; raises ConfigError naming what it lacks."""
     run = resolve(folder)
     parts = {name: run / "embeddings" / f"{name}.npy" for name in ("query", "gallery")}
     for path in (run / "config.yaml", run / "metrics.json", run / "history.csv", *parts.values()):
@@ -209,7 +209,7 @@ def read_lists(run: Path, cfg: dict, features: Sequence[np.ndarray]) -> tuple[Im
 
 
 def undamaged(run: Path, path: Path, read: Callable):
-    "What `read` makes of a file of a run; raises ConfigError where it cannot."
+    """What `read` makes of a file of a run; raises ConfigError where it cannot."""
     try:
         return read(path)
     except Exception as error:  # readers raise whatever a damaged file leads them to

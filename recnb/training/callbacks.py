@@ -17,7 +17,7 @@ from recnb.training.learner import Callback, CancelValidException, ValueMetric
 
 @dataclass
 class Plan:
-    "What `fit_config` does: how long, at which learning rates, and what it evaluates and keeps, where."
+    """What `fit_config` does: how long, at which learning rates, and what it evaluates and keeps, where."""
 
     epochs: int
     schedules: list[Callable]  # one for each optimizer, from the optimizer's steps so far and the metric's values
@@ -41,7 +41,7 @@ class Plan:
 
 
 def write_row(write: Callable, row: list) -> None:
-    "None; writes a row of the live table with epochs counted from 1 and blanks where there is no value."
+    """Write a row of the live table with epochs counted from 1 and blanks where there is no value."""
     number, *cells = row
     blank = [value is None or value != value for value in cells]
     write([number + 1 if isinstance(number, int) else number, *(
@@ -49,7 +49,7 @@ def write_row(write: Callable, row: list) -> None:
 
 
 class FollowPlan(Callback):
-    "Sets the learning rate of every step, leaves out evaluations between intervals, writes a line each few steps."
+    """Sets the learning rate of every step, leaves out evaluations between intervals, writes a line each few steps."""
 
     order = 70  # behind the progress bar's callback, whose table is written to
 
@@ -71,7 +71,7 @@ class FollowPlan(Callback):
                 group["lr"] = self.rates[group["entry"]] * group["lr_scale"]
 
     def at(self, step: int) -> list[float]:
-        "The learning rate of each optimizer."
+        """The learning rate of each optimizer."""
         values = [row[self.learn.names[0]] for row in self.history.rows if self.learn.names[0] in row]
         return [schedule(step, values) for schedule in self.plan.schedules]
 
@@ -96,7 +96,7 @@ class FollowPlan(Callback):
 
 
 class History(Callback):
-    "One row an epoch: learning rate, training loss and its terms, evaluation loss, metrics; kept as history.csv."
+    """One row an epoch: learning rate, training loss and its terms, evaluation loss, metrics; kept as history.csv."""
 
     order = 45
 
@@ -120,7 +120,7 @@ class History(Callback):
         self.join()
 
     def join(self):
-        "None; the sums become those of all processes, whose losses of single images are of their own."
+        """The sums become those of all processes, whose losses of single images are of their own."""
         if self.sums and ranks()[1] > 1:
             self.sums = dict(zip(self.sums, averaged(torch.stack([*self.sums.values()])).unbind(), strict=True))
 
@@ -186,7 +186,7 @@ class Pace(Callback):
 
 
 class Scalars(Callback):
-    "Writes each step's loss terms and each epoch's metrics for visualdl."
+    """Writes each step's loss terms and each epoch's metrics for visualdl."""
 
     order = 95
 

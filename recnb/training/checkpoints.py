@@ -74,7 +74,7 @@ class Checkpoints(Callback):
             raise KeyboardInterrupt(f"stopped behind {place}, all saved: the same command goes on from there")
 
     def save(self, epoch: int, batch: int) -> None:
-        "None; writes latest.pt: `epoch` epochs are done, and `batch` batches of the next."
+        """Write latest.pt: `epoch` epochs are done, and `batch` batches of the next."""
         model, optimizer = whole_states(self.model, self.opt)
         self.history.join()  # every process goes on from the first one's
         state = {"model": model, "loss": self.loss_func.train_loss.state_dict(), "optimizer": optimizer,
@@ -99,7 +99,7 @@ class Checkpoints(Callback):
 
 
 def save_weights(state: dict[str, torch.Tensor], path: Path) -> None:
-    "None; the first process writes a state dict as a .safetensors file."
+    """The first process writes a state dict as a .safetensors file."""
     if ranks()[0]:
         return
     with replacing(path) as temporary:
@@ -107,7 +107,7 @@ def save_weights(state: dict[str, torch.Tensor], path: Path) -> None:
 
 
 def random_states() -> list[dict]:
-    "The states of torch's generators, on the CPU and on every GPU, of each process; all of them have to call it."
+    """The states of torch's generators, on the CPU and on every GPU, of each process; all of them have to call it."""
     own = {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
     world = ranks()[1]
     states = [own] * world
@@ -117,7 +117,7 @@ def random_states() -> list[dict]:
 
 
 def set_random_state(states: list[dict] | dict) -> None:
-    """None; sets torch's generators as this process had them.
+    """Set torch's generators as this process had them.
 
     A process that the states do not know, since there were fewer or since an older checkpoint has the first one's
     alone, is seeded from the first one's and its own number.
@@ -164,18 +164,18 @@ def resume(learn: RetrievalLearner, callbacks: list[Callback], path: Path, check
 
 
 def whole_states(model: nn.Module, optimizer=None) -> tuple[dict, dict | None]:
-    "The states of model and optimizer, the shares of sharded weights joined; every process has to call it."
+    """The states of model and optimizer, the shares of sharded weights joined; every process has to call it."""
     state = collect(model.state_dict(), sharded_weights(model))
     return state, optimizer and with_rows(model, optimizer.opt, optimizer.state_dict(), collect)
 
 
 def load_optimizer(learn: RetrievalLearner, state: dict) -> None:
-    "None; the learner's optimizer goes on from a state, of which sharded weights take their share."
+    """The learner's optimizer goes on from a state, of which sharded weights take their share."""
     learn.opt.load_state_dict(with_rows(learn.model, learn.opt.opt, state, split))
 
 
 def with_rows(model: nn.Module, optimizer, state: dict, change: Callable) -> dict:
-    "The state of an optimizer, or of each of several, in which `change(state, counts)` is made to sharded weights."
+    """The state of an optimizer, or of each of several, in which `change(state, counts)` is made to sharded weights."""
     if "optimizers" in state:
         parts = zip(optimizer.optimizers, state["optimizers"], strict=True)
         return {"optimizers": [with_rows(model, own, part, change) for own, part in parts]}

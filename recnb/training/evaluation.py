@@ -32,54 +32,54 @@ DEFAULT_METRICS = ("recall1", "recall5", "mAP")
 
 @METRICS.register
 def Recallk(topk: list | None = None) -> list[str]:
-    "recall{k}: the share of queries with a right image among their first k."
+    """recall{k}: the share of queries with a right image among their first k."""
     return [f"recall{k}" for k in topk or (1, 5)]
 
 
 @METRICS.register
 def Precisionk(topk: list | None = None) -> list[str]:
-    "precision@{k}: how many of the first k are right."
+    """precision@{k}: how many of the first k are right."""
     return [f"precision@{k}" for k in topk or (1, 5)]
 
 
 @METRICS.register
 def mAP() -> list[str]:
-    "mAP: the mean over queries of average precision over the whole ranking."
+    """mAP: the mean over queries of average precision over the whole ranking."""
     return ["mAP"]
 
 
 @METRICS.register
 def mINP() -> list[str]:
-    "mINP: the number of right images over the rank of the last of them."
+    """mINP: the number of right images over the rank of the last of them."""
     return ["mINP"]
 
 
 @METRICS.register
 def TopkAcc(topk: list | None = None) -> list[str]:
-    "top{k}: in classification, the share of images with their class among the k most likely."
+    """top{k}: in classification, the share of images with their class among the k most likely."""
     return [f"top{k}" for k in topk or (1, 5)]
 
 
 @POST_PROCESS.register
 def AlphaQueryExpansion(k: int = 10, alpha: float = 3.0) -> Callable:
-    "Each query joined by its k nearest, weighted by cosine ** alpha."
+    """Each query joined by its k nearest, weighted by cosine ** alpha."""
     return lambda query, gallery, train: (alpha_query_expansion(query, gallery, k, alpha), gallery)
 
 
 @POST_PROCESS.register
 def DatabaseAugmentation(k: int = 10, alpha: float = 3.0) -> Callable:
-    "Each gallery item joined by its k nearest, weighted by cosine ** alpha."
+    """Each gallery item joined by its k nearest, weighted by cosine ** alpha."""
     return lambda query, gallery, train: (query, database_augmentation(gallery, k, alpha))
 
 
 @POST_PROCESS.register
 def Whitening(dimensions: int | None = None, whiten: bool = True) -> Callable:
-    "Projection to the leading principal components of the training images; `whiten: False` leaves their lengths."
+    """Projection to the leading principal components of the training images; `whiten: False` leaves their lengths."""
     return lambda query, gallery, train: tuple(map(fit_whitening(train(), dimensions, whiten), (query, gallery)))
 
 
 def binarized(kind: str) -> Callable:
-    "The step that makes codes of -1 and 1: by the sign, or ('round', for features between 0 and 1) from 0.5 on."
+    """The step that makes codes of -1 and 1: by the sign, or ('round', for features between 0 and 1) from 0.5 on."""
     def step(query: Tensor, gallery: Tensor, train: Callable | None) -> tuple[Tensor, Tensor]:
         return tuple(x.sign() if kind == "sign" else (x >= 0.5).float() * 2 - 1 for x in (query, gallery))
 
@@ -146,14 +146,14 @@ def embed(model: nn.Module, loader: DataLoader, flip: bool = False, scales: Sequ
 
 
 def views(model: nn.Module, x: Tensor, flip: bool, scales: Sequence[float]) -> Tensor:  # (B, 3, H, W) -> (B, D)
-    "The features of a batch, averaged over its mirror images and scales where these are asked for."
+    """The features of a batch, averaged over its mirror images and scales where these are asked for."""
     sizes = [x if s == 1 else F.interpolate(x, scale_factor=s, mode="bilinear", antialias=True) for s in scales]
     features = [model(image)["features"] for size in sizes for image in ([size, size.flip(-1)] if flip else [size])]
     return features[0] if len(features) == 1 else sum(F.normalize(f.float()) for f in features) / len(features)
 
 
 def fingerprint(model: nn.Module, images: ImageList, *options) -> str:
-    "A key of all that features depend on: weights, transforms, the files with their sizes and times, and options."
+    """A key of all that features depend on: weights, transforms, the files with their sizes and times, and options."""
     boxes = None if images.boxes is None else images.boxes.tolist()
     key = hashlib.sha256(repr((str(model), str(images.transform), boxes, options)).encode())
     for name, value in model.state_dict().items():

@@ -23,7 +23,7 @@ from recnb.training.steps import Accumulate, MovingAverage, ScaleLoss, Together
 
 
 def fit_config(learn: RetrievalLearner, plan: Plan, on_epoch: Callable[[], object] | None = None) -> None:
-    """None; runs the plan, going on behind the last checkpoint where the run folder holds one.
+    """Run the plan, going on behind the last checkpoint where the run folder holds one.
 
     `on_epoch()` is called after each epoch, when its row stands in history.csv: to draw the curves anew.
     """
@@ -62,7 +62,7 @@ def fit_config(learn: RetrievalLearner, plan: Plan, on_epoch: Callable[[], objec
 
 
 def fit_elsewhere(learn: RetrievalLearner, plan: Plan, on_epoch: Callable[[], object] | None) -> None:
-    "What fit_config does where it starts the processes that train, and shows what they print."
+    """What fit_config does where it starts the processes that train, and shows what they print."""
     history = plan.folder / "history.csv"
     written = history.exists() and history.stat().st_mtime_ns
     for line in launch(plan.folder / "config.yaml", plan.folder, plan.devices):
@@ -74,7 +74,7 @@ def fit_elsewhere(learn: RetrievalLearner, plan: Plan, on_epoch: Callable[[], ob
 
 
 def build_callbacks(learn: RetrievalLearner, plan: Plan, history: History, pace: Pace, wish: Wish) -> list[Callback]:
-    "What fit_config adds to the learner while it runs."
+    """What fit_config adds to the learner while it runs."""
     folder = plan.folder / "checkpoints"
     kept = Checkpoints(folder, plan.config, plan.save_interval, plan.save_steps, plan.keep_checkpoints, wish)
     callbacks = [FollowPlan(plan), history, pace, kept, Guard(plan.skip_nonfinite, plan.half != torch.float16)]

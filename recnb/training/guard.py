@@ -19,11 +19,11 @@ NO_MEMORY = re.compile(r"out of memory|can't allocate memory|Cannot allocate mem
 
 
 class TrainingError(RuntimeError):
-    "Training cannot go on; the message says where it was, why, and what would help."
+    """Training cannot go on; the message says where it was, why, and what would help."""
 
 
 class Guard(Callback):
-    "Stops before the step that a loss or a gradient without a value would make, or leaves that step out."
+    """Stops before the step that a loss or a gradient without a value would make, or leaves that step out."""
 
     order = 9  # behind Accumulate, before ScaleLoss, which looks for gradients that overflow itself
 
@@ -66,7 +66,7 @@ class Guard(Callback):
 
 @contextmanager
 def explained(learn: RetrievalLearner) -> Iterator[None]:
-    "Errors of memory and of dead workers leave the block as a TrainingError that says what to change."
+    """Errors of memory and of dead workers leave the block as a TrainingError that says what to change."""
     try:
         yield
     except TrainingError as error:  # fastai puts the callback before the message
@@ -86,7 +86,7 @@ def explained(learn: RetrievalLearner) -> Iterator[None]:
 
 
 class Wish:
-    "Whether the run has been asked to stop."
+    """Whether the run has been asked to stop."""
 
     asked = False
 

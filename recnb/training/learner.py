@@ -43,7 +43,7 @@ with warnings.catch_warnings():  # fastai's import warns of torch's and pandas' 
 
 
 class FastaiLoader:
-    "A torch DataLoader with the attributes that fastai asks of its own."
+    """A torch DataLoader with the attributes that fastai asks of its own."""
 
     n_inp, after_batch, drop_last = 1, None, False
 
@@ -58,7 +58,7 @@ class FastaiLoader:
         return batches_on(self.loader, self.device)
 
     def begin_at(self, batch: int):
-        "An iterator that begins behind the first batches; those of this kit's samplers are not even read."
+        """An iterator that begins behind the first batches; those of this kit's samplers are not even read."""
         sampler = getattr(self.loader, "batch_sampler", None)
         if not batch or not isinstance(sampler, EpochSampler):
             return islice(self, batch, None)
@@ -73,7 +73,7 @@ class FastaiLoader:
         return self
 
     def new(self, shuffle: bool | None = None, **_) -> FastaiLoader:
-        "Itself; with `shuffle=False` a loader of every image once, in the order of the list."
+        """Itself; with `shuffle=False` a loader of every image once, in the order of the list."""
         if shuffle is False and self.loader.batch_size is None:
             return FastaiLoader(over(self.loader, self.dataset), self.device)
         return self
@@ -82,7 +82,7 @@ class FastaiLoader:
         return next(iter(self))
 
     def show_batch(self, max_n: int = 16, columns: int = 8) -> plt.Figure:
-        "A figure of the first images of a batch as the model gets them, each with its identity."
+        """A figure of the first images of a batch as the model gets them, each with its identity."""
         images, labels = self.one_batch()
         rows = -(-min(max_n, len(images)) // columns)
         figure, axes = plt.subplots(rows, columns, figsize=(1.3 * columns, 1.55 * rows), facecolor="white", dpi=72)
@@ -97,7 +97,7 @@ class FastaiLoader:
 
 
 class RunLoss(nn.Module):
-    "The training loss while training; otherwise the evaluation loss, NaN where the labels give it no meaning."
+    """The training loss while training; otherwise the evaluation loss, NaN where the labels give it no meaning."""
 
     def __init__(self, train: nn.Module, evaluate: nn.Module | None = None):
         super().__init__()
@@ -136,7 +136,7 @@ class PassLabels(Callback):
 
 
 class RetrievalEvaluation(Callback):
-    "Gathers the features of the validation loader, or what else is judged, and leaves the metrics as `result`."
+    """Gathers the features of the validation loader, or what else is judged, and leaves the metrics as `result`."""
 
     order = 40
     result: dict[str, float]
@@ -160,7 +160,7 @@ class RetrievalEvaluation(Callback):
                                       self.gallery, self.training_features)
 
     def training_features(self) -> Tensor:
-        "The features (N, D) of the training images, seen as queries are, for post-processing fitted on them."
+        """The features (N, D) of the training images, seen as queries are, for post-processing fitted on them."""
         images = replace(self.dls.train.dataset, transform=self.query.transform)
         return embed(self.learn.model, over(self.learn.loaders.query, images))
 
@@ -195,7 +195,7 @@ class RetrievalLearner(Learner):
         self.loaders, self.mix = loaders, mix
 
     def freeze(self):
-        "None; from now on only what does not belong to the backbone is trained."
+        """From now on only what does not belong to the backbone is trained."""
         if self.opt is None:
             self.create_opt()
         self.freeze_to(sum(group["backbone"] for group in self.opt.opt.param_groups))
@@ -204,14 +204,14 @@ class RetrievalLearner(Learner):
         return self.retrieval_evaluation.result.get(name)
 
     def scores(self) -> dict[str, float]:
-        "The retrieval metrics of the model as it is now."
+        """The retrieval metrics of the model as it is now."""
         if self.loaders.query is None:
             return {}
         self.validate()
         return dict(self.retrieval_evaluation.result)
 
     def embeddings(self) -> tuple[Tensor, Tensor]:
-        "The features (Q, D) of the query and (G, D) of the gallery images, by the model as it is now."
+        """The features (Q, D) of the query and (G, D) of the gallery images, by the model as it is now."""
         query = embed(self.model, self.loaders.query)
         same = self.loaders.gallery.dataset is self.loaders.query.dataset
         return query, query if same else embed(self.model, self.loaders.gallery)
@@ -234,12 +234,12 @@ class RetrievalLearner(Learner):
 
 
 def named(names: Sequence[str], query_features, gallery_features, query, gallery, train=None) -> dict[str, float]:
-    "`judge` with these metrics and nothing else."
+    """`judge` with these metrics and nothing else."""
     return judge(query_features, gallery_features, query, gallery, names)
 
 
 def backbone_and_rest(model: nn.Module, loss: nn.Module) -> list[dict]:
-    "The trainable parameters in two groups, the backbone's and the others' with the loss's, empty groups left out."
+    """The trainable parameters in two groups, the backbone's and the others' with the loss's, empty groups left out."""
     backbone = set(model.backbone.parameters())
     both = [p for part in (model, loss) for p in part.parameters() if p.requires_grad]
     groups = [{"params": [p for p in both if (p in backbone) == own], "backbone": own} for own in (True, False)]
@@ -247,7 +247,7 @@ def backbone_and_rest(model: nn.Module, loss: nn.Module) -> list[dict]:
 
 
 def evaluation_loader(loaders: Loaders) -> DataLoader | None:
-    "One loader over the query and then the gallery images, or over the one data set that serves as both."
+    """One loader over the query and then the gallery images, or over the one data set that serves as both."""
     if loaders.query is None:
         return None
     query, gallery = loaders.query.dataset, loaders.gallery.dataset

@@ -36,14 +36,14 @@ def fused(kind: type, groups: list[dict], lr: float, **settings) -> torch.optim.
 
 
 def lay_out(optimizer: torch.optim.Optimizer, *_) -> None:
-    "None; gradients that someone has set get the strides of their parameters: the CPU's kernel does not look at them."
+    """Gradients that someone has set get the strides of their parameters: the CPU's kernel does not look at them."""
     for p in (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None):
         if not p.grad.is_sparse and p.grad.stride() != p.stride():
             p.grad = torch.empty_like(p).copy_(p.grad)
 
 
 def keep_kernel(optimizer: torch.optim.Optimizer, state: dict) -> dict:
-    "The state to be loaded, its groups with or without the fused kernel as those of the optimizer."
+    """The state to be loaded, its groups with or without the fused kernel as those of the optimizer."""
     groups = [{**theirs, "fused": ours["fused"]}
               for theirs, ours in zip(state["param_groups"], optimizer.param_groups, strict=False)]
     return state | {"param_groups": groups + state["param_groups"][len(groups) :]}  # torch counts them
@@ -51,43 +51,43 @@ def keep_kernel(optimizer: torch.optim.Optimizer, state: dict) -> dict:
 
 @REGULARIZERS.register
 def L2(coeff: float = 0.0) -> dict:
-    "`coeff` times each parameter is added to its gradient."
+    """`coeff` times each parameter is added to its gradient."""
     return {"weight_decay": coeff}
 
 
 @REGULARIZERS.register
 def L1(coeff: float = 0.0) -> dict:
-    "`coeff` times the sign of each parameter is added to its gradient."
+    """`coeff` times the sign of each parameter is added to its gradient."""
     return {"l1": coeff}
 
 
 @OPTIMIZERS.register
 def SGD(weight_decay: float = 0.0) -> Callable:
-    "Plain stochastic gradient descent."
+    """Plain stochastic gradient descent."""
     return partial(torch.optim.SGD, weight_decay=weight_decay)
 
 
 @OPTIMIZERS.register
 def Momentum(momentum: float = 0.9, use_nesterov: bool = False, weight_decay: float = 0.0) -> Callable:
-    "SGD with momentum."
+    """SGD with momentum."""
     return partial(fused, torch.optim.SGD, momentum=momentum, nesterov=use_nesterov, weight_decay=weight_decay)
 
 
 @OPTIMIZERS.register
 def Adam(beta1: float = 0.9, beta2: float = 0.999, epsilon: float = 1e-8, weight_decay: float = 0.0) -> Callable:
-    "Adam (https://arxiv.org/abs/1412.6980); weight decay is added to the gradient."
+    """Adam (https://arxiv.org/abs/1412.6980); weight decay is added to the gradient."""
     return partial(fused, torch.optim.Adam, betas=(beta1, beta2), eps=epsilon, weight_decay=weight_decay)
 
 
 @OPTIMIZERS.register
 def RMSProp(momentum: float = 0.0, rho: float = 0.95, epsilon: float = 1e-6, weight_decay: float = 0.0) -> Callable:
-    "RMSProp; unlike the original torch adds `epsilon` behind the square root."
+    """RMSProp; unlike the original torch adds `epsilon` behind the square root."""
     return partial(torch.optim.RMSprop, momentum=momentum, alpha=rho, eps=epsilon, weight_decay=weight_decay)
 
 
 @OPTIMIZERS.register
 def AdamW(beta1: float = 0.9, beta2: float = 0.999, epsilon: float = 1e-8, weight_decay: float = 0.01) -> Callable:
-    "Adam with decoupled weight decay (https://arxiv.org/abs/1711.05101)."
+    """Adam with decoupled weight decay (https://arxiv.org/abs/1711.05101)."""
     return partial(fused, torch.optim.AdamW, betas=(beta1, beta2), eps=epsilon, weight_decay=weight_decay)
 
 
@@ -103,19 +103,19 @@ def AdamWDL(beta1: float = 0.9, beta2: float = 0.999, epsilon: float = 1e-8, wei
 
 
 def clip(norm: float, optimizer: torch.optim.Optimizer, *_) -> None:
-    "None; scales each parameter's gradient down to `norm` where it is longer, one parameter at a time."
+    """Scale each parameter's gradient down to `norm` where it is longer, one parameter at a time."""
     for gradient in (p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None):
         gradient.mul_(norm / torch.linalg.vector_norm(gradient).clamp_min(norm))
 
 
 def add_signs(coeff: float, optimizer: torch.optim.Optimizer, *_) -> None:
-    "None; adds `coeff` times the parameters' signs to their gradients."
+    """Add `coeff` times the parameters' signs to their gradients."""
     for p in (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None):
         p.grad.add_(p.detach().sign(), alpha=coeff)
 
 
 class Several:
-    "Optimizers that each train their own parameters, with the interface of one."
+    """Optimizers that each train their own parameters, with the interface of one."""
 
     def __init__(self, optimizers: list[torch.optim.Optimizer]):
         self.optimizers, self.state = optimizers, {}

@@ -20,7 +20,7 @@ SCHEDULES = Registry("learning-rate schedule", "Optimizer.lr", beside=WARMUP)
 
 @SCHEDULES.register
 def ConstLR(learning_rate: float) -> Callable:
-    "The same learning rate throughout."
+    """The same learning rate throughout."""
     return lambda epoch: learning_rate
 
 
@@ -30,7 +30,10 @@ SCHEDULES["Constant"] = ConstLR
 @SCHEDULES.register
 def Linear(learning_rate: float, epochs: float, end_lr: float = 0.0, power: float = 1.0,
            cycle: bool = False) -> Callable:
-    "From `learning_rate` to `end_lr` over `epochs`, as the `power` of what is left of them; `cycle` begins anew then."
+    """From `learning_rate` to `end_lr` over `epochs`, as the `power` of what is left of them.
+
+    `cycle` begins anew then.
+    """
     def rate(epoch: float) -> float:
         length = max(epochs * (max(1, math.ceil(epoch / epochs)) if cycle else 1), 1e-9)
         return end_lr + (learning_rate - end_lr) * (1 - min(epoch / length, 1)) ** power
@@ -40,7 +43,7 @@ def Linear(learning_rate: float, epochs: float, end_lr: float = 0.0, power: floa
 
 @SCHEDULES.register
 def Cosine(learning_rate: float, epochs: float, eta_min: float = 0.0) -> Callable:
-    "Half a cosine from `learning_rate` to `eta_min` over `epochs` (those that follow the warm-up)."
+    """Half a cosine from `learning_rate` to `eta_min` over `epochs` (those that follow the warm-up)."""
     def rate(epoch: float) -> float:
         share = min(epoch / epochs, 1.0) if epochs > 0 else float(epoch > 0)
         return eta_min + (learning_rate - eta_min) * (1 + math.cos(math.pi * share)) / 2
@@ -136,19 +139,19 @@ def ReduceOnPlateau(learning_rate: float, mode: str = "min", factor: float = 0.1
 
 @SCHEDULES.register
 def Step(learning_rate: float, step_size: int, gamma: float = 0.1) -> Callable:
-    "`learning_rate` times `gamma` every `step_size` epochs."
+    """`learning_rate` times `gamma` every `step_size` epochs."""
     return lambda epoch: learning_rate * gamma ** (epoch // step_size)
 
 
 def check_rising(name: str, epochs: list) -> None:
-    "None; raises ValueError where the epochs are not in rising order."
+    """Raise ValueError where the epochs are not in rising order."""
     if any(a >= b for a, b in pairwise(epochs)):
         raise ValueError(f"{name} {epochs} must rise from one to the next")
 
 
 @SCHEDULES.register
 def MultiStepDecay(learning_rate: float, milestones: list, gamma: float = 0.1) -> Callable:
-    "`learning_rate` times `gamma` at each milestone (in epochs)."
+    """`learning_rate` times `gamma` at each milestone (in epochs)."""
     check_rising("milestones", milestones)
     return lambda epoch: learning_rate * gamma ** bisect_right(milestones, epoch)
 
