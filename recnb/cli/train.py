@@ -1,7 +1,7 @@
-"""Training without a notebook: `python -m recnb.train configs/demo.yaml --run-dir runs/demo -o Global.epochs=2`.
+"""Training without a notebook: `python -m recnb.cli.train configs/demo.yaml --run-dir runs/demo -o Global.epochs=2`.
 
 What notebooks/02_train.ipynb runs, with the same run folder as its result. Called again it goes on where it stopped.
-`torchrun --nproc-per-node 2 -m recnb.train ...` trains in several processes, on one machine or more.
+`torchrun --nproc-per-node 2 -m recnb.cli.train ...` trains in several processes, on one machine or more.
 """
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Several processes, one training: each takes its share of the batches, all have the same weights after every step.
 
-`torchrun --nproc-per-node N -m recnb.train ...` starts them. Losses of single images are averaged over the processes;
+`torchrun --nproc-per-node N -m recnb.cli.train ...` starts them. Losses of single images are averaged over them;
 losses between images see the embeddings of all of them, gathered with their gradients. So N processes with batches of B
 make the step of one process with a batch of N x B; of batch normalisation that holds with `Arch.use_sync_bn: True`,
 otherwise its statistics are each process's own. The weights of sharded heads stay where they are.
