@@ -45,10 +45,10 @@ UNSEEN = """async images => {
 }"""
 LOAD = """
 import numpy as np
-from recnb.gallery import figure as gallery
+from recnb import gallery, retrieval
 data = np.load("drawn.npz")
 paths, labels, cameras = data["paths"].tolist(), data["labels"], data["cameras"]
-ranking = gallery.rank(data["features"], data["features"], labels, labels, cameras, cameras, exclude_self=True, k=12)
+ranking = retrieval.rank(data["features"], data["features"], labels, labels, cameras, cameras, exclude_self=True, k=12)
 """
 
 
