@@ -23,7 +23,7 @@ try:
 except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib
 
-sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "docs")]
+sys.path.insert(0, str(ROOT / "docs"))
 
 PAGES = [
     ROOT / "README.md",

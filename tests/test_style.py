@@ -9,6 +9,7 @@ from pathlib import Path
 import nbformat
 import papermill
 import pytest
+from size import sizes
 
 ROOT = Path(__file__).resolve().parents[1]
 CHAPTERS = sorted((ROOT / "recnb").rglob("*.py"))
@@ -88,21 +89,11 @@ def test_lines_are_short():
             for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1) if len(line) > 120)
 
 
-def lines_of_code(path: Path) -> int:
-    "How many lines are neither blank nor comment nor docstring."
-    source = path.read_text(encoding="utf-8")
-    documented = [node.body[0] for node in ast.walk(ast.parse(source))
-                  if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node)]
-    texts = {number for node in documented for number in range(node.lineno, node.end_lineno + 1)}
-    return sum(1 for number, line in enumerate(source.splitlines(), 1)
-               if line.strip() and not line.strip().startswith("#") and number not in texts)
-
-
 def test_chapters_are_short_and_the_package_thin():
-    sizes = {str(path.relative_to(ROOT / "recnb")): lines_of_code(path) for path in CHAPTERS}
-    table = "\n".join(f"{lines:>7} {name}" for name, lines in sorted(sizes.items(), key=lambda x: -x[1]))
-    assert max(sizes.values()) <= 320, f"a chapter has at most 320 lines of code\n{table}"
-    kit = sum(lines for name, lines in sizes.items() if not name.startswith("demo/"))  # it draws images
+    lines = sizes(each_module=True)
+    table = "\n".join(f"{count:>7} {name}" for name, count in lines.items())
+    kit = lines.pop("total") - sum(count for name, count in lines.items() if name.startswith("demo/"))
+    assert max(lines.values()) <= 320, f"a chapter has at most 320 lines of code\n{table}"
     assert kit <= 8900, f"the kit has at most 8,900 lines of code, the demo's drawings apart; it has {kit}\n{table}"
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import papermill
 import yaml
 
-from recnb.recipe.reading import Loader
+from recnb.recipe.reading import parse
 from recnb.registry import ConfigError, fits, suggest
 from recnb.storage import resolve
 
@@ -55,10 +55,10 @@ def parameters_of(notebook: str | Path, pairs: list[list[str]], text: str) -> di
 
     -p is read as the notebook's type asks, so that a str stays as it is written.
     """
-    known, given = kinds(notebook), yaml.load(text, Loader) or {}  # a SafeLoader
+    known, given = kinds(notebook), parse(text) or {}
     if not isinstance(given, dict):
         raise ConfigError(f"-y: {text!r} is not a mapping of names to values")
-    return {**given, **{name: value if known.get(name) is str else yaml.load(value, Loader) for name, value in pairs}}
+    return {**given, **{name: value if known.get(name) is str else parse(value) for name, value in pairs}}
 
 
 def main() -> int:

@@ -9,11 +9,9 @@ import argparse
 import sys
 from pathlib import Path
 
-import yaml
-
 from recnb.data.images import DataError
 from recnb.distributed.processes import processes
-from recnb.recipe.reading import Loader, as_yaml
+from recnb.recipe.reading import as_yaml, parse
 from recnb.recipe.resolved import resolved
 from recnb.recipe.schema import load_config
 from recnb.registry import ConfigError
@@ -35,7 +33,7 @@ def main(words: list[str] | None = None) -> int:
         pairs = [text.partition("=") for text in given.overrides]
         if bad := [key for key, equals, _ in pairs if not equals]:
             raise ConfigError(f"-o {bad[0]}: is not of the form KEY=VALUE")
-        cfg = load_config(given.config, {key: yaml.load(value, Loader) for key, _, value in pairs})  # a SafeLoader
+        cfg = load_config(given.config, {key: parse(value) for key, _, value in pairs})
         if given.print:
             print(as_yaml(resolved(cfg)))
             return 0

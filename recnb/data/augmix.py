@@ -13,8 +13,6 @@ from torchvision.transforms.v2 import functional
 
 from recnb.data.transforms import TRANSFORMS, of_bytes
 
-# --- AugMix -----------------------------------------------------------------------------------------------------------
-
 AUGMIX_OPS = {  # (uint8 (3, H, W), level of 0.1 to 10, sign of -1 or 1): the original's strengths, black borders
     "autocontrast": lambda image, level, sign: functional.autocontrast(image),
     "equalize": lambda image, level, sign: functional.equalize(image),

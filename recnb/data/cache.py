@@ -21,7 +21,6 @@ from recnb.distributed.processes import first_does
 from recnb.registry import ConfigError
 from recnb.storage import replacing
 
-# --- Images decoded once ----------------------------------------------------------------------------------------------
 
 class Kept:
     """The images (3, H, W) of a list as the first `done` ops of a transform leave them, in a file."""

@@ -22,8 +22,6 @@ from recnb.retrieval.metrics import cmc
 GROUPS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito's
 
 
-# ---- figures ---------------------------------------------------------------------------------------------------------
-
 def curves_figure(arrays: dict, recall: np.ndarray, precision: np.ndarray) -> Figure:
     """Two panels: CMC, and precision over recall."""
     figure, axes = _panels(2)

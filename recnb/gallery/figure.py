@@ -24,8 +24,6 @@ from recnb.retrieval.lists import EXCLUDED, RIGHT, WRONG, Ranking, choose_rows
 COLOURS = {RIGHT: "#0072B2", WRONG: "#D55E00", EXCLUDED: "#7F7F7F"}
 
 
-# ---- the figure ------------------------------------------------------------------------------------------------------
-
 TILE, GAP, NOTES, CAPTION, HEAD = 0.9, 0.08, 1.5, 0.42, 0.48  # inches
 INK, SOFT, PAPER, MAT = "#1A1A1A", "#5C5C5C", "#FFFFFF", "#F1F1EF"
 SIGNS = {RIGHT: MarkerPath([(-0.9, 0.0), (-0.25, -0.65), (0.95, 0.75)]), WRONG: "x", EXCLUDED: "_"}

@@ -13,8 +13,6 @@ Picture = str | Path | Image.Image | np.ndarray  # an array is uint8, (H, W) or 
 Names = Sequence[str] | Mapping | None           # identity -> text
 
 
-# ---- pictures and words ----------------------------------------------------------------------------------------------
-
 def read_picture(picture: Picture, size: int) -> Image.Image:
     """The picture in RGB, upright, at most size x size; FileNotFoundError or ValueError names the file."""
     if isinstance(picture, (str, Path)):

@@ -184,8 +184,6 @@ def machine_options(options: dict) -> dict:
     return options
 
 
-# --- Lists of them ----------------------------------------------------------------------------------------------------
-
 def build_transform(cfg: dict, where: str) -> Pipeline:
     """The composed transform_ops of the data set section at `where`.
 

@@ -74,6 +74,11 @@ def refused(node: yaml.Node, problem: str) -> yaml.constructor.ConstructorError:
     return yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
 
 
+def parse(text: str) -> object:
+    """Return the plain values of YAML text; raise YAMLError for anything else."""
+    return yaml.load(text, Loader)  # a SafeLoader
+
+
 def plain_yaml(path: Path) -> object:
     """What a YAML file holds, plain values only; raises YAMLError, OSError or ValueError where it cannot be read."""
     if path.exists() and not path.is_file() and not path.is_dir():  # opening a pipe would wait for ever
@@ -82,7 +87,7 @@ def plain_yaml(path: Path) -> object:
         data = file.read(LARGEST + 1)
     if len(data) > LARGEST:
         raise ValueError(f"is larger than {LARGEST:,} bytes, which no configuration needs")
-    return yaml.load(data.decode("utf-8-sig"), Loader)  # a SafeLoader
+    return parse(data.decode("utf-8-sig"))
 
 
 def read_plain(path: Path) -> dict:

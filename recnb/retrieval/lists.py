@@ -16,8 +16,6 @@ from recnb.retrieval.scores import to_numpy
 RIGHT, WRONG, EXCLUDED, END = "right", "wrong", "excluded", ""
 
 
-# ---- the judged ranking ----------------------------------------------------------------------------------------------
-
 @dataclass(repr=False, eq=False)
 class Ranking:
     """The first k of each of Q lists, judged.

@@ -24,7 +24,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from recnb.retrieval.protocol import make_protocol
+from recnb.retrieval.protocol import embeddings_protocol, make_protocol
 from recnb.retrieval.ranking import TIE, embedding_ranks, score_ranks, share, sum_over_processes
 from recnb.retrieval.scores import MEMORY, exact, pair, to_numpy
 
@@ -53,12 +53,9 @@ def retrieval_metrics(query, gallery, query_labels, gallery_labels=None, query_c
     of the queries and all get the whole result. Raises ValueError, before any work, where no query has a positive,
     where shapes disagree, or where a row holds NaN or infinity.
     """
-    functions, same = _functions(metrics, topk), gallery is None
-    if same:
-        gallery_labels, gallery_cameras, gallery_groups = query_labels, query_cameras, query_groups
-    protocol = make_protocol(len(query), len(query if same else gallery), exclude_self, same,
-                             labels=(query_labels, gallery_labels), cameras=(query_cameras, gallery_cameras),
-                             groups=(query_groups, gallery_groups))
+    functions = _functions(metrics, topk)
+    protocol = embeddings_protocol(query, gallery, exclude_self, (query_labels, gallery_labels),
+                                   (query_cameras, gallery_cameras), (query_groups, gallery_groups))
     query, gallery = pair(query, gallery, distance, device)
     queries = share(protocol, np.flatnonzero(protocol.valid))
     workers = torch.get_num_threads() if query.device.type == "cpu" else 1

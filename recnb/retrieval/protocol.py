@@ -47,6 +47,25 @@ def _is_text(values):
     return values.dtype.kind in "US" or (values.dtype == object and isinstance(values[0], str))
 
 
+def embeddings_protocol(query, gallery, exclude_self, labels, cameras, groups):
+    """Return the `Protocol` of embeddings; where `gallery` is None, the queries are it, with their own values.
+
+    Args:
+        query: (Q, D) embeddings.
+        gallery: (G, D) embeddings, or None.
+        exclude_self: as in `retrieval_metrics`.
+        labels: (of the queries, of the gallery), each a sequence or None; `cameras` and `groups` likewise.
+        cameras: see `labels`.
+        groups: see `labels`.
+
+    Raises:
+        ValueError: Numbers disagree, or labels are missing.
+    """
+    same = gallery is None
+    pairs = ((own, own if same else other) for own, other in (labels, cameras, groups))
+    return make_protocol(len(query), len(query if same else gallery), exclude_self, same, *pairs)
+
+
 def make_protocol(queries, items, exclude_self, same, labels, cameras, groups):
     """The `Protocol` of so many queries and gallery items, from (query, gallery) pairs of user values or Nones."""
     given = {"labels": labels, "cameras": cameras, "groups": groups}

@@ -15,7 +15,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from recnb.retrieval.protocol import make_protocol
+from recnb.retrieval.protocol import embeddings_protocol
 from recnb.retrieval.ranking import Block, label_blocks, share, sum_over_processes, tile_shape, tiles
 from recnb.retrieval.scores import MEMORY, exact, pair, spans, to_numpy
 
@@ -33,12 +33,8 @@ def verification_metrics(query, gallery, query_labels, gallery_labels=None, quer
     "hamming".
     Raises ValueError where there is no positive or no negative pair.
     """
-    same = gallery is None
-    if same:
-        gallery_labels, gallery_cameras, gallery_groups = query_labels, query_cameras, query_groups
-    protocol = make_protocol(len(query), len(query if same else gallery), exclude_self, same,
-                             labels=(query_labels, gallery_labels), cameras=(query_cameras, gallery_cameras),
-                             groups=(query_groups, gallery_groups))
+    protocol = embeddings_protocol(query, gallery, exclude_self, (query_labels, gallery_labels),
+                                   (query_cameras, gallery_cameras), (query_groups, gallery_groups))
     query, gallery = pair(query, gallery, distance, device)
     low, high, levels = _range(query, gallery)
     counts = np.zeros((2, levels))

@@ -35,7 +35,7 @@ from recnb.gallery.static import gallery_static
 from recnb.gallery.widget import gallery_widget
 from recnb.models.weights import load_weights
 from recnb.recipe.model import build_model
-from recnb.recipe.reading import LARGEST, Loader, as_yaml
+from recnb.recipe.reading import LARGEST, as_yaml, parse
 from recnb.recipe.starter import write_config
 from recnb.registry import ConfigError
 from recnb.retrieval.lists import rank
@@ -154,9 +154,9 @@ def test_an_override_that_contains_itself(config_file):
 
 def test_overrides_of_the_command_line_are_plain_too():
     with pytest.raises(yaml.YAMLError, match="an anchor contains itself"):
-        yaml.load("&a [*a]", Loader)  # a SafeLoader
+        parse("&a [*a]")
     with pytest.raises(yaml.YAMLError, match="could not determine a constructor"):
-        yaml.load("!!python/name:os.system", Loader)  # a SafeLoader
+        parse("!!python/name:os.system")
 
 
 # --- List files -------------------------------------------------------------------------------------------------------
