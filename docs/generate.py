@@ -218,7 +218,7 @@ GLOBAL_KEYS = {
 
 def global_page() -> str:
     """The page of the keys of Global."""
-    schema = modules().get("recnb.recipe.schema") or modules()["recnb.recipe.schema"]
+    schema = modules()["recnb.recipe.schema"]
     if set(GLOBAL_KEYS) != set(schema.GLOBAL):
         raise ValueError(f"docs/generate.py: GLOBAL_KEYS differs in {set(GLOBAL_KEYS) ^ set(schema.GLOBAL)}")
     rows = [f"| `{key}` | `{schema.GLOBAL[key]!r}` | {meaning} |" for key, meaning in GLOBAL_KEYS.items()]
