@@ -61,7 +61,7 @@ class ImageList(Dataset):
 
     @property
     def pictures(self) -> list[str]:
-        """The paths, each with its box where there are boxes: what galleries show."""
+        """The paths, each with its box where there are boxes, as galleries show them."""
         return self.paths if self.boxes is None else [*map(Cropped, self.paths, self.boxes.tolist())]
 
     def place(self, index: int) -> str:

@@ -49,12 +49,12 @@ class Ranking:
 
     @property
     def valid(self) -> np.ndarray:
-        """(Q,) whether the query has a positive at all: the others count in no metric."""
+        """(Q,) whether the query has a positive at all; the others count in no metric."""
         return self.positives > 0
 
     @property
     def failed(self) -> np.ndarray:
-        """(Q,) whether the first counted item is of another identity: what recall@1 counts as a miss."""
+        """(Q,) whether the first counted item is of another identity, which recall@1 counts as a miss."""
         return self.first_hit > 1
 
     def order(self, by: str = "worst") -> np.ndarray:
