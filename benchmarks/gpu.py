@@ -6,6 +6,7 @@
 The peak is measured in the same process, as a product of two bfloat16 matrices. The rest of what is worth knowing has a
 command of its own: `benchmarks/retrieval.py metrics 512`, `benchmarks/million.py`, `scripts/soak.py --kills 5`.
 """
+
 import argparse
 import json
 import time
@@ -27,7 +28,7 @@ CLASSES = 1000
 
 
 def recmodel(name: str) -> RecModel:
-    "A backbone with neck and head, in bfloat16 while training and evaluating."
+    """A backbone with neck and head, in bfloat16 while training and evaluating."""
     backbone = create_backbone(name, stop="flatten")
     width = backbone.out_shape[0]
     model = RecModel(backbone, FC(width, 512), ArcMargin(512, CLASSES, margin=0.3, scale=64)).to(DEVICE)
@@ -36,7 +37,7 @@ def recmodel(name: str) -> RecModel:
 
 
 def matrix_peak(size: int) -> float:
-    "Floating-point operations a second of a bfloat16 matrix product, the best of some."
+    """Floating-point operations a second of a bfloat16 matrix product, the best of some."""
     a, b = (torch.randn(size, size, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
     best = 0.0
     for _ in range(10):
@@ -47,7 +48,7 @@ def matrix_peak(size: int) -> float:
 
 
 def training(name: str, batch: int, pixels: int, steps: int, channels_last: bool, compiled: bool, peak: float) -> dict:
-    "Images a second of training steps whose batches lie on the device, and what share of the peak these use."
+    """Images a second of training steps whose batches lie on the device, and what share of the peak these use."""
     model, loss = recmodel(name).train(), CombinedLoss([(1.0, CELoss()), (1.0, SupConLoss(views=4))])
     if channels_last:
         model.to(memory_format=torch.channels_last)
@@ -70,13 +71,20 @@ def training(name: str, batch: int, pixels: int, steps: int, channels_last: bool
     for _ in range(steps):
         step()
     seconds = (now() - began) / steps
-    return {"part": "train", "what": f"{name}, {batch} x {pixels} px, bfloat16", "channels_last": channels_last,
-            "compile": compiled, "images_s": batch / seconds, "busy": busy(step, steps), "memory_GiB": memory(),
-            "share_of_peak": counted.get_total_flops() / seconds / peak}
+    return {
+        "part": "train",
+        "what": f"{name}, {batch} x {pixels} px, bfloat16",
+        "channels_last": channels_last,
+        "compile": compiled,
+        "images_s": batch / seconds,
+        "busy": busy(step, steps),
+        "memory_GiB": memory(),
+        "share_of_peak": counted.get_total_flops() / seconds / peak,
+    }
 
 
 def busy(step, steps: int) -> float | None:
-    "The share of the time in which the GPU computes."
+    """The share of the time in which the GPU computes."""
     if DEVICE.type != "cuda":
         return None
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
@@ -88,7 +96,7 @@ def busy(step, steps: int) -> float | None:
 
 
 def memory() -> float | None:
-    "The most memory of the GPU that was held since the last call, in GiB."
+    """The most memory of the GPU that was held since the last call, in GiB."""
     if DEVICE.type != "cuda":
         return None
     most = torch.cuda.max_memory_allocated() / 2**30
@@ -97,23 +105,28 @@ def memory() -> float | None:
 
 
 def embedding(name: str, batch: int, pixels: int, images: int) -> dict:
-    "Images a second of `embed`, from the processor's memory."
+    """Images a second of `embed`, from the processor's memory."""
     model, pinned = recmodel(name), DEVICE.type == "cuda"
-    batches = DataLoader(TensorDataset(torch.randn(images, 3, pixels, pixels), torch.zeros(images)), batch,
-                         pin_memory=pinned)
+    batches = DataLoader(
+        TensorDataset(torch.randn(images, 3, pixels, pixels), torch.zeros(images)), batch, pin_memory=pinned
+    )
     embed(model, batches, progress=False)
     began = time.perf_counter()
     embed(model, batches, progress=False)
-    return {"part": "embed", "what": f"{name}, {batch} x {pixels} px, bfloat16",
-            "images_s": images / (time.perf_counter() - began)}
+    return {
+        "part": "embed",
+        "what": f"{name}, {batch} x {pixels} px, bfloat16",
+        "images_s": images / (time.perf_counter() - began),
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--small", action="store_true")
     small = parser.parse_args().small
-    name, batch, pixels, steps, images, size = \
+    name, batch, pixels, steps, images, size = (
         ("resnet10t", 16, 64, 2, 64, 512) if small else ("resnet50", 256, 224, 20, 4096, 8192)
+    )
     if DEVICE.type == "cpu" and not small:
         raise SystemExit("there is no GPU here: --small tries the code on the processor")
     torch.backends.cudnn.benchmark = True

@@ -5,6 +5,7 @@
 A million identities of ten images each, as `path label` lines. The file takes about 30 bytes a line in a temporary
 folder.
 """
+
 import argparse
 import json
 import resource
@@ -15,8 +16,11 @@ from pathlib import Path
 from recnb.data.lists import read_list
 from recnb.data.samplers import DistributedBatchSampler, DistributedRandomIdentitySampler, PKSampler
 
-SAMPLERS = {"PKSampler": (PKSampler, {"sample_per_id": 4}), "DistributedBatchSampler": (DistributedBatchSampler, {}),
-            "DistributedRandomIdentitySampler": (DistributedRandomIdentitySampler, {"num_instances": 4})}
+SAMPLERS = {
+    "PKSampler": (PKSampler, {"sample_per_id": 4}),
+    "DistributedBatchSampler": (DistributedBatchSampler, {}),
+    "DistributedRandomIdentitySampler": (DistributedRandomIdentitySampler, {"num_instances": 4}),
+}
 
 
 def main() -> None:
@@ -29,8 +33,12 @@ def main() -> None:
             file.writelines(f"images/{i // 10:07d}/{i % 10}.jpg {i // 10}\n" for i in range(lines))
         began = time.perf_counter()
         images = read_list(folder, str(path), None, (2, 3))
-    result = {"lines": len(images), "identities": int(images.labels[-1]) + 1,
-              "read_s": round(time.perf_counter() - began, 1), "peak_MB": peak()}
+    result = {
+        "lines": len(images),
+        "identities": int(images.labels[-1]) + 1,
+        "read_s": round(time.perf_counter() - began, 1),
+        "peak_MB": peak(),
+    }
     for name, (make, options) in SAMPLERS.items():
         began = time.perf_counter()
         sampler = make(images.labels, batch_size=256, shuffle=True, **options)
@@ -40,7 +48,7 @@ def main() -> None:
 
 
 def peak() -> int:
-    "The most memory that this process has held, in MB."
+    """The most memory that this process has held, in MB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 

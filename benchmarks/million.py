@@ -1,7 +1,8 @@
 """A margin head of a million identities, a tenth of them in each step: seconds a step and the peak of the process.
 
-    python benchmarks/million.py [IDENTITIES] [SHARE]
+python benchmarks/million.py [IDENTITIES] [SHARE]
 """
+
 import resource
 import sys
 import time

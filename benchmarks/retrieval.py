@@ -42,7 +42,7 @@ def bare_product(x, queries=256, columns=None):
     buffer = torch.empty(queries * columns)
     for i in range(0, len(x), queries):
         for j in range(0, len(x), columns):
-            left, right = x[i:i + queries], x[j:j + columns]
+            left, right = x[i : i + queries], x[j : j + columns]
             torch.mm(left, right.T, out=buffer[: len(left) * len(right)].view(len(left), len(right)))
 
 
@@ -68,16 +68,25 @@ def metrics(width, items=ITEMS, rounds=3):
     for _ in range(rounds):
         bare.append(min(seconds(lambda: bare_product(x)), seconds(lambda: bare_product(x, 512, 4096))))
         ours.append(seconds(run))
-    return {"bare": min(bare), "recnb": min(ours), "ratio": min(ours) / min(bare), "MB": memory,
-            "recall1": found["recall1"], "mAP": found["mAP"]}
+    return {
+        "bare": min(bare),
+        "recnb": min(ours),
+        "ratio": min(ours) / min(bare),
+        "MB": memory,
+        "recall1": found["recall1"],
+        "mAP": found["mAP"],
+    }
 
 
 def neighbours(width, items=ITEMS):
     """The 10 nearest of each, torch and faiss, and verification over all pairs."""
     x, labels = embeddings(items, width)
-    return {"bare": seconds(lambda: bare_product(x)), "knn": seconds(lambda: knn(x, None, 10)),
-            "knn faiss": seconds(lambda: knn(x, None, 10, backend="faiss")),
-            "verification": seconds(lambda: verification_metrics(x, None, labels))}
+    return {
+        "bare": seconds(lambda: bare_product(x)),
+        "knn": seconds(lambda: knn(x, None, 10)),
+        "knn faiss": seconds(lambda: knn(x, None, 10, backend="faiss")),
+        "verification": seconds(lambda: verification_metrics(x, None, labels)),
+    }
 
 
 def accuracy_calculator(width, items=ITEMS):
@@ -87,13 +96,18 @@ def accuracy_calculator(width, items=ITEMS):
     except ImportError:
         return {"skipped": "pytorch-metric-learning is not installed"}
     x, labels = embeddings(items, width)
-    calculator = AccuracyCalculator(k="max_bin_count", include=(
-        "precision_at_1", "r_precision", "mean_average_precision_at_r", "mean_average_precision"))
+    calculator = AccuracyCalculator(
+        k="max_bin_count",
+        include=("precision_at_1", "r_precision", "mean_average_precision_at_r", "mean_average_precision"),
+    )
     before = peak()
     took = seconds(lambda: calculator.get_accuracy(torch.from_numpy(x), torch.from_numpy(labels)))
     memory = peak() - before
-    return {"pytorch-metric-learning": took, "MB": memory,
-            "recnb": min(seconds(lambda: retrieval_metrics(x, None, labels)) for _ in range(2))}
+    return {
+        "pytorch-metric-learning": took,
+        "MB": memory,
+        "recnb": min(seconds(lambda: retrieval_metrics(x, None, labels)) for _ in range(2)),
+    }
 
 
 def streamed(width=128, queries=10_000, items=1_000_000):
@@ -102,12 +116,15 @@ def streamed(width=128, queries=10_000, items=1_000_000):
         path = Path(folder, "gallery.npy")
         gallery = np.lib.format.open_memmap(path, "w+", np.float32, (items, width))
         for start in range(0, items, 50_000):
-            gallery[start:start + 50_000] = embeddings(50_000, width)[0]
+            gallery[start : start + 50_000] = embeddings(50_000, width)[0]
         gallery.flush()
         gallery = np.load(path, mmap_mode="r")
         labels = np.arange(items) // 5
-        took = seconds(lambda: retrieval_metrics(gallery[:queries], gallery, labels[:queries], labels,
-                                                 exclude_self=np.arange(queries)))
+        took = seconds(
+            lambda: retrieval_metrics(
+                gallery[:queries], gallery, labels[:queries], labels, exclude_self=np.arange(queries)
+            )
+        )
     return {"seconds": took, "process MB": peak()}
 
 
@@ -117,8 +134,11 @@ def rerank(count=10_000, width=128):
     KReciprocal(x[:100]).distances(np.arange(3))
     before = peak()
     took = seconds(lambda: _all_distances(x))
-    return {"recnb": took, "MB": peak() - before, "best of three": min(took, *(
-        seconds(lambda: _all_distances(x)) for _ in range(2)))}
+    return {
+        "recnb": took,
+        "MB": peak() - before,
+        "best of three": min(took, *(seconds(lambda: _all_distances(x)) for _ in range(2))),
+    }
 
 
 def _all_distances(x):
@@ -140,7 +160,7 @@ def dense_k_reciprocal(x, k1, k2, lambda_value):
     apart /= apart.max(axis=1, keepdims=True)
     order = np.argsort(apart, axis=1).astype(np.int32)
     weights, half = np.zeros_like(apart), int(np.around(k1 / 2))
-    mutual = lambda i, k: order[i, :k + 1][(order[order[i, :k + 1], :k + 1] == i).any(1)]  # noqa: E731
+    mutual = lambda i, k: order[i, : k + 1][(order[order[i, : k + 1], : k + 1] == i).any(1)]  # noqa: E731
     for i in range(len(x)):
         near = mutual(i, k1)
         members = [near]
@@ -171,14 +191,30 @@ def rerank_large(queries=11_659, items=82_161, width=256):
     built = time.perf_counter() - start
     found = ranking_metrics(lazy, labels[:queries], labels[queries:])
     plain = retrieval_metrics(x[:queries], x[queries:], labels[:queries], labels[queries:])
-    return {"build": built, "build and evaluate": time.perf_counter() - start, "MB": peak() - before,
-            "mAP before": plain["mAP"], "mAP after": found["mAP"]}
+    return {
+        "build": built,
+        "build and evaluate": time.perf_counter() - start,
+        "MB": peak() - before,
+        "mAP before": plain["mAP"],
+        "mAP after": found["mAP"],
+    }
 
 
-PARTS = {part.__name__: part for part in (
-    metrics, neighbours, accuracy_calculator, streamed, rerank, rerank_dense, rerank_large)}
-ALL = [("metrics", 128), ("metrics", 512), ("neighbours", 128), ("accuracy_calculator", 128), ("streamed",),
-       ("rerank", 10_000), ("rerank_dense", 10_000), ("rerank", 20_000), ("rerank_large",)]
+PARTS = {
+    part.__name__: part
+    for part in (metrics, neighbours, accuracy_calculator, streamed, rerank, rerank_dense, rerank_large)
+}
+ALL = [
+    ("metrics", 128),
+    ("metrics", 512),
+    ("neighbours", 128),
+    ("accuracy_calculator", 128),
+    ("streamed",),
+    ("rerank", 10_000),
+    ("rerank_dense", 10_000),
+    ("rerank", 20_000),
+    ("rerank_large",),
+]
 
 
 def main(arguments):
@@ -187,8 +223,10 @@ def main(arguments):
         print(json.dumps({key: round(v, 4) if isinstance(v, float) else v for key, v in result.items()}))
         return
     load = Path("/proc/loadavg")
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads,",
-          f"load before: {load.read_text().split()[0]}" if load.exists() else "")
+    print(
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads,",
+        f"load before: {load.read_text().split()[0]}" if load.exists() else "",
+    )
     for part in ALL:
         command = [sys.executable, __file__, *map(str, part)]
         print(" ".join(map(str, part)), flush=True, end=": ")

@@ -5,6 +5,7 @@
 
 Run it on an idle machine. notebooks/07_benchmark.ipynb runs the same and keeps the results under docs/benchmarks.
 """
+
 import json
 import os
 import platform
@@ -42,41 +43,62 @@ from recnb.training.learner import FastaiLoader
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 MODEL = {
-    "Arch": {"Backbone": {"name": "resnet18"}, "BackboneStopLayer": {"name": "flatten"},
-             "Neck": {"name": "FC", "class_num": 512}, "Head": {"name": "ArcMargin", "margin": 0.15, "scale": 32}},
+    "Arch": {
+        "Backbone": {"name": "resnet18"},
+        "BackboneStopLayer": {"name": "flatten"},
+        "Neck": {"name": "FC", "class_num": 512},
+        "Head": {"name": "ArcMargin", "margin": 0.15, "scale": 32},
+    },
     "Loss": {"Train": [{"CELoss": {"weight": 1.0}}, {"SupConLoss": {"weight": 1.0, "views": 4}}]},
     "Optimizer": {"name": "AdamW", "lr": {"name": "ConstLR", "learning_rate": 0.0003}},
 }
-SEED_OPS = [{"ResizeImage": {"size": 224}}, {"RandFlipImage": {}}, {"AugMix": {"prob": 0.5}}, {"NormalizeImage": {}},
-            {"RandomErasing": {"EPSILON": 0.5}}]
+SEED_OPS = [
+    {"ResizeImage": {"size": 224}},
+    {"RandFlipImage": {}},
+    {"AugMix": {"prob": 0.5}},
+    {"NormalizeImage": {}},
+    {"RandomErasing": {"EPSILON": 0.5}},
+]
 
 
 def machine() -> dict:
-    "What the figures belong to."
+    """What the figures belong to."""
     name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"{os.cpu_count()} cores, {platform.machine()}"
     return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
 def now() -> float:
-    "The time, with nothing left to do on a GPU."
+    """The time, with nothing left to do on a GPU."""
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def configuration(folder: Path, images: Path, list_file: Path, batch: int, size: int, ops: list) -> dict:
-    "A checked configuration that trains on one list."
-    train = {"dataset": {"name": "VeriWild", "image_root": str(images), "cls_label_path": str(list_file),
-                         "transform_ops": ops},
-             "sampler": {"name": "PKSampler", "batch_size": batch, "sample_per_id": 4}}
-    (folder / "config.yaml").write_text(json.dumps({
-        "Global": {"epochs": 1, "eval_during_train": False, "image_shape": [3, size, size], "save_interval": 0},
-        "DataLoader": {"Train": train}, **MODEL}))
+    """A checked configuration that trains on one list."""
+    train = {
+        "dataset": {
+            "name": "VeriWild",
+            "image_root": str(images),
+            "cls_label_path": str(list_file),
+            "transform_ops": ops,
+        },
+        "sampler": {"name": "PKSampler", "batch_size": batch, "sample_per_id": 4},
+    }
+    (folder / "config.yaml").write_text(
+        json.dumps(
+            {
+                "Global": {"epochs": 1, "eval_during_train": False, "image_shape": [3, size, size], "save_interval": 0},
+                "DataLoader": {"Train": train},
+                **MODEL,
+            }
+        )
+    )
     return load_config(folder / "config.yaml")
 
 
 class Ready(FastaiLoader):
-    "Batches that lie on the device already."
+    """Batches that lie on the device already."""
 
     def __init__(self, loader, batches):
         super().__init__(loader, DEVICE)
@@ -90,17 +112,25 @@ class Ready(FastaiLoader):
 
 
 def step(size: int = 128, batch: int = 64, steps: int = 12, rounds: int = 5) -> dict:
-    "Milliseconds of a training step: in fit_config, with all that it writes down, and in a bare loop."
+    """Milliseconds of a training step: in fit_config, with all that it writes down, and in a bare loop."""
     with tempfile.TemporaryDirectory() as temporary, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         folder = Path(temporary)
         draw_marks(folder / "marks", identities=48, renderings=8, size=48)
-        cfg = configuration(folder, folder / "marks" / "images", folder / "marks" / "train.txt", batch, size,
-                            [{"ResizeImage": {"size": size}}, {"NormalizeImage": {}}])
+        cfg = configuration(
+            folder,
+            folder / "marks" / "images",
+            folder / "marks" / "train.txt",
+            batch,
+            size,
+            [{"ResizeImage": {"size": size}}, {"NormalizeImage": {}}],
+        )
         loaders = build_loaders(cfg)
         draw = torch.Generator().manual_seed(0)
-        batches = [(torch.randn(batch, 3, size, size, generator=draw).to(DEVICE),
-                    torch.arange(batch, device=DEVICE) // 4) for _ in range(steps)]
+        batches = [
+            (torch.randn(batch, 3, size, size, generator=draw).to(DEVICE), torch.arange(batch, device=DEVICE) // 4)
+            for _ in range(steps)
+        ]
         bare, ours = [], []
         for number in range(rounds + 1):  # alternating, so that other work meets both; the first warms up
             learn = build_learner(cfg, build_model(cfg), loaders, folder / f"run-{number}")
@@ -112,12 +142,17 @@ def step(size: int = 128, batch: int = 64, steps: int = 12, rounds: int = 5) -> 
                 learn.fit_config()
             ours += [median(np.diff(ends))]
         bare, ours = median(bare[1:]), median(ours[1:])
-    return {"part": "step", "what": f"resnet18, {batch} x {size} px, AdamW, CELoss + SupConLoss", "bare_ms": 1e3 * bare,
-            "recnb_ms": 1e3 * ours, "ratio": ours / bare}
+    return {
+        "part": "step",
+        "what": f"resnet18, {batch} x {size} px, AdamW, CELoss + SupConLoss",
+        "bare_ms": 1e3 * bare,
+        "recnb_ms": 1e3 * ours,
+        "ratio": ours / bare,
+    }
 
 
 def bare_loop(model, loss, batches) -> float:
-    "The median seconds of a step of the plainest loop."
+    """The median seconds of a step of the plainest loop."""
     optimizer, times = torch.optim.AdamW(model.parameters(), lr=0.0003, fused=True), []
     for x, y in batches:
         times.append(now())
@@ -128,7 +163,7 @@ def bare_loop(model, loss, batches) -> float:
 
 
 def draw_photographs(folder: Path, identities: int = 16, images: int = 8) -> Path:
-    "JPEG files of 500 x 375 and some 50 kB, a folder for each identity, and their list; its path."
+    """JPEG files of 500 x 375 and some 50 kB, a folder for each identity, and their list; its path."""
     draw, lines = np.random.default_rng(0), []
     for i in range(identities * images):
         name = f"{i % identities}/{i}.jpg"
@@ -142,7 +177,7 @@ def draw_photographs(folder: Path, identities: int = 16, images: int = 8) -> Pat
 
 
 def loader(batch: int = 32, passes: int = 3) -> dict:
-    "Milliseconds an image through the original's ops: recnb's loader and fastai's pipeline, no worker processes."
+    """Milliseconds an image through the original's ops: recnb's loader and fastai's pipeline, no worker processes."""
     torch.set_num_threads(1)  # as in a worker process
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -156,10 +191,18 @@ def loader(batch: int = 32, passes: int = 3) -> dict:
         # Behind the resizing: before it, as fastai would sort it, it costs three times as much. At this severity
         # torchvision's moves nothing, recnb's does: the comparison is in fastai's favour.
         mix.order = 2
-        theirs = DataBlock(blocks=(ImageBlock, CategoryBlock), get_items=lambda path: sorted(path.rglob("*.jpg")),
-                           get_y=parent_label, splitter=lambda items: (list(range(len(items))), [0]),
-                           item_tfms=[Resize(224, method="squish"), FlipItem(), OfPillow(mix)],
-                           batch_tfms=[Finish()]).dataloaders(folder, bs=batch, num_workers=0).train
+        theirs = (
+            DataBlock(
+                blocks=(ImageBlock, CategoryBlock),
+                get_items=lambda path: sorted(path.rglob("*.jpg")),
+                get_y=parent_label,
+                splitter=lambda items: (list(range(len(items))), [0]),
+                item_tfms=[Resize(224, method="squish"), FlipItem(), OfPillow(mix)],
+                batch_tfms=[Finish()],
+            )
+            .dataloaders(folder, bs=batch, num_workers=0)
+            .train
+        )
         times = {"recnb": [], "kept": [], "fastai": []}
         for _ in range(passes):
             for name, batches in (("recnb", ours), ("kept", kept), ("fastai", theirs)):
@@ -168,13 +211,18 @@ def loader(batch: int = 32, passes: int = 3) -> dict:
                     count += len(x)
                 times[name].append(1e3 * (time.perf_counter() - began) / count)
         best = {name: min(values) for name, values in times.items()}
-    return {"part": "loader", "what": "JPEG 500 x 375 to 224 px, flip, AugMix 0.5, normalise, erase; no workers",
-            "fastai_ms": best["fastai"], "recnb_ms": best["recnb"], "recnb_kept_ms": best["kept"],
-            "ratio": best["fastai"] / best["recnb"]}
+    return {
+        "part": "loader",
+        "what": "JPEG 500 x 375 to 224 px, flip, AugMix 0.5, normalise, erase; no workers",
+        "fastai_ms": best["fastai"],
+        "recnb_ms": best["recnb"],
+        "recnb_kept_ms": best["kept"],
+        "ratio": best["fastai"] / best["recnb"],
+    }
 
 
 class OfPillow(Transform):
-    "A torchvision transform for fastai's images."
+    """A torchvision transform for fastai's images."""
 
     order = 2
 
@@ -187,7 +235,7 @@ class OfPillow(Transform):
 
 
 class Finish(Transform):
-    "Normalising and erasing, on the batch."
+    """Normalising and erasing, on the batch."""
 
     order = 99
 
@@ -200,7 +248,7 @@ class Finish(Transform):
 
 
 def plainly(x: torch.Tensor, y: torch.Tensor, temperature: float = 0.07) -> torch.Tensor:
-    "The supervised contrastive loss as the formula stands: differences of all pairs of rows, one mask after the other."
+    """The supervised contrastive loss as the formula stands: differences of all pairs of rows, then masks."""
     similarity = (unit(x)[:, None] * unit(x)[None]).sum(-1) / temperature  # B x B x D numbers
     others = 1 - torch.eye(len(x))
     positive = (y[:, None] == y).float() * others
@@ -209,11 +257,12 @@ def plainly(x: torch.Tensor, y: torch.Tensor, temperature: float = 0.07) -> torc
 
 
 def supcon(which: str = "recnb", rows: int = 1024, width: int = 256) -> dict:
-    "Milliseconds of SupConLoss, forward and backward, and what the process grew by."
+    """Milliseconds of SupConLoss, forward and backward, and what the process grew by."""
     x, y = torch.randn(rows, width, generator=torch.Generator().manual_seed(0)), torch.arange(rows) // 4
     loss = {"recnb": lambda x: SupConLoss()({"features": x}, y), "plain": lambda x: plainly(x, y)}
     if which == "pytorch-metric-learning":
         from pytorch_metric_learning.losses import SupConLoss as Theirs
+
         theirs = Theirs(temperature=0.07)
         loss[which] = lambda x: theirs(x, y)
     before, times = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, []
@@ -223,12 +272,18 @@ def supcon(which: str = "recnb", rows: int = 1024, width: int = 256) -> dict:
         value.backward()
         times.append(1e3 * (time.perf_counter() - began))
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    return {"part": "supcon", "what": f"B {rows}, D {width}", "by": which, "ms": min(times), "MB": grown,
-            "value": value.item()}
+    return {
+        "part": "supcon",
+        "what": f"B {rows}, D {width}",
+        "by": which,
+        "ms": min(times),
+        "MB": grown,
+        "value": value.item(),
+    }
 
 
 def kept(name: str = "resnet50", pixels: int = 224, batch: int = 4) -> dict:
-    "Megabytes an image that a backbone keeps for its backward pass, as it is and with recomputed blocks."
+    """Megabytes an image that a backbone keeps for its backward pass, as it is and with recomputed blocks."""
     model, found = create_backbone(name).train(), []
     x, weights = torch.randn(batch, 3, pixels, pixels), {p.data_ptr() for p in model.parameters()}
     for _ in range(2):
@@ -248,7 +303,7 @@ def kept(name: str = "resnet50", pixels: int = 224, batch: int = 4) -> dict:
 
 
 def optimizer(name: str = "AdamW", steps: int = 10) -> dict:
-    "Milliseconds of an optimizer's step for the parameters of a ResNet-50, fused and as torch does it by default."
+    """Milliseconds of an optimizer's step for the parameters of a ResNet-50, fused and as torch does it by default."""
     torch.set_num_threads(1)
     times = {}
     for made in ("fused", "default"):
@@ -261,22 +316,38 @@ def optimizer(name: str = "AdamW", steps: int = 10) -> dict:
                 group["fused"] = None
         ends = [(by_recnb.step(), time.perf_counter())[1] for _ in range(steps)]
         times[made] = 1e3 * median(np.diff(ends))
-    return {"part": "optimizer", "what": f"{name}, 23.5 million parameters, one thread", "fused_ms": times["fused"],
-            "default_ms": times["default"]}
+    return {
+        "part": "optimizer",
+        "what": f"{name}, 23.5 million parameters, one thread",
+        "fused_ms": times["fused"],
+        "default_ms": times["default"],
+    }
 
 
 def all_parts() -> list[dict]:
-    "The results of all parts, each measured in a process of its own."
-    sizes = [("recnb", 1024), ("pytorch-metric-learning", 1024), ("plain", 1024), ("recnb", 4096),
-             ("pytorch-metric-learning", 4096)]
-    words = [["step"], ["loader"], ["kept", "resnet50"], ["kept", "vit_small_patch16_224"], ["optimizer", "AdamW"],
-             ["optimizer", "Momentum"], *(["supcon", which, str(rows)] for which, rows in sizes)]
+    """The results of all parts, each measured in a process of its own."""
+    sizes = [
+        ("recnb", 1024),
+        ("pytorch-metric-learning", 1024),
+        ("plain", 1024),
+        ("recnb", 4096),
+        ("pytorch-metric-learning", 4096),
+    ]
+    words = [
+        ["step"],
+        ["loader"],
+        ["kept", "resnet50"],
+        ["kept", "vit_small_patch16_224"],
+        ["optimizer", "AdamW"],
+        ["optimizer", "Momentum"],
+        *(["supcon", which, str(rows)] for which, rows in sizes),
+    ]
     results = [result for part in words for result in lines(__file__, *part)]
     return results + (lines(Path(__file__).with_name("gpu.py")) if DEVICE.type == "cuda" else [])
 
 
 def lines(script: str | Path, *words: str) -> list[dict]:
-    "The JSON lines that a script prints."
+    """The JSON lines that a script prints."""
     done = subprocess.run([sys.executable, script, *words], capture_output=True, text=True, check=True)
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 

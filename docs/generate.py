@@ -49,9 +49,10 @@ def write_pages(docs: Path) -> None:
 
 
 def size_table() -> str:
-    """The lines of code of each folder as a Markdown table."""
-    rows = [f"| {name} | {lines:,} |" for name, lines in sizes().items()]
-    return "\n".join(["| folder | lines of code |", "|---|---:|", *rows]) + "\n"
+    """The size of each folder as a Markdown table."""
+    lines = sizes(lines=True)
+    rows = [f"| {name} | {count:,} | {lines[name]:,} |" for name, count in sizes().items()]
+    return "\n".join(["| folder | statements | lines |", "|---|---:|---:|", *rows]) + "\n"
 
 
 # ---- the config reference --------------------------------------------------------------------------------------------

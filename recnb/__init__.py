@@ -15,6 +15,7 @@ A folder is a question, a module is a chapter. From top to bottom, each may impo
 
 Importing the package loads none of them.
 """
+
 from importlib import import_module
 
 __version__ = "0.2.0"
@@ -37,12 +38,15 @@ def lazily(package: str, homes: dict[str, str]) -> tuple:
     return get, lambda: sorted(home), [*home]
 
 
-__getattr__, __dir__, __all__ = lazily(__name__, {
-    "recipe.schema": "load_config",
-    "recipe.data": "build_loaders",
-    "recipe.model": "build_model",
-    "recipe.learner": "build_learner",
-    "models.recmodel": "RecModel",
-    "retrieval.metrics": "retrieval_metrics",
-    "runs.folder": "open_run",
-})
+__getattr__, __dir__, __all__ = lazily(
+    __name__,
+    {
+        "recipe.schema": "load_config",
+        "recipe.data": "build_loaders",
+        "recipe.model": "build_model",
+        "recipe.learner": "build_learner",
+        "models.recmodel": "RecModel",
+        "retrieval.metrics": "retrieval_metrics",
+        "runs.folder": "open_run",
+    },
+)

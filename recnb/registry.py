@@ -4,6 +4,7 @@ A section such as `{name: ArcMargin, margin: 0.15}` is one object: `name` picks 
 are its constructor's arguments. Each chapter fills the registries of its own parts, so that what can be written in a
 file is what exists, and every misspelling ends in one sentence that names the place.
 """
+
 from __future__ import annotations
 
 import difflib
@@ -37,8 +38,16 @@ def fits(value, hint) -> bool:
     kind = typing.get_origin(hint) or hint
     if kind in (int, float) and isinstance(value, bool):
         return False
-    accepted = {float: (int, float), int: int, bool: bool, str: str, list: list, tuple: (list, tuple), dict: dict,
-                type(None): type(None)}
+    accepted = {
+        float: (int, float),
+        int: int,
+        bool: bool,
+        str: str,
+        list: list,
+        tuple: (list, tuple),
+        dict: dict,
+        type(None): type(None),
+    }
     return kind not in accepted or isinstance(value, accepted[kind])
 
 
@@ -83,8 +92,10 @@ class Registry(dict):
             if key not in hints:
                 raise ConfigError(f"{where}.{key}: {name} has no such argument; {suggest(key, hints)}")
             if not fits(value, hints[key]):
-                raise ConfigError(f"{where}.{key}: {value!r} is a {type(value).__name__}, "
-                                  f"{name} wants {inspect.formatannotation(hints[key])}")
+                raise ConfigError(
+                    f"{where}.{key}: {value!r} is a {type(value).__name__}, "
+                    f"{name} wants {inspect.formatannotation(hints[key])}"
+                )
 
     def build(self, section: dict, where: str, **known):
         """The object that a section describes.
@@ -102,8 +113,9 @@ class Registry(dict):
                 raise ConfigError(f"{where}.{key} is {args[key]}, but {source} {value}")
             if key in parameters:
                 args[key] = value
-        missing = [k for k, p in parameters.items()
-                   if p.default is p.empty and p.kind is not p.VAR_KEYWORD and k not in args]
+        missing = [
+            k for k, p in parameters.items() if p.default is p.empty and p.kind is not p.VAR_KEYWORD and k not in args
+        ]
         if missing:
             raise ConfigError(f"{where}: {name} needs a value for '{missing[0]}'")
         try:

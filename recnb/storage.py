@@ -6,6 +6,7 @@ mounts with `nolock`, `local_lock=flock` (NFS) or `localflock` (Lustre) keep loc
 flock at all, filelock warns and the existence of the file is the lock: one left by a host that crashed has to be
 deleted by hand.
 """
+
 from __future__ import annotations
 
 import json
@@ -25,7 +26,7 @@ PATIENCE = 20.0  # seconds that an owner of a lock has to end
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    "A temporary path beside `path` that takes its place, flushed to the disk, once the block ends without an error."
+    """A temporary path beside `path` that takes its place, flushed to disk, once the block ends without an error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -109,8 +110,10 @@ def acquire(lock: FileLock, folder: Path) -> None:
         try:
             lock.acquire(timeout=PATIENCE)
         except Timeout:
-            raise LockedError(f"{folder}: {owner(folder) or 'another process'} is writing to this run folder; use "
-                              "another folder, or wait until it has ended") from None
+            raise LockedError(
+                f"{folder}: {owner(folder) or 'another process'} is writing to this run folder; use "
+                "another folder, or wait until it has ended"
+            ) from None
 
 
 # configs/ and notebooks/ lie beside the package in a clone and inside it in an installed wheel. ROOT is what relative

@@ -1,7 +1,8 @@
 """Draws the evaluation of a run that has embeddings/ to a PNG file: found by rank, similarities of pairs, AP:
 
-    python scripts/evaluation_picture.py runs/demo docs/evaluation.png
+python scripts/evaluation_picture.py runs/demo docs/evaluation.png
 """
+
 import sys
 from pathlib import Path
 

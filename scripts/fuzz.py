@@ -7,6 +7,7 @@ file; overrides; weights as .pt and .safetensors; an image (which the check befo
 judge alike); an index; labels and file names of a gallery, whose page must keep its tags. A case that takes longer than
 20 seconds is a failure too. Exits with 1 where there is any.
 """
+
 import argparse
 import copy
 import io
@@ -42,24 +43,121 @@ from recnb.retrieval.search import Index
 
 LIMIT = 20  # seconds a case may take
 ROOM = 6 * 2**30  # bytes of memory beyond what the process has at its start
-VALUES = [None, True, False, 0, -1, 1, 2**31, 2**63, 10**30, 0.5, -0.0, 1e308, float("nan"), float("inf"), "", " ",
-          "0", "1e-3", "name", "a.b", "../x", "~nobody/x", "x" * 5000, "\0", "\ud800", "车", "é\u202e", "${HOME}",
-          "{0}", "%s", "__import__('os').system('true')", "<script>", [], [[]], {}, {"name": None}, {"name": "FC"},
-          [1, "a", None], b"\xff", (1, 2), {1: 2}, {None: 1}, {"": 0}, 2**70, -(2**63), "1" * 5000]
-TEXT = ["\0", "\r\n", "\r", "\ufeff", "\t", "  ", "&a ", "*a", "!!python/object:os.system", "!!set", "<<: *a", "? ",
-        "- ", "[", "{", "'", '"', "|", ">", "%", "@", "`", ": ", "#", "---", "...", "\u2028", "\ud7ff", "9" * 400,
-        "../", "/", "1e9"]
-LABELS = ["<script>alert(1)</script>", "</style>", "</title>", '"><img src=x onerror=alert(1)>', "' onmouseover='a()",
-          "javascript:alert(1)", "&lt;b&gt;", "<!--", "]]>", "{script}", "$\\frac{", "\0", "\udce9", "\n\n", "a/b_c",
-          "😀", "x" * 3000, "\u202e", "%s", "<svg/onload=a()>", "`", "=cmd()", "data-q='1'"]
+VALUES = [
+    None,
+    True,
+    False,
+    0,
+    -1,
+    1,
+    2**31,
+    2**63,
+    10**30,
+    0.5,
+    -0.0,
+    1e308,
+    float("nan"),
+    float("inf"),
+    "",
+    " ",
+    "0",
+    "1e-3",
+    "name",
+    "a.b",
+    "../x",
+    "~nobody/x",
+    "x" * 5000,
+    "\0",
+    "\ud800",
+    "车",
+    "é\u202e",
+    "${HOME}",
+    "{0}",
+    "%s",
+    "__import__('os').system('true')",
+    "<script>",
+    [],
+    [[]],
+    {},
+    {"name": None},
+    {"name": "FC"},
+    [1, "a", None],
+    b"\xff",
+    (1, 2),
+    {1: 2},
+    {None: 1},
+    {"": 0},
+    2**70,
+    -(2**63),
+    "1" * 5000,
+]
+TEXT = [
+    "\0",
+    "\r\n",
+    "\r",
+    "\ufeff",
+    "\t",
+    "  ",
+    "&a ",
+    "*a",
+    "!!python/object:os.system",
+    "!!set",
+    "<<: *a",
+    "? ",
+    "- ",
+    "[",
+    "{",
+    "'",
+    '"',
+    "|",
+    ">",
+    "%",
+    "@",
+    "`",
+    ": ",
+    "#",
+    "---",
+    "...",
+    "\u2028",
+    "\ud7ff",
+    "9" * 400,
+    "../",
+    "/",
+    "1e9",
+]
+LABELS = [
+    "<script>alert(1)</script>",
+    "</style>",
+    "</title>",
+    '"><img src=x onerror=alert(1)>',
+    "' onmouseover='a()",
+    "javascript:alert(1)",
+    "&lt;b&gt;",
+    "<!--",
+    "]]>",
+    "{script}",
+    "$\\frac{",
+    "\0",
+    "\udce9",
+    "\n\n",
+    "a/b_c",
+    "😀",
+    "x" * 3000,
+    "\u202e",
+    "%s",
+    "<svg/onload=a()>",
+    "`",
+    "=cmd()",
+    "data-q='1'",
+]
 
 
 class Hang(BaseException):
-    "A case took too long."
+    """A case took too long."""
 
 
 class Tags(HTMLParser):
-    "The tags of a page with the names of their attributes, in order."
+    """The tags of a page with the names of their attributes, in order."""
 
     def __init__(self, page: str):
         super().__init__()
@@ -72,7 +170,7 @@ class Tags(HTMLParser):
 
 
 class Fuzz:
-    "A folder of valid files, and the cases that change them."
+    """A folder of valid files, and the cases that change them."""
 
     def __init__(self, folder: Path):
         self.folder, rng = folder, np.random.default_rng(0)
@@ -99,9 +197,11 @@ class Fuzz:
         self.images = {kind: saved(kind) for kind in ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM")}
 
     def run(self, rng: random.Random) -> str:
-        "What kind of case was run; raises whatever comes out of it that should not."
-        kind = rng.choices(("sections", "yaml", "lines", "overrides", "weight", "image", "search", "labels"),
-                           (30, 20, 20, 10, 5, 12, 2, 1))[0]
+        """What kind of case was run; raises whatever comes out of it that should not."""
+        kind = rng.choices(
+            ("sections", "yaml", "lines", "overrides", "weight", "image", "search", "labels"),
+            (30, 20, 20, 10, 5, 12, 2, 1),
+        )[0]
         try:
             getattr(self, kind)(rng)
         except (ConfigError, DataError) as error:
@@ -130,16 +230,25 @@ class Fuzz:
         (self.folder / "case.txt").write_bytes(scrambled(self.list.encode(), rng))
         where = rng.choice(("Train", "Eval.Query", "Eval.Gallery"))
         name = rng.choice(("VeriWild", "ImageNetDataset", "LogoDataset", "ICartoonDataset", "CompCars"))
-        self.build(self.folder / "valid.yaml", {
-            f"DataLoader.{where}.dataset.cls_label_path": str(self.folder / "case.txt"),
-            f"DataLoader.{where}.dataset.name": name,
-            f"DataLoader.{where}.dataset.relabel": rng.choice((None, True, False)),
-            "Global.on_bad_image": rng.choice(("stop", "drop")), "Global.class_num": rng.choice((None, 4, 10**30))})
+        self.build(
+            self.folder / "valid.yaml",
+            {
+                f"DataLoader.{where}.dataset.cls_label_path": str(self.folder / "case.txt"),
+                f"DataLoader.{where}.dataset.name": name,
+                f"DataLoader.{where}.dataset.relabel": rng.choice((None, True, False)),
+                "Global.on_bad_image": rng.choice(("stop", "drop")),
+                "Global.class_num": rng.choice((None, 4, 10**30)),
+            },
+        )
 
     def overrides(self, rng):
         keys = [place for place, _ in leaves(self.config)]
-        chosen = {rng.choice((rng.choice(keys), rng.choice(keys) + ".x", rng.choice(TEXT), "Global.epochs")):
-                  copy.deepcopy(rng.choice(VALUES)) for _ in range(rng.randint(1, 3))}
+        chosen = {
+            rng.choice((rng.choice(keys), rng.choice(keys) + ".x", rng.choice(TEXT), "Global.epochs")): copy.deepcopy(
+                rng.choice(VALUES)
+            )
+            for _ in range(rng.randint(1, 3))
+        }
         self.build(self.folder / "valid.yaml", chosen)
 
     def weight(self, rng):
@@ -169,10 +278,16 @@ class Fuzz:
 
     def labels(self, rng):
         def texts(names):
-            ranking = rank(query_labels=labels, gallery_labels=labels, query_cameras=cameras, gallery_cameras=cameras,
-                           **self.ranking)
-            page = gallery_html(ranking, paths, paths, self.folder / "page.html", label_names=names, title=names[0],
-                                summary=names[1])
+            ranking = rank(
+                query_labels=labels,
+                gallery_labels=labels,
+                query_cameras=cameras,
+                gallery_cameras=cameras,
+                **self.ranking,
+            )
+            page = gallery_html(
+                ranking, paths, paths, self.folder / "page.html", label_names=names, title=names[0], summary=names[1]
+            )
             return Tags(page).found, Tags(gallery_static(ranking, paths, paths, [0, 1], label_names=names).data).found
 
         labels, cameras, plain = np.array([0, 0, 1, 1, 2, 2]), np.array(list("abcabc")), ["a", "b", "c"]
@@ -188,37 +303,58 @@ class Fuzz:
 
 
 def config(folder: Path) -> dict:
-    "A small valid configuration with a part of every kind."
+    """A small valid configuration with a part of every kind."""
+
     def split(sampler: dict, *ops: dict) -> dict:
-        return {"dataset": {"name": "VeriWild", "image_root": str(folder), "cls_label_path": str(folder / "list.txt"),
-                            "transform_ops": [{"ResizeImage": {"size": 32}}, *ops, {"NormalizeImage": {}}]},
-                "sampler": sampler, "loader": {"num_workers": 0}}
+        return {
+            "dataset": {
+                "name": "VeriWild",
+                "image_root": str(folder),
+                "cls_label_path": str(folder / "list.txt"),
+                "transform_ops": [{"ResizeImage": {"size": 32}}, *ops, {"NormalizeImage": {}}],
+            },
+            "sampler": sampler,
+            "loader": {"num_workers": 0},
+        }
 
     plain = {"name": "DistributedBatchSampler", "batch_size": 4}
     return {
         "Global": {"device": "cpu", "epochs": 2, "image_shape": [3, 32, 32], "class_num": 4},
-        "AMP": {"level": "O1"}, "EMA": {"decay": 0.9},
-        "DataLoader": {"Train": split({"name": "PKSampler", "batch_size": 4, "sample_per_id": 2},
-                                      {"RandFlipImage": {"flip_code": 1}}, {"RandomErasing": {"EPSILON": 0.5}}),
-                       "Eval": {"Query": split(plain), "Gallery": split(dict(plain))}},
-        "Arch": {"name": "RecModel", "Backbone": {"name": "test_resnet", "pretrained": False},
-                 "BackboneStopLayer": {"name": "flatten"}, "Neck": {"name": "FC", "class_num": 8},
-                 "Head": {"name": "ArcMargin", "margin": 0.2, "scale": 16}},
-        "Loss": {"Train": [{"CELoss": {"weight": 1.0}}, {"TripletLossV2": {"weight": 1.0, "margin": 0.3}}],
-                 "Eval": [{"CELoss": {"weight": 1.0}}]},
+        "AMP": {"level": "O1"},
+        "EMA": {"decay": 0.9},
+        "DataLoader": {
+            "Train": split(
+                {"name": "PKSampler", "batch_size": 4, "sample_per_id": 2},
+                {"RandFlipImage": {"flip_code": 1}},
+                {"RandomErasing": {"EPSILON": 0.5}},
+            ),
+            "Eval": {"Query": split(plain), "Gallery": split(dict(plain))},
+        },
+        "Arch": {
+            "name": "RecModel",
+            "Backbone": {"name": "test_resnet", "pretrained": False},
+            "BackboneStopLayer": {"name": "flatten"},
+            "Neck": {"name": "FC", "class_num": 8},
+            "Head": {"name": "ArcMargin", "margin": 0.2, "scale": 16},
+        },
+        "Loss": {
+            "Train": [{"CELoss": {"weight": 1.0}}, {"TripletLossV2": {"weight": 1.0, "margin": 0.3}}],
+            "Eval": [{"CELoss": {"weight": 1.0}}],
+        },
         "Optimizer": {"name": "AdamW", "lr": {"name": "Cosine", "learning_rate": 0.002, "warmup_epoch": 1}},
-        "Metric": {"Eval": [{"Recallk": {"topk": [1, 5]}}, {"mAP": {}}]}}
+        "Metric": {"Eval": [{"Recallk": {"topk": [1, 5]}}, {"mAP": {}}]},
+    }
 
 
 def saved(kind: str) -> bytes:
-    "A small image in a format."
+    """A small image in a format."""
     buffer = io.BytesIO()
     Image.fromarray(np.random.default_rng(1).integers(0, 256, (24, 24, 3), dtype=np.uint8)).save(buffer, kind)
     return buffer.getvalue()
 
 
 def leaves(node, place: str = ""):
-    "(dotted place, value) of all that a configuration holds."
+    """(dotted place, value) of all that a configuration holds."""
     pairs = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
     for key, value in pairs:
         yield f"{place}.{key}".lstrip("."), value
@@ -226,13 +362,19 @@ def leaves(node, place: str = ""):
 
 
 def words(kind: str) -> list[str]:
-    "All names of parts that there are, or all names of their arguments."
-    return sorted({word for registry in Registry.made for name in registry
-                   for word in ([name] if kind == "names" else registry.parameters(name))})
+    """All names of parts that there are, or all names of their arguments."""
+    return sorted(
+        {
+            word
+            for registry in Registry.made
+            for name in registry
+            for word in ([name] if kind == "names" else registry.parameters(name))
+        }
+    )
 
 
 def mutate(cfg: dict, rng: random.Random) -> None:
-    "None; deletes, retypes, moves, renames or adds one thing of a configuration, in place."
+    """None; deletes, retypes, moves, renames or adds one thing of a configuration, in place."""
     nodes = [cfg, *(value for _, value in leaves(cfg) if isinstance(value, dict | list) and value)]
     node, other = rng.choice(nodes), rng.choice(nodes)
     if not len(node) or not len(other):
@@ -257,7 +399,7 @@ def mutate(cfg: dict, rng: random.Random) -> None:
 
 
 def scrambled(data: bytes, rng: random.Random, within: int | None = None) -> bytes:
-    "The bytes with a few of them, in the first `within`, changed, removed, doubled, moved, cut or replaced by text."
+    """The bytes with a few of the first `within` changed, removed, doubled, moved, cut or replaced by text."""
     data = bytearray(data)
     for _ in range(rng.choice((1, 1, 1, 2, 4, 10))):
         span = min(len(data), within or len(data))
@@ -286,7 +428,7 @@ def hang(*_) -> None:
 
 
 def attempt(fuzz: Fuzz, seed: int, case: int) -> tuple[str, str]:
-    "(kind, what came out that should not have, or nothing) of one case."
+    """(kind, what came out that should not have, or nothing) of one case."""
     rng = random.Random(f"{seed} {case}")
     signal.setitimer(signal.ITIMER_REAL, LIMIT)
     try:

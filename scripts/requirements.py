@@ -6,6 +6,7 @@
 pyproject.toml says which packages the project needs and in which ranges. constraints.txt adds the exact versions that
 it was tested with, those of the packages' own needs included.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -66,11 +67,17 @@ def installed(wanted: list[Requirement]) -> dict[str, str]:
 def constraints() -> str:
     """Return the text of constraints.txt for the versions that are installed now."""
     python, system = platform.python_version(), sys.platform
-    head = [WRITTEN, f"The versions that the project was tested with on Python {python}, {system}. An older Python or",
-            "another system may not have them: there the ranges of pyproject.toml hold alone."]
+    head = [
+        WRITTEN,
+        f"The versions that the project was tested with on Python {python}, {system}. An older Python or",
+        "another system may not have them: there the ranges of pyproject.toml hold alone.",
+    ]
     marker = f'python_full_version >= "{python}" and sys_platform == "{system}"'
-    pins = sorted(f"{name}=={version} ; {marker}" for name, version in installed(asked()).items()
-                  if not name.startswith(LEFT_TO_TORCH))
+    pins = sorted(
+        f"{name}=={version} ; {marker}"
+        for name, version in installed(asked()).items()
+        if not name.startswith(LEFT_TO_TORCH)
+    )
     return "\n".join([*(f"# {line}" for line in head), *pins, ""])
 
 

@@ -7,6 +7,7 @@ average and half precision, learnt centres, cross-batch memory, accumulated grad
 killed once more. What has to be the same as in a run that was left alone: weights, history, metrics, and in the last
 checkpoint the optimizer, the average, centres, memory and generators. Exits with 1 where any differs.
 """
+
 import argparse
 import hashlib
 import os
@@ -31,40 +32,60 @@ KINDS = {
     "plain": {},
     "workers": {"loader": {"num_workers": 2}, "lr": STEPS},
     "average, half": {"EMA": {"decay": 0.9}, "AMP": {}},
-    "centres": {"losses": [{"CenterLoss": {"weight": 0.01}}],
-                "lr": {"name": "OneCycleLR", "max_learning_rate": 0.002}},
+    "centres": {"losses": [{"CenterLoss": {"weight": 0.01}}], "lr": {"name": "OneCycleLR", "max_learning_rate": 0.002}},
     "memory": {"losses": [{"ContrastiveLoss_XBM": {"weight": 0.1, "xbm_size": 40, "start_iter": 5}}]},
     "accumulation": {"Global": {"update_freq": 3}},
 }
 
 
 def configuration(data: Path, kind: dict) -> dict:
-    "The configuration of one kind of run over the marks drawn in `data`."
+    """The configuration of one kind of run over the marks drawn in `data`."""
+
     def part(name: str, ops: list, sampler: dict) -> dict:
-        return {"dataset": {"name": "VeriWild", "image_root": str(data / "images"),
-                            "cls_label_path": str(data / f"{name}.txt"),
-                            "transform_ops": [{"ResizeImage": {"size": 32}}, *ops]},
-                "sampler": sampler, "loader": kind.get("loader", {"num_workers": 0})}
+        return {
+            "dataset": {
+                "name": "VeriWild",
+                "image_root": str(data / "images"),
+                "cls_label_path": str(data / f"{name}.txt"),
+                "transform_ops": [{"ResizeImage": {"size": 32}}, *ops],
+            },
+            "sampler": sampler,
+            "loader": kind.get("loader", {"num_workers": 0}),
+        }
 
     pairs = {"name": "PKSampler", "batch_size": 12, "sample_per_id": 2}
     return {
-        "Global": {"device": "cpu", "epochs": 3, "image_shape": [3, 32, 32], "save_steps": 4,
-                   "print_batch_step": 1, **kind.get("Global", {})},
+        "Global": {
+            "device": "cpu",
+            "epochs": 3,
+            "image_shape": [3, 32, 32],
+            "save_steps": 4,
+            "print_batch_step": 1,
+            **kind.get("Global", {}),
+        },
         **{name: kind[name] for name in ("EMA", "AMP") if name in kind},
-        "DataLoader": {"Train": part("train", OPS, pairs), "Eval": {
-            name.title(): part(name, [{"NormalizeImage": {}}], {"batch_size": 32}) for name in ("query", "gallery")}},
-        "Arch": {"Backbone": {"name": "test_resnet", "pretrained": False, "drop_rate": 0.2},
-                 "BackboneStopLayer": {"name": "flatten"}, "Neck": {"name": "FC", "class_num": 16},
-                 "Head": {"name": "ArcMargin", "scale": 16, "margin": 0.2}},
-        "Loss": {"Train": [{"CELoss": {"weight": 1.0}}, {"SupConLoss": {"weight": 1.0, "views": 2}},
-                           *kind.get("losses", [])]},
+        "DataLoader": {
+            "Train": part("train", OPS, pairs),
+            "Eval": {
+                name.title(): part(name, [{"NormalizeImage": {}}], {"batch_size": 32}) for name in ("query", "gallery")
+            },
+        },
+        "Arch": {
+            "Backbone": {"name": "test_resnet", "pretrained": False, "drop_rate": 0.2},
+            "BackboneStopLayer": {"name": "flatten"},
+            "Neck": {"name": "FC", "class_num": 16},
+            "Head": {"name": "ArcMargin", "scale": 16, "margin": 0.2},
+        },
+        "Loss": {
+            "Train": [{"CELoss": {"weight": 1.0}}, {"SupConLoss": {"weight": 1.0, "views": 2}}, *kind.get("losses", [])]
+        },
         "Optimizer": {"name": "AdamW", "lr": kind.get("lr", {"name": "Cosine", "learning_rate": 0.002})},
         "Metric": {"Eval": [{"Recallk": {"topk": [1, 5]}}, {"mAP": {}}]},
     }
 
 
 def digest(value, key: str = "") -> str:
-    "A hash of tensors, numbers and texts, however nested."
+    """A hash of tensors, numbers and texts, however nested."""
     made = hashlib.sha256(key.encode())
     if isinstance(value, torch.Tensor):
         made.update(value.contiguous().flatten().view(torch.uint8).numpy().tobytes())
@@ -78,26 +99,33 @@ def digest(value, key: str = "") -> str:
 
 
 def result(run: Path) -> dict[str, str]:
-    "What a finished run left: a hash of each of its files, and of its last checkpoint's content."
+    """What a finished run left: a hash of each of its files, and of its last checkpoint's content."""
     kept = torch.load(run / "checkpoints" / "latest.pt", weights_only=True)
-    return {**{name: hashlib.sha256((run / name).read_bytes()).hexdigest() for name in FILES},
-            **{name: digest(kept[name]) for name in ("model", "optimizer", "loss", "callbacks", "rng")}}
+    return {
+        **{name: hashlib.sha256((run / name).read_bytes()).hexdigest() for name in FILES},
+        **{name: digest(kept[name]) for name in ("model", "optimizer", "loss", "callbacks", "rng")},
+    }
 
 
 def start(config: Path, run: Path) -> subprocess.Popen:
-    "The run as a process group of its own, which a kill ends with its workers."
+    """The run as a process group of its own, which a kill ends with its workers."""
     log = run.with_suffix(".log").open("a")
-    return subprocess.Popen([sys.executable, "-m", "recnb.cli.train", str(config), "--run-dir", str(run)], stdout=log,
-                            stderr=log, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return subprocess.Popen(
+        [sys.executable, "-m", "recnb.cli.train", str(config), "--run-dir", str(run)],
+        stdout=log,
+        stderr=log,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
 
 
 def training(process: subprocess.Popen, run: Path) -> bool:
-    "Whether this process holds the run's lock."
+    """Whether this process holds the run's lock."""
     return owner(run).startswith(f"process {process.pid} ")
 
 
 def kill_at(process: subprocess.Popen, run: Path, seconds: float) -> str:
-    "Kills the run so many seconds after it began to train, unless it has ended; says where it was."
+    """Kills the run so many seconds after it began to train, unless it has ended; says where it was."""
     while process.poll() is None and not training(process, run):
         time.sleep(0.01)
     time.sleep(seconds)
@@ -109,7 +137,7 @@ def kill_at(process: subprocess.Popen, run: Path, seconds: float) -> str:
 
 
 def soak(folder: Path, kills: int, seed: int) -> int:
-    "How many runs did not end as one that was left alone."
+    """How many runs did not end as one that was left alone."""
     draw, failed = random.Random(seed), 0
     draw_marks(folder / "marks", identities=24, renderings=6, size=48)
     wanted, lengths = {}, {}
@@ -132,8 +160,11 @@ def soak(folder: Path, kills: int, seed: int) -> int:
         left = {} if code else result(run)
         differs = [key for key, value in wanted[name].items() if left.get(key) != value]
         failed += bool(differs)
-        print(f"{number + 1:>3} {name:<14} killed behind {', '.join(places)}: "
-              f"{'DIFFERS in ' + ', '.join(differs) if differs else 'the same'}", flush=True)
+        print(
+            f"{number + 1:>3} {name:<14} killed behind {', '.join(places)}: "
+            f"{'DIFFERS in ' + ', '.join(differs) if differs else 'the same'}",
+            flush=True,
+        )
     return failed
 
 

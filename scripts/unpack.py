@@ -4,6 +4,7 @@ configs/grocery.yaml read:
     python scripts/unpack.py omniglot FOLDER   images_background.zip and images_evaluation.zip lie in FOLDER
     python scripts/unpack.py grocery FOLDER    grocery_store_cap28.zip lies in FOLDER
 """
+
 import argparse
 import csv
 import shutil
@@ -40,25 +41,31 @@ def unpack(folder: Path, target: Path) -> None:
 
 
 def omniglot(target: Path) -> dict[str, list[tuple[str, int]]]:
-    "Characters of images_background to train on, those of images_evaluation as query and gallery at once."
+    """Characters of images_background to train on, those of images_evaluation as query and gallery at once."""
     lists, first = {}, 0
     for name, part in (("train.txt", "images_background"), ("test.txt", "images_evaluation")):
         characters = sorted(p for p in (target / part).glob("*/*") if p.is_dir())
-        lists[name] = [(image.relative_to(target).as_posix(), label)
-                       for label, character in enumerate(characters, first)
-                       for image in sorted(character.glob("*.png"))]
+        lists[name] = [
+            (image.relative_to(target).as_posix(), label)
+            for label, character in enumerate(characters, first)
+            for image in sorted(character.glob("*.png"))
+        ]
         first += len(characters)  # one number is one character, in both lists
     return lists
 
 
 def grocery(target: Path) -> dict[str, list[tuple[str, int]]]:
-    "Products with an even fine label to train on, those with an odd one as query and gallery at once."
+    """Products with an even fine label to train on, those with an odd one as query and gallery at once."""
     table = next(target.rglob("images.csv"))
     with table.open(newline="") as file:
-        rows = [((table.parent / row["path"]).relative_to(target).as_posix(), int(row["fine"]))
-                for row in csv.DictReader(file)]
-    return {"train.txt": [(path, fine) for path, fine in rows if fine % 2 == 0],
-            "test.txt": [(path, fine) for path, fine in rows if fine % 2 == 1]}
+        rows = [
+            ((table.parent / row["path"]).relative_to(target).as_posix(), int(row["fine"]))
+            for row in csv.DictReader(file)
+        ]
+    return {
+        "train.txt": [(path, fine) for path, fine in rows if fine % 2 == 0],
+        "test.txt": [(path, fine) for path, fine in rows if fine % 2 == 1],
+    }
 
 
 if __name__ == "__main__":

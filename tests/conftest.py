@@ -9,6 +9,7 @@
 
 The changes are dotted keys as in `load_config`, but they may add what is not there, and `...` removes what is.
 """
+
 import os
 
 os.environ["MPLBACKEND"] = "Agg"
@@ -29,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def made_once(tmp_path_factory, name: str, make) -> Path:
-    "A folder that `make(folder)` fills in the first worker of pytest-xdist that wants it; the others wait for it."
+    """A folder that `make(folder)` fills in the first worker of pytest-xdist that wants it; the others wait for it."""
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
     with FileLock(f"{folder}.lock"):
@@ -47,12 +48,20 @@ def drawn(tmp_path_factory) -> Path:
 
 def run_notebook(name: str, folder: Path, cwd: Path = ROOT, **parameters) -> Path:
     import papermill  # seconds that other tests, and the processes that import them, need not wait
+
     folder.mkdir(exist_ok=True)
     with patch.dict(os.environ):
         os.environ.pop("MPLBACKEND", None)  # the notebook's own, which shows figures
-        papermill.execute_notebook(ROOT / "notebooks" / f"{name}.ipynb", folder / f"{name[3:]}.ipynb", parameters,
-                                   kernel_name="python3", language="python", cwd=cwd, progress_bar=False,
-                                   execution_timeout=300)
+        papermill.execute_notebook(
+            ROOT / "notebooks" / f"{name}.ipynb",
+            folder / f"{name[3:]}.ipynb",
+            parameters,
+            kernel_name="python3",
+            language="python",
+            cwd=cwd,
+            progress_bar=False,
+            execution_timeout=300,
+        )
     return folder / f"{name[3:]}.ipynb"
 
 
@@ -70,6 +79,7 @@ def make(config_file, run, changes: dict | None = None):
     from recnb.recipe.learner import build_learner
     from recnb.recipe.model import build_model
     from recnb.recipe.schema import load_config
+
     cfg = load_config(config_file(changes))
     return build_learner(cfg, build_model(cfg), build_loaders(cfg), run)
 
@@ -93,8 +103,10 @@ def tiny_config(drawn: Path, path: Path, changes: dict | None = None) -> Path:
             "Neck": {"name": "FC", "class_num": 16},
             "Head": {"name": "ArcMargin", "margin": 0.2, "scale": 16},
         },
-        "Loss": {"Train": [{"CELoss": {"weight": 1.0}}, {"SupConLoss": {"weight": 1.0, "views": 2}}],
-                 "Eval": [{"CELoss": {"weight": 1.0}}]},
+        "Loss": {
+            "Train": [{"CELoss": {"weight": 1.0}}, {"SupConLoss": {"weight": 1.0, "views": 2}}],
+            "Eval": [{"CELoss": {"weight": 1.0}}],
+        },
         "Optimizer": {"name": "AdamW", "lr": {"name": "Cosine", "learning_rate": 0.002}},
         "Metric": {"Eval": [{"Recallk": {"topk": [1, 5]}}, {"mAP": {}}]},
     }
@@ -108,10 +120,16 @@ def split(drawn: Path, name: str, sampler: dict | None = None) -> dict:
     ops = [{"ResizeImage": {"size": PIXELS}}, {"NormalizeImage": {}}]
     if name == "train":
         ops.insert(1, {"RandFlipImage": {"flip_code": 1}})
-    return {"dataset": {"name": "VeriWild", "image_root": str(drawn / "images"),
-                        "cls_label_path": str(drawn / f"{name}.txt"), "transform_ops": ops},
-            "sampler": sampler or {"name": "DistributedBatchSampler", "batch_size": 32},
-            "loader": {"num_workers": 0}}
+    return {
+        "dataset": {
+            "name": "VeriWild",
+            "image_root": str(drawn / "images"),
+            "cls_label_path": str(drawn / f"{name}.txt"),
+            "transform_ops": ops,
+        },
+        "sampler": sampler or {"name": "DistributedBatchSampler", "batch_size": 32},
+        "loader": {"num_workers": 0},
+    }
 
 
 def change(content: dict, steps: list[str], value) -> None:

@@ -58,7 +58,7 @@ CLIP_TEST = [DECODE, {"ResizeImage": {"size": 224, "interpolation": "bicubic"}},
 
 
 def split(name, root, listed, ops, batch_size, workers, sampler="DistributedBatchSampler", **more) -> dict:
-    "One loader; `more` with a capital or of the sampler goes there, the rest to the data set."
+    """One loader; `more` with a capital or of the sampler goes there, the rest to the data set."""
     drawn = {key: more.pop(key) for key in ("sample_per_id", "num_instances", "drop_last", "shuffle", "sample_method",
                                             "id_list", "ratio", "max_iters") if key in more}
     shared = more.pop("use_shared_memory", True)
@@ -69,7 +69,7 @@ def split(name, root, listed, ops, batch_size, workers, sampler="DistributedBatc
 
 
 def both(name, root, query, gallery, ops, batch_size, workers, others=None, **more) -> dict:
-    "The sections of Eval where two lists of one kind are retrieved with; `others` are the gallery's operations."
+    """The sections of Eval where two lists of one kind are retrieved with; `others` are the gallery's operations."""
     return {part: split(name, root, listed, own, batch_size, workers, **more)
             for part, listed, own in (("Query", query, ops), ("Gallery", gallery, others or ops))}
 
@@ -82,7 +82,7 @@ def settings(epochs, shape=(3, 224, 224), mode="retrieval", **more) -> dict:
 
 
 def recmodel(backbone, stop=None, neck=None, head=None, pretrained=True, **more) -> dict:
-    "The section Arch; `more` goes to the backbone."
+    """The section Arch; `more` goes to the backbone."""
     parts = {"Backbone": {"name": backbone, "pretrained": pretrained, **more},
              "BackboneStopLayer": {"name": stop} if stop else None, "Neck": neck, "Head": head}
     return {"name": "RecModel", "infer_output_key": "features", "infer_add_softmax": False,
@@ -295,7 +295,7 @@ strong = {
 
 
 def entry(section, scope) -> dict:
-    "A section as an entry of a list of optimizers."
+    """A section as an entry of a list of optimizers."""
     return {section["name"]: {"scope": scope, **{key: value for key, value in section.items() if key != "name"}}}
 
 
@@ -469,7 +469,7 @@ def ccssl(name, classes, width, size, per_label, batch, unlabelled, crop, stats,
 
 
 def slimmed(base, epochs, rate, slim, batch_size, weights=None, **more) -> dict:
-    "A configuration as slim/ has it: fine-tuned from `weights`, pruned or quantised."
+    """A configuration as slim/ has it: fine-tuned from `weights`, pruned or quantised."""
     cfg = copy.deepcopy({**base, "Slim": slim})
     cfg["Global"] |= {"epochs": epochs, **({"pretrained_model": f"{PADDLE}/rec/models/pretrain/{weights}.pdparams"}
                                            if weights else {}), **more}
@@ -537,12 +537,12 @@ SIZES = ("size", "resize_short", "img_size", "image_shape")
 
 
 def compose(name: str, folder: Path) -> dict:
-    "The configuration of that name over a miniature of its data set, drawn below `folder`."
+    """The configuration of that name over a miniature of its data set, drawn below `folder`."""
     return over_miniature(CONFIGS[name], folder)
 
 
 def over_miniature(cfg: dict, folder: Path, **more) -> dict:
-    "A copy that costs seconds: small (SMALL and `more` by key), and over drawn images in its data set's layout."
+    """A copy that costs seconds: small (SMALL and `more` by key), and over drawn images in its data set's layout."""
     largest = SIDES.get(cfg["Arch"].get("Backbone", {}).get("name"), 64)
     small = shrunk(cfg, {**SMALL, **more}, largest / max(cfg["Global"]["image_shape"][1:]))
     for place, part in parts(small):
@@ -552,7 +552,7 @@ def over_miniature(cfg: dict, folder: Path, **more) -> dict:
 
 
 def shrunk(node, small: dict, factor: float, key: str = ""):
-    "A copy of a part of a configuration, small by key, and image sizes multiplied by `factor`."
+    """A copy of a part of a configuration, small by key, and image sizes multiplied by `factor`."""
     if key in small:
         return small[key]
     if isinstance(node, dict):
@@ -566,7 +566,7 @@ def shrunk(node, small: dict, factor: float, key: str = ""):
 
 
 def parts(cfg: dict):
-    "(the section of a loader, the part of a miniature that stands for its images) of each loader."
+    """(the section of a loader, the part of a miniature that stands for its images) of each loader."""
     train, evaluation = cfg["DataLoader"]["Train"], cfg["DataLoader"]["Eval"]
     places = {"query": evaluation.get("Query"), "gallery": evaluation.get("Gallery")}
     files = {part: listed(place) for part, place in places.items() if place}
@@ -580,12 +580,12 @@ def parts(cfg: dict):
 
 
 def listed(place: dict) -> str:
-    "What tells the images of a loader from those of another: a list file, a folder, or the part of a set."
+    """What tells the images of a loader from those of another: a list file, a folder, or the part of a set."""
     return place["dataset"].get("cls_label_path") or place["dataset"].get("mode")
 
 
 def metric_names(cfg: dict) -> list[str]:
-    "The columns that Metric.Eval of a configuration announces."
+    """The columns that Metric.Eval of a configuration announces."""
     forms = {"Recallk": "recall{}", "Precisionk": "precision@{}", "TopkAcc": "top{}"}
     return [forms[name].format(k) if name in forms else name for section in cfg["Metric"]["Eval"]
             for name, args in section.items() for k in (args or {}).get("topk", [0])]
@@ -598,7 +598,7 @@ FOLDERS = {"train": "bounding_box_train", "query": "query", "gallery": "bounding
 
 
 def picture(identity: int, number: int) -> Image.Image:
-    "A drawing that is mostly its identity's, of a size of its own."
+    """A drawing that is mostly its identity's, of a size of its own."""
     rng = np.random.default_rng(identity)
     pattern = rng.integers(0, 255, (4, 4, 3)) + np.random.default_rng([identity, number]).normal(0, 20, (4, 4, 3))
     return Image.fromarray(pattern.clip(0, 255).astype(np.uint8)).resize((60 + number, 80), Image.BILINEAR)
@@ -613,7 +613,7 @@ def miniature(layout: str, folder: Path) -> dict[str, dict]:
 
 
 def lists(root: Path, layout: str) -> dict[str, dict]:
-    "List files: white space and a third column for VeriWild, one blank for ImageNetDataset, tabs for iCartoonFace."
+    """List files: white space and a third column for VeriWild, one blank for ImageNetDataset, tabs for iCartoonFace."""
     tab = "\t" if layout == "ICartoonDataset" else " "
     for part, numbers in PARTS.items():
         lines = []
@@ -632,7 +632,7 @@ def save(image: Image.Image, path: Path) -> None:
 
 
 def persons(root: Path, layout: str) -> dict[str, dict]:
-    "Folders as Market-1501 and DukeMTMC-reID have them: identity and camera stand in the names of the files."
+    """Folders as Market-1501 and DukeMTMC-reID have them: identity and camera stand in the names of the files."""
     below = {"Market1501": "market1501/Market-1501-v15.09.15", "DukeMTMC": "dukemtmc/DukeMTMC-reID"}[layout]
     for part, name in FOLDERS.items():
         for identity in range(4):
@@ -644,7 +644,7 @@ def persons(root: Path, layout: str) -> dict[str, dict]:
 
 
 def cars(root: Path, layout: str) -> dict[str, dict]:
-    "CompCars: a list, images, and beside each a label file whose third line is the box of the car."
+    """CompCars: a list, images, and beside each a label file whose third line is the box of the car."""
     found = lists(root / "image", layout)
     for image in (root / "image").rglob("*.jpg"):
         label = root / "label" / image.relative_to(root / "image").with_suffix(".txt")
@@ -677,14 +677,14 @@ MINIATURES = {"Market1501": persons, "DukeMTMC": persons, "CompCars": cars, "Cif
 
 
 def written(cfg: dict, folder: Path) -> dict:
-    "The checked configuration of the file that says `cfg`."
+    """The checked configuration of the file that says `cfg`."""
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(cfg, sort_keys=False), encoding="utf-8")
     return load_config(path)
 
 
 def run(cfg: dict, folder: Path) -> tuple[pd.DataFrame, dict[str, bool]]:
-    "The history of the file that says `cfg`, trained and evaluated into `folder`; which parts' weights have changed."
+    """Train and evaluate `cfg` into `folder`: the history, and which parts' weights have changed."""
     cfg = written(cfg, folder)
     loaders, model = build_loaders(cfg), build_model(cfg)
     before = {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}

@@ -3,6 +3,7 @@
 Each process is forked from a server that has imported torch and recnb, so it starts in no time, and what one call
 leaves behind no other sees.
 """
+
 import multiprocessing
 import os
 import pickle
@@ -24,10 +25,11 @@ SECONDS = 120
 
 
 def in_processes(count: int, work, *args) -> list:
-    "What `work(rank, *args)` returns in each process of a gloo group of so many."
+    """What `work(rank, *args)` returns in each process of a gloo group of so many."""
     with tempfile.TemporaryDirectory() as folder:
-        group = torch.multiprocessing.start_processes(begin, (count, folder, work, args), count, join=False,
-                                                      start_method=METHOD)
+        group = torch.multiprocessing.start_processes(
+            begin, (count, folder, work, args), count, join=False, start_method=METHOD
+        )
         end = time.monotonic() + SECONDS
         while not group.join(max(0.0, end - time.monotonic())):  # True once all have ended; raises what one has raised
             if time.monotonic() > end:
@@ -44,7 +46,7 @@ def begin(rank: int, count: int, folder: str, work, args: tuple) -> None:
 
 
 def start(log: Path, work, *args) -> multiprocessing.Process:
-    "A process, in a session of its own, that ends with the code that `work(*args)` returns and prints into a file."
+    """A process, in a session of its own, that ends with the code that `work(*args)` returns and prints into a file."""
     process = SERVER.Process(target=alone, args=(log, work, args))
     process.start()
     return process

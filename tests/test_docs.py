@@ -38,7 +38,7 @@ PLACEHOLDERS = {"HOST:29500", "FOLDER_WITH_THE_ZIP", "FOLDER_WITH_THE_ZIPS"}
 
 
 def texts() -> dict[str, str]:
-    "The prose of every page and notebook by its place."
+    """The prose of every page and notebook by its place."""
     found = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in PAGES}
     for path in NOTEBOOKS:
         cells = nbformat.read(path, as_version=4).cells
@@ -48,7 +48,7 @@ def texts() -> dict[str, str]:
 
 @cache
 def commands() -> list[tuple[str, str]]:
-    "Every (place, command line) in a block of shell, in the code within a sentence, or in the head of a config."
+    """Every (place, command line) in a block of shell, in the code within a sentence, or in the head of a config."""
     found = []
     for place, text in texts().items():
         blocks = [block for language, block in FENCE.findall(text) if language in ("", "bash", "sh", "console")]
@@ -73,7 +73,7 @@ def test_each_command_exists_and_parses(place, line):
 
 
 def check(words: list[str]) -> None:
-    "Fail unless a command is one of this project's, and what it names exists."
+    """Fail unless a command is one of this project's, and what it names exists."""
     program, *rest = words
     if program == "make":
         targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
@@ -118,7 +118,7 @@ def check_python(words: list[str]) -> None:
 
 
 def check_notebook(words: list[str]) -> None:
-    "Fail unless the notebook has these parameters, and its config these overrides."
+    """Fail unless the notebook has these parameters, and its config these overrides."""
     module = importlib.import_module("recnb.cli.notebook")
     notebook, output, *options = words
     pairs = [[options[i + 1], options[i + 2]] for i, word in enumerate(options) if word == "-p"]
@@ -145,12 +145,12 @@ def check_training(words: list[str]) -> None:
 
 
 def lines_of(*places: str) -> list[str]:
-    "The different commands in Python of some pages, in their order."
+    """The different commands in Python of some pages, in their order."""
     return list(dict.fromkeys(line for place, line in commands() if place in places and words_of(line)[0] == "python"))
 
 
 def run(line: str) -> str:
-    "What a command of the documentation prints; it must end without an error."
+    """What a command of the documentation prints; it must end without an error."""
     result = subprocess.run([sys.executable, *words_of(line)[1:]], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, f"{line}\n{result.stdout}\n{result.stderr}"
     return result.stdout
@@ -183,7 +183,7 @@ def test_the_readme_is_short():
 
 
 def anchors(text: str) -> set[str]:
-    "The anchors of a page's headings, as GitHub and MyST write them."
+    """The anchors of a page's headings, as GitHub and MyST write them."""
     titles = re.findall(r"^#+ (.+)$", FENCE.sub("", text), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
@@ -248,7 +248,7 @@ def test_the_reference_has_every_name_with_its_arguments():
 
 
 class Links(html.parser.HTMLParser):
-    "The addresses that a page points to, and the anchors that it has."
+    """The addresses that a page points to, and the anchors that it has."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,5 @@
 """The files that install the project agree with each other."""
+
 import re
 import subprocess
 import sys
@@ -19,8 +20,9 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 def check(root: Path) -> list[str]:
     """Return the lines of `requirements.py --check` for a project in root, none where it is in order."""
-    result = subprocess.run([sys.executable, str(root / "scripts" / "requirements.py"), "--check"],
-                            capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, str(root / "scripts" / "requirements.py"), "--check"], capture_output=True, text=True
+    )
     assert (result.returncode == 0) == (not result.stderr), result.stderr
     return result.stderr.splitlines()
 
@@ -38,12 +40,15 @@ def test_constraints_and_environment_are_up_to_date():
     assert check(ROOT) == []
 
 
-@pytest.mark.parametrize(("file", "old", "new", "complaint"), [
-    ("pyproject.toml", '"scipy>=1.11"', '"scipy>=99"', "constraints.txt has scipy=="),
-    ("pyproject.toml", '"scipy>=1.11"', '"no-such-package"', "constraints.txt has no version of no-such-package"),
-    ("pyproject.toml", 'requires-python = ">=3.10"', 'requires-python = ">=3.11"', "environment.yml is not"),
-    ("environment.yml", "-c constraints.txt", "-c other.txt", "environment.yml is not"),
-])
+@pytest.mark.parametrize(
+    ("file", "old", "new", "complaint"),
+    [
+        ("pyproject.toml", '"scipy>=1.11"', '"scipy>=99"', "constraints.txt has scipy=="),
+        ("pyproject.toml", '"scipy>=1.11"', '"no-such-package"', "constraints.txt has no version of no-such-package"),
+        ("pyproject.toml", 'requires-python = ">=3.10"', 'requires-python = ">=3.11"', "environment.yml is not"),
+        ("environment.yml", "-c constraints.txt", "-c other.txt", "environment.yml is not"),
+    ],
+)
 def test_what_is_stale_is_named(project, file, old, new, complaint):
     text = (project / file).read_text()
     assert old in text
@@ -58,11 +63,15 @@ def test_every_pin_is_exact():
 
 
 def test_environment_and_make_install_the_same_extras():
-    (pip,) = [entry["pip"] for entry in yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
-              if isinstance(entry, dict)]
+    (pip,) = [
+        entry["pip"]
+        for entry in yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+        if isinstance(entry, dict)
+    ]
     extras = re.search(r"^EXTRAS := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
     assert pip == ["-c constraints.txt", f"-e .[{extras}]"] and set(extras.split(",")) <= {
-        *PROJECT["optional-dependencies"]}
+        *PROJECT["optional-dependencies"]
+    }
 
 
 def test_no_file_names_the_host_of_an_index():

@@ -1,4 +1,5 @@
-"One process writes to a run folder: who holds the lock, who may take it over, and when."
+"""One process writes to a run folder: who holds the lock, who may take it over, and when."""
+
 import subprocess
 import sys
 
@@ -36,15 +37,16 @@ def hurry(monkeypatch):
 
 
 def start(code, folder):
-    "Another process that runs the code and has printed its first line."
-    process = subprocess.Popen([sys.executable, "-c", code, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                               text=True)
+    """Another process that runs the code and has printed its first line."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout.readline() in ("held\n", "ready\n")
     return process
 
 
 def killed(folder):
-    "A process that held the lock and was killed."
+    """A process that held the lock and was killed."""
     process = start(HOLD, folder)
     process.kill()
     process.wait()
@@ -89,9 +91,17 @@ def test_a_lock_within_a_lock_leaves_the_outer_one(tmp_path):
         with locked(tmp_path):
             pass
         assert owner(tmp_path) == files.me()
-        process = subprocess.run([sys.executable, "-c", HOLD.replace("with locked", "import recnb.storage\n"
-                                  "recnb.storage.PATIENCE = 0.1\nwith locked"), str(tmp_path)], input="", text=True,
-                                 capture_output=True)
+        process = subprocess.run(
+            [
+                sys.executable,
+                "-c",
+                HOLD.replace("with locked", "import recnb.storage\nrecnb.storage.PATIENCE = 0.1\nwith locked"),
+                str(tmp_path),
+            ],
+            input="",
+            text=True,
+            capture_output=True,
+        )
         assert process.returncode and "LockedError" in process.stderr and files.me() in process.stderr
 
 

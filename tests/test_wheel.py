@@ -1,4 +1,5 @@
 """The wheel: what it holds, and that it works where there is no clone."""
+
 import os
 import subprocess
 import sys
@@ -14,8 +15,12 @@ FOLDERS = ("recnb", "configs", "notebooks")
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("dist")
-    subprocess.run([sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)], cwd=ROOT, check=True,
-                   capture_output=True)
+    subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+    )
     return next(folder.glob("*.whl"))
 
 
@@ -24,27 +29,45 @@ def run_installed(wheel: Path, folder: Path, code: str) -> str:
     elsewhere, installed = folder / "elsewhere", folder / "installed"
     elsewhere.mkdir()
     zipfile.ZipFile(wheel).extractall(installed)
-    result = subprocess.run([sys.executable, "-c", code], cwd=elsewhere, capture_output=True, text=True,
-                            env={**os.environ, "PYTHONPATH": str(installed)})
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=elsewhere,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(installed)},
+    )
     assert result.returncode == 0, result.stderr
     return result.stdout.strip()
 
 
 def test_it_holds_the_package_the_configs_and_the_notebooks(wheel):
-    files = {path.relative_to(ROOT) for folder in FOLDERS for path in (ROOT / folder).rglob("*")
-             if path.is_file() and "__pycache__" not in path.parts and ".ipynb_checkpoints" not in path.parts}
+    files = {
+        path.relative_to(ROOT)
+        for folder in FOLDERS
+        for path in (ROOT / folder).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts and ".ipynb_checkpoints" not in path.parts
+    }
     wanted = {(path if path.parts[0] == "recnb" else "recnb" / path).as_posix() for path in files}
     held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert held == wanted and "recnb/py.typed" in held
 
 
 def test_it_finds_its_files_and_starts_paths_from_the_working_directory(wheel, tmp_path):
-    code = ("from recnb.storage import ROOT, resolve; print(ROOT, resolve('configs/demo.yaml'), "
-            "resolve('notebooks/02_train.ipynb'), resolve('configs/mine.yaml'), resolve('data/mine'), sep='\\n')")
+    code = (
+        "from recnb.storage import ROOT, resolve; print(ROOT, resolve('configs/demo.yaml'), "
+        "resolve('notebooks/02_train.ipynb'), resolve('configs/mine.yaml'), resolve('data/mine'), sep='\\n')"
+    )
     here, package = tmp_path / "elsewhere", tmp_path / "installed" / "recnb"
-    assert run_installed(wheel, tmp_path, code).splitlines() == [str(path) for path in (
-        here, package / "configs/demo.yaml", package / "notebooks/02_train.ipynb", here / "configs/mine.yaml",
-        here / "data/mine")]
+    assert run_installed(wheel, tmp_path, code).splitlines() == [
+        str(path)
+        for path in (
+            here,
+            package / "configs/demo.yaml",
+            package / "notebooks/02_train.ipynb",
+            here / "configs/mine.yaml",
+            here / "data/mine",
+        )
+    ]
 
 
 @pytest.mark.slow

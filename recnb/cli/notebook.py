@@ -6,6 +6,7 @@
 A parameter that the notebook does not have, or a value of another type, is an error here; papermill would warn and go
 on. The folder of the executed notebook is made. Paths are taken from the folder that this is called in.
 """
+
 import argparse
 import subprocess
 import sys
@@ -25,10 +26,14 @@ def kinds(notebook: str | Path) -> dict[str, type]:
     """The type of each parameter of a notebook; `object` where the notebook does not tell."""
     path = resolve(notebook)
     if not path.is_file():
-        raise ConfigError(f"{notebook}: there is no such notebook; "
-                          f"{suggest(path.name, [other.name for other in path.parent.glob('*.ipynb')])}")
-    return {name: KINDS.get(entry["inferred_type_name"], object)
-            for name, entry in papermill.inspect_notebook(str(path)).items()}
+        raise ConfigError(
+            f"{notebook}: there is no such notebook; "
+            f"{suggest(path.name, [other.name for other in path.parent.glob('*.ipynb')])}"
+        )
+    return {
+        name: KINDS.get(entry["inferred_type_name"], object)
+        for name, entry in papermill.inspect_notebook(str(path)).items()
+    }
 
 
 def check(notebook: str | Path, parameters: dict) -> None:
@@ -46,8 +51,23 @@ def papermill_command(notebook: str | Path, output: str | Path, parameters: dict
     check(notebook, parameters)
     # YAML as yaml writes it: of `1e-05`, which other writers may choose, papermill's YAML would make a string
     text = yaml.safe_dump(parameters, default_flow_style=True, sort_keys=False, width=float("inf")).strip()
-    return [sys.executable, "-m", "papermill", str(resolve(notebook).absolute()), str(Path(output).absolute()),
-            "-k", "python3", "-l", "python", "--cwd", str(Path.cwd()), "--autosave-cell-every", "30", "-y", text]
+    return [
+        sys.executable,
+        "-m",
+        "papermill",
+        str(resolve(notebook).absolute()),
+        str(Path(output).absolute()),
+        "-k",
+        "python3",
+        "-l",
+        "python",
+        "--cwd",
+        str(Path.cwd()),
+        "--autosave-cell-every",
+        "30",
+        "-y",
+        text,
+    ]
 
 
 def parameters_of(notebook: str | Path, pairs: list[list[str]], text: str) -> dict:

@@ -7,6 +7,7 @@ The file names a `config`, `overrides` for all runs, and what differs: `grid` (k
 `list` (mappings of overrides, each with every combination). All are checked before the first one starts. Called again,
 it leaves out what is done and goes on with what was interrupted. A run that fails does not stop the others.
 """
+
 import argparse
 import itertools
 import json
@@ -63,8 +64,9 @@ def expand(batch: dict) -> dict[str, dict]:
             raise ConfigError(f"grid: {key}: {values!r} is not a list of values")
         if key in common or any(key in point for point in points):
             raise ConfigError(f"{key} stands in grid and in overrides or list: which of the values is meant?")
-    runs = [dict(zip(grid, values, strict=True)) | point
-            for point in points for values in itertools.product(*grid.values())]
+    runs = [
+        dict(zip(grid, values, strict=True)) | point for point in points for values in itertools.product(*grid.values())
+    ]
     keys = list(dict.fromkeys(key for run in runs for key in run))
     short = dict(zip(keys, short_names((key.split(".") for key in keys), "."), strict=True))
     varying = [key for key in keys if any(key not in run or run[key] != runs[0].get(key) for run in runs)]
@@ -100,8 +102,12 @@ def plan(path: str, run_dir: str | None) -> list[Job]:
         folder = target / name
         parameters = {"config": config, "run_dir": str(folder), "overrides": overrides}
         try:
-            job = Job(name, folder, load_config(config, overrides),
-                      papermill_command(NOTEBOOK, folder / "train.ipynb", parameters))
+            job = Job(
+                name,
+                folder,
+                load_config(config, overrides),
+                papermill_command(NOTEBOOK, folder / "train.ipynb", parameters),
+            )
             job.state = state(job)
         except (ConfigError, DataError) as error:
             raise ConfigError(f"{name}: {error}") from None
@@ -118,8 +124,10 @@ def state(job: Job) -> str:
         return "new"
     differing = compare(load_config(job.folder / "config.yaml"), resolved(job.cfg))
     if differing:
-        raise ConfigError(f"{job.folder} holds a run of another configuration ({'; '.join(differing)}); "
-                          "delete it, or choose another folder with --run-dir")
+        raise ConfigError(
+            f"{job.folder} holds a run of another configuration ({'; '.join(differing)}); "
+            "delete it, or choose another folder with --run-dir"
+        )
     last = "gallery.html" if lookup(job.cfg, "DataLoader.Eval") else "model.safetensors"  # what 02 writes at its end
     return "done" if (job.folder / "metrics.json").is_file() and (job.folder / last).is_file() else "interrupted"
 
@@ -147,8 +155,13 @@ class Batch:
         job.folder.mkdir(parents=True, exist_ok=True)
         started = time.perf_counter()
         with (job.folder / "papermill.log").open("w") as log:  # a session of its own: Ctrl-C reaches it through `stop`
-            child = subprocess.Popen(job.command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-                                     env={**os.environ, "OMP_NUM_THREADS": self.threads})
+            child = subprocess.Popen(
+                job.command,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env={**os.environ, "OMP_NUM_THREADS": self.threads},
+            )
             self.children.append(child)
             if self.stopped:  # meanwhile
                 child.terminate()
@@ -177,8 +190,11 @@ def table(jobs: list[Job]) -> pd.DataFrame:
     for job in jobs:
         path = job.folder / "metrics.json"
         metrics = json.loads(path.read_text()) if job.state == "done" and path.is_file() else {}
-        rows[job.name] = {"state": job.state, "seconds": "" if job.seconds is None else f"{job.seconds:.0f}",
-                          **{key: value for key, value in metrics.items() if not isinstance(value, dict)}}
+        rows[job.name] = {
+            "state": job.state,
+            "seconds": "" if job.seconds is None else f"{job.seconds:.0f}",
+            **{key: value for key, value in metrics.items() if not isinstance(value, dict)},
+        }
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
@@ -196,8 +212,10 @@ def main() -> int:
         sys.exit(f"error: {error}")
     pending = [job for job in jobs if job.state != "done"]
     if args.print:
-        print("".join(f"mkdir -p {shlex.quote(str(job.folder))} && {shlex.join(job.command)}\n" for job in pending),
-              end="")
+        print(
+            "".join(f"mkdir -p {shlex.quote(str(job.folder))} && {shlex.join(job.command)}\n" for job in pending),
+            end="",
+        )
         return 0
     if any("data/demo/" in job.cfg["DataLoader"]["Train"]["dataset"]["image_root"] for job in pending):
         draw_marks(resolve("data/demo"))  # here, once: the notebooks would each draw it, at the same time

@@ -3,6 +3,7 @@
 What notebooks/02_train.ipynb runs, with the same run folder as its result. Called again it goes on where it stopped.
 `torchrun --nproc-per-node 2 -m recnb.cli.train ...` trains in several processes, on one machine or more.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -25,8 +26,14 @@ def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m recnb.cli.train", description=__doc__.splitlines()[0])
     parser.add_argument("config", help="the YAML file")
     parser.add_argument("--run-dir", help="where to write; by default Global.output_dir, else runs and the name")
-    parser.add_argument("-o", dest="overrides", action="append", default=[], metavar="KEY=VALUE",
-                        help="a dotted key and the value to use instead, e.g. Global.epochs=2; may be repeated")
+    parser.add_argument(
+        "-o",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a dotted key and the value to use instead, e.g. Global.epochs=2; may be repeated",
+    )
     parser.add_argument("--print", action="store_true", help="only print the configuration that would be run")
     given = parser.parse_args(words)
     try:

@@ -3,16 +3,20 @@
 The way of an image: `images` decodes, `transforms` and `augment` change it, `pipeline` splits the work between workers
 and the device, `loaders` makes the batches. `layouts` reads data sets as they are distributed.
 """
+
 from recnb import lazily
 
-__getattr__, __dir__, __all__ = lazily(__name__, {
-    "images": "DataError read_rgb",
-    "lists": "DATASETS ImageList VeriWild ImageNetDataset ImageFolder seeded own_index",
-    "layouts": "Market1501 DukeMTMC MSMT17 CompCars ICartoonDataset LogoDataset Cifar10 Cifar100 Torchvision",
-    "transforms": "TRANSFORMS",
-    "augment": "BATCH_TRANSFORMS",
-    "augmix": "AugMix",
-    "pipeline": "Pipeline display_image",
-    "samplers": "SAMPLERS PKSampler DistributedRandomIdentitySampler DistributedBatchSampler",
-    "loaders": "ImageLoader Loaders images_per_second",
-})
+__getattr__, __dir__, __all__ = lazily(
+    __name__,
+    {
+        "images": "DataError read_rgb",
+        "lists": "DATASETS ImageList VeriWild ImageNetDataset ImageFolder seeded own_index",
+        "layouts": "Market1501 DukeMTMC MSMT17 CompCars ICartoonDataset LogoDataset Cifar10 Cifar100 Torchvision",
+        "transforms": "TRANSFORMS",
+        "augment": "BATCH_TRANSFORMS",
+        "augmix": "AugMix",
+        "pipeline": "Pipeline display_image",
+        "samplers": "SAMPLERS PKSampler DistributedRandomIdentitySampler DistributedBatchSampler",
+        "loaders": "ImageLoader Loaders images_per_second",
+    },
+)

@@ -9,6 +9,7 @@ ops in it, gets torchvision's. All draws are on torch's global generator.
 Left out: RandAugmentV2 and its ops SolarizeAdd and Cutout, the policies 'v0', 'v0r' and 'originalr', and FmixOperator,
 none of which torchvision has and no feature-learning file of the original uses.
 """
+
 from __future__ import annotations
 
 import re
@@ -28,15 +29,20 @@ BATCH_TRANSFORMS = Registry("batch transform", f"{MIXING}[]")
 COUNTED = "the number of training identities is"
 GREY = [128, 128, 128]
 RESAMPLING = [("nearest", False), ("bilinear", False), ("bicubic", False), ("bilinear", True)]  # True: antialiased
-SETTINGS = {"rand": {"m": 10.0, "n": 2.0, "mstd": 0.0, "inc": 0.0}, "original": {},  # timm's letters and defaults
-            "augmix": {"m": 3.0, "w": 3.0, "d": -1.0, "a": 1.0}}
+SETTINGS = {
+    "rand": {"m": 10.0, "n": 2.0, "mstd": 0.0, "inc": 0.0},
+    "original": {},  # timm's letters and defaults
+    "augmix": {"m": 3.0, "w": 3.0, "d": -1.0, "a": 1.0},
+}
 
 
 # --- Policies ---------------------------------------------------------------------------------------------------------
 
+
 @TRANSFORMS.register
-def RandAugment(num_layers: int = 2, magnitude: int = 5, fillcolor: list | None = None,
-                interpolation: str = "bicubic") -> v2.Transform:
+def RandAugment(
+    num_layers: int = 2, magnitude: int = 5, fillcolor: list | None = None, interpolation: str = "bicubic"
+) -> v2.Transform:
     """RandAugment (https://arxiv.org/abs/1909.13719): `num_layers` random ops, each at level `magnitude` of 0 to 10.
 
     Strengths grow with the level for each op, as in the paper; the original's Posterize and Solarize weaken.
@@ -56,15 +62,20 @@ def AutoAugment(fillcolor: list | None = None) -> v2.Transform:
 
 @TRANSFORMS.register
 def TrivialAugment(num_magnitude_bins: int = 31) -> v2.Transform:
-    "TrivialAugment (https://arxiv.org/abs/2103.10158): one random op at one of `num_magnitude_bins` random strengths."
+    """TrivialAugment (https://arxiv.org/abs/2103.10158): one random op at one of `num_magnitude_bins` strengths."""
     if num_magnitude_bins < 2:
         raise ValueError(f"num_magnitude_bins is {num_magnitude_bins}, and there must be 2 strengths or more")
     return of_bytes("TrivialAugment", v2.TrivialAugmentWide(num_magnitude_bins, INTERPOLATION["bilinear"], GREY))
 
 
 @TRANSFORMS.register
-def TimmAutoAugment(config_str: str = "rand-m9-mstd0.5-inc1", interpolation: str = "bicubic",
-                    img_size: int | list = 224, mean: list | None = None, prob: float = 1.0) -> v2.Transform:
+def TimmAutoAugment(
+    config_str: str = "rand-m9-mstd0.5-inc1",
+    interpolation: str = "bicubic",
+    img_size: int | list = 224,
+    mean: list | None = None,
+    prob: float = 1.0,
+) -> v2.Transform:
     """A policy in timm's shorthand, with probability `prob`.
 
     rand-m9-n2-mstd0.5-inc1: n ops, each with probability 0.5, at a level drawn from the normal distribution of mean m
@@ -73,8 +84,10 @@ def TimmAutoAugment(config_str: str = "rand-m9-mstd0.5-inc1", interpolation: str
     Translations go by the image itself, so that `img_size` has no effect.
     """
     kind, numbers = shorthand(config_str)
-    look = {"interpolation": affine_mode(interpolation),
-            "fill": [min(255, round(255 * m)) for m in per_channel("mean", mean or MEAN)]}
+    look = {
+        "interpolation": affine_mode(interpolation),
+        "fill": [min(255, round(255 * m)) for m in per_channel("mean", mean or MEAN)],
+    }
     if kind == "rand":
         policy = layers(config_str, look, **numbers)
     elif kind == "augmix":
@@ -93,8 +106,10 @@ def shorthand(text: str) -> tuple[str, dict]:
     for part in parts:
         match = re.fullmatch(r"([a-z]+)(\d+(?:\.\d+)?)", part)
         if match is None or match[1] not in numbers:
-            raise ValueError(f"config_str '{text}': '{part}' has no meaning here after '{kind}'; "
-                             f"{suggest('', (f'{key}NUMBER' for key in numbers))}")
+            raise ValueError(
+                f"config_str '{text}': '{part}' has no meaning here after '{kind}'; "
+                f"{suggest('', (f'{key}NUMBER' for key in numbers))}"
+            )
         numbers[match[1]] = float(match[2])
     return kind, numbers
 
@@ -102,8 +117,10 @@ def shorthand(text: str) -> tuple[str, dict]:
 def layers(text: str, look: dict, m: float, n: float, mstd: float, inc: float) -> v2.Transform:
     """timm's RandAugment: a normal distribution of levels is 21 equally likely ones, in steps of a tenth."""
     if inc == 0 or not 0 <= m <= 10 or n < 1:
-        raise ValueError(f"config_str '{text}': write inc1, since torchvision's ops always grow with their level, "
-                         "a level m from 0 to 10 and n of 1 or more")
+        raise ValueError(
+            f"config_str '{text}': write inc1, since torchvision's ops always grow with their level, "
+            "a level m from 0 to 10 and n of 1 or more"
+        )
     drawn = [NormalDist(m, mstd).inv_cdf((i + 0.5) / 21) for i in range(21)] if mstd else [m]
     steps = [round(10 * min(10, max(0, level))) for level in drawn]
     layer = v2.RandomChoice([v2.RandAugment(1, step, 101, **look) for step in steps])
@@ -112,11 +129,14 @@ def layers(text: str, look: dict, m: float, n: float, mstd: float, inc: float) -
 
 # --- Single ops -------------------------------------------------------------------------------------------------------
 
+
 @TRANSFORMS.register
 def RandomApply(transforms: list, p: float = 0.5) -> v2.Transform:
     """A list of transforms, `- Name: {arguments}` each, applied all together with probability `p`."""
-    ops = [TRANSFORMS.build({"name": name, **args}, place)
-           for place, name, args in (entry(item, f"transforms.{i}") for i, item in enumerate(transforms))]
+    ops = [
+        TRANSFORMS.build({"name": name, **args}, place)
+        for place, name, args in (entry(item, f"transforms.{i}") for i, item in enumerate(transforms))
+    ]
     return sometimes(p, *ops, key="p")
 
 
@@ -155,15 +175,16 @@ def with_holes(n_holes: int, length: int, image: torch.Tensor) -> torch.Tensor:
     image = image.clone()
     for _ in range(n_holes):
         top, left = (int(torch.randint(side, ())) - length // 2 for side in image.shape[-2:])
-        image[..., max(0, top):max(0, top + length), max(0, left):max(0, left + length)] = 0
+        image[..., max(0, top) : max(0, top + length), max(0, left) : max(0, left + length)] = 0
     return image
 
 
 # --- Batches ----------------------------------------------------------------------------------------------------------
 
+
 @BATCH_TRANSFORMS.register
 def MixupOperator(class_num: int, alpha: float = 1.0) -> Callable:
-    "Mixup (https://arxiv.org/abs/1710.09412): two images and their labels averaged, by a weight of Beta(alpha, alpha)."
+    """Mixup (https://arxiv.org/abs/1710.09412): the mean of two images and labels, weighted by Beta(alpha, alpha)."""
     return partial(shuffled, v2.MixUp(alpha=positive(alpha), num_classes=class_num))
 
 

@@ -1,4 +1,5 @@
 """AugMix with the strengths and weights of the original."""
+
 from __future__ import annotations
 
 import math
@@ -27,8 +28,13 @@ AUGMIX_OPS = {  # (uint8 (3, H, W), level of 0.1 to 10, sign of -1 or 1): the or
 
 
 @TRANSFORMS.register
-def AugMix(prob: float = 0.5, aug_prob_coeff: float = 0.1, mixture_width: int = 3, mixture_depth: int = 1,
-           aug_severity: int = 1) -> v2.Transform:
+def AugMix(
+    prob: float = 0.5,
+    aug_prob_coeff: float = 0.1,
+    mixture_width: int = 3,
+    mixture_depth: int = 1,
+    aug_severity: int = 1,
+) -> v2.Transform:
     """AugMix (https://arxiv.org/abs/1912.02781) over nine geometric and tonal ops, with probability `prob`.
 
     `mixture_width` chains of `mixture_depth` ops each (-1: 1 to 3 at random), at levels from 0.1 to `aug_severity` (1
@@ -39,8 +45,10 @@ def AugMix(prob: float = 0.5, aug_prob_coeff: float = 0.1, mixture_width: int = 
     outside of these ranges.
     """
     if not aug_prob_coeff > 0 or mixture_width < 1 or not (mixture_depth == -1 or mixture_depth >= 1):
-        raise ValueError(f"aug_prob_coeff is {aug_prob_coeff}, mixture_width {mixture_width} and mixture_depth "
-                         f"{mixture_depth}, not a number above 0, 1 or more, and 1 or more or -1 for 1 to 3 at random")
+        raise ValueError(
+            f"aug_prob_coeff is {aug_prob_coeff}, mixture_width {mixture_width} and mixture_depth "
+            f"{mixture_depth}, not a number above 0, 1 or more, and 1 or more or -1 for 1 to 3 at random"
+        )
     if not 1 <= aug_severity <= 10:
         raise ValueError(f"aug_severity is {aug_severity}, not a level from 1 to 10")
     shares = Dirichlet(torch.full((mixture_width,), float(aug_prob_coeff)))
@@ -73,8 +81,13 @@ def drawn(share: Beta, shares: Dirichlet, depth: int, severity: float) -> tuple[
     weights = (share.sample() * shares.sample()).tolist()
     depths = [depth] * len(weights) if depth > 0 else torch.randint(1, 4, (len(weights),)).tolist()
     names = list(AUGMIX_OPS)
-    return weights, [[(names[int(len(names) * which)], 0.1 + (severity - 0.1) * level, -1 if sign < 0.5 else 1)
-                      for which, level, sign in torch.rand(length, 3).tolist()] for length in depths]
+    return weights, [
+        [
+            (names[int(len(names) * which)], 0.1 + (severity - 0.1) * level, -1 if sign < 0.5 else 1)
+            for which, level, sign in torch.rand(length, 3).tolist()
+        ]
+        for length in depths
+    ]
 
 
 def turned(image: torch.Tensor, degrees: float) -> torch.Tensor:

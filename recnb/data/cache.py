@@ -1,4 +1,5 @@
 """Images that are decoded and resized once, into a file that all processes map into their memory."""
+
 from __future__ import annotations
 
 import hashlib
@@ -56,10 +57,15 @@ def keep(images: ImageList, folder: Path, where: str) -> None:
     """
     done = fixed_ops(images.transform)
     if not done:
-        raise ConfigError(f"{where}.dataset.transform_ops: Global.cache_images keeps images of one size, and the first "
-                          "op makes none; begin with '- ResizeImage: {size: N}', larger than what is cropped later")
-    key = [fingerprint(images.paths, images.boxes, range(len(images))), torchvision.__version__,
-           *map(str, images.transform.transforms[:done])]
+        raise ConfigError(
+            f"{where}.dataset.transform_ops: Global.cache_images keeps images of one size, and the first "
+            "op makes none; begin with '- ResizeImage: {size: N}', larger than what is cropped later"
+        )
+    key = [
+        fingerprint(images.paths, images.boxes, range(len(images))),
+        torchvision.__version__,
+        *map(str, images.transform.transforms[:done]),
+    ]
     images.kept = Kept(folder / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.npy", images.transform, done)
     first_does(write_kept, images)
 
@@ -71,7 +77,7 @@ def write_kept(images: ImageList) -> None:
 
     def first_part(index: int) -> np.ndarray:  # (H, W, 3)
         image = images.image(index)
-        for op in images.transform.transforms[:images.kept.done]:
+        for op in images.transform.transforms[: images.kept.done]:
             image = op(image)
         return image.permute(1, 2, 0).numpy()
 
@@ -83,8 +89,10 @@ def write_kept(images: ImageList) -> None:
     shape = (len(images), *first_part(0).shape)
     free, wanted = shutil.disk_usage(path.parent).free, int(np.prod(shape))
     if wanted > 0.95 * free:
-        raise DataError(f"Global.cache_images: {path.parent} has {free / 1e9:.1f} GB free, and the images of "
-                        f"{images.source} take {wanted / 1e9:.1f} GB; choose another folder, or leave it out")
+        raise DataError(
+            f"Global.cache_images: {path.parent} has {free / 1e9:.1f} GB free, and the images of "
+            f"{images.source} take {wanted / 1e9:.1f} GB; choose another folder, or leave it out"
+        )
     with replacing(path) as temporary, ThreadPoolExecutor(os.cpu_count()) as pool:
         file = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape)
         for start in tqdm(parts, "images kept", unit="thousand", leave=False, delay=3):

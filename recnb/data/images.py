@@ -3,6 +3,7 @@
 Whatever a file holds is decoded right or refused: truncated, empty, of another format than its name says, with 16 bits,
 alpha, a palette or CMYK, animated, turned, or so large that it might be meant to fill the memory.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -28,8 +29,11 @@ except ImportError:
 
 
 PART = 1000  # as many images of a list are remembered together as decoded
-REMEMBERED = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"),  # noqa: PTH111 (never fails)
-                  "recnb", "decoded.txt")
+REMEMBERED = Path(
+    os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"),  # noqa: PTH111 (never fails)
+    "recnb",
+    "decoded.txt",
+)
 
 
 class DataError(RuntimeError):
@@ -118,8 +122,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def reason(error: Exception) -> str:
     """Why an image cannot be used, from what reading it raised: the half sentence behind its name."""
     if isinstance(error, Image.DecompressionBombError):
-        return (f"has more pixels than is safe to decode: {error} Save it smaller, leave it out, or raise "
-                "PIL.Image.MAX_IMAGE_PIXELS where you trust it")
+        return (
+            f"has more pixels than is safe to decode: {error} Save it smaller, leave it out, or raise "
+            "PIL.Image.MAX_IMAGE_PIXELS where you trust it"
+        )
     if isinstance(error, FileNotFoundError):
         return "is not there"
     if isinstance(error, IsADirectoryError):
@@ -132,8 +138,9 @@ def reason(error: Exception) -> str:
 def check_box(left: int, top: int, right: int, bottom: int, width: int, height: int) -> tuple[int, int, int, int]:
     """The box; raises ValueError where a box holds no pixels or reaches out of the image."""
     if not (0 <= left < right <= width and 0 <= top < bottom <= height):
-        raise ValueError(f"the box {left} {top} {right} {bottom} is not within the {width} x {height} pixels of the "
-                         "image")
+        raise ValueError(
+            f"the box {left} {top} {right} {bottom} is not within the {width} x {height} pixels of the image"
+        )
     return left, top, right, bottom
 
 

@@ -4,6 +4,7 @@ Identities, cameras and boxes come from the names of the files, from files besid
 has names for its identities, or people as numbers of four digits, these names are the labels, as those of folders are:
 training numbers them in sorted order, whatever `class_num` says.
 """
+
 from __future__ import annotations
 
 import inspect
@@ -26,18 +27,34 @@ from recnb.storage import resolve
 
 JUNK = -1  # the number of detections that show no whole person
 SETS = {  # the splits of torchvision's sets of one label an image; with none, the set is in one piece
-    "CIFAR10": ("train", "test"), "CIFAR100": ("train", "test"), "Caltech101": (), "Caltech256": (),
-    "Country211": ("train", "valid", "test"), "DTD": ("train", "val", "test"), "EuroSAT": (),
-    "FGVCAircraft": ("trainval", "test"), "FashionMNIST": ("train", "test"), "Flowers102": ("train", "val", "test"),
-    "Food101": ("train", "test"), "GTSRB": ("train", "test"), "Imagenette": ("train", "val"),
-    "KMNIST": ("train", "test"), "LFWPeople": ("10fold",), "MNIST": ("train", "test"),
-    "Omniglot": ("background", "evaluation"), "OxfordIIITPet": ("trainval", "test"), "SUN397": (),
-    "STL10": ("train", "test"), "SVHN": ("train", "test"), "StanfordCars": ("train", "test"),
+    "CIFAR10": ("train", "test"),
+    "CIFAR100": ("train", "test"),
+    "Caltech101": (),
+    "Caltech256": (),
+    "Country211": ("train", "valid", "test"),
+    "DTD": ("train", "val", "test"),
+    "EuroSAT": (),
+    "FGVCAircraft": ("trainval", "test"),
+    "FashionMNIST": ("train", "test"),
+    "Flowers102": ("train", "val", "test"),
+    "Food101": ("train", "test"),
+    "GTSRB": ("train", "test"),
+    "Imagenette": ("train", "val"),
+    "KMNIST": ("train", "test"),
+    "LFWPeople": ("10fold",),
+    "MNIST": ("train", "test"),
+    "Omniglot": ("background", "evaluation"),
+    "OxfordIIITPet": ("trainval", "test"),
+    "SUN397": (),
+    "STL10": ("train", "test"),
+    "SVHN": ("train", "test"),
+    "StanfordCars": ("train", "test"),
     "USPS": ("train", "test"),
 }
 
 
 # ---- persons ---------------------------------------------------------------------------------------------------------
+
 
 @DATASETS.register
 def Market1501(image_root: str, cls_label_path: str, backend: str = "cv2") -> ImageList:
@@ -88,8 +105,9 @@ def persons(folder: Path) -> ImageList:
         if file.suffix.lower() in EXTENSIONS:
             match = re.match(r"(-1|\d+)_c(\d+)", file.name)
             if match is None:
-                raise DataError(f"{file}: the name does not begin with a person and a camera, as in "
-                                "0002_c1s1_000451_03.jpg")
+                raise DataError(
+                    f"{file}: the name does not begin with a person and a camera, as in 0002_c1s1_000451_03.jpg"
+                )
             rows.append((str(file), int(match[1]), int(match[2])))
     rows = [row for row in rows if row[1] != JUNK]
     if not rows:
@@ -105,8 +123,10 @@ def listed_persons(path: Path) -> ImageList:
     images = read_list(str(masked if masked.is_dir() else path.parent / part), str(path), None, (2,))
     found = [re.match(r"\d+_\d+_(\d+)_", Path(image).name) for image in images.paths]
     if None in found:
-        raise DataError(f"{images.place(found.index(None))}: the third number of a file's name is its camera, as in "
-                        f"0000_000_01_0303morning_0008_0.jpg, and {images.paths[found.index(None)]} has none")
+        raise DataError(
+            f"{images.place(found.index(None))}: the third number of a file's name is its camera, as in "
+            f"0000_000_01_0303morning_0008_0.jpg, and {images.paths[found.index(None)]} has none"
+        )
     images.labels, images.cameras = named(images.labels), np.array([int(match[1]) for match in found])
     return images
 
@@ -118,9 +138,16 @@ def named(numbers: Iterable[int]) -> np.ndarray:
 
 # ---- vehicles, faces, logos ------------------------------------------------------------------------------------------
 
+
 @DATASETS.register
-def CompCars(image_root: str, cls_label_path: str, label_root: str | None = None, bbox_crop: bool = False,
-             relabel: bool | None = None, allow_outside: bool = False) -> ImageList:
+def CompCars(
+    image_root: str,
+    cls_label_path: str,
+    label_root: str | None = None,
+    bbox_crop: bool = False,
+    relabel: bool | None = None,
+    allow_outside: bool = False,
+) -> ImageList:
     """The images of a list `path label` of CompCars (Yang et al., CVPR 2015), with `bbox_crop` cropped to the car.
 
     The box of `a/b.jpg` is the third line, `left top right bottom`, of `a/b.txt` below `label_root`.
@@ -130,8 +157,12 @@ def CompCars(image_root: str, cls_label_path: str, label_root: str | None = None
         if label_root is None:
             raise ValueError("bbox_crop needs label_root, the folder of the files with the boxes")
         boxes, root = resolve(label_root), resolve(image_root)
-        images.boxes = np.array([read_box((boxes / os.path.relpath(path, root)).with_suffix(".txt"), images.place(i))
-                                 for i, path in enumerate(images.paths)])
+        images.boxes = np.array(
+            [
+                read_box((boxes / os.path.relpath(path, root)).with_suffix(".txt"), images.place(i))
+                for i, path in enumerate(images.paths)
+            ]
+        )
     return images
 
 
@@ -148,15 +179,17 @@ def read_box(path: Path, place: str) -> list[int]:
 
 
 @DATASETS.register
-def ICartoonDataset(image_root: str, cls_label_path: str, relabel: bool | None = None,
-                    allow_outside: bool = False) -> ImageList:
+def ICartoonDataset(
+    image_root: str, cls_label_path: str, relabel: bool | None = None, allow_outside: bool = False
+) -> ImageList:
     """The images of a list of iCartoonFace (Zheng et al., 2020): path and label, separated by a tab."""
     return read_list(image_root, cls_label_path, "\t", (2,), allow_outside)
 
 
 @DATASETS.register
-def LogoDataset(image_root: str, cls_label_path: str, relabel: bool | None = None,
-                allow_outside: bool = False) -> ImageList:
+def LogoDataset(
+    image_root: str, cls_label_path: str, relabel: bool | None = None, allow_outside: bool = False
+) -> ImageList:
     """The images of a table of logos: columns separated by tabs, a first line that begins with `image_id`.
 
     The second column is the label, counted from 1, and the fourth the path. Labels here count from 0, as the
@@ -181,6 +214,7 @@ def LogoDataset(image_root: str, cls_label_path: str, relabel: bool | None = Non
 
 # ---- torchvision's sets ----------------------------------------------------------------------------------------------
 
+
 @DATASETS.register
 def Cifar10(image_root: str, mode: str = "train", download: bool = False, backend: str = "cv2") -> ImageList:
     """All ten classes of CIFAR-10 (Krizhevsky, 2009), `mode` train or test; written once as files (`Torchvision`)."""
@@ -197,8 +231,14 @@ def Cifar100(image_root: str, mode: str = "train", download: bool = False, backe
 
 
 @DATASETS.register
-def Torchvision(image_root: str, set: str, part: str = "train", train_share: float = 0.5, split: str | None = None,
-                download: bool = False) -> ImageList:
+def Torchvision(
+    image_root: str,
+    set: str,
+    part: str = "train",
+    train_share: float = 0.5,
+    split: str | None = None,
+    download: bool = False,
+) -> ImageList:
     """A set of torchvision's, divided by class: nothing of a class that is trained on is searched for.
 
     The first `train_share` of the classes, in the order in which the set numbers them, are the part `train`, the
@@ -215,8 +255,9 @@ def Torchvision(image_root: str, set: str, part: str = "train", train_share: flo
     if split is not None and split not in SETS[set]:
         raise ValueError(f"split: {set} has no '{split}'; {suggest(split, SETS[set])}")
     root = resolve(image_root)
-    rows = list(chain.from_iterable(stored(set, root, one, download)
-                                    for one in ([split] if split else SETS[set] or [None])))
+    rows = list(
+        chain.from_iterable(stored(set, root, one, download) for one in ([split] if split else SETS[set] or [None]))
+    )
     identities = list(dict.fromkeys(identity for _, identity in rows))
     first = round(train_share * len(identities))
     chosen = dict.fromkeys(identities[:first] if part == "train" else identities[first:])
@@ -232,8 +273,13 @@ def stored(name: str, root: Path, split: str | None, download: bool) -> list[tup
     Raises DataError where torchvision does not find it.
     """
     made = getattr(torchvision.datasets, name)
-    options = {"train": split == "train", "background": split == "background", "split": split, "download": download,
-               "loader": str}  # a loader that opens nothing: items are then paths
+    options = {
+        "train": split == "train",
+        "background": split == "background",
+        "split": split,
+        "download": download,
+        "loader": str,
+    }  # a loader that opens nothing: items are then paths
     try:
         data = made(str(root), **{k: v for k, v in options.items() if k in inspect.signature(made).parameters})
     except (RuntimeError, OSError) as error:
@@ -300,8 +346,10 @@ def written_once(folder: Path) -> Iterator[tuple]:
 
 def register_set(name: str) -> None:
     """Make a set of torchvision's known by its own name, as well as by `Torchvision` with `set`."""
-    def dataset(image_root: str, part: str = "train", train_share: float = 0.5, split: str | None = None,
-                download: bool = False) -> ImageList:
+
+    def dataset(
+        image_root: str, part: str = "train", train_share: float = 0.5, split: str | None = None, download: bool = False
+    ) -> ImageList:
         return Torchvision(image_root, name, part, train_share, split, download)
 
     dataset.__name__, dataset.__doc__ = name, f"{name} by its own name: see `Torchvision`."

@@ -6,6 +6,7 @@ once before training too, and one that cannot be is an error, or is left out (`G
 image. Identities of the training list are numbered 0..N-1 in sorted order unless the file gives `class_num` (then
 labels are taken literally) or says `relabel: False`.
 """
+
 from __future__ import annotations
 
 import csv
@@ -110,7 +111,7 @@ class ImageList(Dataset):
 
 @dataclass
 class Item(Sequence):
-    "(image (3, H, W), label), the image's last ops not run before it is asked for: an `ImageLoader` runs them later."
+    """(image (3, H, W), label); the image's last ops run when it is asked for: an `ImageLoader` runs them later."""
 
     pixels: torch.Tensor
     boxes: torch.Tensor
@@ -140,8 +141,9 @@ def seeded(seed: int | None):
             torch.set_rng_state(before)
 
 
-def read_list(image_root: str, cls_label_path: str, delimiter: str | None, columns: tuple[int, ...],
-              allow_outside: bool = False) -> ImageList:
+def read_list(
+    image_root: str, cls_label_path: str, delimiter: str | None, columns: tuple[int, ...], allow_outside: bool = False
+) -> ImageList:
     """The table of a list file; raises DataError with file and line for whatever is not `path label [camera]`.
 
     A path that leaves `image_root`, absolute or by `..`, is such an error too unless `allow_outside`; links are fine.
@@ -175,8 +177,10 @@ def below(root: str, name: str, allow_outside: bool, path: Path, number: int) ->
             file = os.path.normpath(file)
             whole, top = (os.path.normpath(Path(place).absolute()) for place in (file, root))
             if not Path(whole).is_relative_to(top):
-                raise DataError(f"{path} line {number}: '{printable(name)}' leaves image_root, {root}; correct it, "
-                                "take a higher image_root, or write allow_outside: True in the data set's section")
+                raise DataError(
+                    f"{path} line {number}: '{printable(name)}' leaves image_root, {root}; correct it, "
+                    "take a higher image_root, or write allow_outside: True in the data set's section"
+                )
     return file
 
 
@@ -211,15 +215,21 @@ def integer(cell: str, path: Path, number: int) -> int:
 
 
 @DATASETS.register
-def VeriWild(image_root: str, cls_label_path: str, relabel: bool | None = None, backend: str = "cv2",
-             allow_outside: bool = False) -> ImageList:
+def VeriWild(
+    image_root: str, cls_label_path: str, relabel: bool | None = None, backend: str = "cv2", allow_outside: bool = False
+) -> ImageList:
     """The images of a list `path label [camera]`, columns separated by white space; `backend` changes nothing."""
     return read_list(image_root, cls_label_path, None, (2, 3), allow_outside)
 
 
 @DATASETS.register
-def ImageNetDataset(image_root: str, cls_label_path: str, delimiter: str | None = " ",
-                    relabel: bool | None = None, allow_outside: bool = False) -> ImageList:
+def ImageNetDataset(
+    image_root: str,
+    cls_label_path: str,
+    delimiter: str | None = " ",
+    relabel: bool | None = None,
+    allow_outside: bool = False,
+) -> ImageList:
     """The images of a list `path label`; with the default delimiter, paths may hold spaces."""
     return read_list(image_root, cls_label_path, delimiter or " ", (2,), allow_outside)
 
@@ -229,8 +239,12 @@ def ImageFolder(image_root: str, relabel: bool | None = None) -> ImageList:
     """The images below `image_root`, where each folder of the first level is one identity (of that name)."""
     root = resolve(image_root)
     folders = sorted(p for p in root.iterdir() if p.is_dir()) if root.is_dir() else []
-    files = [(str(file), folder.name) for folder in folders
-             for file in sorted(folder.rglob("*")) if file.suffix.lower() in EXTENSIONS and not file.is_dir()]
+    files = [
+        (str(file), folder.name)
+        for folder in folders
+        for file in sorted(folder.rglob("*"))
+        if file.suffix.lower() in EXTENSIONS and not file.is_dir()
+    ]
     if not files:
         raise DataError(f"image_root: {root} has no folders with images (one folder per identity)")
     paths, names = zip(*files, strict=True)
@@ -243,8 +257,10 @@ def check_images(*tables: ImageList) -> None:
     if bad:
         more = [f"and {len(bad) - REPORTED} more"] * (len(bad) > REPORTED)
         lines = "\n".join([*bad[:REPORTED], *more])
-        raise DataError(f"{len(bad)} of {sum(map(len, tables))} images cannot be used; mend them, take them out of "
-                        f"their lists, or leave them out with Global.on_bad_image: drop\n{lines}")
+        raise DataError(
+            f"{len(bad)} of {sum(map(len, tables))} images cannot be used; mend them, take them out of "
+            f"their lists, or leave them out with Global.on_bad_image: drop\n{lines}"
+        )
 
 
 def drop_faults(images: ImageList) -> None:
@@ -257,8 +273,10 @@ def drop_faults(images: ImageList) -> None:
     if not len(images):
         raise DataError(f"{images.source}: none of the {len(found)} images can be used; {first}")
     lost = len(identities - set(images.labels.tolist()))
-    print(f"{images.source}: {len(found)} images are left out (Global.on_bad_image), and {lost} identities have none "
-          f"left; {first}")
+    print(
+        f"{images.source}: {len(found)} images are left out (Global.on_bad_image), and {lost} identities have none "
+        f"left; {first}"
+    )
 
 
 def save_dropped(rows: Iterable[tuple], path: str | Path) -> None:
@@ -268,8 +286,10 @@ def save_dropped(rows: Iterable[tuple], path: str | Path) -> None:
 
 def write_csv(rows: Iterable[tuple], path: str | Path) -> None:
     """Write the rows as CSV in UTF-8; bytes of a file name that are no text become escapes."""
-    with replacing(path) as temporary, temporary.open("w", encoding="utf-8", errors="backslashreplace",
-                                                      newline="") as file:
+    with (
+        replacing(path) as temporary,
+        temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file,
+    ):
         csv.writer(file, lineterminator="\n").writerows(rows)
 
 
@@ -281,8 +301,7 @@ def save_label_map(images: ImageList, path: str | Path) -> None:
 def same_list(one: ImageList, other: ImageList) -> bool:
     """Return True if two tables hold the same images, seen by equal transforms, with the same labels and cameras."""
     arrays = ([table.labels, table.cameras, table.boxes, table.names] for table in (one, other))
-    return (one.paths == other.paths and str(one.transform) == str(other.transform)
-            and all(map(np.array_equal, *arrays)))
+    return one.paths == other.paths and str(one.transform) == str(other.transform) and all(map(np.array_equal, *arrays))
 
 
 def own_index(query: ImageList, gallery: ImageList) -> np.ndarray:

@@ -4,6 +4,7 @@ Worker processes decode and augment; the ops at the end of a transform that make
 model is. How many workers there are changes no image. With `Global.cache_images: FOLDER` images are decoded and resized
 once, into a file that all processes map into their memory.
 """
+
 from __future__ import annotations
 
 import time
@@ -70,9 +71,18 @@ def batches_on(loader: DataLoader, device: torch.device) -> Iterator[tuple[Tenso
 def over(loader: DataLoader, dataset: Dataset, **changes) -> ImageLoader:
     """Another data set, every item once and in its order, in batches as large and with workers as those of a loader."""
     size = {} if "batch_sampler" in changes else {"batch_size": loader.batch_size or loader.batch_sampler.batch_size}
-    return ImageLoader(dataset, **{**size, "num_workers": loader.num_workers, "pin_memory": loader.pin_memory,
-                                   "prefetch_factor": loader.prefetch_factor, "generator": loader.generator,
-                                   "persistent_workers": loader.persistent_workers, **changes})
+    return ImageLoader(
+        dataset,
+        **{
+            **size,
+            "num_workers": loader.num_workers,
+            "pin_memory": loader.pin_memory,
+            "prefetch_factor": loader.prefetch_factor,
+            "generator": loader.generator,
+            "persistent_workers": loader.persistent_workers,
+            **changes,
+        },
+    )
 
 
 def divided(loader: DataLoader) -> DataLoader:
@@ -86,8 +96,13 @@ def images_per_second(loader: ImageLoader, seconds: float = 2.0) -> float:
 
     The first batch, before which the workers start, counts only where there is no other.
     """
-    alone = over(loader, loader.dataset, batch_sampler=loader.batch_sampler, persistent_workers=False,
-                 generator=torch.Generator())
+    alone = over(
+        loader,
+        loader.dataset,
+        batch_sampler=loader.batch_sampler,
+        persistent_workers=False,
+        generator=torch.Generator(),
+    )
     count, began = 0, time.perf_counter()
     for number, (x, _) in enumerate(alone, 1):
         count += len(x)

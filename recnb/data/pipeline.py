@@ -1,4 +1,5 @@
 """Ops in a row: the part that workers run on single images, and the part that runs on whole batches."""
+
 from __future__ import annotations
 
 import torch
@@ -22,30 +23,31 @@ class Pipeline(v2.Compose):
 
     def before(self, image: torch.Tensor, done: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         """The image (3, H, W) and what erasing ops will erase, (E, 4) of [top, left, height, width]; `done` ops are."""
-        for op in self.transforms[done:self.later]:
+        for op in self.transforms[done : self.later]:
             image = op(image)
         return image, torch.tensor([rectangle(op, image) for op in self.erasing()], dtype=torch.int64).reshape(-1, 4)
 
     def finish(self, images: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) on the device of the images, from those of `before` and their (B, E, 4) on the CPU."""
         boxes = iter(boxes.unbind(1))
-        for op in self.transforms[self.later:]:
+        for op in self.transforms[self.later :]:
             images = erased(images, next(boxes), op.value) if isinstance(op, v2.RandomErasing) else op(images)
         return images
 
     def erasing(self) -> list[v2.RandomErasing]:
         """The ops of `finish` that erase."""
-        return [op for op in self.transforms[self.later:] if isinstance(op, v2.RandomErasing)]
+        return [op for op in self.transforms[self.later :] if isinstance(op, v2.RandomErasing)]
 
 
 def by_batch(op: v2.Transform) -> bool:
-    "Whether an op does to each image of a batch what it does to it alone, up to a rectangle that is drawn for each."
+    """Whether an op does to each image of a batch what it does to it alone, except for a rectangle drawn for each."""
     return isinstance(op, (v2.ToDtype, v2.Normalize, v2.Identity)) or (
-        isinstance(op, v2.RandomErasing) and op.value is not None)  # None: noise
+        isinstance(op, v2.RandomErasing) and op.value is not None
+    )  # None: noise
 
 
 def rectangle(op: v2.RandomErasing, image: torch.Tensor) -> list[int]:
-    "[top, left, height, width] that an op draws for an image as when it is called, nothing high where it erases none."
+    """[top, left, height, width] that an op draws for an image; height 0 where it erases nothing."""
     drawn = op.make_params([image]) if torch.rand(1) < op.p else {"v": None}
     return [0, 0, 0, 0] if drawn["v"] is None else [drawn[side] for side in "ijhw"]
 
@@ -55,7 +57,7 @@ def erased(images: torch.Tensor, boxes: torch.Tensor, value: list[float]) -> tor
     colour = images.new_tensor(value).view(-1, 1, 1)
     for image, (top, left, height, width) in zip(images, boxes.tolist(), strict=True):
         if height:
-            image[:, top:top + height, left:left + width] = colour
+            image[:, top : top + height, left : left + width] = colour
     return images
 
 
@@ -71,8 +73,10 @@ def output_shape(transform: v2.Transform, where: str) -> tuple[int, ...]:
         except (RuntimeError, ValueError, TypeError) as error:
             raise ConfigError(f"{where}.transform_ops: cannot be applied in this order: {error}") from error
     if len(set(shapes)) > 1:
-        raise ConfigError(f"{where}.transform_ops: images of different sizes leave with different sizes "
-                          f"{tuple(dict.fromkeys(shapes))[:2]}; add '- ResizeImage: {{size: N}}'")
+        raise ConfigError(
+            f"{where}.transform_ops: images of different sizes leave with different sizes "
+            f"{tuple(dict.fromkeys(shapes))[:2]}; add '- ResizeImage: {{size: N}}'"
+        )
     return shapes[0]
 
 

@@ -4,6 +4,7 @@ A table has one image a row: `path` (absolute), `label` (the identity, as text),
 the source that images share, such as a session or a video. `split` adds who is trained on and who is retrieved.
 Results that are too good mostly come from here: the same picture on both sides of a split, or under two identities.
 """
+
 from __future__ import annotations
 
 import csv
@@ -38,8 +39,13 @@ ORIENTATION = 0x0112  # EXIF; from 5 on, width and height change places
 
 # --- Reading --------------------------------------------------------------------------------------------------------
 
-def read_table(source: str | Path, image_root: str | Path | None = None, columns: dict | None = None,
-               camera_pattern: str | None = None) -> pd.DataFrame:
+
+def read_table(
+    source: str | Path,
+    image_root: str | Path | None = None,
+    columns: dict | None = None,
+    camera_pattern: str | None = None,
+) -> pd.DataFrame:
     """The table of a folder (of one folder per identity), a CSV with a header, or a list file `path label [camera]`.
 
     Paths in a file are relative to `image_root`, by default the file's own folder, and may lead out of it. `columns`
@@ -74,8 +80,9 @@ def read_csv(path: Path, root: Path, columns: dict) -> tuple[pd.DataFrame, list[
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{path} line {error.object.count(10, 0, error.start) + 1}: is not UTF-8 text") from None
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True,
-                            delimiter=max(",;\t", key=text.partition("\n")[0].count))
+    reader = csv.DictReader(
+        io.StringIO(text, newline=""), strict=True, delimiter=max(",;\t", key=text.partition("\n")[0].count)
+    )
     try:
         rows = [(f"{path} line {reader.line_num}", row) for row in reader]
     except csv.Error as error:
@@ -88,8 +95,9 @@ def read_csv(path: Path, root: Path, columns: dict) -> tuple[pd.DataFrame, list[
     for place, row in rows:
         if None in row or None in row.values() or not (row[names["path"]] and row[names["label"]]):
             raise DataError(f"{place}: has no path, no label, or not {len(header)} cells as the header")
-    table = pd.DataFrame({name: [row[theirs] or None for _, row in rows] for name, theirs in names.items()
-                          if theirs in header}).astype(object)
+    table = pd.DataFrame(
+        {name: [row[theirs] or None for _, row in rows] for name, theirs in names.items() if theirs in header}
+    ).astype(object)
     return table.assign(path=[str(root / p) for p in table.path]), [place for place, _ in rows]
 
 
@@ -121,6 +129,7 @@ def with_cameras(table: pd.DataFrame, pattern: str, root: Path) -> pd.DataFrame:
 
 # --- Splitting ------------------------------------------------------------------------------------------------------
 
+
 def split(table: pd.DataFrame, test_share: float = 0.3, query_share: float = 0.3, seed: int = 0) -> pd.DataFrame:
     """The table, by path, with `split` (train, query or gallery), `number` (the label written) and `source`.
 
@@ -139,8 +148,10 @@ def split(table: pd.DataFrame, test_share: float = 0.3, query_share: float = 0.3
     identity, unit, source = pd.factorize(table.label, sort=True)[0], units(table), sources(table)
     tested = test_identities(identity, unit, test_share, rng)
     if not tested.any() or tested.all():
-        raise DataError("no identity can be tested while another is trained on: that takes identities of two images or "
-                        "more that do not all share groups with the others")
+        raise DataError(
+            "no identity can be tested while another is trained on: that takes identities of two images or "
+            "more that do not all share groups with the others"
+        )
     rows = np.flatnonzero(tested[identity])
     chosen = rows[query_rows(identity[rows], unit[rows], source[rows], query_share, rng)]
     if not len(chosen):
@@ -198,8 +209,12 @@ def query_rows(identity: np.ndarray, unit: np.ndarray, source: np.ndarray, share
         moved = defaultdict(Counter)
         for row in members[u]:
             moved[identity[row]][source[row]] += 1
-        if all(len(asked[i]) < wanted[i] and (rest := set(left[i] - gone))
-               and (len(rest) > 1 or rest.isdisjoint({*gone, *source[asked[i]]})) for i, gone in moved.items()):
+        if all(
+            len(asked[i]) < wanted[i]
+            and (rest := set(left[i] - gone))
+            and (len(rest) > 1 or rest.isdisjoint({*gone, *source[asked[i]]}))
+            for i, gone in moved.items()
+        ):
             for row in members[u]:
                 asked[identity[row]].append(row)
                 left[identity[row]] -= Counter([source[row]])
@@ -207,6 +222,7 @@ def query_rows(identity: np.ndarray, unit: np.ndarray, source: np.ndarray, share
 
 
 # --- Looking --------------------------------------------------------------------------------------------------------
+
 
 def fingerprints(paths) -> pd.DataFrame:
     """One row an image, by path: width, height, sha256, hash (8 bytes; None if it is flat), colours, problem (or None).
@@ -234,8 +250,14 @@ def fingerprint(path: str) -> dict:
     waves = dctn(grey)[:8, :8].ravel()
     bits = np.packbits(waves > np.median(waves[1:])) if grey.std() > FLAT else None  # the first is the brightness
     colours = np.asarray(small.resize((8, 8), Image.Resampling.BOX), np.float32)
-    return {**row, "width": size[0], "height": size[1], "sha256": hashlib.sha256(data).hexdigest(), "hash": bits,
-            "colours": colours}
+    return {
+        **row,
+        "width": size[0],
+        "height": size[1],
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "hash": bits,
+        "colours": colours,
+    }
 
 
 def audit(table: pd.DataFrame, prints: pd.DataFrame | None = None, distance: int = 4) -> dict[str, pd.DataFrame]:
@@ -249,11 +271,14 @@ def audit(table: pd.DataFrame, prints: pd.DataFrame | None = None, distance: int
     table = table.reset_index(drop=True)
     fine = np.flatnonzero(prints.problem.isna())
     sizes = prints.iloc[fine].value_counts(["width", "height"]).rename("images").reset_index().astype(int)
-    counts = {"images": ("path", "size")} | {f"{name}s": (name, "nunique") for name in ("camera", "group")
-                                             if name in table}
+    counts = {"images": ("path", "size")} | {
+        f"{name}s": (name, "nunique") for name in ("camera", "group") if name in table
+    }
     keys = ["split", "label"] if "split" in table else ["label"]
-    found = pd.DataFrame([*same_bytes(prints.sha256.to_numpy(), fine), *alike(prints, fine, distance)],
-                         columns=["a", "b", "bits", "kind"])
+    found = pd.DataFrame(
+        [*same_bytes(prints.sha256.to_numpy(), fine), *alike(prints, fine, distance)],
+        columns=["a", "b", "bits", "kind"],
+    )
     pairs, leak = found[["kind", "bits"]].copy(), pd.Series("", found.index)
     for name, what in (("label", "two identities, "), ("split", "two splits"), ("path", "")):
         if name in table:
@@ -261,9 +286,13 @@ def audit(table: pd.DataFrame, prints: pd.DataFrame | None = None, distance: int
                 pairs[f"{name} {side}"] = table[name].to_numpy()[found[side].to_numpy(int)]
             leak += np.where(pairs[f"{name} a"] != pairs[f"{name} b"], what, "")
     pairs["leak"] = leak.str.strip(", ")
-    return {"identities": table.groupby(keys, as_index=False).agg(**counts), "sizes": sizes,
-            "unreadable": prints.problem[prints.problem.notna()].reset_index(),
-            "duplicates": pairs, "leaks": pairs[pairs.leak != ""].reset_index(drop=True)}
+    return {
+        "identities": table.groupby(keys, as_index=False).agg(**counts),
+        "sizes": sizes,
+        "unreadable": prints.problem[prints.problem.notna()].reset_index(),
+        "duplicates": pairs,
+        "leaks": pairs[pairs.leak != ""].reset_index(drop=True),
+    }
 
 
 def same_bytes(digests: np.ndarray, rows: np.ndarray) -> list[tuple]:
@@ -288,6 +317,7 @@ def alike(prints: pd.DataFrame, rows: np.ndarray, distance: int) -> list[tuple]:
 
 # --- Writing --------------------------------------------------------------------------------------------------------
 
+
 def write_lists(splits: pd.DataFrame, folder: str | Path, image_root: str | Path | None = None) -> Path:
     """The folder that the paths in train.txt, query.txt and gallery.txt start from (default: the deepest they share).
 
@@ -300,15 +330,24 @@ def write_lists(splits: pd.DataFrame, folder: str | Path, image_root: str | Path
     spaced = paths[[path.split() != [path] for path in paths]]
     for path in spaced:
         if "camera" in splits or path != path.strip() or re.search(r"[\t\r\n]", path):
-            raise DataError(f"{root / path}: white space in a path is possible only within it and in lists without "
-                            "cameras (which are then separated by tabs, for ImageNetDataset); rename the file")
+            raise DataError(
+                f"{root / path}: white space in a path is possible only within it and in lists without "
+                "cameras (which are then separated by tabs, for ImageNetDataset); rename the file"
+            )
     for path in paths[paths.map(printable) != paths]:
-        raise DataError(f"{root / path}: no list can hold this name, which is no UTF-8 text or has control signs in "
-                        "it; rename the file")
+        raise DataError(
+            f"{root / path}: no list can hold this name, which is no UTF-8 text or has control signs in "
+            "it; rename the file"
+        )
     for name in SPLITS:
         mine = splits[splits["split"] == name]
-        lines = ([f"{path}\t{label}\n" for path, label in zip(paths[mine.index], mine.number, strict=True)]
-                 if len(spaced) else [f"{path} {label} {source}\n" for path, label, source
-                                      in zip(paths[mine.index], mine.number, mine.source, strict=True)])
+        lines = (
+            [f"{path}\t{label}\n" for path, label in zip(paths[mine.index], mine.number, strict=True)]
+            if len(spaced)
+            else [
+                f"{path} {label} {source}\n"
+                for path, label, source in zip(paths[mine.index], mine.number, mine.source, strict=True)
+            ]
+        )
         write_text(Path(resolve(folder), f"{name}.txt"), "".join(lines))
     return root

@@ -5,6 +5,7 @@ that place in that epoch, so that its augmentation is the same whichever worker 
 an image is repeated. `len()` is exact, and an epoch depends on `(seed, epoch)` alone. N ranks with a batch_size of B
 draw the epoch of one with N x B, and each takes its part of every batch.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -64,8 +65,10 @@ class Identities:
         ids, self.counts = np.unique(self.labels, return_counts=True)
         if len(ids) < self.per_batch:
             each = f" in each of {world_size} processes" * (world_size > 1)
-            raise ValueError(f"a batch of {batch_size}{each} needs {self.per_batch} identities ({key} {per_identity}), "
-                             f"the training list has {len(ids)}; lower batch_size or raise {key}")
+            raise ValueError(
+                f"a batch of {batch_size}{each} needs {self.per_batch} identities ({key} {per_identity}), "
+                f"the training list has {len(ids)}; lower batch_size or raise {key}"
+            )
         self.start = np.cumsum(self.counts) - self.counts
 
     def shuffled(self, rng) -> np.ndarray:
@@ -74,9 +77,17 @@ class Identities:
 
 
 @SAMPLERS.register
-def DistributedRandomIdentitySampler(labels, batch_size: int, num_instances: int, drop_last: bool = False,
-                                     shuffle: bool = True, max_iters: int | None = None, seed: int = 0, rank: int = 0,
-                                     world_size: int = 1) -> EpochSampler:
+def DistributedRandomIdentitySampler(
+    labels,
+    batch_size: int,
+    num_instances: int,
+    drop_last: bool = False,
+    shuffle: bool = True,
+    max_iters: int | None = None,
+    seed: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+) -> EpochSampler:
     """Each identity's images in groups of `num_instances`, each batch made of groups of different identities.
 
     An epoch uses every group that can be placed: an identity with fewer than `num_instances` images is filled up by
@@ -120,9 +131,19 @@ def deal_groups(taken: np.ndarray, wanted: int, rng) -> tuple[np.ndarray, np.nda
 
 
 @SAMPLERS.register
-def PKSampler(labels, batch_size: int, sample_per_id: int, sample_method: str = "sample_avg_prob",
-              id_list: list | None = None, ratio: list | None = None, drop_last: bool = True, shuffle: bool = True,
-              seed: int = 0, rank: int = 0, world_size: int = 1) -> EpochSampler:
+def PKSampler(
+    labels,
+    batch_size: int,
+    sample_per_id: int,
+    sample_method: str = "sample_avg_prob",
+    id_list: list | None = None,
+    ratio: list | None = None,
+    drop_last: bool = True,
+    shuffle: bool = True,
+    seed: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+) -> EpochSampler:
     """P identities drawn without replacement, `sample_per_id` images of each.
 
     `sample_method` weighs the draw: `sample_avg_prob` by the number of images, `id_avg_prob` evenly. `id_list`, pairs
@@ -150,14 +171,18 @@ def PKSampler(labels, batch_size: int, sample_per_id: int, sample_method: str = 
 def ratios(identities: int, id_list: list[int], ratio: list[float]) -> np.ndarray:
     """(identities,) how many times as often as by default each is drawn; raises ValueError for ranges that are none."""
     if len(id_list) != 2 * len(ratio) or not all(number > 0 for number in ratio):
-        raise ValueError(f"id_list {id_list} needs the first and the last identity for each number of ratio {ratio}, "
-                         "and these must be positive")
+        raise ValueError(
+            f"id_list {id_list} needs the first and the last identity for each number of ratio {ratio}, "
+            "and these must be positive"
+        )
     factors = np.ones(identities)
     for first, last, times in reversed(list(zip(id_list[::2], id_list[1::2], ratio, strict=True))):
         if not 0 <= first <= last < identities:
-            raise ValueError(f"id_list has the identities {first} to {last}, and the training list those from 0 to "
-                             f"{identities - 1}; it was made for another list: correct it, or leave out id_list and "
-                             "ratio")
+            raise ValueError(
+                f"id_list has the identities {first} to {last}, and the training list those from 0 to "
+                f"{identities - 1}; it was made for another list: correct it, or leave out id_list and "
+                "ratio"
+            )
         factors[first : last + 1] = times
     return factors
 
@@ -173,8 +198,15 @@ def distinct(cumulative: np.ndarray, count: int, rng) -> np.ndarray:
 
 
 @SAMPLERS.register
-def DistributedBatchSampler(labels, batch_size: int, drop_last: bool = False, shuffle: bool = False, seed: int = 0,
-                            rank: int = 0, world_size: int = 1) -> EpochSampler:
+def DistributedBatchSampler(
+    labels,
+    batch_size: int,
+    drop_last: bool = False,
+    shuffle: bool = False,
+    seed: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+) -> EpochSampler:
     """The whole list in batches, shuffled or in order; with several ranks all are of one size."""
     items, whole = len(labels), batch_size * world_size
     length = items // whole + (items % whole > 0 and not drop_last and world_size == 1)

@@ -11,6 +11,7 @@ mixing of batches are the chapter `augment`.
 Differences from the original that change pixels: resizing is antialiased, RandCropImage and RandomErasing draw their
 aspect ratio log-uniformly, as torchvision does, and RandCropImageV2 has no crops that are a pixel short.
 """
+
 from __future__ import annotations
 
 from functools import partial
@@ -21,8 +22,9 @@ from torchvision.transforms import InterpolationMode, v2
 from recnb.registry import Registry, fits
 
 TRANSFORMS = Registry("transform", "DataLoader.*.dataset.transform_ops[]")
-INTERPOLATION = {mode.value: mode for mode in InterpolationMode
-                 if mode not in (InterpolationMode.BOX, InterpolationMode.HAMMING)}  # which tensors do not have
+INTERPOLATION = {
+    mode.value: mode for mode in InterpolationMode if mode not in (InterpolationMode.BOX, InterpolationMode.HAMMING)
+}  # which tensors do not have
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # ImageNet's, of values between 0 and 1
 WIDTH_HEIGHT, HEIGHT_WIDTH = "[width, height]", "[height, width]"
 
@@ -35,7 +37,7 @@ def interpolation_mode(name: str | None) -> InterpolationMode:
 
 
 def affine_mode(name: str) -> InterpolationMode:
-    "The mode of a name for turning and shearing, where tensors have nothing finer than bilinear and get that instead."
+    """The mode of a name for rotating and shearing; tensors have nothing finer than bilinear and get that instead."""
     finer = ("bilinear", "bicubic", "lanczos", "hamming", "random")
     if name not in ("nearest", *finer):
         raise ValueError(f"there is no interpolation '{name}', only nearest, {', '.join(finer)}")
@@ -87,9 +89,11 @@ def checked_bytes(name: str, image: torch.Tensor) -> torch.Tensor:
 
 # --- Decoding, resizing, cropping -------------------------------------------------------------------------------------
 
+
 @TRANSFORMS.register
-def DecodeImage(to_rgb: bool = True, channel_first: bool = False, to_np: bool = False,
-                backend: str = "pil") -> v2.Transform:
+def DecodeImage(
+    to_rgb: bool = True, channel_first: bool = False, to_np: bool = False, backend: str = "pil"
+) -> v2.Transform:
     """The identity, or RGB to BGR with `to_rgb: False`; the file itself is always decoded before the first op."""
     return v2.Identity() if to_rgb else v2.Lambda(reversed_channels)
 
@@ -100,8 +104,13 @@ def reversed_channels(image: torch.Tensor) -> torch.Tensor:
 
 
 @TRANSFORMS.register
-def ResizeImage(size: int | list | None = None, resize_short: int | None = None, interpolation: str | None = None,
-                backend: str = "pil", return_numpy: bool = True) -> v2.Transform:
+def ResizeImage(
+    size: int | list | None = None,
+    resize_short: int | None = None,
+    interpolation: str | None = None,
+    backend: str = "pil",
+    return_numpy: bool = True,
+) -> v2.Transform:
     """Resizing to `size` (a number, or [width, height]), or of the shorter side to `resize_short` pixels."""
     if (size is None) == (resize_short is None):
         raise ValueError("ResizeImage needs either 'size' or 'resize_short'")
@@ -116,15 +125,25 @@ def CropImage(size: int | list) -> v2.Transform:
 
 
 @TRANSFORMS.register
-def RandCropImage(size: int | list, scale: list | None = None, ratio: list | None = None,
-                  interpolation: str | None = None, use_log_aspect: bool = False, backend: str = "pil") -> v2.Transform:
+def RandCropImage(
+    size: int | list,
+    scale: list | None = None,
+    ratio: list | None = None,
+    interpolation: str | None = None,
+    use_log_aspect: bool = False,
+    backend: str = "pil",
+) -> v2.Transform:
     """A random crop of a random share (`scale`) and aspect (`ratio`) of the image, resized to `size`.
 
     The aspect is drawn log-uniformly with either value of `use_log_aspect`, False of which is uniform in the original.
     """
-    return v2.RandomResizedCrop(height_width(size), bounds("scale", scale, (0.08, 1.0)),
-                                bounds("ratio", ratio, (3 / 4, 4 / 3)), interpolation_mode(interpolation),
-                                antialias=True)
+    return v2.RandomResizedCrop(
+        height_width(size),
+        bounds("scale", scale, (0.08, 1.0)),
+        bounds("ratio", ratio, (3 / 4, 4 / 3)),
+        interpolation_mode(interpolation),
+        antialias=True,
+    )
 
 
 @TRANSFORMS.register
@@ -153,25 +172,42 @@ def CenterCrop(size: int | list) -> v2.Transform:
 
 
 @TRANSFORMS.register
-def RandomCrop(size: int | list, padding: int | list | None = None, pad_if_needed: bool = False,
-               fill: float | list = 0, padding_mode: str = "constant") -> v2.Transform:
+def RandomCrop(
+    size: int | list,
+    padding: int | list | None = None,
+    pad_if_needed: bool = False,
+    fill: float | list = 0,
+    padding_mode: str = "constant",
+) -> v2.Transform:
     """A random crop of `size` pixels (a number, or [height, width]) out of the image padded as Pad does."""
-    return v2.RandomCrop(height_width(size, HEIGHT_WIDTH), pad_if_needed=pad_if_needed,
-                         **border(padding, fill, padding_mode))
+    return v2.RandomCrop(
+        height_width(size, HEIGHT_WIDTH), pad_if_needed=pad_if_needed, **border(padding, fill, padding_mode)
+    )
 
 
 @TRANSFORMS.register
-def RandomResizedCrop(size: int | list, scale: list | None = None, ratio: list | None = None,
-                      interpolation: str = "bilinear") -> v2.Transform:
+def RandomResizedCrop(
+    size: int | list, scale: list | None = None, ratio: list | None = None, interpolation: str = "bilinear"
+) -> v2.Transform:
     """A random crop of a random share and aspect of the image, resized to `size` (a number, or [height, width])."""
-    return v2.RandomResizedCrop(height_width(size, HEIGHT_WIDTH), bounds("scale", scale, (0.08, 1.0)),
-                                bounds("ratio", ratio, (3 / 4, 4 / 3)), interpolation_mode(interpolation),
-                                antialias=True)
+    return v2.RandomResizedCrop(
+        height_width(size, HEIGHT_WIDTH),
+        bounds("scale", scale, (0.08, 1.0)),
+        bounds("ratio", ratio, (3 / 4, 4 / 3)),
+        interpolation_mode(interpolation),
+        antialias=True,
+    )
 
 
 @TRANSFORMS.register
-def CropWithPadding(prob: float = 1.0, padding_num: float = 0, size: int | list = 224, scale: list | None = None,
-                    ratio: list | None = None, interpolation: str = "bilinear") -> v2.Transform:
+def CropWithPadding(
+    prob: float = 1.0,
+    padding_num: float = 0,
+    size: int | list = 224,
+    scale: list | None = None,
+    ratio: list | None = None,
+    interpolation: str = "bilinear",
+) -> v2.Transform:
     """A random share and aspect of the image stays where it is, `padding_num` over the rest, with probability `prob`.
 
     From AdaFace (https://arxiv.org/abs/2204.00964). The image keeps its size: `size` and `interpolation` are accepted
@@ -192,12 +228,15 @@ def in_its_place(fill: float, scale: list, ratio: list, image: torch.Tensor) -> 
 
 # --- Borders, flips, turns --------------------------------------------------------------------------------------------
 
+
 def border(padding: int | list | None, fill: float | list, padding_mode: str) -> dict:
     """What torchvision calls a border; raises ValueError where its widths, its colour or its mode cannot be meant."""
     widths = padding if isinstance(padding, list) else [padding or 0]
     if len(widths) not in (1, 2, 4) or not all(isinstance(width, int) and width >= 0 for width in widths):
-        raise ValueError(f"padding is {padding}, neither a number of pixels, [left and right, top and bottom] nor "
-                         "[left, top, right, bottom]")
+        raise ValueError(
+            f"padding is {padding}, neither a number of pixels, [left and right, top and bottom] nor "
+            "[left, top, right, bottom]"
+        )
     if padding_mode not in ("constant", "edge", "reflect", "symmetric"):
         raise ValueError(f"padding_mode is '{padding_mode}', only constant, edge, reflect and symmetric exist")
     colour = per_channel("fill", fill)
@@ -205,8 +244,9 @@ def border(padding: int | list | None, fill: float | list, padding_mode: str) ->
 
 
 @TRANSFORMS.register
-def Pad(padding: int | list, fill: float | list = 0, padding_mode: str = "constant",
-        backend: str = "pil") -> v2.Transform:
+def Pad(
+    padding: int | list, fill: float | list = 0, padding_mode: str = "constant", backend: str = "pil"
+) -> v2.Transform:
     """The image with a border of `padding` pixels (a number, [left and right, top and bottom] or four, from the left).
 
     The padding_mode 'constant' writes `fill` there (a number, or one a channel), 'edge', 'reflect' and 'symmetric' what
@@ -237,22 +277,31 @@ def RandomHorizontalFlip(prob: float = 0.5) -> v2.Transform:
 
 
 @TRANSFORMS.register
-def RandomRotation(degrees: float | list, prob: float = 0.5, interpolation: str = "nearest", expand: bool = False,
-                   center: list | None = None, fill: float | list = 0) -> v2.Transform:
+def RandomRotation(
+    degrees: float | list,
+    prob: float = 0.5,
+    interpolation: str = "nearest",
+    expand: bool = False,
+    center: list | None = None,
+    fill: float | list = 0,
+) -> v2.Transform:
     """With probability `prob`, a turn by an angle from -degrees to degrees, or of the range [least, greatest].
 
     It goes around `center` ([x, y] from the upper left corner), by default the middle. `expand` keeps the corners, so
     that sizes differ: let ResizeImage follow. What comes from outside is `fill`. Bicubic is bilinear here.
     """
-    return sometimes(prob, v2.RandomRotation(degrees, affine_mode(interpolation), expand, center,
-                                             per_channel("fill", fill)))
+    return sometimes(
+        prob, v2.RandomRotation(degrees, affine_mode(interpolation), expand, center, per_channel("fill", fill))
+    )
 
 
 # --- Colours and values -----------------------------------------------------------------------------------------------
 
+
 @TRANSFORMS.register
-def ColorJitter(brightness: float = 0, contrast: float = 0, saturation: float = 0, hue: float = 0,
-                prob: float = 1.0) -> v2.Transform:
+def ColorJitter(
+    brightness: float = 0, contrast: float = 0, saturation: float = 0, hue: float = 0, prob: float = 1.0
+) -> v2.Transform:
     """Random brightness, contrast, saturation and hue, applied with probability `prob`."""
     return sometimes(prob, v2.ColorJitter(brightness, contrast, saturation, hue))
 
@@ -270,8 +319,14 @@ def number(value: float | str) -> float:
 
 
 @TRANSFORMS.register
-def NormalizeImage(scale: float | str | None = None, mean: list | None = None, std: list | None = None,
-                   order: str = "", output_fp16: bool = False, channel_num: int = 3) -> v2.Transform:
+def NormalizeImage(
+    scale: float | str | None = None,
+    mean: list | None = None,
+    std: list | None = None,
+    order: str = "",
+    output_fp16: bool = False,
+    channel_num: int = 3,
+) -> v2.Transform:
     """(image * scale - mean) / std per channel; scale defaults to 1/255, mean and std to ImageNet's."""
     if order not in ("", "hwc", "chw"):
         raise ValueError(f"order is '{order}', only '', 'hwc' and 'chw' exist (all three mean the same here)")
@@ -295,9 +350,16 @@ def Normalize(mean: float | list = 0.0, std: float | list = 1.0, data_format: st
 
 
 @TRANSFORMS.register
-def RandomErasing(EPSILON: float = 0.5, sl: float | str = 0.02, sh: float | str = 0.4, r1: float | str = 0.3,
-                  mean: list | None = None, attempt: int = 100, use_log_aspect: bool = False,
-                  mode: str = "const") -> v2.Transform:
+def RandomErasing(
+    EPSILON: float = 0.5,
+    sl: float | str = 0.02,
+    sh: float | str = 0.4,
+    r1: float | str = 0.3,
+    mean: list | None = None,
+    attempt: int = 100,
+    use_log_aspect: bool = False,
+    mode: str = "const",
+) -> v2.Transform:
     """A rectangle overwritten with probability EPSILON (https://arxiv.org/abs/1708.04896).
 
     sl and sh bound its share of the area, r1 and 1 / r1 its aspect, which is drawn log-uniformly with either value of

@@ -4,6 +4,7 @@ In goes a seed, out come JPEG files and list files of `path label camera`, so a 
 photographs take. What is easy to get wrong is the split: test identities are never trained on, marks that look alike
 stay on one side of it, and an identity's queries come from one camera while its gallery comes from the other two.
 """
+
 from __future__ import annotations
 
 import io
@@ -161,6 +162,7 @@ def _draw_trim(draw: ImageDraw.ImageDraw, trim: str, outline: np.ndarray, ground
 
 
 # --- The set on disk ------------------------------------------------------------------------------------------------
+
 
 def draw_marks(root, identities: int = 120, renderings: int = 24, size: int = 96, seed: int = 0) -> dict[str, Path]:
     """The paths of the set under `root`: images, train, query, gallery; drawn unless the same set is there already.

@@ -3,6 +3,7 @@
 It is printed on something, put somewhere and seen at an angle by one of three cameras, each with colours, sharpness
 and noise of its own. The cameras must differ more than the marks do, or finding the same colours would be enough.
 """
+
 from __future__ import annotations
 
 from functools import cache
@@ -89,6 +90,7 @@ def _panel(art: Image.Image, rng: np.random.Generator) -> Image.Image:
 
 # --- The places they are photographed in, all 96 pixels wide --------------------------------------------------------
 
+
 def _shade(rng: np.random.Generator, *colours: tuple[int, int, int]) -> tuple[int, ...]:
     r, g, b = colours[rng.integers(len(colours))]
     dr, dg, db = rng.integers(-16, 17, 3).tolist()
@@ -151,6 +153,7 @@ def _background(camera: int, size: int, rng: np.random.Generator) -> Image.Image
 
 
 # --- The photograph -------------------------------------------------------------------------------------------------
+
 
 def _corners(camera: Camera, rng: np.random.Generator) -> np.ndarray:
     """Where the panel's corners fall: a square in space, turned, seen from a finite distance; (4, 2), 0 to 1."""

@@ -1,4 +1,5 @@
-"An image in, its embedding out, with nothing but onnxruntime, numpy and pillow: python example.py IMAGE [MODEL.onnx]"
+"""Print an image's embedding with onnxruntime, numpy and pillow alone: python example.py IMAGE [MODEL.onnx]"""
+
 from __future__ import annotations
 
 import json
@@ -10,7 +11,7 @@ from PIL import Image, ImageOps
 
 
 def prepare(image, steps):
-    "uint8 (H, W, 3) as the model takes it: a Pillow image upright, in RGB, resized and cropped as in the evaluation."
+    """Return a Pillow image as uint8 (H, W, 3): upright, in RGB, resized and cropped as in the evaluation."""
     wide = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
     clear = image.info.get("transparency")
     image = ImageOps.exif_transpose(image)

@@ -3,6 +3,7 @@
 The folder exists only once the proof has passed. Each file has been asked for images of the evaluation then, singly and
 in batches, and example.py for the same images from their files on.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -54,18 +55,24 @@ class ExportError(RuntimeError):
 
 # ---- the proof -------------------------------------------------------------------------------------------------------
 
+
 def taken(images: ImageList, rows: np.ndarray) -> ImageList:
     """Some of the items of a list."""
-    return replace(images, paths=[images.paths[i] for i in rows], labels=images.labels[rows], lines=None,
-                   cameras=None if images.cameras is None else images.cameras[rows],
-                   boxes=None if images.boxes is None else images.boxes[rows])
+    return replace(
+        images,
+        paths=[images.paths[i] for i in rows],
+        labels=images.labels[rows],
+        lines=None,
+        cameras=None if images.cameras is None else images.cameras[rows],
+        boxes=None if images.boxes is None else images.boxes[rows],
+    )
 
 
 def sample(query: ImageList, gallery: ImageList, most: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows of both lists: of as many identities, drawn at random, as have `most` images together; one at the least."""
     known = np.random.default_rng(0).permutation(np.unique(query.labels[positives(query, gallery) > 0]))
     counts = sum(np.bincount(images.labels, minlength=len(query.names))[known] for images in (query, gallery))
-    kept = known[:max(1, int((np.cumsum(counts) <= most).sum()))]
+    kept = known[: max(1, int((np.cumsum(counts) <= most).sum()))]
     return tuple(np.flatnonzero(np.isin(images.labels, kept)) for images in (query, gallery))
 
 
@@ -75,8 +82,9 @@ def pixels_and_input(outside: v2.Transform, whole: v2.Transform, image: Tensor) 
 
 
 @torch.inference_mode()
-def outputs(images: ImageList, outside: v2.Transform, runners: dict[str, Callable], batch: int,
-            trained: Callable | None = None) -> dict[str, np.ndarray]:
+def outputs(
+    images: ImageList, outside: v2.Transform, runners: dict[str, Callable], batch: int, trained: Callable | None = None
+) -> dict[str, np.ndarray]:
     """(N, D) of a list's images by each exported model, and where given by the trained one, under 'trained'."""
     table = replace(images, transform=partial(pixels_and_input, outside, images.transform))
     found = {name: [] for name in (*runners, *["trained"] * (trained is not None))}
@@ -93,16 +101,23 @@ def agreement(trained: tuple, exported: tuple, query: ImageList, gallery: ImageL
     cosine, difference = (ours * theirs).sum(1) / np.maximum(length, 1e-12), np.abs(ours - theirs)
     own = own_index(query, gallery)
     first = [knn(*pair, 1, distance, exclude=own)[1][:, 0] for pair in (trained, exported)]
-    scores = [judge(*pair, query, gallery, ("recall1", "mAP"), normalize=distance == "cosine")
-              for pair in (trained, exported)]
-    return {"cosine_least": float(cosine.min()), "cosine_mean": float(cosine.mean()),
-            "difference_largest": float(difference.max()), "difference_mean": float(difference.mean()),
-            "same_first_hit": float((first[0] == first[1]).mean()), **scores[1],
-            "loss": {name: scores[0][name] - scores[1][name] for name in scores[0]}}
+    scores = [
+        judge(*pair, query, gallery, ("recall1", "mAP"), normalize=distance == "cosine") for pair in (trained, exported)
+    ]
+    return {
+        "cosine_least": float(cosine.min()),
+        "cosine_mean": float(cosine.mean()),
+        "difference_largest": float(difference.max()),
+        "difference_mean": float(difference.mean()),
+        "same_first_hit": float((first[0] == first[1]).mean()),
+        **scores[1],
+        "loss": {name: scores[0][name] - scores[1][name] for name in scores[0]},
+    }
 
 
-def prove(run: Run, trained: Callable, runners: dict[str, Callable], outside: v2.Transform, example: Callable,
-          most: int) -> dict:
+def prove(
+    run: Run, trained: Callable, runners: dict[str, Callable], outside: v2.Transform, example: Callable, most: int
+) -> dict:
     """The content of parity.json: each file against the trained model on the same tensors, in batches and singly, and
     example.py from the image files on; beside them, the features that the run has stored. `failures` are sentences.
     """
@@ -114,12 +129,16 @@ def prove(run: Run, trained: Callable, runners: dict[str, Callable], outside: v2
     compared = partial(agreement, reference, query=query, gallery=gallery, distance=distance)
     files = tuple(deploy.embed_images(example, images).reshape(len(images), -1) for images in (query, gallery))
     stored = tuple(map(np.take, (run.query_features, run.gallery_features), rows, (0, 0)))
-    report = {"images": {"query": len(query), "gallery": len(gallery), "of": [len(part) for part in parts]},
-              "required": {"cosine_least": LEAST_COSINE, "metric_tolerance": METRIC_TOLERANCE},
-              "trained": judge(*reference, query, gallery, ("recall1", "mAP"), normalize=distance == "cosine"),
-              "model_parity": {name: {f"batch_{size}": compared((asked[size][name], items[name]))
-                                      for size in (BATCH, 1)} for name in runners},
-              "pipeline_parity": {"example.py": compared(files)}}
+    report = {
+        "images": {"query": len(query), "gallery": len(gallery), "of": [len(part) for part in parts]},
+        "required": {"cosine_least": LEAST_COSINE, "metric_tolerance": METRIC_TOLERANCE},
+        "trained": judge(*reference, query, gallery, ("recall1", "mAP"), normalize=distance == "cosine"),
+        "model_parity": {
+            name: {f"batch_{size}": compared((asked[size][name], items[name])) for size in (BATCH, 1)}
+            for name in runners
+        },
+        "pipeline_parity": {"example.py": compared(files)},
+    }
     if example.meta["output"]["name"] == "features":
         report["stored_features"] = {key: value for key, value in compared(stored).items() if "difference" not in key}
     return {**report, "failures": failures(report)}
@@ -133,12 +152,16 @@ def failures(report: dict) -> list[str]:
     for (name, size), row in rows.items():
         if name in EXACT and not row["cosine_least"] >= LEAST_COSINE:
             found.append(f"{name}, {size}: the cosine with the trained model falls to {row['cosine_least']:.6f}")
-        found += [f"{name}, {size}: {metric} is {row[metric]:.4f} and not {report['trained'][metric]:.4f}"
-                  for metric, loss in row["loss"].items() if name in EXACT and not abs(loss) <= METRIC_TOLERANCE]
+        found += [
+            f"{name}, {size}: {metric} is {row[metric]:.4f} and not {report['trained'][metric]:.4f}"
+            for metric, loss in row["loss"].items()
+            if name in EXACT and not abs(loss) <= METRIC_TOLERANCE
+        ]
     return found
 
 
 # ---- the folder ------------------------------------------------------------------------------------------------------
+
 
 def export_folder(run: Run, folder: str | Path | None) -> Path:
     """The folder asked for, or Global.save_inference_dir where a configuration sets one, or export in the run's folder.
@@ -180,9 +203,16 @@ def published(target: Path) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def export_model(run: Run, formats: Sequence[str] = ("onnx", "torch"), folder: str | Path | None = None,
-                 false_match_rate: float = 1e-3, normalize: bool | None = None, dynamic_size: bool = False,
-                 images: int = 2000, **arch) -> Path:
+def export_model(
+    run: Run,
+    formats: Sequence[str] = ("onnx", "torch"),
+    folder: str | Path | None = None,
+    false_match_rate: float = 1e-3,
+    normalize: bool | None = None,
+    dynamic_size: bool = False,
+    images: int = 2000,
+    **arch,
+) -> Path:
     """The folder made: model files, inference.yml, parity.json, example.py, README.md and, for embeddings, index/.
 
     An earlier one is kept as FOLDER.previous.
@@ -203,22 +233,37 @@ def export_model(run: Run, formats: Sequence[str] = ("onnx", "torch"), folder: s
         shape = picked(network, torch.zeros(1, 3, *size), output).shape[1:]
     vector = len(shape) == 1 and output != "logits"
     unit = vector and (run.cfg["Global"]["feature_normalize"] if normalize is None else normalize)
-    meta = describe(run, steps, inside, {"name": output, "embedding_size": shape[0] if vector else list(shape),
-                                         "normalised": unit, "softmax": softmax}, dynamic_size)
+    meta = describe(
+        run,
+        steps,
+        inside,
+        {"name": output, "embedding_size": shape[0] if vector else list(shape), "normalised": unit, "softmax": softmax},
+        dynamic_size,
+    )
     build = partial(Inference, network, output, **inside, normalize=unit, softmax=softmax)
     with published(target) as part:
         runners = write_models(build, formats, part, size, dynamic_size, meta)
         shutil.copyfile(Path(__file__).with_name("example.py"), part / "example.py")
         write_text(part / "inference.yml", as_yaml(meta))
-        report = prove(run, lambda x: finished(picked(network, x, output), unit, softmax), runners, outside,
-                       open_model(part / "model.onnx"), images)
+        report = prove(
+            run,
+            lambda x: finished(picked(network, x, output), unit, softmax),
+            runners,
+            outside,
+            open_model(part / "model.onnx"),
+            images,
+        )
         write_json(part / "parity.json", report)
         if report["failures"]:
-            raise ExportError(f"the exported model is not the trained one: {'; '.join(report['failures'])}; nothing is "
-                              f"exported, and the files are kept in {target}.failed")
+            raise ExportError(
+                f"the exported model is not the trained one: {'; '.join(report['failures'])}; nothing is "
+                f"exported, and the files are kept in {target}.failed"
+            )
         index = deploy.build_index(run, part / "model.onnx", part / "index", false_match_rate) if vector else None
-        write_text(part / "README.md", model_card(run, meta, report, index.info if vector else None,
-                                                  sorted(path.name for path in part.iterdir())))
+        write_text(
+            part / "README.md",
+            model_card(run, meta, report, index.info if vector else None, sorted(path.name for path in part.iterdir())),
+        )
     return target
 
 

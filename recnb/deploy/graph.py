@@ -3,6 +3,7 @@
 The graph takes pixels, uint8 (B, H, W, 3) in RGB, and does all that follows resizing: channel order, normalisation,
 network, neck, unit length. What remains outside, resizing and cropping, is data: in inference.yml, and in the file.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -43,8 +44,17 @@ class Inference(nn.Module):
     mean, std: of pixels 0..255, in the channel_order that the network wants, RGB or BGR. half: float16 inside.
     """
 
-    def __init__(self, network: RecModel, output: str, mean: Sequence[float], std: Sequence[float],
-                 channel_order: str = "RGB", normalize: bool = True, softmax: bool = False, half: bool = False):
+    def __init__(
+        self,
+        network: RecModel,
+        output: str,
+        mean: Sequence[float],
+        std: Sequence[float],
+        channel_order: str = "RGB",
+        normalize: bool = True,
+        softmax: bool = False,
+        half: bool = False,
+    ):
         super().__init__()
         self.network = needed(network, output)
         self.network.to(torch.float16 if half else torch.float32)
@@ -93,14 +103,17 @@ def trained_model(run: Run) -> RecModel:
 
 # ---- what inference.yml says -----------------------------------------------------------------------------------------
 
+
 def chosen_output(section: dict, network: RecModel) -> tuple[str, bool]:
     """(infer_output_key, whether a softmax follows) of Arch; ConfigError for what the model has not or cannot mean."""
     key, softmax = section.get("infer_output_key") or "features", adds_softmax(section)
     if key not in OUTPUTS:
         raise ConfigError(f"Arch.infer_output_key: there is no output '{key}'; {suggest(key, OUTPUTS)}")
     if softmax and key != "logits":
-        raise ConfigError(f"Arch.infer_add_softmax: is True, and infer_output_key is {key}: a softmax over an "
-                          "embedding destroys its distances; write infer_add_softmax: False")
+        raise ConfigError(
+            f"Arch.infer_add_softmax: is True, and infer_output_key is {key}: a softmax over an "
+            "embedding destroys its distances; write infer_add_softmax: False"
+        )
     if {"neck": network.neck, "logits": network.head}.get(key, 0) is None:
         raise ConfigError(f"Arch.infer_output_key: is {key}, and the model has no {'head' if key == 'logits' else key}")
     return key, softmax
@@ -112,15 +125,19 @@ def preprocessing(run: Run) -> tuple[list[dict], v2.Transform, dict]:
     Raises ConfigError where query and gallery differ, or for an op that example.py cannot do.
     """
     if str(run.query.transform) != str(run.gallery.transform):
-        raise ConfigError("DataLoader.Eval.Gallery.dataset.transform_ops: differ from those of the queries, and an "
-                          "exported model has one preprocessing")
+        raise ConfigError(
+            "DataLoader.Eval.Gallery.dataset.transform_ops: differ from those of the queries, and an "
+            "exported model has one preprocessing"
+        )
     ops = [op for op in single_ops(run.query.transform) if not isinstance(op, v2.Identity)]
     first = next(i for i, op in enumerate(ops) if isinstance(op, v2.ToDtype))
     outside = [op for op in ops[:first] if not isinstance(op, v2.Lambda)]
     for op in (op for op in ops if op not in outside):
         if not isinstance(op, INSIDE) or (isinstance(op, v2.Lambda) and op.lambd is not reversed_channels):
-            raise ConfigError(f"DataLoader.Eval.Query.dataset.transform_ops: {op} cannot be exported at its place; an "
-                              "evaluation decodes, resizes and crops, and then normalises")
+            raise ConfigError(
+                f"DataLoader.Eval.Query.dataset.transform_ops: {op} cannot be exported at its place; an "
+                "evaluation decodes, resizes and crops, and then normalises"
+            )
     return [step(op) for op in outside], v2.Compose(outside or [v2.Identity()]), values(ops)
 
 
@@ -130,8 +147,10 @@ def step(op: v2.Transform) -> dict:
         return {"crop": list(op.size)}
     name = InterpolationMode(op.interpolation).value if isinstance(op, v2.Resize) else str(op)
     if not isinstance(op, v2.Resize) or name == "nearest":
-        raise ConfigError(f"DataLoader.Eval.Query.dataset.transform_ops: {name} cannot be exported; example.py has "
-                          "central crops, and resizing that is nearest-exact, bilinear, bicubic or lanczos")
+        raise ConfigError(
+            f"DataLoader.Eval.Query.dataset.transform_ops: {name} cannot be exported; example.py has "
+            "central crops, and resizing that is nearest-exact, bilinear, bicubic or lanczos"
+        )
     size = {"resize": list(op.size)} if len(op.size) == 2 else {"resize_short": op.size[0]}
     return {**size, "interpolation": name.removesuffix("-exact")}
 
@@ -157,12 +176,17 @@ def describe(run: Run, steps: list[dict], inside: dict, described: dict, dynamic
         described = {**described, "labels": run.class_names}
     size = [None, None] if dynamic_size else run.cfg["Global"]["image_shape"][1:]
     scaled = {key: [round(value / 255, 7) for value in inside[key]] for key in ("mean", "std")}
-    return {"input": {"name": "image", "layout": "NHWC", "dtype": "uint8", "channel_order": "RGB", "size": size},
-            "preprocess": steps, "inside": {"channel_order": inside["channel_order"], "scale": "1/255", **scaled},
-            "output": described, "compare": "cosine" if run.cfg["Global"]["feature_normalize"] else "dot"}
+    return {
+        "input": {"name": "image", "layout": "NHWC", "dtype": "uint8", "channel_order": "RGB", "size": size},
+        "preprocess": steps,
+        "inside": {"channel_order": inside["channel_order"], "scale": "1/255", **scaled},
+        "output": described,
+        "compare": "cosine" if run.cfg["Global"]["feature_normalize"] else "dot",
+    }
 
 
 # ---- the files -------------------------------------------------------------------------------------------------------
+
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
@@ -185,8 +209,9 @@ def traced(model: nn.Module, size: Sequence[int], dynamic_size: bool = False) ->
     shapes = ({0: torch.export.Dim("batch", min=1), **sides},)
     try:
         with torch.no_grad(), quiet():
-            return torch.export.export(model.eval(), (torch.zeros(2, *size, 3, dtype=torch.uint8),),
-                                       dynamic_shapes=shapes, strict=True)
+            return torch.export.export(
+                model.eval(), (torch.zeros(2, *size, 3, dtype=torch.uint8),), dynamic_shapes=shapes, strict=True
+            )
     except Exception as error:  # the tracer fails in as many ways as models can be written
         way = " with sizes that vary, so leave dynamic_size out" if dynamic_size else ""
         raise ConfigError(f"the model cannot be exported{way}: {first_line(error)}") from error
@@ -197,8 +222,9 @@ def write_onnx(program: torch.export.ExportedProgram, path: Path, meta: dict) ->
     import onnx
 
     with quiet():
-        proto = torch.onnx.export(program, dynamo=True, input_names=["image"],
-                                  output_names=[meta["output"]["name"]], verbose=False).model_proto
+        proto = torch.onnx.export(
+            program, dynamo=True, input_names=["image"], output_names=[meta["output"]["name"]], verbose=False
+        ).model_proto
     given = (dim.dim_param for dim in proto.graph.input[0].type.tensor_type.shape.dim)
     names = {symbol: name for symbol, name in zip(given, ("batch", "height", "width", ""), strict=True) if symbol}
     for value in (*proto.graph.input, *proto.graph.output, *proto.graph.value_info):
@@ -221,9 +247,15 @@ def write_int8(source: Path, path: Path, meta: dict) -> None:
     onnx.save(proto, path)
 
 
-def write_models(build: Callable[..., Inference], formats: Sequence[str], folder: Path, size: Sequence[int],
-                 dynamic_size: bool, meta: dict) -> dict[str, Callable]:
-    "The files of the formats, written: by name, the function from uint8 (B, H, W, 3) to (B, D) that each of them is."
+def write_models(
+    build: Callable[..., Inference],
+    formats: Sequence[str],
+    folder: Path,
+    size: Sequence[int],
+    dynamic_size: bool,
+    meta: dict,
+) -> dict[str, Callable]:
+    """Write the files of the formats; by name, the function from uint8 (B, H, W, 3) to (B, D) that each of them is."""
     program, runners = traced(build(), size, dynamic_size), {}
     for name in (name for name in FORMATS if name in formats):
         path = folder / FORMATS[name]

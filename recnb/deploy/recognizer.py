@@ -8,6 +8,7 @@ calibration therefore also says what becomes of whole searches: how many images 
 and how many of unknown ones, whose identity is taken out of the gallery, are named at all (Phillips, Grother and
 Micheals, Handbook of Face Recognition, 2011: detection and identification rate, false-alarm rate).
 """
+
 from __future__ import annotations
 
 import csv
@@ -69,6 +70,7 @@ def embed_images(model: Model, images: ImageList) -> np.ndarray:
 
 # ---- the threshold ---------------------------------------------------------------------------------------------------
 
+
 def negative_pairs(query: ImageList, gallery: ImageList) -> int:
     """How many pairs of a query and a gallery image are of different identities."""
     counts = np.bincount(gallery.labels, minlength=query.labels.max() + 1)
@@ -79,8 +81,10 @@ def check_rate(rate: float, query: ImageList, gallery: ImageList) -> None:
     """Raise ConfigError for a false-match rate that the pairs of two lists are too few to show."""
     negatives = negative_pairs(query, gallery)
     if not 0 < rate < 1 or rate * negatives < 1:
-        raise ConfigError(f"false_match_rate: {rate:g} cannot be measured on the {negatives:,} pairs of different "
-                          f"identities that the run's lists have; give at least {1 / max(1, negatives):.1g}, below 1")
+        raise ConfigError(
+            f"false_match_rate: {rate:g} cannot be measured on the {negatives:,} pairs of different "
+            f"identities that the run's lists have; give at least {1 / max(1, negatives):.1g}, below 1"
+        )
 
 
 def nearest_scores(query, gallery, lists: tuple, own: np.ndarray, distance: str) -> Iterator[tuple[np.ndarray, ...]]:
@@ -101,8 +105,9 @@ def nearest_scores(query, gallery, lists: tuple, own: np.ndarray, distance: str)
         yield tuple(part.numpy() for part in (best.values, right, other, (same & ~junk).any(1)))
 
 
-def calibrate(query, gallery, lists: tuple, own: np.ndarray, rates: Sequence[float],
-              distance: str = "cosine") -> list[dict]:
+def calibrate(
+    query, gallery, lists: tuple, own: np.ndarray, rates: Sequence[float], distance: str = "cosine"
+) -> list[dict]:
     """A row for each false-match rate, strictest last: the threshold and what becomes of pairs and of searches there.
 
     query (Q, D), gallery (G, D); lists and own as in `recnb.retrieval.metrics`. All shares: same_accepted of the pairs
@@ -110,28 +115,38 @@ def calibrate(query, gallery, lists: tuple, own: np.ndarray, rates: Sequence[flo
     called; unknown_named of all queries, when their identity is not in the gallery.
     """
     pairs = verification_metrics(query, gallery, *lists, own, fpr=rates, distance=distance)
-    best, right, other, has = map(np.concatenate, zip(*nearest_scores(query, gallery, lists, own, distance),
-                                                      strict=True))
+    best, right, other, has = map(
+        np.concatenate, zip(*nearest_scores(query, gallery, lists, own, distance), strict=True)
+    )
     rows = []
     for rate in sorted(rates, reverse=True):
         threshold = pairs[f"threshold@FPR={rate:g}"]
         accepted = best[has] >= threshold
-        rows.append({"false_match_rate": rate, "threshold": threshold, "same_accepted": pairs[f"TPR@FPR={rate:g}"],
-                     "known_right": float((accepted & right[has]).mean()),
-                     "known_wrong": float((accepted & ~right[has]).mean()),
-                     "known_unknown": float((~accepted).mean()), "unknown_named": float((other >= threshold).mean())})
+        rows.append(
+            {
+                "false_match_rate": rate,
+                "threshold": threshold,
+                "same_accepted": pairs[f"TPR@FPR={rate:g}"],
+                "known_right": float((accepted & right[has]).mean()),
+                "known_wrong": float((accepted & ~right[has]).mean()),
+                "known_unknown": float((~accepted).mean()),
+                "unknown_named": float((other >= threshold).mean()),
+            }
+        )
     return rows
 
 
 def intervals(query, gallery, lists: tuple, own: np.ndarray, distance: str) -> dict[str, dict[str, float]]:
     """recall1, recall5 and mAP, each with its 95 % interval over identities."""
-    _, arrays = retrieval_metrics(query, gallery, *lists, own, distance=distance, metrics=("recall{k}", "mAP"),
-                                  per_query=True)
+    _, arrays = retrieval_metrics(
+        query, gallery, *lists, own, distance=distance, metrics=("recall{k}", "mAP"), per_query=True
+    )
     valid, labels = arrays["valid"], np.asarray(lists[0])
     return {name: bootstrap_interval(arrays[name][valid], labels[valid]) for name in ("recall1", "recall5", "mAP")}
 
 
 # ---- the index -------------------------------------------------------------------------------------------------------
+
 
 def build_index(run: Run, model_file: Path, folder: Path, rate: float) -> Index:
     """The index of a run's gallery as the exported model sees it, saved in `folder`.
@@ -148,17 +163,25 @@ def build_index(run: Run, model_file: Path, folder: Path, rate: float) -> Index:
     rows = calibrate(asked, vectors, lists, own, rates, distance)
     threshold = next(row["threshold"] for row in rows if row["false_match_rate"] == rate)
     root = Path(resolve(lookup(run.cfg, "DataLoader.Eval.Gallery.dataset.image_root") or ".")).absolute()
-    paths = [str(p.relative_to(root)) if (p := Path(path).absolute()).is_relative_to(root) else str(p)
-             for path in gallery.paths]
+    paths = [
+        str(p.relative_to(root)) if (p := Path(path).absolute()).is_relative_to(root) else str(p)
+        for path in gallery.paths
+    ]
     labels = [label_text(label, gallery.names) for label in gallery.labels.tolist()]
-    info = {"image_root": str(root), "false_match_rate": rate, "threshold": threshold, "calibration": rows,
-            "metrics": intervals(asked, vectors, lists, own, distance)}
+    info = {
+        "image_root": str(root),
+        "false_match_rate": rate,
+        "threshold": threshold,
+        "calibration": rows,
+        "metrics": intervals(asked, vectors, lists, own, distance),
+    }
     index = Index(distance, model=digest(model_file), info=info).add(vectors, path=paths, label=labels)
     index.save(folder)
     np.save(folder / "embeddings.npy", vectors)
     with (folder / "items.csv").open("w", encoding="utf-8", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([("id", "label", "path"), *zip(index.ids, labels, paths,
-                                                                                       strict=True)])
+        csv.writer(file, lineterminator="\n").writerows(
+            [("id", "label", "path"), *zip(index.ids, labels, paths, strict=True)]
+        )
     return index
 
 
@@ -187,9 +210,17 @@ class Recognizer:
     def search(self, picture: Picture, k: int = 5) -> pd.DataFrame:
         """The k most similar items, best first, in the columns similarity, accepted, label, path and id."""
         scores, ids = (part[0] for part in self.index.search(self.embed(picture)[None], k, self.fingerprint))
-        rows = [{"similarity": float(score), "accepted": bool(score >= self.threshold), "label": item["label"],
-                 "path": str(Path(self.index.info["image_root"]) / item["path"]), "id": int(place)}
-                for score, place in zip(scores, ids, strict=True) if place >= 0 and (item := self.index.item(place))]
+        rows = [
+            {
+                "similarity": float(score),
+                "accepted": bool(score >= self.threshold),
+                "label": item["label"],
+                "path": str(Path(self.index.info["image_root"]) / item["path"]),
+                "id": int(place),
+            }
+            for score, place in zip(scores, ids, strict=True)
+            if place >= 0 and (item := self.index.item(place))
+        ]
         return pd.DataFrame(rows)
 
     def identify(self, picture: Picture) -> str:
@@ -202,9 +233,13 @@ class Recognizer:
         if len(paths) != len(labels):
             raise ValueError(f"each image needs a label; there are {len(paths)} images and {len(labels)} labels")
         vectors = np.stack([self.embed(path) for path in paths])
-        self.index.add(vectors, model=self.fingerprint, path=[str(Path(path).absolute()) for path in paths],
-                       label=[str(label) for label in labels])
-        return self.index.ids[-len(paths):].tolist()
+        self.index.add(
+            vectors,
+            model=self.fingerprint,
+            path=[str(Path(path).absolute()) for path in paths],
+            label=[str(label) for label in labels],
+        )
+        return self.index.ids[-len(paths) :].tolist()
 
     def remove(self, *labels: str) -> int:
         """How many items went: all those of the labels; raises ValueError for a label that the index does not have."""
@@ -219,17 +254,34 @@ class Recognizer:
         return self.index.save(self.folder / "index")
 
 
-def answers_figure(recognizer: Recognizer, pictures: Sequence[Picture], titles: Sequence[str],
-                   k: int = 5) -> plt.Figure:
-    "A row for each picture: itself, and its k most similar items in a frame, blue where accepted and grey otherwise."
-    figure, axes = plt.subplots(len(pictures), k + 1, figsize=(1.25 * (k + 1), 1.55 * len(pictures)), dpi=100,
-                                squeeze=False, facecolor="white", layout="constrained")
+def answers_figure(
+    recognizer: Recognizer, pictures: Sequence[Picture], titles: Sequence[str], k: int = 5
+) -> plt.Figure:
+    """A row for each picture: itself and its k most similar items, framed blue where accepted and grey otherwise."""
+    figure, axes = plt.subplots(
+        len(pictures),
+        k + 1,
+        figsize=(1.25 * (k + 1), 1.55 * len(pictures)),
+        dpi=100,
+        squeeze=False,
+        facecolor="white",
+        layout="constrained",
+    )
     for row, picture, title in zip(axes, pictures, titles, strict=True):
         found = recognizer.search(picture, k)
-        shown = [(picture, title, INK, 1.0), *(
-            (hit.path, f"{shorten(hit.label, 16)}\n{hit.similarity:.3f}", COLOURS[RIGHT if hit.accepted else EXCLUDED],
-             2.5) for hit in found.itertuples())]
-        for ax in row[len(shown):]:
+        shown = [
+            (picture, title, INK, 1.0),
+            *(
+                (
+                    hit.path,
+                    f"{shorten(hit.label, 16)}\n{hit.similarity:.3f}",
+                    COLOURS[RIGHT if hit.accepted else EXCLUDED],
+                    2.5,
+                )
+                for hit in found.itertuples()
+            ),
+        ]
+        for ax in row[len(shown) :]:
             ax.set_axis_off()
         for ax, (image, text, colour, width) in zip(row, shown, strict=False):
             ax.imshow(read_picture(image, 160))

@@ -2,10 +2,14 @@
 
 Nothing here knows a model or a configuration.
 """
+
 from recnb import lazily
 
-__getattr__, __dir__, __all__ = lazily(__name__, {
-    "processes": "processes ranks first_does gather everyone launch",
-    "gradients": "average_gradients copy_from_first share_batches",
-    "rows": "PartialLogits sharded_weights step_by_rows",
-})
+__getattr__, __dir__, __all__ = lazily(
+    __name__,
+    {
+        "processes": "processes ranks first_does gather everyone launch",
+        "gradients": "average_gradients copy_from_first share_batches",
+        "rows": "PartialLogits sharded_weights step_by_rows",
+    },
+)

@@ -5,6 +5,7 @@ losses between images see the embeddings of all of them, gathered with their gra
 make the step of one process with a batch of N x B; of batch normalisation that holds with `Arch.use_sync_bn: True`,
 otherwise its statistics are each process's own. The weights of sharded heads stay where they are.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator

@@ -1,4 +1,5 @@
 """The processes of one training: who they are, and what they send each other."""
+
 from __future__ import annotations
 
 import contextlib
@@ -41,7 +42,7 @@ def first_does(work, *args) -> None:
 
 
 class Gathered(dict):
-    "The entries of an output dict from all processes, each gathered, with its gradients, when it is first asked for."
+    """The entries of an output dict from all processes, each gathered with its gradients when first asked for."""
 
     def __init__(self, own: dict):
         super().__init__()
@@ -88,14 +89,25 @@ def joined(features: Tensor) -> Tensor:
 
 
 def launch(config: Path, run_dir: Path, count: int) -> Iterator[str]:
-    "The lines printed by `count` processes of this machine that train a configuration, which it does while iterated."
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", "-m",
-             "recnb.cli.train", str(config), "--run-dir", str(run_dir)]
+    """Train a configuration in `count` processes of this machine and yield the lines that they print."""
+    words = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={count}",
+        "-m",
+        "recnb.cli.train",
+        str(config),
+        "--run-dir",
+        str(run_dir),
+    ]
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         yield from process.stdout
     if process.returncode:
-        raise RuntimeError(f"training in {count} processes has ended with an error, shown above; "
-                           f"{run_dir} holds its last checkpoint")
+        raise RuntimeError(
+            f"training in {count} processes has ended with an error, shown above; {run_dir} holds its last checkpoint"
+        )
 
 
 def ranks() -> tuple[int, int]:

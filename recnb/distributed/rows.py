@@ -4,6 +4,7 @@ Where torch.distributed runs, each rank holds a contiguous share of the rows, se
 the logits of its own classes only; two numbers for each image travel to make one softmax of them. On one process all of
 this is the plain thing.
 """
+
 from __future__ import annotations
 
 import types
@@ -119,8 +120,11 @@ def sharded_weights(model: nn.Module, optimizer: torch.optim.Optimizer | None = 
 
     With an optimizer by its number in `optimizer.state_dict()["state"]`. `merge`, `split` and `collect` take either.
     """
-    counts = {f"{name}.weight".lstrip("."): part.class_num for name, part in model.named_modules()
-              if getattr(part, "sharded", False)}
+    counts = {
+        f"{name}.weight".lstrip("."): part.class_num
+        for name, part in model.named_modules()
+        if getattr(part, "sharded", False)
+    }
     if optimizer is None:
         return counts
     named = {model.get_parameter(name): count for name, count in counts.items()}
@@ -130,6 +134,7 @@ def sharded_weights(model: nn.Module, optimizer: torch.optim.Optimizer | None = 
 
 def merge(states: Sequence[dict], counts: dict[Hashable, int]) -> dict:
     """One state of all rows from those of all ranks, in their order; what is not sharded comes from the first."""
+
     def join(entries: list):
         if isinstance(entries[0], dict):
             return {key: join([entry[key] for entry in entries]) for key in entries[0]}
@@ -140,6 +145,7 @@ def merge(states: Sequence[dict], counts: dict[Hashable, int]) -> dict:
 
 def split(state: dict, counts: dict[Hashable, int], rank: int | None = None, world: int | None = None) -> dict:
     """The state of a rank (this one) of `world` (as many as run) from that of all rows."""
+
     def cut(entry, count: int):
         if isinstance(entry, dict):
             return {key: cut(value, count) for key, value in entry.items()}

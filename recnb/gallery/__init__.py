@@ -2,12 +2,16 @@
 
 Plain arrays and lists go in, so that the galleries serve anybody's embeddings.
 """
+
 from recnb import lazily
 
-__getattr__, __dir__, __all__ = lazily(__name__, {
-    "figure": "gallery_figure",
-    "page": "gallery_html",
-    "static": "gallery_static",
-    "widget": "gallery_widget GalleryWidget",
-    "curves": "history_figure curves_figure histogram_figure map_figure samples_figure",
-})
+__getattr__, __dir__, __all__ = lazily(
+    __name__,
+    {
+        "figure": "gallery_figure",
+        "page": "gallery_html",
+        "static": "gallery_static",
+        "widget": "gallery_widget GalleryWidget",
+        "curves": "history_figure curves_figure histogram_figure map_figure samples_figure",
+    },
+)

@@ -1,4 +1,5 @@
 """Figures of a run: curves, histograms, maps, samples."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -28,8 +29,9 @@ def curves_figure(arrays: dict, recall: np.ndarray, precision: np.ndarray) -> Fi
     draw_cmc(axes[0], arrays)
     axes[1].plot(recall, precision, color=COLOURS[RIGHT], linewidth=2)
     axes[1].fill_between(recall, precision, color=COLOURS[RIGHT], alpha=0.1, linewidth=0)
-    axes[1].set(title="Precision and recall", xlabel="recall", ylabel="interpolated precision", xlim=(0, 1),
-                ylim=(0, 1.02))
+    axes[1].set(
+        title="Precision and recall", xlabel="recall", ylabel="interpolated precision", xlim=(0, 1), ylim=(0, 1.02)
+    )
     return figure
 
 
@@ -46,8 +48,9 @@ def draw_cmc(ax: Axes, arrays: dict, most: int = 50) -> None:
     ax.plot(np.arange(1, most + 1), values, color=COLOURS[RIGHT], linewidth=2)
     for k in (1, 10):
         ax.plot(k, values[k - 1], "o", color=COLOURS[RIGHT], markersize=5, clip_on=False, zorder=5)
-        ax.annotate(f"{values[k - 1]:.1%}", (k, values[k - 1]), (7, -13), textcoords="offset points", color=INK,
-                    fontsize=9)
+        ax.annotate(
+            f"{values[k - 1]:.1%}", (k, values[k - 1]), (7, -13), textcoords="offset points", color=INK, fontsize=9
+        )
     ax.set(title="Found by rank (CMC)", xlabel="rank", ylabel="share of queries", xlim=(0, most), ylim=(0, 1.02))
     ax.yaxis.set_major_formatter(PercentFormatter(1))
 
@@ -60,13 +63,26 @@ def draw_pairs(ax: Axes, edges: np.ndarray, counts: np.ndarray, point: dict) -> 
         ax.stairs(heights[kind], edges, color=colour, linewidth=1.5, label=name)
         ax.stairs(heights[kind], edges, color=colour, fill=True, alpha=0.2, linewidth=0)
     ax.axvline(point["threshold"], color=INK, linewidth=1.2, linestyle=(0, (4, 2)))
-    ax.set(title="Similarity of pairs", xlabel="cosine", xlim=(edges[used[0]], edges[used[-1] + 1]),
-           ylim=(0, 1.55 * heights.max()), yticks=[])
+    ax.set(
+        title="Similarity of pairs",
+        xlabel="cosine",
+        xlim=(edges[used[0]], edges[used[-1] + 1]),
+        ylim=(0, 1.55 * heights.max()),
+        yticks=[],
+    )
     place = np.clip(point["threshold"], *ax.get_xlim())  # beyond all scores where no negative may be accepted
     left = place > np.mean(ax.get_xlim())
-    ax.annotate(f"from {point['threshold']:.3f}: {point['TPR']:.1%} of the same,\n{point['rate']:.3g} of the others",
-                (place, 0.86), (-6 if left else 6, 0), xycoords=("data", "axes fraction"), va="top",
-                textcoords="offset points", ha="right" if left else "left", fontsize=8, color=SOFT)
+    ax.annotate(
+        f"from {point['threshold']:.3f}: {point['TPR']:.1%} of the same,\n{point['rate']:.3g} of the others",
+        (place, 0.86),
+        (-6 if left else 6, 0),
+        xycoords=("data", "axes fraction"),
+        va="top",
+        textcoords="offset points",
+        ha="right" if left else "left",
+        fontsize=8,
+        color=SOFT,
+    )
     ax.legend(frameon=False, fontsize=8, loc="upper left", ncols=2)
 
 
@@ -76,26 +92,42 @@ def draw_ap(ax: Axes, arrays: dict) -> None:
     ax.hist(ap, np.linspace(0, 1, 21), color=COLOURS[RIGHT], edgecolor="white", linewidth=0.8)
     ax.axvline(ap.mean(), color=COLOURS[WRONG], linewidth=1.8)
     ax.set_ylim(0, 1.18 * ax.get_ylim()[1])
-    ax.annotate(f"mAP {ap.mean():.3f}", (ap.mean(), 0.97), (5, 0), xycoords=("data", "axes fraction"), va="top",
-                textcoords="offset points", ha="left" if ap.mean() < 0.75 else "right", fontsize=9,
-                color=COLOURS[WRONG])
+    ax.annotate(
+        f"mAP {ap.mean():.3f}",
+        (ap.mean(), 0.97),
+        (5, 0),
+        xycoords=("data", "axes fraction"),
+        va="top",
+        textcoords="offset points",
+        ha="left" if ap.mean() < 0.75 else "right",
+        fontsize=9,
+        color=COLOURS[WRONG],
+    )
     ax.set(title="Average precision of the queries", xlabel="AP", ylabel="queries", xlim=(0, 1))
 
 
-def map_figure(points: np.ndarray, labels, pictures: Sequence | None = None, groups: Sequence = (), title: str = "",
-               names=None, most: int = 120) -> Figure:
+def map_figure(
+    points: np.ndarray,
+    labels,
+    pictures: Sequence | None = None,
+    groups: Sequence = (),
+    title: str = "",
+    names=None,
+    most: int = 120,
+) -> Figure:
     """The points (N, 2) as a map; the identities in `groups` (at most six) coloured and named, the others grey.
 
     pictures: one for each point; up to `most` are drawn, none over another, those of the groups first.
     """
-    labels, groups = np.asarray(labels), list(groups)[:len(GROUPS)]
+    labels, groups = np.asarray(labels), list(groups)[: len(GROUPS)]
     figure, ax = plt.subplots(figsize=(9, 7), dpi=100, facecolor="white", layout="constrained")
     plt.close(figure)
     colours = np.full(len(labels), "#C4C4C4", dtype=object)
     for group, colour in zip(groups, GROUPS, strict=False):
         colours[labels == group] = colour
-        ax.plot([], [], "o", color=colour, markersize=7,
-                label=shorten(label_text(group, names), 24).replace("$", r"\$"))  # no formula
+        ax.plot(
+            [], [], "o", color=colour, markersize=7, label=shorten(label_text(group, names), 24).replace("$", r"\$")
+        )  # no formula
     ax.scatter(*points.T, s=16, c=list(colours), linewidths=0)
     ax.margins(0.04)
     ax.set(xticks=[], yticks=[])
@@ -121,8 +153,15 @@ def _apart(points: np.ndarray, first: np.ndarray, most: int) -> list[int]:
 
 
 def _panels(count: int, width: float | None = None) -> tuple[Figure, np.ndarray]:
-    figure, axes = plt.subplots(1, count, figsize=(width or (10 if count == 2 else 12), 3.4), dpi=100,
-                                facecolor="white", layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(
+        1,
+        count,
+        figsize=(width or (10 if count == 2 else 12), 3.4),
+        dpi=100,
+        facecolor="white",
+        layout="constrained",
+        squeeze=False,
+    )
     plt.close(figure)
     for ax in axes[0]:
         ax.set_facecolor("white")
@@ -148,8 +187,15 @@ def samples_figure(table: pd.DataFrame, rows: int = 6, columns: int = 8):
         ax.set_axis_off()
     for line, name in zip(axes, names, strict=True):
         mine = table[table.label == name].sort_values("path")
-        line[0].text(0, 0.5, f"{printable(name[:18])}\n{len(mine)} images", va="center", fontsize=11,
-                     transform=line[0].transAxes, parse_math=False)
+        line[0].text(
+            0,
+            0.5,
+            f"{printable(name[:18])}\n{len(mine)} images",
+            va="center",
+            fontsize=11,
+            transform=line[0].transAxes,
+            parse_math=False,
+        )
         mine = mine.iloc[np.unique(np.linspace(0, len(mine) - 1, columns).round().astype(int))]
         for ax, (_, item) in zip(line[1:], mine.iterrows(), strict=False):
             words = [str(item["split"])] if "split" in mine else []
@@ -166,8 +212,9 @@ def history_figure(run: Path) -> plt.Figure:
     history = pd.read_csv(run / "history.csv").set_index("epoch").drop(columns="lr")
     losses = [c for c in history if "loss" in c.lower()]
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.2), facecolor="white", dpi=90, layout="constrained")
-    for ax, columns, title in zip(axes, (losses, [c for c in history if c not in losses]), ("loss", "retrieval"),
-                                  strict=True):
+    for ax, columns, title in zip(
+        axes, (losses, [c for c in history if c not in losses]), ("loss", "retrieval"), strict=True
+    ):
         for column in columns:
             values = history[column].dropna()
             ax.plot(values.index, values, marker=".", label=column)

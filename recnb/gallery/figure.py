@@ -4,6 +4,7 @@
 go in, so they serve anybody's embeddings. An item left out by the protocol (the query's own picture, the same identity
 seen by the same camera) takes no rank: what stands behind it moves up, here as in the metrics.
 """
+
 from __future__ import annotations
 
 import io
@@ -30,7 +31,7 @@ SIGNS = {RIGHT: MarkerPath([(-0.9, 0.0), (-0.25, -0.65), (0.95, 0.75)]), WRONG: 
 
 
 class PaletteCanvas(FigureCanvasAgg):
-    "Writes PNG with 256 fitted colours: a third of the bytes of true colour, which a notebook would carry for good."
+    """Writes PNG with 256 fitted colours: a third of the bytes of true colour, which stay in the notebook."""
 
     def print_png(self, filename_or_obj, *, metadata=None, pil_kwargs=None, **_):
         buffer = io.BytesIO()
@@ -43,14 +44,20 @@ class PaletteCanvas(FigureCanvasAgg):
             fitted.putpalette(fitted.getpalette()[:750] + own)
             image = image.quantize(palette=fitted, dither=Image.Dither.NONE)
             corner, palette = image.getpixel((0, 0)), image.getpalette()
-            palette[3 * corner:3 * corner + 3] = ImageColor.getrgb(PAPER)  # the fit leaves it slightly grey
+            palette[3 * corner : 3 * corner + 3] = ImageColor.getrgb(PAPER)  # the fit leaves it slightly grey
             image.putpalette(palette)
             image.save(filename_or_obj, format="png", optimize=True, dpi=(self.figure.dpi, self.figure.dpi))
 
 
-def gallery_figure(ranking: Ranking, query_images: Sequence[Picture], gallery_images: Sequence[Picture],
-                   rows: Sequence[int] | None = None, k: int = 8, label_names: Names = None,
-                   title: str = "Nearest neighbours") -> Figure:
+def gallery_figure(
+    ranking: Ranking,
+    query_images: Sequence[Picture],
+    gallery_images: Sequence[Picture],
+    rows: Sequence[int] | None = None,
+    k: int = 8,
+    label_names: Names = None,
+    title: str = "Nearest neighbours",
+) -> Figure:
     """A figure with a row per query: its numbers, its picture, its first k hits, framed, signed, with similarity.
 
     rows: the queries to show, by default those of `choose_rows`. label_names: list or mapping from identity to text.
@@ -71,8 +78,9 @@ def gallery_figure(ranking: Ranking, query_images: Sequence[Picture], gallery_im
             if place < 0:
                 _draw_query(fig.add_axes(box, label=f"query {q}"), ranking, q, k, query_images, label_names)
             elif ranking.ids[q, place] >= 0:
-                _draw_hit(fig.add_axes(box, label=f"query {q}, hit {place}"), ranking, q, place, gallery_images,
-                          label_names)
+                _draw_hit(
+                    fig.add_axes(box, label=f"query {q}, hit {place}"), ranking, q, place, gallery_images, label_names
+                )
     return fig
 
 
@@ -93,13 +101,24 @@ def _wrap(text: str, n: int) -> list[str]:
     if len(text) <= n:
         return [text]
     cut = max((text.rfind(sign, 0, n) + 1 for sign in " /_-"), default=0)
-    return [text[:cut or n].strip(), text[cut or n:]]
+    return [text[: cut or n].strip(), text[cut or n :]]
 
 
 def _note(ax: Axes, text: str, y: float, weight: str, colour: str) -> None:
     """A line of text to the left of the tile, ending at its edge."""
-    ax.annotate(text, (0, y), (-7, 0), xycoords="axes fraction", textcoords="offset points", ha="right", va="top",
-                parse_math=False, fontsize=7.5, fontweight=weight, color=colour)
+    ax.annotate(
+        text,
+        (0, y),
+        (-7, 0),
+        xycoords="axes fraction",
+        textcoords="offset points",
+        ha="right",
+        va="top",
+        parse_math=False,
+        fontsize=7.5,
+        fontweight=weight,
+        color=colour,
+    )
 
 
 def _draw_hit(ax: Axes, ranking: Ranking, q: int, place: int, images: Sequence[Picture], names: Names) -> None:
@@ -109,8 +128,18 @@ def _draw_hit(ax: Axes, ranking: Ranking, q: int, place: int, images: Sequence[P
     _draw_sign(ax, state, (0.93, 0.93), ax.transAxes)
     ax.set_xlabel(f"{position or '-'} · {ranking.scores[q, place]:.3f}", fontsize=8, color=INK, labelpad=2)
     below = {RIGHT: "", EXCLUDED: "own camera", WRONG: shorten(label_text(ranking.gallery_labels[item], names), 17)}
-    ax.annotate(below[state], (0.5, 0), (0, -14), xycoords="axes fraction", textcoords="offset points", ha="center",
-                parse_math=False, va="top", fontsize=6.5, color=SOFT)
+    ax.annotate(
+        below[state],
+        (0.5, 0),
+        (0, -14),
+        xycoords="axes fraction",
+        textcoords="offset points",
+        ha="center",
+        parse_math=False,
+        va="top",
+        fontsize=6.5,
+        color=SOFT,
+    )
 
 
 def _draw_tile(ax: Axes, picture: Picture, colour: str, width: float, style="-") -> None:

@@ -3,6 +3,7 @@
 It needs no network and no library: pictures are JPEG thumbnails in data URIs, signs are drawn, and without JavaScript
 the file still shows every query, worst first.
 """
+
 from __future__ import annotations
 
 import base64
@@ -39,11 +40,20 @@ def sign(state: str) -> str:
 class Pages:
     """Each query of a ranking as an HTML article; `embed` says how a picture enters the page."""
 
-    def __init__(self, ranking: Ranking, query_images: Sequence[Picture], gallery_images: Sequence[Picture],
-                 label_names: Names = None, size: int = 112, keep: int | None = 4096):
+    def __init__(
+        self,
+        ranking: Ranking,
+        query_images: Sequence[Picture],
+        gallery_images: Sequence[Picture],
+        label_names: Names = None,
+        size: int = 112,
+        keep: int | None = 4096,
+    ):
         if len(query_images) != len(ranking) or len(gallery_images) != len(ranking.gallery_labels):
-            raise ValueError(f"the ranking has {len(ranking)} queries and {len(ranking.gallery_labels)} gallery items, "
-                             f"but there are {len(query_images)} and {len(gallery_images)} pictures")
+            raise ValueError(
+                f"the ranking has {len(ranking)} queries and {len(ranking.gallery_labels)} gallery items, "
+                f"but there are {len(query_images)} and {len(gallery_images)} pictures"
+            )
         self.ranking, self.label_names, self.size = ranking, label_names, size
         self.images = {"query": query_images, "item": gallery_images}
         self.query_of = {own: q for q, own in enumerate(ranking.own.tolist()) if own >= 0}
@@ -77,10 +87,12 @@ class Pages:
         """One query with its facts and, where asked for, its first k hits and the first positives that these miss."""
         identity = self.identity("query", q)
         found = f'<div class="found">{self._hits(q, k)}{self.missed(q, k)}</div>' if hits else ""
-        return (f'<article id="q{q}" tabindex="-1" aria-label="query {q}, {escape(identity)}"><div class="about">'
-                f"<h2>{wrapped(identity)}</h2><figure>{self.picture('query', q, f'query {q}, {identity}')}"
-                f"<figcaption>{wrapped(self.name('query', q))}</figcaption></figure>{self._facts(q, k)}</div>"
-                f"{found}</article>")
+        return (
+            f'<article id="q{q}" tabindex="-1" aria-label="query {q}, {escape(identity)}"><div class="about">'
+            f"<h2>{wrapped(identity)}</h2><figure>{self.picture('query', q, f'query {q}, {identity}')}"
+            f"<figcaption>{wrapped(self.name('query', q))}</figcaption></figure>{self._facts(q, k)}</div>"
+            f"{found}</article>"
+        )
 
     def _hits(self, q: int, k: int) -> str:
         r = self.ranking
@@ -89,8 +101,10 @@ class Pages:
 
     def missed(self, q: int, k: int) -> str:
         """The first positives that are not among the first k, with their rank; empty where there is none."""
-        tiles = [self._tile(item, MISSED, f"{rank} · {score:.3f}", f"rank {rank}") for item, rank, score
-                 in self.ranking.missed(q, k)]
+        tiles = [
+            self._tile(item, MISSED, f"{rank} · {score:.3f}", f"rank {rank}")
+            for item, rank, score in self.ranking.missed(q, k)
+        ]
         return f"<h3>First positives missed, with their rank</h3><ol>{''.join(tiles)}</ol>" if tiles else ""
 
     def _facts(self, q: int, k: int) -> str:
@@ -116,14 +130,26 @@ class Pages:
         if self.query_of.get(item) in self.linked:
             picture = f'<a href="#q{self.query_of[item]}" title="make it the query">{picture}</a>'
         title = escape(f"{MEANING[state]}: {self.name('item', item)}")
-        return (f'<li class="{state}" title="{title}">{picture}{sign(state)}'
-                f"<b><i>{MARKS[state]} </i>{caption}</b><small>{wrapped(identity)}</small>{camera}</li>")
+        return (
+            f'<li class="{state}" title="{title}">{picture}{sign(state)}'
+            f"<b><i>{MARKS[state]} </i>{caption}</b><small>{wrapped(identity)}</small>{camera}</li>"
+        )
 
 
-def gallery_html(ranking: Ranking, query_images: Sequence[Picture], gallery_images: Sequence[Picture],
-                 path: str | Path | None = None, rows: Sequence[int] | None = None, k: int = 10, order: str = "worst",
-                 label_names: Names = None, title: str = "Gallery", max_queries: int = 100, size: int = 112,
-                 summary: str = "") -> str:
+def gallery_html(
+    ranking: Ranking,
+    query_images: Sequence[Picture],
+    gallery_images: Sequence[Picture],
+    path: str | Path | None = None,
+    rows: Sequence[int] | None = None,
+    k: int = 10,
+    order: str = "worst",
+    label_names: Names = None,
+    title: str = "Gallery",
+    max_queries: int = 100,
+    size: int = 112,
+    summary: str = "",
+) -> str:
     """A self-contained HTML page of queries and their hits, also written to `path` where one is given.
 
     Queries are those of `rows`, or all by `order` ('worst' or 'best' AP first, 'index'); beyond `max_queries` the page
@@ -147,13 +173,24 @@ def gallery_html(ranking: Ranking, query_images: Sequence[Picture], gallery_imag
     choices = {} if rows is None else {"given": "as given"}
     choices |= {"worst": "worst AP first", "best": "best AP first", "index": "by number"}
     first = order if rows is None else "given"
-    orders = "".join(f'<option value="{value}"{" selected" if value == first else ""}>{text}</option>'
-                     for value, text in choices.items())
+    orders = "".join(
+        f'<option value="{value}"{" selected" if value == first else ""}>{text}</option>'
+        for value, text in choices.items()
+    )
     which = {"worst": ", the worst by AP", "best": ", the best by AP"}.get(first, ", the first")
     cut = f"{len(shown)} of {len(wanted):,} queries are on this page{which}." if len(shown) < len(wanted) else ""
-    page = PAGE.format(title=escape(printable(title)), style=STYLE + PAGE_STYLE, pictures=pictures, cut=cut,
-                       summary=escape(printable(summary)) or _summary(ranking), legend=_legend(ranking), orders=orders,
-                       entries=listed, articles=articles, script=SCRIPT)
+    page = PAGE.format(
+        title=escape(printable(title)),
+        style=STYLE + PAGE_STYLE,
+        pictures=pictures,
+        cut=cut,
+        summary=escape(printable(summary)) or _summary(ranking),
+        legend=_legend(ranking),
+        orders=orders,
+        entries=listed,
+        articles=articles,
+        script=SCRIPT,
+    )
     if path is not None:
         write_text(path, page)
     return page
@@ -165,17 +202,21 @@ def _entry(pages: Pages, q: int, i: int) -> str:
     state = (WRONG if r.failed[q] else RIGHT) if r.valid[q] else EXCLUDED
     said = {RIGHT: "first hit right", WRONG: "first hit wrong", EXCLUDED: "no positive"}[state]
     ap = f"{r.AP[q]:.3f}" if r.valid[q] else "-"
-    return (f'<li data-q="{q}" data-place="{i}" data-ap="{np.nan_to_num(r.AP[q], nan=2):.6f}" class="{state}">'
-            f'<a href="#q{q}">{pages.picture("query", q, said)}<span>{escape(identity)}<small>'
-            f"{escape(pages.name('query', q))}</small></span><b>{ap}</b>{sign(state)}</a></li>")
+    return (
+        f'<li data-q="{q}" data-place="{i}" data-ap="{np.nan_to_num(r.AP[q], nan=2):.6f}" class="{state}">'
+        f'<a href="#q{q}">{pages.picture("query", q, said)}<span>{escape(identity)}<small>'
+        f"{escape(pages.name('query', q))}</small></span><b>{ap}</b>{sign(state)}</a></li>"
+    )
 
 
 def _summary(ranking: Ranking) -> str:
     valid = ranking.valid
     first = np.mean(ranking.first_hit[valid] == 1)
     lost = f", {(~valid).sum():,} without a positive left out" if not valid.all() else ""
-    return (f"{valid.sum():,} queries in {len(ranking.gallery_labels):,} gallery items{lost} · "
-            f"mAP {ranking.AP[valid].mean():.3f} · first hit right for {first:.1%}")
+    return (
+        f"{valid.sum():,} queries in {len(ranking.gallery_labels):,} gallery items{lost} · "
+        f"mAP {ranking.AP[valid].mean():.3f} · first hit right for {first:.1%}"
+    )
 
 
 def _legend(ranking: Ranking) -> str:

@@ -1,4 +1,5 @@
 """Pictures and names for galleries: files, arrays or images in, RGB arrays and short texts out."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -10,7 +11,7 @@ from PIL import Image, ImageOps
 from recnb.data.images import printable, to_rgb
 
 Picture = str | Path | Image.Image | np.ndarray  # an array is uint8, (H, W) or (H, W, 3)
-Names = Sequence[str] | Mapping | None           # identity -> text
+Names = Sequence[str] | Mapping | None  # identity -> text
 
 
 def read_picture(picture: Picture, size: int) -> Image.Image:
@@ -45,7 +46,7 @@ def _from_array(array: np.ndarray) -> Image.Image:
 
 
 def label_text(label, names: Names = None) -> str:
-    "An identity as it is shown: its name where a list or mapping has one, itself where it is text, otherwise 'id 7'."
+    """An identity as it is shown: its name where a list or mapping has one, itself if it is text, otherwise 'id 7'."""
     plain = str(label) if isinstance(label, str) else f"id {label}"
     if isinstance(names, Mapping):
         return printable(str(names.get(label, plain)))
@@ -55,4 +56,4 @@ def label_text(label, names: Names = None) -> str:
 def shorten(text: str, n: int) -> str:
     """The text in at most n characters, the middle left out: names differ at either end."""
     head = (n - 1) // 2
-    return text if len(text) <= n else f"{text[:head]}…{text[len(text) - (n - 1 - head):]}"
+    return text if len(text) <= n else f"{text[:head]}…{text[len(text) - (n - 1 - head) :]}"

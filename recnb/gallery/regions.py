@@ -3,6 +3,7 @@
 The heat of a location of A is its cosine with the mean vector of B's map: 0 is no agreement, 1 the same direction.
 The scale is fixed, so heats of different pairs compare.
 """
+
 from __future__ import annotations
 
 import numpy as np

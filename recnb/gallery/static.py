@@ -3,6 +3,7 @@
 No kernel, no script and no network: each query is a radio button, drawn as a thumbnail, and the article that follows
 the checked one is shown. Where a viewer strips style and buttons, every article is shown, one below the other.
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -33,8 +34,15 @@ STATIC_STYLE = """
 """
 
 
-def gallery_static(ranking: Ranking, query_images: Sequence[Picture], gallery_images: Sequence[Picture],
-                   rows: Sequence[int] | None = None, k: int = 8, label_names: Names = None, size: int = 80) -> HTML:
+def gallery_static(
+    ranking: Ranking,
+    query_images: Sequence[Picture],
+    gallery_images: Sequence[Picture],
+    rows: Sequence[int] | None = None,
+    k: int = 8,
+    label_names: Names = None,
+    size: int = 80,
+) -> HTML:
     """Ready pages for a saved notebook and for what nbconvert makes of it, chosen by click or arrow key.
 
     rows: the queries, by default ten of `choose_rows`. Every page is stored in the notebook: about 40 KB each.
@@ -43,11 +51,15 @@ def gallery_static(ranking: Ranking, query_images: Sequence[Picture], gallery_im
     rows = choose_rows(ranking, 10).tolist() if rows is None else [int(q) for q in rows]
     articles = [pages.article(q, k) for q in rows]
     name = f"pages-{next(CALLS)}-{crc32(''.join(articles).encode()):08x}"  # a page may hold several galleries
-    parts = [_choice(pages, q, f"{name}-{i}", name, "" if i else " checked")
-             + article.replace(f'id="q{q}" tabindex="-1"', f'id="{name}-q{q}"', 1)
-             for i, (q, article) in enumerate(zip(rows, articles, strict=True))]
-    return HTML(f"<style>{STYLE}{STATIC_STYLE}</style>"
-                f'<div class="recnb pages" role="group" aria-label="queries">{"".join(parts)}</div>')
+    parts = [
+        _choice(pages, q, f"{name}-{i}", name, "" if i else " checked")
+        + article.replace(f'id="q{q}" tabindex="-1"', f'id="{name}-q{q}"', 1)
+        for i, (q, article) in enumerate(zip(rows, articles, strict=True))
+    ]
+    return HTML(
+        f"<style>{STYLE}{STATIC_STYLE}</style>"
+        f'<div class="recnb pages" role="group" aria-label="queries">{"".join(parts)}</div>'
+    )
 
 
 def _choice(pages: Pages, q: int, key: str, group: str, checked: str) -> str:
@@ -57,7 +69,9 @@ def _choice(pages: Pages, q: int, key: str, group: str, checked: str) -> str:
     said = {RIGHT: "first hit right", WRONG: "first hit wrong", EXCLUDED: "no positive"}[state]
     ap = f"{r.AP[q]:.3f}" if r.valid[q] else "-"
     own_keys = 'data-lm-suppress-shortcuts="true"'  # else JupyterLab takes the arrow keys to walk its cells
-    return (f'<input type="radio" id="{key}" name="{group}" aria-label="{escape(identity)}, AP {ap}, {said}"{checked}'
-            f" {own_keys}>"
-            f'<label for="{key}" title="{escape(identity)}: {said}">{pages.picture("query", q, said)}{sign(state)}{ap}'
-            "</label>")
+    return (
+        f'<input type="radio" id="{key}" name="{group}" aria-label="{escape(identity)}, AP {ap}, {said}"{checked}'
+        f" {own_keys}>"
+        f'<label for="{key}" title="{escape(identity)}: {said}">{pages.picture("query", q, said)}{sign(state)}{ap}'
+        "</label>"
+    )

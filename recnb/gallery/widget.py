@@ -3,6 +3,7 @@
 What is shown is what a `Ranking` says, so it agrees with the metrics to the item. Hits are buttons, since only a widget
 can tell Python that it was clicked; thumbnails are made when first looked at, so that any size of gallery will do.
 """
+
 from __future__ import annotations
 
 import base64
@@ -27,8 +28,10 @@ from recnb.retrieval.search import knn
 
 ORDERS = [("worst AP first", "worst"), ("best AP first", "best"), ("by number", "index")]
 ANY, NONE, SIDES = "any", "none", ("the query", "the hit")
-SIGN = ("<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 20 20'><circle cx='10' cy='10' r='10' fill='{colour}'/>"
-        "<path d='{path}' fill='none' stroke='white' stroke-width='2.2' stroke-linecap='round'/></svg>")
+SIGN = (
+    "<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 20 20'><circle cx='10' cy='10' r='10' fill='{colour}'/>"
+    "<path d='{path}' fill='none' stroke='white' stroke-width='2.2' stroke-linecap='round'/></svg>"
+)
 FILL = {RIGHT: "%230072B2", WRONG: "%23D55E00", "excluded": "%23767676"}  # '#' escaped, as a URI wants it
 TILES = """
 .recnb .recnb-hit { width: 104px; height: 104px; margin: 4px; padding: 0; border-radius: 6px; opacity: 1;
@@ -40,10 +43,19 @@ TILES = """
 """
 
 
-def gallery_widget(rankings: Ranking | Mapping[str, Ranking], query_images: Sequence[Picture],
-                   gallery_images: Sequence[Picture], k: int = 10, label_names: Names = None, order: str = "worst",
-                   size: int = 112, embed: Callable | None = None, gallery_features=None,
-                   regions: Callable | None = None, export_folder: str | Path = ".") -> GalleryWidget:
+def gallery_widget(
+    rankings: Ranking | Mapping[str, Ranking],
+    query_images: Sequence[Picture],
+    gallery_images: Sequence[Picture],
+    k: int = 10,
+    label_names: Names = None,
+    order: str = "worst",
+    size: int = 112,
+    embed: Callable | None = None,
+    gallery_features=None,
+    regions: Callable | None = None,
+    export_folder: str | Path = ".",
+) -> GalleryWidget:
     """A widget over one ranking, or over several of the same queries and gallery by name, of which two can be compared.
 
     gallery_features (G, D): any gallery item can be made the query. embed: picture -> (D,), for images of one's own.
@@ -99,8 +111,10 @@ class Hits(widgets.VBox):
             layers.insert(0, (f'url("data:image/svg+xml,{sign}")', "22px", "right 2px top 2px"))
         pictures, sizes, places = (", ".join(values) for values in zip(*layers, strict=True))
         frame = f"3px {'dashed' if state == 'excluded' else 'solid'} var(--{state or 'line'})"
-        return (f".{self.key} .h{i}.h{i} {{ background-image: {pictures}; background-size: {sizes}; "
-                f"background-position: {places}; border: {frame}; }}\n")
+        return (
+            f".{self.key} .h{i}.h{i} {{ background-image: {pictures}; background-size: {sizes}; "
+            f"background-position: {places}; border: {frame}; }}\n"
+        )
 
     def _add_tile(self) -> None:
         i, button = len(self.tiles), widgets.Button()
@@ -114,8 +128,16 @@ class GalleryWidget(widgets.VBox):
 
     query = traitlets.Int(0)
 
-    def __init__(self, pages: dict[str, Pages], k: int, order: str, embed: Callable | None, gallery_features,
-                 regions: Callable | None, export_folder: Path):
+    def __init__(
+        self,
+        pages: dict[str, Pages],
+        k: int,
+        order: str,
+        embed: Callable | None,
+        gallery_features,
+        regions: Callable | None,
+        export_folder: Path,
+    ):
         self.pages_of, self.embed, self.features, self.regions = pages, embed, gallery_features, regions
         self.export_folder, self.rows, self.rng = export_folder, [], np.random.default_rng(0)
         self._make_controls(k, order)
@@ -125,12 +147,18 @@ class GalleryWidget(widgets.VBox):
         own = widgets.VBox([self.hits, self.later], layout=widgets.Layout(**room))
         found = widgets.Box([own, self.others], layout=widgets.Layout(flex_flow="row wrap", **room))
         line = {"layout": widgets.Layout(flex_flow="row wrap", align_items="center", grid_gap="4px 12px")}
-        super().__init__([
-            widgets.HTML(f"<style>{STYLE}{TILES}</style>"),
-            widgets.HBox([self.place, self.where, self.next_failure, self.random, self.failures], **line),
-            widgets.HBox([self.k, self.order, self.find, self.ranking, self.compare], **line), self._panels(),
-            widgets.Box([self.about, found], layout=widgets.Layout(flex_flow="row wrap", grid_gap="8px 24px",
-                                                                    margin="10px 0 0 0"))])
+        super().__init__(
+            [
+                widgets.HTML(f"<style>{STYLE}{TILES}</style>"),
+                widgets.HBox([self.place, self.where, self.next_failure, self.random, self.failures], **line),
+                widgets.HBox([self.k, self.order, self.find, self.ranking, self.compare], **line),
+                self._panels(),
+                widgets.Box(
+                    [self.about, found],
+                    layout=widgets.Layout(flex_flow="row wrap", grid_gap="8px 24px", margin="10px 0 0 0"),
+                ),
+            ]
+        )
         self.add_class("recnb")
         self._observe()
         self._choose(first=True)
@@ -140,21 +168,30 @@ class GalleryWidget(widgets.VBox):
     def _make_controls(self, k: int, order: str) -> None:
         ranking, names, plain = self.pages.ranking, list(self.pages_of), {"description_width": "initial"}
         wide, depth = widgets.Layout(width="auto"), ranking.ids.shape[1]
-        self.place = widgets.IntSlider(description="query", readout=False, style=plain,
-                                       layout=widgets.Layout(width="300px"))
+        self.place = widgets.IntSlider(
+            description="query", readout=False, style=plain, layout=widgets.Layout(width="300px")
+        )
         self.where, self.random = widgets.Label(), widgets.Button(description="random", icon="random", layout=wide)
         self.next_failure = widgets.Button(description="next failure", icon="forward", layout=wide)
         self.failures = widgets.Checkbox(description="failures only", indent=False, layout=wide)
-        self.k = widgets.IntSlider(min(k, depth), 1, depth, description="k", continuous_update=False, style=plain,
-                                   layout=widgets.Layout(width="220px"))
+        self.k = widgets.IntSlider(
+            min(k, depth),
+            1,
+            depth,
+            description="k",
+            continuous_update=False,
+            style=plain,
+            layout=widgets.Layout(width="220px"),
+        )
         self.order = widgets.Dropdown(options=ORDERS, value=order, layout=wide)
         self.find = widgets.Text(placeholder="find a name or file", layout=widgets.Layout(width="170px"))
         several = widgets.Layout(width="auto", display="flex" if len(names) > 1 else "none")
         self.ranking = widgets.Dropdown(options=names, description="shown", style=plain, layout=several)
         self.compare = widgets.Dropdown(options=[NONE, *names], description="beside it", style=plain, layout=several)
         identities = sorted({self.pages.identity("query", q) for q in range(len(ranking))})
-        self.identity = widgets.Combobox(options=identities[:2000], placeholder=ANY, style=plain,
-                                         description="identity")
+        self.identity = widgets.Combobox(
+            options=identities[:2000], placeholder=ANY, style=plain, description="identity"
+        )
         self.confused = widgets.Dropdown(options=[(ANY, ANY)], description="confused", style=plain, layout=wide)
         cameras = [] if ranking.query_cameras is None else np.unique(ranking.query_cameras).tolist()
         self.camera = widgets.Dropdown(options=[ANY, *cameras], description="camera", style=plain, layout=wide)
@@ -205,12 +242,23 @@ class GalleryWidget(widgets.VBox):
         """Brings the filters in step with the rankings chosen."""
         confusions = self._confusions()
         example = {pair: q for q, pair in confusions.items()}
-        self.confused.options = [(ANY, ANY), *((f"{' taken for '.join(self._texts(example[pair]))} ({n})", pair)
-                                                for pair, n in Counter(confusions.values()).most_common(100))]
+        self.confused.options = [
+            (ANY, ANY),
+            *(
+                (f"{' taken for '.join(self._texts(example[pair]))} ({n})", pair)
+                for pair, n in Counter(confusions.values()).most_common(100)
+            ),
+        ]
         fixed, broken = self.changed()
-        self.change.options = [("all", "all")] if self.compare.value == NONE else [
-            ("all", "all"), (f"fixed by {self.compare.value} ({len(fixed)})", "fixed"),
-            (f"broken by {self.compare.value} ({len(broken)})", "broken")]
+        self.change.options = (
+            [("all", "all")]
+            if self.compare.value == NONE
+            else [
+                ("all", "all"),
+                (f"fixed by {self.compare.value} ({len(fixed)})", "fixed"),
+                (f"broken by {self.compare.value} ({len(broken)})", "broken"),
+            ]
+        )
         self._list(first=first)
 
     def _confusions(self) -> dict[int, tuple]:
@@ -224,8 +272,10 @@ class GalleryWidget(widgets.VBox):
     def _texts(self, q: int) -> list[str]:
         """What a failed query's identity and that of its first hit are called."""
         ranking = self.pages.ranking
-        return [self.pages.identity("query", q),
-                self.pages.identity("item", ranking.ids[q, (ranking.position[q] == 1).argmax()])]
+        return [
+            self.pages.identity("query", q),
+            self.pages.identity("item", ranking.ids[q, (ranking.position[q] == 1).argmax()]),
+        ]
 
     def changed(self) -> tuple[list[int], list[int]]:
         """The queries whose first hit the ranking beside has right and this one wrong, and the other way round."""
@@ -243,20 +293,31 @@ class GalleryWidget(widgets.VBox):
         if self.change.value != "all":
             keep &= np.isin(np.arange(len(ranking)), self.changed()[self.change.value == "broken"])
         if self.confused.value != ANY:
-            keep &= np.isin(np.arange(len(ranking)), [q for q, pair in self._confusions().items()
-                                                      if pair == self.confused.value])
+            keep &= np.isin(
+                np.arange(len(ranking)), [q for q, pair in self._confusions().items() if pair == self.confused.value]
+            )
         wanted, own = self.find.value.lower(), self.identity.value
-        text = {q: (self.pages.identity("query", q), self.pages.name("query", q))
-                for q in np.flatnonzero(keep).tolist()}
-        self.rows = [q for q in ranking.order(self.order.value).tolist() if q in text
-                     and own in ("", text[q][0]) and wanted in " ".join(text[q]).lower()]
+        text = {
+            q: (self.pages.identity("query", q), self.pages.name("query", q)) for q in np.flatnonzero(keep).tolist()
+        }
+        self.rows = [
+            q
+            for q in ranking.order(self.order.value).tolist()
+            if q in text and own in ("", text[q][0]) and wanted in " ".join(text[q]).lower()
+        ]
         if self.rows and (first or self.query not in self.rows):
             self.query = self.rows[0]
         self._show()
 
     def _clear_filters(self) -> None:
-        for control, value in ((self.failures, False), (self.find, ""), (self.identity, ""), (self.confused, ANY),
-                               (self.camera, ANY), (self.change, "all")):
+        for control, value in (
+            (self.failures, False),
+            (self.find, ""),
+            (self.identity, ""),
+            (self.confused, ANY),
+            (self.camera, ANY),
+            (self.change, "all"),
+        ):
             control.value = value
 
     def _go(self, place: int) -> None:
@@ -276,8 +337,13 @@ class GalleryWidget(widgets.VBox):
             self.query = self.pages.query_of[item]
         elif self.features is not None:
             labels = self.pages.ranking.gallery_labels
-            self._show_found(self.features[item], self.pages.picture("item", item, "the query"),
-                             self.pages.identity("item", item), np.where(labels == labels[item], RIGHT, WRONG), item)
+            self._show_found(
+                self.features[item],
+                self.pages.picture("item", item, "the query"),
+                self.pages.identity("item", item),
+                np.where(labels == labels[item], RIGHT, WRONG),
+                item,
+            )
 
     # ---- what is seen ----
 
@@ -302,8 +368,11 @@ class GalleryWidget(widgets.VBox):
 
     def _show_hits(self, hits: Hits, pages: Pages, name: str) -> None:
         r, q = pages.ranking, self.query
-        tiles = [(int(item), str(state), f"{position or '-'} · {score:.3f}") for item, state, position, score in zip(
-            r.ids[q], r.state[q], r.position[q], r.scores[q], strict=True) if item >= 0][: self.k.value]
+        tiles = [
+            (int(item), str(state), f"{position or '-'} · {score:.3f}")
+            for item, state, position, score in zip(r.ids[q], r.state[q], r.position[q], r.scores[q], strict=True)
+            if item >= 0
+        ][: self.k.value]
         ap = f"{name}, AP {r.AP[q]:.3f}: " if name and r.valid[q] else f"{name}: " if name else ""
         hits.show(f"{ap}first {len(tiles)}", tiles, self._pickable)
 
@@ -321,15 +390,18 @@ class GalleryWidget(widgets.VBox):
             return
         self.said.value = ""
         states = np.full(len(self.pages.ranking.gallery_labels), END)
-        self._show_found(np.asarray(self.embed(image)), f'<img src="{as_uri(image)}" alt="your image">',
-                         "your image", states)
+        self._show_found(
+            np.asarray(self.embed(image)), f'<img src="{as_uri(image)}" alt="your image">', "your image", states
+        )
 
     def _show_found(self, feature, picture: str, name: str, states: np.ndarray, own: int | None = None) -> None:
         """A query that is none of the ranking's: its nearest gallery items, with neither rank nor AP."""
         exclude = None if own is None else np.array([own])
         scores, ids = knn(np.asarray(feature, np.float32)[None], self.features, self.k.value, exclude=exclude)
-        self.about.value = (f'<article><div class="about"><h2>{wrapped(name)}</h2><figure>{picture}</figure>'
-                            "<p>Searched by cosine; counts in no metric.</p></div></article>")
+        self.about.value = (
+            f'<article><div class="about"><h2>{wrapped(name)}</h2><figure>{picture}</figure>'
+            "<p>Searched by cosine; counts in no metric.</p></div></article>"
+        )
         found = enumerate(zip(ids[0].tolist(), scores[0].tolist(), strict=True), 1)
         tiles = [(item, str(states[item]), f"{n} · {score:.3f}") for n, (item, score) in found]
         self.hits.show(f"first {len(tiles)}", tiles, self._pickable)
@@ -345,17 +417,29 @@ class GalleryWidget(widgets.VBox):
         low, high = min(map(np.min, heats)), max(map(np.max, heats))
         figures = "".join(
             f'<figure><img src="{as_uri(overlaid(picture, (heat - low) / max(high - low, 1e-6)))}" alt="agreement">'
-            f"<figcaption>{side}</figcaption></figure>" for picture, heat, side in zip(pair, heats, SIDES, strict=True))
-        self.heat.value = (f'<div class="recnb-heat">{figures}</div><p>cosine with the other picture as a whole: '
-                           f"{low:.2f} where darkest, {high:.2f} where brightest</p>")
+            f"<figcaption>{side}</figcaption></figure>"
+            for picture, heat, side in zip(pair, heats, SIDES, strict=True)
+        )
+        self.heat.value = (
+            f'<div class="recnb-heat">{figures}</div><p>cosine with the other picture as a whole: '
+            f"{low:.2f} where darkest, {high:.2f} where brightest</p>"
+        )
 
     # ---- what is kept ----
 
     def save_html(self) -> Path:
         """The file of the queries listed, up to a hundred, as a page that stands alone."""
         path, pages = self.export_folder / "gallery_view.html", self.pages
-        gallery_html(pages.ranking, pages.images["query"], pages.images["item"], path, self.rows, self.k.value,
-                     label_names=pages.label_names, size=pages.size)
+        gallery_html(
+            pages.ranking,
+            pages.images["query"],
+            pages.images["item"],
+            path,
+            self.rows,
+            self.k.value,
+            label_names=pages.label_names,
+            size=pages.size,
+        )
         self.saved.value = f"written: {path}"
         return path
 
@@ -363,8 +447,9 @@ class GalleryWidget(widgets.VBox):
         """The file of the query shown, as a figure."""
         path, pages = self.export_folder / f"query_{self.query}.png", self.pages
         path.parent.mkdir(parents=True, exist_ok=True)
-        gallery_figure(pages.ranking, pages.images["query"], pages.images["item"], [self.query], self.k.value,
-                       pages.label_names).savefig(path)
+        gallery_figure(
+            pages.ranking, pages.images["query"], pages.images["item"], [self.query], self.k.value, pages.label_names
+        ).savefig(path)
         self.saved.value = f"written: {path}"
         return path
 

@@ -3,6 +3,7 @@
 A loss reads the entry of the dict that it needs (`logits` or `features`) and is right for any batch: identities in any
 order, in uneven numbers, or seen only once.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -56,8 +57,10 @@ def in_blocks(per_row: Callable, features: Tensor, y: Tensor, chunk: int | None 
 
     if chunk is None or chunk >= len(features):
         return block(features, 0)
-    parts = [checkpoint(block, rows, i * chunk, use_reentrant=False, preserve_rng_state=False)
-             for i, rows in enumerate(features.split(chunk))]
+    parts = [
+        checkpoint(block, rows, i * chunk, use_reentrant=False, preserve_rng_state=False)
+        for i, rows in enumerate(features.split(chunk))
+    ]
     return tuple(map(torch.cat, zip(*parts, strict=True)))
 
 
@@ -74,9 +77,16 @@ class SupConLoss(nn.Module):
 
     needs_logits = False
 
-    def __init__(self, views: int = 16, temperature: float = 0.07, contrast_mode: str = "all",
-                 base_temperature: float = 0.07, normalize_feature: bool = True, feature_from: str = "features",
-                 chunk: int | None = None):
+    def __init__(
+        self,
+        views: int = 16,
+        temperature: float = 0.07,
+        contrast_mode: str = "all",
+        base_temperature: float = 0.07,
+        normalize_feature: bool = True,
+        feature_from: str = "features",
+        chunk: int | None = None,
+    ):
         super().__init__()
         if contrast_mode not in ("all", "one"):
             raise ValueError(f"contrast_mode is '{contrast_mode}', only 'all' and 'one' exist")

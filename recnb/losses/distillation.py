@@ -3,6 +3,7 @@
 Their outputs stand under their names, and those of the model that is to be used also at the top, so that evaluation and
 the other losses see one model.
 """
+
 from __future__ import annotations
 
 import torch.nn.functional as F
@@ -32,8 +33,10 @@ class DistillationGTCELoss(nn.Module):
         self.model_names, self.epsilon, self.key = model_names, epsilon or 0.0, key or "logits"
 
     def forward(self, out: dict[str, Tensor], y: Tensor) -> Tensor:
-        return sum(F.cross_entropy(output(out, name, self.key).float(), y, label_smoothing=self.epsilon)
-                   for name in self.model_names)
+        return sum(
+            F.cross_entropy(output(out, name, self.key).float(), y, label_smoothing=self.epsilon)
+            for name in self.model_names
+        )
 
 
 @LOSSES.register
@@ -79,6 +82,8 @@ class DistillationDistanceLoss(nn.Module):
         pairs = [[output(out, name, self.key).float() for name in pair] for pair in self.model_name_pairs]
         for a, b in pairs:
             if a.shape != b.shape:
-                raise ValueError(f"the outputs '{self.key}' of the models have the sizes {tuple(a.shape[1:])} and "
-                                 f"{tuple(b.shape[1:])}; compare outputs of one size, such as logits")
+                raise ValueError(
+                    f"the outputs '{self.key}' of the models have the sizes {tuple(a.shape[1:])} and "
+                    f"{tuple(b.shape[1:])}; compare outputs of one size, such as logits"
+                )
         return sum(self.distance(a, b) for a, b in pairs)

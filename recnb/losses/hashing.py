@@ -2,6 +2,7 @@
 
 They take the features of a Tanh or sigmoid end as they come. `n_class` is accepted and not needed: labels are compared.
 """
+
 from __future__ import annotations
 
 import torch

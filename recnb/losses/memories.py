@@ -3,6 +3,7 @@
 What they remember is in parameters and buffers, so it moves to the device, is optimised and is kept in checkpoints with
 the rest of the run.
 """
+
 from __future__ import annotations
 
 import torch
@@ -92,20 +93,37 @@ class AcrossBatches(nn.Module):
 
 
 @LOSSES.register
-def ContrastiveLoss_XBM(xbm_size: int, embedding_size: int, xbm_weight: float = 1.0, start_iter: int = 1000,
-                        margin: float = 0.5, epsilon: float = 1e-5, normalize_feature: bool = True,
-                        feature_from: str = "features") -> AcrossBatches:
+def ContrastiveLoss_XBM(
+    xbm_size: int,
+    embedding_size: int,
+    xbm_weight: float = 1.0,
+    start_iter: int = 1000,
+    margin: float = 0.5,
+    epsilon: float = 1e-5,
+    normalize_feature: bool = True,
+    feature_from: str = "features",
+) -> AcrossBatches:
     """ContrastiveLoss within the batch and with a memory of `xbm_size` embeddings of `embedding_size`."""
     loss = ContrastiveLoss(margin, None, normalize_feature, epsilon, feature_from)
     return AcrossBatches(loss, CrossBatchMemory(xbm_size, embedding_size), xbm_weight, start_iter)
 
 
 @LOSSES.register
-def TripletAngularMarginLoss_XBM(start_iter: int, xbm_size: int, xbm_weight: float, feat_dim: int, margin: float = 0.5,
-                                 normalize_feature: bool = True, add_absolute: bool = False,
-                                 absolute_loss_weight: float = 1.0, ap_value: float = 0.9, an_value: float = 0.5,
-                                 feature_from: str = "features") -> AcrossBatches:
+def TripletAngularMarginLoss_XBM(
+    start_iter: int,
+    xbm_size: int,
+    xbm_weight: float,
+    feat_dim: int,
+    margin: float = 0.5,
+    normalize_feature: bool = True,
+    add_absolute: bool = False,
+    absolute_loss_weight: float = 1.0,
+    ap_value: float = 0.9,
+    an_value: float = 0.5,
+    feature_from: str = "features",
+) -> AcrossBatches:
     """TripletAngularMarginLoss within the batch and with a memory of `xbm_size` embeddings of `feat_dim`."""
-    loss = TripletAngularMarginLoss(feature_from, margin, normalize_feature, add_absolute, absolute_loss_weight,
-                                    ap_value, an_value)
+    loss = TripletAngularMarginLoss(
+        feature_from, margin, normalize_feature, add_absolute, absolute_loss_weight, ap_value, an_value
+    )
     return AcrossBatches(loss, CrossBatchMemory(xbm_size, feat_dim), xbm_weight, start_iter)

@@ -5,6 +5,7 @@ number. Where the original demands P identities x K consecutive rows (`batch_siz
 with it on such a batch and go on elsewhere: a row without a positive or without a negative is no anchor. Those with a
 `chunk` hold that many rows of the matrix at a time, by default all.
 """
+
 from __future__ import annotations
 
 import math
@@ -64,8 +65,13 @@ class TripletLossV2(nn.Module):
 
     needs_logits = False
 
-    def __init__(self, margin: float = 0.5, normalize_feature: bool = True, feature_from: str = "features",
-                 chunk: int | None = None):
+    def __init__(
+        self,
+        margin: float = 0.5,
+        normalize_feature: bool = True,
+        feature_from: str = "features",
+        chunk: int | None = None,
+    ):
         super().__init__()
         self.margin, self.normalize_feature, self.feature_from = margin, normalize_feature, feature_from
         self.chunk = chunk
@@ -100,9 +106,18 @@ class TripletAngularMarginLoss(nn.Module):
 
     needs_logits = False
 
-    def __init__(self, feature_from: str = "features", margin: float = 0.5, normalize_feature: bool = True,
-                 add_absolute: bool = False, absolute_loss_weight: float = 1.0, ap_value: float = 0.9,
-                 an_value: float = 0.5, reduction: str = "mean", chunk: int | None = None):
+    def __init__(
+        self,
+        feature_from: str = "features",
+        margin: float = 0.5,
+        normalize_feature: bool = True,
+        add_absolute: bool = False,
+        absolute_loss_weight: float = 1.0,
+        ap_value: float = 0.9,
+        an_value: float = 0.5,
+        reduction: str = "mean",
+        chunk: int | None = None,
+    ):
         super().__init__()
         self.chunk = chunk
         if reduction != "mean":
@@ -113,8 +128,9 @@ class TripletAngularMarginLoss(nn.Module):
 
     def forward(self, out: dict[str, Tensor], y: Tensor) -> Tensor:
         features = rows(out, self.feature_from, self.normalize_feature)
-        return mean(*in_blocks(lambda x, *others: self.per_row(products(x, others[0]), *others[1:]), features, y,
-                               self.chunk))
+        return mean(
+            *in_blocks(lambda x, *others: self.per_row(products(x, others[0]), *others[1:]), features, y, self.chunk)
+        )
 
     def between(self, similarity: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
         """The loss of the rows of a matrix of similarities (B, M), with the masks of its positives and negatives."""
@@ -155,7 +171,7 @@ class PairwiseCosface(nn.Module):
 
 @LOSSES.register
 class TriHardLoss(nn.Module):
-    "Batch-hard triplets over squared distances of normalised features: mean [max d2(a, p) - min d2(a, n) + margin]+."
+    """Batch-hard triplets of squared distances of unit features: mean [max d2(a, p) - min d2(a, n) + margin]+."""
 
     needs_logits = False
 
@@ -254,8 +270,14 @@ class ContrastiveLoss(nn.Module):
 
     needs_logits = False
 
-    def __init__(self, margin: float = 0.5, embedding_size: int | None = None, normalize_feature: bool = True,
-                 epsilon: float = 1e-5, feature_from: str = "features"):
+    def __init__(
+        self,
+        margin: float = 0.5,
+        embedding_size: int | None = None,
+        normalize_feature: bool = True,
+        epsilon: float = 1e-5,
+        feature_from: str = "features",
+    ):
         super().__init__()
         self.margin, self.normalize_feature, self.epsilon = margin, normalize_feature, epsilon
         self.feature_from = feature_from

@@ -1,7 +1,8 @@
 """Any loss of pytorch-metric-learning by its name, with a miner where wanted; the package is an optional one.
 
-    - PML: {loss: ProxyAnchorLoss, num_classes: 100, embedding_size: 512, weight: 1.0}
+- PML: {loss: ProxyAnchorLoss, num_classes: 100, embedding_size: 512, weight: 1.0}
 """
+
 from __future__ import annotations
 
 import importlib
@@ -35,8 +36,14 @@ class PML(nn.Module):
 
     needs_logits = False
 
-    def __init__(self, loss: str, miner: str | None = None, miner_args: dict | None = None,
-                 feature_from: str = "features", **arguments):
+    def __init__(
+        self,
+        loss: str,
+        miner: str | None = None,
+        miner_args: dict | None = None,
+        feature_from: str = "features",
+        **arguments,
+    ):
         super().__init__()
         self.loss, self.feature_from = part("losses", loss, arguments), feature_from
         self.miner = part("miners", miner, miner_args or {}) if miner else None

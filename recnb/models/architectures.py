@@ -3,6 +3,7 @@
 Their outer layers have the original's names, so that a cut at 'avg_pool', 'flatten' or 'stages[3]' means what it meant
 there, and `group_matcher` sorts their parameters by stage as that of timm's models does.
 """
+
 from __future__ import annotations
 
 from collections import OrderedDict
@@ -34,8 +35,10 @@ class BranchedConv(nn.Module):
 
     def __init__(self, channels: int, kernel_size: int, stride: int = 1, smallest: int = 1):
         super().__init__()
-        self.dw_conv_list = nn.ModuleList(_conv(channels, channels, size, stride, channels, act=False)
-                                          for size in range(kernel_size, smallest - 1, -2))
+        self.dw_conv_list = nn.ModuleList(
+            _conv(channels, channels, size, stride, channels, act=False)
+            for size in range(kernel_size, smallest - 1, -2)
+        )
         self.dw_conv = None
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, H / stride, W / stride)
@@ -52,8 +55,9 @@ class BranchedConv(nn.Module):
             margin = (first.kernel_size[0] - branch.conv.kernel_size[0]) // 2
             kernel = kernel + F.pad(branch.conv.weight * scale[:, None, None, None], [margin] * 4)
             bias = bias + branch.bn.bias - branch.bn.running_mean * scale
-        self.dw_conv = nn.Conv2d(first.in_channels, first.out_channels, first.kernel_size, first.stride, first.padding,
-                                 groups=first.groups).to(kernel)
+        self.dw_conv = nn.Conv2d(
+            first.in_channels, first.out_channels, first.kernel_size, first.stride, first.padding, groups=first.groups
+        ).to(kernel)
         self.dw_conv.weight.copy_(kernel)
         self.dw_conv.bias.copy_(bias)
         self.dw_conv_list = nn.ModuleList()
@@ -67,14 +71,28 @@ class SeparableBlock(nn.Module):
     the smallest kernel among the branches.
     """
 
-    def __init__(self, channels: int, out: int, kernel_size: int, stride: int = 1, branched: bool = False,
-                 excited: bool = False, split: bool = False, shortcut: bool = False, smallest: int = 1):
+    def __init__(
+        self,
+        channels: int,
+        out: int,
+        kernel_size: int,
+        stride: int = 1,
+        branched: bool = False,
+        excited: bool = False,
+        split: bool = False,
+        shortcut: bool = False,
+        smallest: int = 1,
+    ):
         super().__init__()
-        self.dw_conv = (nn.Sequential(BranchedConv(channels, kernel_size, stride, smallest), nn.ReLU())
-                        if branched else _conv(channels, channels, kernel_size, stride, channels))
+        self.dw_conv = (
+            nn.Sequential(BranchedConv(channels, kernel_size, stride, smallest), nn.ReLU())
+            if branched
+            else _conv(channels, channels, kernel_size, stride, channels)
+        )
         self.se = SqueezeExcitation(channels, channels // 4) if excited else nn.Identity()
-        self.pw_conv = (nn.Sequential(_conv(channels, out // 2, 1), _conv(out // 2, out, 1)) if split
-                        else _conv(channels, out, 1))
+        self.pw_conv = (
+            nn.Sequential(_conv(channels, out // 2, 1), _conv(out // 2, out, 1)) if split else _conv(channels, out, 1)
+        )
         self.shortcut = shortcut and stride == 1 and channels == out
 
     def forward(self, x: Tensor) -> Tensor:  # (B, channels, H, W) -> (B, out, H / stride, W / stride)
@@ -85,8 +103,9 @@ class SeparableBlock(nn.Module):
 def _stage(channels: int, depth: int, kernel_size: int, stride: int = 2, **options) -> nn.Sequential:
     # The first block's branches are those that go with stride 2, whatever its stride is: none of kernel size 1.
     first = SeparableBlock(channels, 2 * channels, kernel_size, stride, smallest=3, **options)
-    return nn.Sequential(first, *(SeparableBlock(2 * channels, 2 * channels, kernel_size, **options)
-                                  for _ in range(depth - 1)))
+    return nn.Sequential(
+        first, *(SeparableBlock(2 * channels, 2 * channels, kernel_size, **options) for _ in range(depth - 1))
+    )
 
 
 class PPLCNetV2(nn.Module):
@@ -97,13 +116,22 @@ class PPLCNetV2(nn.Module):
     (14 x 14 at 224) and whose last convolution has no activation behind it, so that it can be the embedding.
     """
 
-    def __init__(self, class_num: int = 1000, class_expand: int = 1280, use_last_conv: bool = True,
-                 dropout_prob: float = 0.2, shitu: bool = False):
+    def __init__(
+        self,
+        class_num: int = 1000,
+        class_expand: int = 1280,
+        use_last_conv: bool = True,
+        dropout_prob: float = 0.2,
+        shitu: bool = False,
+    ):
         super().__init__()
         self.stem = nn.Sequential(_conv(3, 32, 3, 2), SeparableBlock(32, 64, 3))
         self.stages = nn.Sequential(
-            _stage(64, 2, 3), _stage(128, 2, 3), _stage(256, 6, 5, branched=True, excited=True, split=True),
-            _stage(512, 2, 5, stride=1 if shitu else 2, branched=True, shortcut=True))
+            _stage(64, 2, 3),
+            _stage(128, 2, 3),
+            _stage(256, 6, 5, branched=True, excited=True, split=True),
+            _stage(512, 2, 5, stride=1 if shitu else 2, branched=True, shortcut=True),
+        )
         self.avg_pool = nn.AdaptiveAvgPool2d(1)
         self.last_conv, self.act, self.dropout = nn.Identity(), nn.Identity(), nn.Identity()
         if use_last_conv:
@@ -132,8 +160,11 @@ class PreActivationBlock(nn.Module):
     def __init__(self, channels: int, out: int, stride: int, dropout: float, activated: bool):
         super().__init__()
         self.changes = channels != out
-        self.before = (nn.Sequential(nn.BatchNorm2d(channels, momentum=0.001), nn.LeakyReLU(0.1))
-                       if activated or not self.changes else nn.Identity())
+        self.before = (
+            nn.Sequential(nn.BatchNorm2d(channels, momentum=0.001), nn.LeakyReLU(0.1))
+            if activated or not self.changes
+            else nn.Identity()
+        )
         self.conv1 = nn.Conv2d(channels, out, 3, stride, 1, bias=False)
         self.between = nn.Sequential(nn.BatchNorm2d(out, momentum=0.001), nn.LeakyReLU(0.1), nn.Dropout(dropout))
         self.conv2 = nn.Conv2d(out, out, 3, 1, 1, bias=False)
@@ -152,8 +183,16 @@ class WideResNet(nn.Module):
     to it and have no effect. Raises ValueError for another depth, and for `proj`.
     """
 
-    def __init__(self, depth: int = 28, widen_factor: int = 2, dropout: float = 0.0, num_classes: int = 10,
-                 proj: bool = False, proj_after: bool = False, low_dim: int = 64):
+    def __init__(
+        self,
+        depth: int = 28,
+        widen_factor: int = 2,
+        dropout: float = 0.0,
+        num_classes: int = 10,
+        proj: bool = False,
+        proj_after: bool = False,
+        low_dim: int = 64,
+    ):
         super().__init__()
         if (depth - 4) % 6 or depth < 10:
             raise ValueError(f"depth is {depth}, and a WideResNet has 6 n + 4 layers: 16, 22, 28, ...")
@@ -171,8 +210,10 @@ class WideResNet(nn.Module):
 
     @staticmethod
     def _stage(channels: int, out: int, count: int, stride: int, dropout: float, activated: bool = False):
-        return nn.Sequential(PreActivationBlock(channels, out, stride, dropout, activated),
-                             *(PreActivationBlock(out, out, 1, dropout, activated) for _ in range(count - 1)))
+        return nn.Sequential(
+            PreActivationBlock(channels, out, stride, dropout, activated),
+            *(PreActivationBlock(out, out, 1, dropout, activated) for _ in range(count - 1)),
+        )
 
     def forward(self, x: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, num_classes)
         x = self.relu(self.bn1(self.block3(self.block2(self.block1(self.conv1(x))))))
@@ -180,8 +221,10 @@ class WideResNet(nn.Module):
 
     def group_matcher(self, coarse: bool = False) -> dict:
         """Which parameters belong to which stage, or block, as timm's models say it; `bn1` to the last."""
-        return {"stem": r"^conv1", "blocks": [(r"^block(\d)" if coarse else r"^block(\d)\.(\d+)", None),
-                                              (r"^bn1", (99999,))]}
+        return {
+            "stem": r"^conv1",
+            "blocks": [(r"^block(\d)" if coarse else r"^block(\d)\.(\d+)", None), (r"^bn1", (99999,))],
+        }
 
 
 class TokenMean(nn.Module):

@@ -3,6 +3,7 @@
 `create_backbone` builds, loads and cuts in one call; `stages` and `layer_depths` sort the parameters of what it returns
 from the image to the output, for learning rates that differ by depth. Only this chapter imports timm.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -44,23 +45,30 @@ ALIASES = {
     **{f"PPHGNet_{size}": f"hgnet_{size}" for size in ("tiny", "small", "base")},
     **{f"PPHGNetV2_B{size}": f"hgnetv2_b{size}" for size in range(7)},
     **{f"EfficientNetB{size}": f"efficientnet_b{size}" for size in range(8)},
-    **{f"SwinTransformer_{size}_patch4_window7_224": f"swin_{size}_patch4_window7_224"
-       for size in ("tiny", "small", "base", "large")},
+    **{
+        f"SwinTransformer_{size}_patch4_window7_224": f"swin_{size}_patch4_window7_224"
+        for size in ("tiny", "small", "base", "large")
+    },
     **{f"ViT_{size}_patch16_224": f"vit_{size}_patch16_224" for size in ("base", "large")},
     "CLIP_vit_base_patch16_224": "vit_base_patch16_clip_quickgelu_224.openai",
     "CLIP_vit_large_patch14_224": "vit_large_patch14_clip_quickgelu_224.openai",
 }
 # The original's networks that no library has under any name, widths of PP-LCNet that timm can make and does not list.
 NETWORKS = {
-    **{f"PPLCNet_x{width}": partial(_gen_lcnet, "lcnet", float(width.replace("_", ".")), pretrained_cfg={"url": ""})
-       for width in ("0_25", "2_0", "2_5")},
+    **{
+        f"PPLCNet_x{width}": partial(_gen_lcnet, "lcnet", float(width.replace("_", ".")), pretrained_cfg={"url": ""})
+        for width in ("0_25", "2_0", "2_5")
+    },
     "PPLCNetV2_base": PPLCNetV2,
     "PPLCNetV2_base_ShiTu": partial(PPLCNetV2, shitu=True),
     "WideResNet": WideResNet,
 }
 # GoogLeNet gives a tuple while it trains, SqueezeNet has no linear layer that could be taken off.
-TORCHVISION = [name for name in torchvision.models.list_models(module=torchvision.models)
-               if not timm.is_model(name) and not name.startswith(("googlenet", "squeezenet"))]
+TORCHVISION = [
+    name
+    for name in torchvision.models.list_models(module=torchvision.models)
+    if not timm.is_model(name) and not name.startswith(("googlenet", "squeezenet"))
+]
 ENDINGS = {"VGG19Sigmoid": nn.Sigmoid, "PPLCNet_x2_5_Tanh": nn.Tanh}  # what comes behind the class_num outputs
 ELSEWHERE = {
     "AdaFace_IR_18": "belongs to the original's AdaFace training (eval_mode: adaface)",
@@ -80,9 +88,16 @@ def list_backbones(pattern: str = "*") -> list[str]:
     return [name for name in names if fnmatch(name.lower(), pattern.lower())]
 
 
-def create_backbone(name: str, pretrained: bool | str | Path = False, class_num: int | None = None,
-                    stop: str | None = None, input_size: Size | None = None, lr_mult_list: list | None = None,
-                    use_ssld: bool = False, **kwargs) -> Cut:
+def create_backbone(
+    name: str,
+    pretrained: bool | str | Path = False,
+    class_num: int | None = None,
+    stop: str | None = None,
+    input_size: Size | None = None,
+    lr_mult_list: list | None = None,
+    use_ssld: bool = False,
+    **kwargs,
+) -> Cut:
     """The model `name` cut at `stop`; without `stop`, its pooled features, or `class_num` outputs of a last layer.
 
     pretrained: True for the library's weights from its hub, or the path of a local .pth or .safetensors file of the
@@ -109,8 +124,9 @@ def create_backbone(name: str, pretrained: bool | str | Path = False, class_num:
         kept[parameter].lr_multiplier = multipliers[parameter]
         kept[parameter].requires_grad_(kept[parameter].requires_grad and multipliers[parameter] > 0)
     if stop is not None and set(skipped) & set(result.model.state_dict()):
-        raise ValueError(f"'{pretrained}' does not fit {kind(model)}, which needs {listed(skipped)} when cut at "
-                         f"'{stop}'")
+        raise ValueError(
+            f"'{pretrained}' does not fit {kind(model)}, which needs {listed(skipped)} when cut at '{stop}'"
+        )
     return result
 
 
@@ -130,7 +146,7 @@ def layer_depths(model: nn.Module) -> dict[str, int]:
 
 
 def share_on_gpus(model: nn.Module) -> nn.Module:
-    "The model, whose batch normalisations share their statistics with those of all processes while they train on GPUs."
+    """The model; its batch normalisations share their statistics with all processes while they train on GPUs."""
     model = timm.layers.convert_sync_batchnorm(model)
     for part in model.modules():
         if isinstance(part, Cut):
@@ -160,8 +176,10 @@ def _multipliers(model: nn.Module, given: list) -> dict[str, float]:
     if not isinstance(given, list | tuple) or not all(isinstance(n, int | float) and n >= 0 for n in given):
         raise ValueError(f"lr_mult_list is {given}, not a list of numbers from 0 on")
     if len(given) != len(begins):
-        raise ValueError(f"lr_mult_list has {len(given)} numbers, {kind(model)} wants {len(begins)}: one for each of "
-                         f"the stages that begin at {listed(begins, 8)}")
+        raise ValueError(
+            f"lr_mult_list has {len(given)} numbers, {kind(model)} wants {len(begins)}: one for each of "
+            f"the stages that begin at {listed(begins, 8)}"
+        )
     return {name: float(given[depth]) if depth < len(given) else 1.0 for name, depth in depths.items()}
 
 
@@ -278,8 +296,11 @@ def _other(arch: str, pretrained: bool, class_num: int | None, options: dict) ->
     else:
         model = torchvision.models.get_model(arch, weights="DEFAULT" if pretrained else None, **options)
     last = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)][-1]
-    model.default_cfg = {"architecture": arch, "classifier": last,
-                         "input_size": (3, 32, 32) if arch == "WideResNet" else (3, 224, 224)}
+    model.default_cfg = {
+        "architecture": arch,
+        "classifier": last,
+        "input_size": (3, 32, 32) if arch == "WideResNet" else (3, 224, 224),
+    }
     if class_num is not None:
         model.set_submodule(last, nn.Linear(model.get_submodule(last).in_features, class_num))
     return model

@@ -6,6 +6,7 @@ computes one part after the other anew and follows the features' gradients throu
 (https://arxiv.org/abs/2101.06983). Memory is that of one part, time that of a second forward pass, and
 more for parts so small that the device is not busy.
 """
+
 from __future__ import annotations
 
 import contextlib

@@ -3,6 +3,7 @@
 The original puts identities in place of what was registered later, which breaks a residual block; here the model runs
 up to the layer and stops. Works for any torch model; the result knows the shape and the layout of what it gives.
 """
+
 from __future__ import annotations
 
 import contextlib

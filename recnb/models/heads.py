@@ -8,6 +8,7 @@ For very many classes `sample_rate` takes, in each step, the classes of the batc
 of all (Partial FC, https://arxiv.org/abs/2203.15565), and `sharded` divides the weight over the ranks of
 torch.distributed. The logits are then PartialLogits, which CELoss takes.
 """
+
 from __future__ import annotations
 
 import math
@@ -46,8 +47,14 @@ def cosine(features: Tensor, weight: Tensor) -> Tensor:
         return unit(features) @ unit(weight).T
 
 
-def hold_classes(head: nn.Module, embedding_size: int, class_num: int, sample_rate: float, sharded: bool,
-                 draw: Callable | None = None) -> None:
+def hold_classes(
+    head: nn.Module,
+    embedding_size: int,
+    class_num: int,
+    sample_rate: float,
+    sharded: bool,
+    draw: Callable | None = None,
+) -> None:
     """Give a head its class weights (class_num, embedding_size), or with `sharded` this rank's share of them.
 
     `draw(weight, generator)` fills them, or some of their rows, as they start: by default Xavier's normal distribution.
@@ -107,8 +114,9 @@ def sampled(head: nn.Module, column: Tensor, here: Tensor) -> tuple[Tensor, Tens
     return F.embedding(drawn, head.weight, sparse=True), torch.searchsorted(drawn, column)
 
 
-def with_target(head: nn.Module, features: Tensor, weight: Tensor, column: Tensor,
-                here: Tensor | None = None) -> Tensor:
+def with_target(
+    head: nn.Module, features: Tensor, weight: Tensor, column: Tensor, here: Tensor | None = None
+) -> Tensor:
     """(M, S) from features (M, D), class weights (S, D) and where each row's class stands (M,), `here` or not.
 
     One matrix serves for cosines and logits, and the margin is computed for one entry of a row.
@@ -130,8 +138,16 @@ class ArcMargin(nn.Module):
     rise again, it continues as cosine - margin * sin(margin) (with `easy_margin`: the plain cosine for theta > pi / 2).
     """
 
-    def __init__(self, embedding_size: int, class_num: int, margin: float = 0.5, scale: float = 80.0,
-                 easy_margin: bool = False, sample_rate: float = 1.0, sharded: bool = False):
+    def __init__(
+        self,
+        embedding_size: int,
+        class_num: int,
+        margin: float = 0.5,
+        scale: float = 80.0,
+        easy_margin: bool = False,
+        sample_rate: float = 1.0,
+        sharded: bool = False,
+    ):
         super().__init__()
         hold_classes(self, embedding_size, class_num, sample_rate, sharded)
         self.margin, self.scale, self.easy_margin = margin, scale, easy_margin
@@ -154,8 +170,10 @@ class ArcMargin(nn.Module):
         return cos.mul_(self.scale)
 
     def extra_repr(self) -> str:
-        return (f"embedding_size={self.weight.shape[1]}, class_num={self.class_num}, margin={self.margin}, "
-                f"scale={self.scale}")
+        return (
+            f"embedding_size={self.weight.shape[1]}, class_num={self.class_num}, margin={self.margin}, "
+            f"scale={self.scale}"
+        )
 
 
 @HEADS.register
@@ -165,8 +183,15 @@ class CosMargin(nn.Module):
     The target logit is scale * (cosine - margin).
     """
 
-    def __init__(self, embedding_size: int, class_num: int, margin: float = 0.35, scale: float = 64.0,
-                 sample_rate: float = 1.0, sharded: bool = False):
+    def __init__(
+        self,
+        embedding_size: int,
+        class_num: int,
+        margin: float = 0.35,
+        scale: float = 64.0,
+        sample_rate: float = 1.0,
+        sharded: bool = False,
+    ):
         super().__init__()
         hold_classes(self, embedding_size, class_num, sample_rate, sharded)
         self.margin, self.scale = margin, scale
@@ -191,8 +216,15 @@ class CircleMargin(nn.Module):
     others; the weights pass no gradient on.
     """
 
-    def __init__(self, embedding_size: int, class_num: int, margin: float, scale: float, sample_rate: float = 1.0,
-                 sharded: bool = False):
+    def __init__(
+        self,
+        embedding_size: int,
+        class_num: int,
+        margin: float,
+        scale: float,
+        sample_rate: float = 1.0,
+        sharded: bool = False,
+    ):
         super().__init__()
         hold_classes(self, embedding_size, class_num, sample_rate, sharded)
         self.margin, self.scale = margin, scale
@@ -222,8 +254,17 @@ class AdaMargin(nn.Module):
     at which mean and deviation of the lengths follow the batches; they are learnt in training only.
     """
 
-    def __init__(self, embedding_size: int, class_num: int, m: float = 0.4, h: float = 0.333, s: float = 64.0,
-                 t_alpha: float = 1.0, sample_rate: float = 1.0, sharded: bool = False):
+    def __init__(
+        self,
+        embedding_size: int,
+        class_num: int,
+        m: float = 0.4,
+        h: float = 0.333,
+        s: float = 64.0,
+        t_alpha: float = 1.0,
+        sample_rate: float = 1.0,
+        sharded: bool = False,
+    ):
         super().__init__()
         hold_classes(self, embedding_size, class_num, sample_rate, sharded, uniform_directions)
         self.m, self.h, self.s, self.t_alpha = m, h, s, t_alpha

@@ -2,6 +2,7 @@
 
 The neck's output is what is retrieved with; the head behind it exists for training only.
 """
+
 from __future__ import annotations
 
 import inspect
@@ -19,9 +20,11 @@ INITIALIZERS = {
     "Normal": lambda p, mean=0.0, std=1.0: nn.init.normal_(p, mean, std),
     "Constant": lambda p, value=0.0: nn.init.constant_(p, value),
     "KaimingUniform": lambda p, fan_in=None, negative_slope=0.0, nonlinearity="relu": nn.init.uniform_(
-        p, -(bound := math.sqrt(3) * kaiming(p, fan_in, negative_slope, nonlinearity)), bound),
+        p, -(bound := math.sqrt(3) * kaiming(p, fan_in, negative_slope, nonlinearity)), bound
+    ),
     "KaimingNormal": lambda p, fan_in=None, negative_slope=0.0, nonlinearity="relu": nn.init.normal_(
-        p, 0, kaiming(p, fan_in, negative_slope, nonlinearity)),
+        p, 0, kaiming(p, fan_in, negative_slope, nonlinearity)
+    ),
     "XavierNormal": lambda p: nn.init.xavier_normal_(p),
 }
 
@@ -43,8 +46,9 @@ def initialize(parameter: nn.Parameter, attr: dict | bool | None, default: dict)
     attr = attr if isinstance(attr, dict) else {}  # True is the default, as in the original
     unknown = set(attr) - {"initializer", "learning_rate", "regularizer"}
     if unknown:
-        raise ValueError(f"a parameter attribute has no key '{unknown.pop()}', only initializer, learning_rate and "
-                         "regularizer")
+        raise ValueError(
+            f"a parameter attribute has no key '{unknown.pop()}', only initializer, learning_rate and regularizer"
+        )
     choose(attr.get("initializer") or default, INITIALIZERS, "initializer", "{name: Normal, std: 0.01}")(parameter)
     if attr.get("learning_rate") is not None:
         if not fits(attr["learning_rate"], float) or attr["learning_rate"] < 0:
@@ -76,12 +80,31 @@ class VehicleNeck(nn.Module):
     `bias_attr: False` leaves the bias out.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 1, stride: int = 1, padding: int = 0,
-                 dilation: int = 1, groups: int = 1, padding_mode: str = "zeros", weight_attr: dict | None = None,
-                 bias_attr: dict | bool | None = None):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 1,
+        stride: int = 1,
+        padding: int = 0,
+        dilation: int = 1,
+        groups: int = 1,
+        padding_mode: str = "zeros",
+        weight_attr: dict | None = None,
+        bias_attr: dict | bool | None = None,
+    ):
         super().__init__()
-        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, groups,
-                              bias=bias_attr is not False, padding_mode=padding_mode)
+        self.conv = nn.Conv2d(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias=bias_attr is not False,
+            padding_mode=padding_mode,
+        )
         std = math.sqrt(2 / (kernel_size**2 * in_channels))
         initialize(self.conv.weight, weight_attr, {"name": "Normal", "std": std})
         if self.conv.bias is not None:
@@ -97,8 +120,9 @@ class FC(nn.Module):
     The names are the original's: `embedding_size` is the size of the input, `class_num` that of the output.
     """
 
-    def __init__(self, embedding_size: int, class_num: int, weight_attr: dict | None = None,
-                 bias_attr: dict | bool | None = None):
+    def __init__(
+        self, embedding_size: int, class_num: int, weight_attr: dict | None = None, bias_attr: dict | bool | None = None
+    ):
         super().__init__()
         self.fc = nn.Linear(embedding_size, class_num, bias=bias_attr is not False)
         initialize(self.fc.weight, weight_attr, {"name": "XavierNormal"})
@@ -119,8 +143,13 @@ class BNNeck(nn.Module):
     As in the paper the shift stays at zero and is not trained; `bias_attr: {}` trains it, as the original does.
     """
 
-    def __init__(self, num_features: int, weight_attr: dict | None = None, bias_attr: dict | bool | None = None,
-                 use_global_stats: bool = False):
+    def __init__(
+        self,
+        num_features: int,
+        weight_attr: dict | None = None,
+        bias_attr: dict | bool | None = None,
+        use_global_stats: bool = False,
+    ):
         super().__init__()
         self.bn = nn.BatchNorm1d(num_features)
         initialize(self.bn.weight, weight_attr, {"name": "Constant", "value": 1.0})
@@ -152,8 +181,9 @@ class FRFNNeck(nn.Module):
 
     def __init__(self, num_features: int, out_feat: int):
         super().__init__()
-        self.layers = nn.Sequential(nn.Linear(num_features, num_features), nn.LeakyReLU(0.1),
-                                    nn.Linear(num_features, out_feat))
+        self.layers = nn.Sequential(
+            nn.Linear(num_features, num_features), nn.LeakyReLU(0.1), nn.Linear(num_features, out_feat)
+        )
 
     def forward(self, x: Tensor) -> Tensor:  # (B, num_features) -> (B, out_feat)
         return F.normalize(self.layers(x.flatten(1)), dim=1)
@@ -166,8 +196,12 @@ class MLP(nn.Module):
     def __init__(self, embedding_size: int, class_num: int, hidden: int | None = None):
         super().__init__()
         hidden = hidden or embedding_size
-        self.layers = nn.Sequential(nn.Linear(embedding_size, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(),
-                                    nn.Linear(hidden, class_num))
+        self.layers = nn.Sequential(
+            nn.Linear(embedding_size, hidden, bias=False),
+            nn.BatchNorm1d(hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, class_num),
+        )
 
     def forward(self, x: Tensor) -> Tensor:  # (B, embedding_size) -> (B, class_num)
         return self.layers(x.flatten(1))
@@ -203,8 +237,10 @@ class Tokens(nn.Module):
     def __init__(self, prefix_tokens: int, pool: str = "cls"):
         super().__init__()
         if pool not in ("cls", "mean") or (pool == "cls" and not prefix_tokens):
-            raise ValueError(f"pool is '{pool}': there is 'mean', and 'cls' where the backbone has a class token "
-                             f"(it has {prefix_tokens} tokens before the image's)")
+            raise ValueError(
+                f"pool is '{pool}': there is 'mean', and 'cls' where the backbone has a class token "
+                f"(it has {prefix_tokens} tokens before the image's)"
+            )
         self.prefix_tokens, self.pool = prefix_tokens, pool
 
     def forward(self, x: Tensor) -> Tensor:  # (B, L, C) -> (B, C)

@@ -3,6 +3,7 @@
 The forward pass returns a dict, so that each loss takes what it needs and so that the same model serves training,
 evaluation and export.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -83,11 +84,21 @@ class RecModel(nn.Module):
         """A line for each part: what it is, what it gives, how many parameters it has."""
         end = getattr(self.backbone, "stop", None) or "its end"
         shape = getattr(self.backbone, "out_shape", None)  # a backbone of one's own need not know it
-        parts = {"backbone": f"cut at {end}, gives {shape}" if shape else "not cut",
-                 "neck": "makes the embedding", "head": "for training only"}
-        rows = [(part, type(getattr(self.backbone, "model", module) if part == "backbone" else module).__name__, text,
-                 sum(p.numel() for p in module.parameters()))
-                for part, text in parts.items() if (module := getattr(self, part)) is not None]
+        parts = {
+            "backbone": f"cut at {end}, gives {shape}" if shape else "not cut",
+            "neck": "makes the embedding",
+            "head": "for training only",
+        }
+        rows = [
+            (
+                part,
+                type(getattr(self.backbone, "model", module) if part == "backbone" else module).__name__,
+                text,
+                sum(p.numel() for p in module.parameters()),
+            )
+            for part, text in parts.items()
+            if (module := getattr(self, part)) is not None
+        ]
         return "\n".join(f"{part:<9} {kind:<14} {text:<36} {count:>12,} parameters" for part, kind, text, count in rows)
 
 
@@ -129,5 +140,7 @@ class DistillationModel(nn.Module):
 
     def describe(self) -> str:
         """The lines of each model, under its name."""
-        return "\n".join(f"{name}{' (the one that is used)' * (name == self.chosen)}\n{model.describe()}"
-                         for name, model in self.models.items())
+        return "\n".join(
+            f"{name}{' (the one that is used)' * (name == self.chosen)}\n{model.describe()}"
+            for name, model in self.models.items()
+        )

@@ -1,4 +1,5 @@
 """Weights read from files: safetensors, or torch files without any code in them."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -59,8 +60,10 @@ def load_weights(model: nn.Module, path: str | Path, where: str = "Global.pretra
     try:
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except UnpicklingError as error:
-        raise ConfigError(f"{where}: {path} holds other things than tensors, and is not read since "
-                          "that could run code; save a state_dict, best as .safetensors") from error
+        raise ConfigError(
+            f"{where}: {path} holds other things than tensors, and is not read since "
+            "that could run code; save a state_dict, best as .safetensors"
+        ) from error
     except Exception as error:  # a broken file can fail in any way
         raise ConfigError(f"{where}: {path} cannot be read as weights: {error}") from error
     state, own = state.get("model", state) if isinstance(state, dict) else {}, model.state_dict()
@@ -68,8 +71,9 @@ def load_weights(model: nn.Module, path: str | Path, where: str = "Global.pretra
     fitting = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
     if not fitting:
         first = [next((f"{k} {tuple(v.shape)}" for k, v in tensors.items()), "no tensor") for tensors in (state, own)]
-        raise ConfigError(f"{where}: nothing in {path} fits this model (the file begins with "
-                          f"{first[0]}, the model with {first[1]})")
+        raise ConfigError(
+            f"{where}: nothing in {path} fits this model (the file begins with {first[0]}, the model with {first[1]})"
+        )
     model.load_state_dict(fitting, strict=False)
     others = sorted(set(own) - set(fitting))
     left = f"; left as they were: {', '.join(others[:5])}{' ...' if len(others) > 5 else ''}" if others else ""

@@ -1,4 +1,5 @@
 """DataLoader, read: sections of the file become tables of images, transforms, samplers and loaders."""
+
 from __future__ import annotations
 
 import os
@@ -33,10 +34,17 @@ def build_batch_transform(cfg: dict, class_num: int) -> Callable | None:
     """
     ops = items(cfg, MIXING)
     if len(ops) > 1:
-        raise ConfigError(f"{MIXING}: lists {' and '.join(name for _, name, _ in ops)}, and a batch can be mixed once; "
-                          "put them into one OpSampler, each with its 'prob'")
-    return next((BATCH_TRANSFORMS.build({"name": name, **args}, place, class_num=(class_num, COUNTED))
-                 for place, name, args in ops), None)
+        raise ConfigError(
+            f"{MIXING}: lists {' and '.join(name for _, name, _ in ops)}, and a batch can be mixed once; "
+            "put them into one OpSampler, each with its 'prob'"
+        )
+    return next(
+        (
+            BATCH_TRANSFORMS.build({"name": name, **args}, place, class_num=(class_num, COUNTED))
+            for place, name, args in ops
+        ),
+        None,
+    )
 
 
 def read_split(cfg: dict, where: str) -> ImageList:
@@ -62,12 +70,16 @@ def training_images(cfg: dict) -> ImageList:
     if not literal:
         images.labels = labels.reshape(-1)
     if literal and not classes and ids[-1] >= MOST:
-        raise DataError(f"{images.place(int(images.labels.argmax()))}: label {ids[-1]} would make as many classes; "
-                        "leave out relabel: False, and the identities are numbered")
+        raise DataError(
+            f"{images.place(int(images.labels.argmax()))}: label {ids[-1]} would make as many classes; "
+            "leave out relabel: False, and the identities are numbered"
+        )
     if classes and images.labels.max() >= classes:
         first = int(np.argmax(images.labels >= classes))
-        raise DataError(f"{images.place(first)}: label {images.labels[first]} is out of range: {where} is {classes}, "
-                        f"the list has {len(ids)} identities up to {ids[-1]}; correct {where} or leave it out")
+        raise DataError(
+            f"{images.place(first)}: label {images.labels[first]} is out of range: {where} is {classes}, "
+            f"the list has {len(ids)} identities up to {ids[-1]}; correct {where} or leave it out"
+        )
     images.names = np.arange(ids[-1] + 1) if literal else ids
     return images
 
@@ -90,8 +102,10 @@ def evaluation_images(cfg: dict) -> tuple[ImageList, ImageList]:
         known = {name: i for i, name in enumerate(classes.tolist())}
         unknown = [i for i, label in enumerate(images.labels.tolist()) if label not in known]
         if unknown:
-            raise DataError(f"{images.place(unknown[0])}: {images.labels[unknown[0]]} is none of the training classes; "
-                            "correct the list, or judge unseen identities with Global.eval_mode: retrieval")
+            raise DataError(
+                f"{images.place(unknown[0])}: {images.labels[unknown[0]]} is none of the training classes; "
+                "correct the list, or judge unseen identities with Global.eval_mode: retrieval"
+            )
         images.names, images.labels = classes, np.array([known[label] for label in images.labels.tolist()])
         if cfg["Global"]["on_bad_image"] == "drop":
             drop_faults(images)
@@ -99,16 +113,20 @@ def evaluation_images(cfg: dict) -> tuple[ImageList, ImageList]:
     query, gallery = (read_split(cfg, where) for where in evaluation_places(cfg))
     if (query.cameras is None) != (gallery.cameras is None):
         with_cameras, without = (query, gallery) if gallery.cameras is None else (gallery, query)
-        raise DataError(f"{with_cameras.source} has a third column, the camera, and {without.source} has none: give "
-                        "it in both lists or in neither")
+        raise DataError(
+            f"{with_cameras.source} has a third column, the camera, and {without.source} has none: give "
+            "it in both lists or in neither"
+        )
     names = np.unique(np.concatenate([query.labels, gallery.labels]))
     for images in (query, gallery):
         images.names, images.labels = names, np.searchsorted(names, images.labels)
         if cfg["Global"]["on_bad_image"] == "drop":
             drop_faults(images)
     if not positives(query, gallery).any():
-        raise DataError(f"{query.source}: no query has an image of its identity in {gallery.source} "
-                        "(its own file, and images of its own camera, do not count)")
+        raise DataError(
+            f"{query.source}: no query has an image of its identity in {gallery.source} "
+            "(its own file, and images of its own camera, do not count)"
+        )
     return query, gallery
 
 
@@ -156,11 +174,18 @@ def build_loader(cfg: dict, where: str, images: ImageList) -> ImageLoader:
         raise ConfigError(f"{where}.sampler: must name a sampler and its batch_size, at least 1")
     seed = cfg["Global"]["seed"]
     # An own generator keeps the loader from drawing on the global random state, which belongs to the model.
-    options |= {"persistent_workers": options["num_workers"] > 0, "pin_memory": torch.cuda.is_available(),
-                "generator": torch.Generator().manual_seed(seed)}
+    options |= {
+        "persistent_workers": options["num_workers"] > 0,
+        "pin_memory": torch.cuda.is_available(),
+        "generator": torch.Generator().manual_seed(seed),
+    }
     if where == "DataLoader.Train":
-        known = {"labels": (images.labels, ""), "seed": (seed, "Global.seed is"),
-                 "rank": (ranks()[0], "this process is"), "world_size": (ranks()[1], "there run")}
+        known = {
+            "labels": (images.labels, ""),
+            "seed": (seed, "Global.seed is"),
+            "rank": (ranks()[0], "this process is"),
+            "world_size": (ranks()[1], "there run"),
+        }
         sampler = SAMPLERS.build(section, f"{where}.sampler", **known)
         sampler.steps = cfg["Global"]["iter_per_epoch"]
         return ImageLoader(images, batch_sampler=sampler, **options)
@@ -190,8 +215,9 @@ def build_transform(cfg: dict, where: str) -> Pipeline:
     Raises ConfigError where an op cannot be built, or where two images of different sizes come out differently,
     since they could not share a batch.
     """
-    ops = [TRANSFORMS.build({"name": name, **args}, place)
-           for place, name, args in items(cfg, f"{where}.transform_ops")]
+    ops = [
+        TRANSFORMS.build({"name": name, **args}, place) for place, name, args in items(cfg, f"{where}.transform_ops")
+    ]
     transform = Pipeline([*ops, v2.ToDtype(torch.float32, scale=True)])
     output_shape(transform, where)
     return transform

@@ -1,4 +1,5 @@
 """The whole file, read: model, loaders, loss, optimizers and schedule become one Learner."""
+
 from __future__ import annotations
 
 import importlib.util
@@ -41,9 +42,18 @@ def build_learner(cfg: dict, model: nn.Module, loaders: Loaders, run_dir: str | 
     mix = build_batch_transform(cfg, len(loaders.train.dataset.names))
     if mix:
         check_mixable(cfg)
-    learn = RetrievalLearner(loaders, model, loss, evaluation_loss(cfg, loaders) if loaders.query else None,
-                             build_optimizer(cfg), build_judge(cfg, model), pick_device(cfg["Global"]["device"]),
-                             path=run_dir, splitter=partial(parameter_groups, cfg), mix=mix)
+    learn = RetrievalLearner(
+        loaders,
+        model,
+        loss,
+        evaluation_loss(cfg, loaders) if loaders.query else None,
+        build_optimizer(cfg),
+        build_judge(cfg, model),
+        pick_device(cfg["Global"]["device"]),
+        path=run_dir,
+        splitter=partial(parameter_groups, cfg),
+        mix=mix,
+    )
     learn.create_opt()  # what no optimizer would train is found now
     learn.fit_config = partial(fit_config, learn, plan)
     return learn
@@ -72,13 +82,27 @@ def build_plan(cfg: dict, loaders: Loaders, folder: Path) -> Plan:
     half = precision(amp, settings["device"]) if amp is not None and amp.get("use_amp", True) else None
     steps = -(-len(loaders.train) // settings["update_freq"])
     config = json.dumps(resolved(cfg))
-    return Plan(settings["epochs"], build_schedules(cfg, steps), folder, config,
-                partial(check_same, json.loads(config)), checkpoint,
-                settings["eval_interval"] if settings["eval_during_train"] else 0, settings["save_interval"],
-                settings["print_batch_step"], settings["use_visualdl"], settings["start_eval_epoch"],
-                settings["update_freq"], None if ema is None else ema.get("decay", EMA["decay"]), half,
-                settings["save_steps"], settings["keep_checkpoints"], settings["on_nonfinite"] == "skip",
-                settings["seed"], device_count(settings["devices"]))
+    return Plan(
+        settings["epochs"],
+        build_schedules(cfg, steps),
+        folder,
+        config,
+        partial(check_same, json.loads(config)),
+        checkpoint,
+        settings["eval_interval"] if settings["eval_during_train"] else 0,
+        settings["save_interval"],
+        settings["print_batch_step"],
+        settings["use_visualdl"],
+        settings["start_eval_epoch"],
+        settings["update_freq"],
+        None if ema is None else ema.get("decay", EMA["decay"]),
+        half,
+        settings["save_steps"],
+        settings["keep_checkpoints"],
+        settings["on_nonfinite"] == "skip",
+        settings["seed"],
+        device_count(settings["devices"]),
+    )
 
 
 def device_count(wanted: int | str) -> int:

@@ -2,6 +2,7 @@
 
 Whatever cannot mean what it says is an error of `recnb.config`; what is found here runs, perhaps to a poor result.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -12,8 +13,18 @@ from recnb.data.pipeline import output_shape
 from recnb.recipe.schema import LOADERS, WITHOUT_EFFECT, adds_softmax, architectures, items, lookup, optimizers
 from recnb.registry import ConfigError
 
-PAIR_LOSSES = ("SupConLoss", "TripletLoss", "TripletLossV2", "TripletAngularMarginLoss", "PairwiseCosface", "MSMLoss",
-               "TriHardLoss", "EmlLoss", "NpairsLoss", "ContrastiveLoss")
+PAIR_LOSSES = (
+    "SupConLoss",
+    "TripletLoss",
+    "TripletLossV2",
+    "TripletAngularMarginLoss",
+    "PairwiseCosface",
+    "MSMLoss",
+    "TriHardLoss",
+    "EmlLoss",
+    "NpairsLoss",
+    "ContrastiveLoss",
+)
 PER_IDENTITY = ("sample_per_id", "num_instances")
 
 
@@ -46,18 +57,28 @@ def losses(cfg: dict) -> Iterator[Finding]:
     drawn = next((sampler[key] for key in PER_IDENTITY if key in sampler), None)
     for place, name, args in terms:
         if name in PAIR_LOSSES and drawn is None:
-            yield Finding(place, f"{name} with the sampler {sampler.get('name')}",
-                          "batches drawn without regard to identity hold few pairs, and most terms are zero",
-                          "take PKSampler")
+            yield Finding(
+                place,
+                f"{name} with the sampler {sampler.get('name')}",
+                "batches drawn without regard to identity hold few pairs, and most terms are zero",
+                "take PKSampler",
+            )
         if drawn and args.get("views", drawn) != drawn:
-            yield Finding(f"{place}.views", f"{args['views']}, but the sampler draws {drawn} images of an identity",
-                          "the loss goes by the labels here, so views has no effect", f"write views: {drawn}")
+            yield Finding(
+                f"{place}.views",
+                f"{args['views']}, but the sampler draws {drawn} images of an identity",
+                "the loss goes by the labels here, so views has no effect",
+                f"write views: {drawn}",
+            )
     if terms and all(args.get("weight") == 0 for _, _, args in terms):
         yield Finding("Loss.Train", "every weight is 0", "no gradient comes of it", "give one loss a weight", True)
     if len(terms) == 1 and terms[0][2].get("weight", 1) != 1:
-        yield Finding(f"{terms[0][0]}.weight", f"{terms[0][2]['weight']} on the only loss",
-                      "PaddleClas ignores the weight of a single loss, here it scales the gradients",
-                      "write weight: 1.0 for the original's behaviour")
+        yield Finding(
+            f"{terms[0][0]}.weight",
+            f"{terms[0][2]['weight']} on the only loss",
+            "PaddleClas ignores the weight of a single loss, here it scales the gradients",
+            "write weight: 1.0 for the original's behaviour",
+        )
 
 
 def augmentation(cfg: dict) -> Iterator[Finding]:
@@ -70,17 +91,28 @@ def augmentation(cfg: dict) -> Iterator[Finding]:
         behind = names.index("RandomErasing") > names.index(normalize)
         mean = args.get("mean") or [0.0]
         if behind and any(mean):
-            yield Finding(f"{place}.mean", f"{mean} behind {normalize}",
-                          "it is written as it stands: in normalised values, 0 is the mean colour",
-                          "write mean: [0., 0., 0.]")
+            yield Finding(
+                f"{place}.mean",
+                f"{mean} behind {normalize}",
+                "it is written as it stands: in normalised values, 0 is the mean colour",
+                "write mean: [0., 0., 0.]",
+            )
         if not behind:
-            yield Finding(place, f"RandomErasing before {normalize}",
-                          "0 is black there and not the mean colour", f"move it behind {normalize}")
+            yield Finding(
+                place,
+                f"RandomErasing before {normalize}",
+                "0 is black there and not the mean colour",
+                f"move it behind {normalize}",
+            )
     for part in (part for part in LOADERS if part != "Train"):
         for place, name, _ in items(cfg, f"DataLoader.{part}.dataset.transform_ops"):
             if name.startswith("Rand"):
-                yield Finding(place, f"{name} in evaluation", "the metrics change from one evaluation to the next",
-                              "leave it out there")
+                yield Finding(
+                    place,
+                    f"{name} in evaluation",
+                    "the metrics change from one evaluation to the next",
+                    "leave it out there",
+                )
 
 
 def inference(cfg: dict) -> Iterator[Finding]:
@@ -88,11 +120,19 @@ def inference(cfg: dict) -> Iterator[Finding]:
     for place, section in [("Arch", cfg["Arch"]), *architectures(cfg)[:1]]:
         key, given = section.get("infer_output_key") or "features", section.get("infer_add_softmax")
         if isinstance(given, str):
-            yield Finding(f"{place}.infer_add_softmax", f"the text '{given}'",
-                          "PaddleClas takes any text as True, here it means what it says", f"write {given.title()}")
+            yield Finding(
+                f"{place}.infer_add_softmax",
+                f"the text '{given}'",
+                "PaddleClas takes any text as True, here it means what it says",
+                f"write {given.title()}",
+            )
         if adds_softmax(section) and key != "logits":
-            yield Finding(f"{place}.infer_add_softmax", f"True, and infer_output_key is {key}",
-                          "a softmax over an embedding destroys its distances", "write infer_add_softmax: False")
+            yield Finding(
+                f"{place}.infer_add_softmax",
+                f"True, and infer_output_key is {key}",
+                "a softmax over an embedding destroys its distances",
+                "write infer_add_softmax: False",
+            )
         if place == "Arch" and section.get("name", "RecModel") == "RecModel":
             return
 
@@ -103,39 +143,56 @@ def schedule(cfg: dict) -> Iterator[Finding]:
     for where, section in optimizers(cfg):
         warmup = section["lr"].get("warmup_epoch") or 0
         if epochs and warmup >= epochs:
-            yield Finding(f"{where}.lr.warmup_epoch", f"{warmup} of {epochs} epochs",
-                          "the rate only rises and its schedule never begins", "lower it or raise Global.epochs")
+            yield Finding(
+                f"{where}.lr.warmup_epoch",
+                f"{warmup} of {epochs} epochs",
+                "the rate only rises and its schedule never begins",
+                "lower it or raise Global.epochs",
+            )
 
 
 def processes(cfg: dict) -> Iterator[Finding]:
     """A step of several batches at the learning rate of one."""
     count, batch = cfg["Global"]["devices"], lookup(cfg, "DataLoader.Train.sampler.batch_size")
     if count != 1:
-        yield Finding("Global.devices", f"{count}, each with batches of {batch}",
-                      "a step sees as many batches as there are processes, and a rate found with one is too low for it",
-                      "multiply learning_rate by their number (Adam: by its root), or divide batch_size by it")
+        yield Finding(
+            "Global.devices",
+            f"{count}, each with batches of {batch}",
+            "a step sees as many batches as there are processes, and a rate found with one is too low for it",
+            "multiply learning_rate by their number (Adam: by its root), or divide batch_size by it",
+        )
 
 
 def without_effect(cfg: dict) -> Iterator[Finding]:
     """What the original has and this has not, or does not need."""
     for key in (key for key in WITHOUT_EFFECT if cfg["Global"].get(key)):
         yield Finding(f"Global.{key}", f"{cfg['Global'][key]}", "it changes nothing here", "leave it out")
-    for key, why in (("Slim", "pruning and quantisation while training have no counterpart here, the model is trained "
-                              "without them"), ("Infer", "the exported model holds its own preprocessing")):
+    for key, why in (
+        ("Slim", "pruning and quantisation while training have no counterpart here, the model is trained without them"),
+        ("Infer", "the exported model holds its own preprocessing"),
+    ):
         if cfg.get(key):
             yield Finding(key, ", ".join(cfg[key]), why, "leave the section out")
     if lookup(cfg, "Metric.Train"):
-        yield Finding("Metric.Train", "metrics of the training batches", "logits carry the margin while training, so "
-                      "their accuracy says little; the loss terms are shown instead", "leave it out")
+        yield Finding(
+            "Metric.Train",
+            "metrics of the training batches",
+            "logits carry the margin while training, so their accuracy says little; the loss terms are shown instead",
+            "leave it out",
+        )
 
 
 def shapes(cfg: dict, loaders: Loaders) -> Iterator[Finding]:
     """Training images of another size than those that are evaluated."""
     shape = output_shape(loaders.train.dataset.transform, "DataLoader.Train")
     if list(shape) != cfg["Global"]["image_shape"]:
-        yield Finding("DataLoader.Train.dataset.transform_ops", f"images of {list(shape)}, Global.image_shape is "
-                      f"{cfg['Global']['image_shape']}", "sizes of ops are [width, height], image_shape is [3, height, "
-                      "width]: training and evaluation see different sizes", "write the same size in both")
+        yield Finding(
+            "DataLoader.Train.dataset.transform_ops",
+            f"images of {list(shape)}, Global.image_shape is {cfg['Global']['image_shape']}",
+            "sizes of ops are [width, height], image_shape is [3, height, "
+            "width]: training and evaluation see different sizes",
+            "write the same size in both",
+        )
 
 
 def identities(loaders: Loaders) -> Iterator[Finding]:
@@ -144,6 +201,9 @@ def identities(loaders: Loaders) -> Iterator[Finding]:
         trained = set(loaders.train.dataset.names.tolist())
         tested = {loaders.query.dataset.names[i] for i in loaders.query.dataset.labels.tolist()}
         if shared := trained & tested:
-            yield Finding("DataLoader.Eval.Query", f"{len(shared)} of {len(tested)} identities are in training too",
-                          "retrieval is judged on identities never seen, and lists that count from 0 again look shared",
-                          "split by identity (notebook 01_prepare), or number the lists once over all")
+            yield Finding(
+                "DataLoader.Eval.Query",
+                f"{len(shared)} of {len(tested)} identities are in training too",
+                "retrieval is judged on identities never seen, and lists that count from 0 again look shared",
+                "split by identity (notebook 01_prepare), or number the lists once over all",
+            )

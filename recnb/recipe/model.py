@@ -1,4 +1,5 @@
 """Arch, read: its sections become a model."""
+
 from __future__ import annotations
 
 from math import prod
@@ -47,14 +48,19 @@ def build_recmodel(cfg: dict, section: dict, where: str, classes: int | None) ->
     if section.get("Head"):
         behind = given == "backbone" or neck is None
         source = f"{where}.{'Backbone' if behind else 'Neck'} gives features of size"
-        head = HEADS.build({**section["Head"], "class_num": classes}, f"{where}.Head",
-                           embedding_size=(prod(backbone.out_shape) if behind else size, source))
+        head = HEADS.build(
+            {**section["Head"], "class_num": classes},
+            f"{where}.Head",
+            embedding_size=(prod(backbone.out_shape) if behind else size, source),
+        )
     if cfg["Global"]["grad_checkpointing"]:
         try:
             recompute_blocks(backbone)
         except ValueError as error:
-            raise ConfigError(f"Global.grad_checkpointing: {where}.Backbone {section['Backbone']['name']} {error}; set "
-                              "it False, and let Global.grad_cache keep less in memory instead") from None
+            raise ConfigError(
+                f"Global.grad_checkpointing: {where}.Backbone {section['Backbone']['name']} {error}; set "
+                "it False, and let Global.grad_cache keep less in memory instead"
+            ) from None
     model = RecModel(backbone, neck, head)
     model.sizes = {"backbone": prod(backbone.out_shape), "features": size}
     model.head_feature_from, model.grad_cache = given, cfg["Global"]["grad_cache"]
@@ -74,7 +80,7 @@ def build_recmodel(cfg: dict, section: dict, where: str, classes: int | None) ->
 
 
 def precision(amp: dict, device: str) -> torch.dtype:
-    "What autocast computes in: as AMP.dtype says, otherwise bfloat16 where it is fast or the only one, else float16."
+    """The type of autocast: as AMP.dtype says, otherwise bfloat16 where it is fast or the only one, else float16."""
     on_gpu = device == "gpu" and torch.cuda.is_available()
     fallback = "float16" if on_gpu and not torch.cuda.is_bf16_supported() else "bfloat16"
     return getattr(torch, amp.get("dtype") or fallback)
@@ -105,8 +111,9 @@ def class_number(cfg: dict, counted: int | None) -> int:
     """
     where, given = class_num(cfg)
     if given and counted and given < counted:
-        raise ConfigError(f"{where} is {given}, but there are {counted} training identities; correct {where} or leave "
-                          "it out")
+        raise ConfigError(
+            f"{where} is {given}, but there are {counted} training identities; correct {where} or leave it out"
+        )
     return given or counted or len(training_images(cfg).names)
 
 
@@ -122,8 +129,10 @@ def build_backbone(cfg: dict, section: dict, where: str) -> nn.Module:
         part = "BackboneStopLayer" if str(name) in str(error) else "Backbone"
         raise ConfigError(f"{where}.{part}: {error}") from error
     if size and size != backbone.out_channels:
-        raise ConfigError(f"{where}.BackboneStopLayer.output_dim is {size}, but {given['name']} cut at {name} gives "
-                          f"{backbone.out_channels} channels")
+        raise ConfigError(
+            f"{where}.BackboneStopLayer.output_dim is {size}, but {given['name']} cut at {name} gives "
+            f"{backbone.out_channels} channels"
+        )
     return backbone
 
 
@@ -132,13 +141,20 @@ def build_neck(section: dict, where: str, backbone: nn.Module) -> tuple[nn.Modul
     shape, stop = backbone.out_shape, lookup(section, "BackboneStopLayer.name") or "its end"
     if not section.get("Neck"):
         if len(shape) > 1 and prod(shape[1:]) > 1:
-            raise ConfigError(f"{where}.Neck: is missing, and the backbone cut at {stop} gives maps {shape}, no "
-                              "vector; add a neck or cut at 'flatten'")
+            raise ConfigError(
+                f"{where}.Neck: is missing, and the backbone cut at {stop} gives maps {shape}, no "
+                "vector; add a neck or cut at 'flatten'"
+            )
         return None, prod(shape)
     source = f"the backbone cut at {stop} gives"
-    neck = NECKS.build(section["Neck"], f"{where}.Neck", in_channels=(backbone.out_channels, source),
-                       num_features=(prod(shape), source), embedding_size=(prod(shape), source),
-                       prefix_tokens=(backbone.prefix_tokens, source))
+    neck = NECKS.build(
+        section["Neck"],
+        f"{where}.Neck",
+        in_channels=(backbone.out_channels, source),
+        num_features=(prod(shape), source),
+        embedding_size=(prod(shape), source),
+        prefix_tokens=(backbone.prefix_tokens, source),
+    )
     try:
         with torch.no_grad():
             features = neck.eval()(torch.zeros(1, *shape))

@@ -1,4 +1,5 @@
 """Loss, Metric and PostProcess, read: their sections become a loss and a judge of embeddings."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -20,8 +21,10 @@ def build_metrics(cfg: dict) -> list[str]:
     single, names = cfg["Global"]["eval_mode"] == "classification", []
     for place, name, args in items(cfg, "Metric.Eval"):
         if (name == "TopkAcc") != single:
-            raise ConfigError(f"{place}: {name} does not belong to Global.eval_mode {cfg['Global']['eval_mode']}; "
-                              f"{'list TopkAcc' if single else 'list Recallk, mAP, mINP or Precisionk'}")
+            raise ConfigError(
+                f"{place}: {name} does not belong to Global.eval_mode {cfg['Global']['eval_mode']}; "
+                f"{'list TopkAcc' if single else 'list Recallk, mAP, mINP or Precisionk'}"
+            )
         names += METRICS.build({"name": name, **args}, place)
     return names or (TopkAcc() if single else list(DEFAULT_METRICS))
 
@@ -37,6 +40,7 @@ def build_judge(cfg: dict, model: nn.Module | None = None) -> Callable:
     if cfg["Global"]["feature_binarize"]:
         steps.insert(0, binarized(cfg["Global"]["feature_binarize"]))
     if cfg["Global"]["eval_mode"] == "classification":
+
         def judged(query_features, gallery_features, query, gallery, train=None):
             return classified(names, model, query_features, query)
 
@@ -45,16 +49,22 @@ def build_judge(cfg: dict, model: nn.Module | None = None) -> Callable:
             judged.reads = model.head_input
         return judged
 
-    def judged(query_features: Tensor, gallery_features: Tensor, query: ImageList, gallery: ImageList,
-               train: Callable | None = None) -> dict[str, float]:
+    def judged(
+        query_features: Tensor,
+        gallery_features: Tensor,
+        query: ImageList,
+        gallery: ImageList,
+        train: Callable | None = None,
+    ) -> dict[str, float]:
         return judge(query_features, gallery_features, query, gallery, names, steps, re_ranking, train, normalize)
 
     judged.names = names
     return judged
 
 
-def build_loss(cfg: dict, where: str = "Loss.Train", classes: int | None = None,
-               sizes: dict[str, int] | None = None) -> CombinedLoss:
+def build_loss(
+    cfg: dict, where: str = "Loss.Train", classes: int | None = None, sizes: dict[str, int] | None = None
+) -> CombinedLoss:
     """The weighted sum of the losses at `where`; raises ConfigError where one needs a head and there is none.
 
     `classes` and `sizes` (of `features` and `backbone`, flat) fill in what a loss with centres or a memory leaves out.

@@ -1,4 +1,5 @@
 """Optimizer, read: its sections become optimizers, groups of parameters and learning-rate schedules."""
+
 from __future__ import annotations
 
 import re
@@ -28,8 +29,9 @@ def build_optimizer(cfg: dict) -> Callable:
         groups = [group if isinstance(group, dict) else {"params": group} for group in groups]
         if isinstance(groups[0]["params"], Tensor):
             groups = [{"params": [group["params"] for group in groups]}]
-        made = [build([group for group in groups if group.get("entry", 0) == i], lr=lr)
-                for i, build in enumerate(makers)]
+        made = [
+            build([group for group in groups if group.get("entry", 0) == i], lr=lr) for i, build in enumerate(makers)
+        ]
         return made[0] if len(made) == 1 else Several(made)
 
     return make
@@ -42,8 +44,10 @@ def build_entry(section: dict, where: str) -> Callable:
     if regular and "weight_decay" in section:
         raise ConfigError(f"{where}: gives both 'regularizer' and 'weight_decay'; keep one of them")
     if "weight_decay" in regular and section["name"].startswith("AdamW"):
-        raise ConfigError(f"{where}.regularizer: AdamW decays weights apart from their gradient, L2 is a part of it; "
-                          "give weight_decay instead, or take Adam")
+        raise ConfigError(
+            f"{where}.regularizer: AdamW decays weights apart from their gradient, L2 is a part of it; "
+            "give weight_decay instead, or take Adam"
+        )
     build = OPTIMIZERS.build({**section, **{k: v for k, v in regular.items() if k == "weight_decay"}}, where)
 
     def make(groups, lr: float) -> torch.optim.Optimizer:
@@ -76,18 +80,29 @@ def parameter_groups(cfg: dict, model: nn.Module, loss: nn.Module) -> list[dict]
     for name, p in sorted(named, key=lambda item: not in_backbone(item[0])):
         entry = next((i for i, names in enumerate(owners) if name in names), None)
         if entry is None:
-            raise ConfigError(f"Optimizer: no entry's scope covers {name}; add one with 'scope: {type(model).__name__}'"
-                              " or freeze what shall not be trained")
+            raise ConfigError(
+                f"Optimizer: no entry's scope covers {name}; add one with 'scope: {type(model).__name__}'"
+                " or freeze what shall not be trained"
+            )
         decay = 0.0 if undecayed(name, p, entries[entry][1]) else getattr(p, "weight_decay", None)
         scale = getattr(p, "lr_multiplier", 1.0) * shares.get(name, 1.0)
         groups[in_backbone(name), entry, scale, decay].append(p)
     for i, (where, section) in enumerate(entries):
         if not any(key[1] == i for key in groups):
-            raise ConfigError(f"{where}.scope: '{section.get('scope')}' has no trainable parameter that the entries "
-                              "before it leave; put the narrower scope first")
-    return [{"params": params, "entry": entry, "lr_scale": scale, "backbone": own,
-             **({} if decay is None else {"weight_decay": decay})}
-            for (own, entry, scale, decay), params in groups.items()]
+            raise ConfigError(
+                f"{where}.scope: '{section.get('scope')}' has no trainable parameter that the entries "
+                "before it leave; put the narrower scope first"
+            )
+    return [
+        {
+            "params": params,
+            "entry": entry,
+            "lr_scale": scale,
+            "backbone": own,
+            **({} if decay is None else {"weight_decay": decay}),
+        }
+        for (own, entry, scale, decay), params in groups.items()
+    ]
 
 
 def loss_parameters(loss: nn.Module) -> list[tuple[str, nn.Parameter]]:
@@ -111,13 +126,21 @@ def scope_names(scope: str | None, where: str, model: nn.Module, loss: nn.Module
     found = {name for name in of_losses if name.startswith(f"{scope}.")}
     try:
         prefixes = [name for name, _ in model.named_modules() if name and re.fullmatch(scope, name)]
-        found |= {name for name in names if re.fullmatch(scope, name)
-                  or any(name.startswith(f"{prefix}.") for prefix in prefixes)}
+        found |= {
+            name
+            for name in names
+            if re.fullmatch(scope, name) or any(name.startswith(f"{prefix}.") for prefix in prefixes)
+        }
     except re.error as error:
         raise ConfigError(f"{where}.scope: '{scope}' is no regular expression: {error}") from None
     if not found:
-        parts = ", ".join([type(model).__name__, *(n for n, _ in model.named_children()),
-                           *sorted({name.split(".")[0] for name in of_losses})])
+        parts = ", ".join(
+            [
+                type(model).__name__,
+                *(n for n, _ in model.named_children()),
+                *sorted({name.split(".")[0] for name in of_losses}),
+            ]
+        )
         raise ConfigError(f"{where}.scope: nothing is called '{scope}'; there is {parts}, or a pattern of names")
     return found
 
@@ -126,14 +149,16 @@ def undecayed(name: str, p: nn.Parameter, section: dict) -> bool:
     """Whether an entry of Optimizer exempts a parameter from weight decay."""
     named = any(part in name for part in (section.get("no_weight_decay_name") or "").split())
     flat = section.get("one_dim_param_no_weight_decay") or (
-        section["name"] == "AdamWDL" and section.get("filter_bias_and_bn", True))
+        section["name"] == "AdamWDL" and section.get("filter_bias_and_bn", True)
+    )
     return named or (bool(flat) and p.dim() <= 1)
 
 
 def depth_shares(cfg: dict, model: nn.Module) -> dict[str, float]:
     """For AdamWDL the share of the rate of each parameter of a backbone, by how far it lies before the end."""
-    decay = next((section.get("layerwise_decay", 0.75) for _, section in optimizers(cfg)
-                  if section["name"] == "AdamWDL"), None)
+    decay = next(
+        (section.get("layerwise_decay", 0.75) for _, section in optimizers(cfg) if section["name"] == "AdamWDL"), None
+    )
     shares = {}
     if decay:
         from recnb.models.backbones import layer_depths
@@ -147,8 +172,10 @@ def depth_shares(cfg: dict, model: nn.Module) -> dict[str, float]:
 
 def build_schedules(cfg: dict, step_each_epoch: int) -> list[Callable]:
     """For each entry of Optimizer: its learning rate as a function of the steps taken and the evaluations' results."""
-    return [build_schedule(section.get("lr") or {}, f"{where}.lr", cfg["Global"]["epochs"], step_each_epoch)
-            for where, section in optimizers(cfg)]
+    return [
+        build_schedule(section.get("lr") or {}, f"{where}.lr", cfg["Global"]["epochs"], step_each_epoch)
+        for where, section in optimizers(cfg)
+    ]
 
 
 def build_schedule(section: dict, where: str, epochs: int, step_each_epoch: int) -> Callable:
@@ -156,6 +183,13 @@ def build_schedule(section: dict, where: str, epochs: int, step_each_epoch: int)
     SCHEDULES.check(section, where)
     warmup = {key: section[key] for key in WARMUP if key in section}
     epochs -= warmup.get("warmup_epoch", 0)
-    return warmed_up(SCHEDULES.build(section, where, epochs=(epochs, "behind the warm-up there are"),
-                                     step_each_epoch=(step_each_epoch, "the training list makes")),
-                     step_each_epoch, **warmup)
+    return warmed_up(
+        SCHEDULES.build(
+            section,
+            where,
+            epochs=(epochs, "behind the warm-up there are"),
+            step_each_epoch=(step_each_epoch, "the training list makes"),
+        ),
+        step_each_epoch,
+        **warmup,
+    )

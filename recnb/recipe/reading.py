@@ -3,6 +3,7 @@
 Tags that would build objects, anchors that contain themselves, aliases that multiply, and files that are too large or
 too deeply nested are each refused in a sentence, before any value is made.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -19,7 +20,7 @@ LARGEST, VALUES, DEEPEST = 500_000, 100_000, 50  # bytes, values and levels of a
 
 
 class Loader(yaml.SafeLoader):
-    "Plain YAML values only, with the two silent traps of YAML 1.1 closed: `1e-3` is a number, a repeated key an error."
+    """Plain YAML values only, without two traps of YAML 1.1: `1e-3` is a number, a repeated key an error."""
 
     def construct_document(self, node: yaml.Node):
         """The values of a document, once `measure` has found nothing in it to refuse."""
@@ -27,8 +28,9 @@ class Loader(yaml.SafeLoader):
         return super().construct_document(node)
 
 
-Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
-                             list("-+0123456789"))
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
 
 
 def mapping(loader: Loader, node: yaml.MappingNode) -> dict:
@@ -55,15 +57,19 @@ def measure(node: yaml.Node, above: tuple[int, ...] = (), known: dict | None = N
     if len(above) > DEEPEST:
         raise refused(node, f"it has more than {DEEPEST} levels, one in another, which no configuration needs")
     if id(node) not in known:
-        inner = [] if isinstance(node, yaml.ScalarNode) else chain.from_iterable(
-            value if isinstance(value, tuple) else (value,) for value in node.value)
+        inner = (
+            []
+            if isinstance(node, yaml.ScalarNode)
+            else chain.from_iterable(value if isinstance(value, tuple) else (value,) for value in node.value)
+        )
         parts = [measure(value, (*above, id(node)), known) for value in inner]
         own = 1 + len(node.value) // 100 if isinstance(node, yaml.ScalarNode) else 1
         known[id(node)] = own + sum(size for size, _ in parts), 1 + max((depth for _, depth in parts), default=0)
     size, depth = known[id(node)]
     if size > VALUES:
-        raise refused(node, f"with its aliases written out, it has more than {VALUES:,} values, which no configuration "
-                            "needs")
+        raise refused(
+            node, f"with its aliases written out, it has more than {VALUES:,} values, which no configuration needs"
+        )
     if len(above) + depth > DEEPEST:
         raise refused(node, f"it has more than {DEEPEST} levels, one in another, which no configuration needs")
     return size, depth
@@ -108,8 +114,9 @@ def read_plain(path: Path) -> dict:
             problem = f"{problem.split(' for ')[-1]} would build an object, and only plain values are allowed here"
         raise ConfigError(f"{path}{f' line {mark.line + 1}' if mark else ''}: {problem}") from None
     if not isinstance(content, dict):
-        raise ConfigError(f"{path}: holds a {type(content).__name__}, not a mapping of sections such as "
-                          "'Global:' and 'Arch:'")
+        raise ConfigError(
+            f"{path}: holds a {type(content).__name__}, not a mapping of sections such as 'Global:' and 'Arch:'"
+        )
     return content
 
 
@@ -125,7 +132,7 @@ def as_yaml(cfg: dict) -> str:
 
 
 def plain_number(value, like):
-    "The number that a string spells where a number is replaced (papermill hands over `1e-3` as text), else the value."
+    """The number that a text spells where it replaces a number (papermill gives `1e-3` as text), else the value."""
     if isinstance(value, str) and isinstance(like, (int, float)) and not isinstance(like, bool):
         for kind in (int, float):
             with contextlib.suppress(ValueError):
@@ -154,7 +161,7 @@ def override(cfg: dict, key: str, value) -> None:
             node, step = (node, index) if step.isdigit() else (node[index], step)
         elif not isinstance(node, dict) or (step not in node and not last):
             known = node if isinstance(node, dict) else ()
-            raise ConfigError(f"override '{key}': there is no '{'.'.join(steps[:depth + 1])}'; {suggest(step, known)}")
+            raise ConfigError(f"override '{key}': there is no '{'.'.join(steps[: depth + 1])}'; {suggest(step, known)}")
         if last:
             node[step] = plain_number(value, node[step] if isinstance(node, list) else node.get(step))
         else:
@@ -162,7 +169,7 @@ def override(cfg: dict, key: str, value) -> None:
 
 
 def unshared(node):
-    "A copy in which nothing stands twice: with YAML's aliases, an override would change every place that shares one."
+    """A copy without shared parts: with YAML's aliases, an override would change every place that shares one."""
     if isinstance(node, dict):
         return {key: unshared(value) for key, value in node.items()}
     return [unshared(value) for value in node] if isinstance(node, list | tuple) else node

@@ -1,4 +1,5 @@
 """What a run is remembered by: its configuration without what may change on resuming."""
+
 from __future__ import annotations
 
 import copy
@@ -11,16 +12,36 @@ from recnb.storage import resolve
 from recnb.training.schedules import SCHEDULES
 
 # What may differ between a checkpoint's configuration and the one that resumes it: nothing of this changes the numbers.
-FREE = (*(f"Global.{key}" for key in (
-            "checkpoints", "save_steps", "keep_checkpoints", "save_interval", "output_dir", "save_inference_dir",
-            "pretrained_model", "print_batch_step", "use_visualdl", "on_nonfinite", "grad_checkpointing", "device",
-            "devices", "cache_images")), *(f"DataLoader.{part}.loader" for part in LOADERS))
-PATHS = {**{f"DataLoader.{part}.dataset": ("image_root", "cls_label_path") for part in LOADERS},
-         "Global": ("pretrained_model", "checkpoints", "cache_images")}
+FREE = (
+    *(
+        f"Global.{key}"
+        for key in (
+            "checkpoints",
+            "save_steps",
+            "keep_checkpoints",
+            "save_interval",
+            "output_dir",
+            "save_inference_dir",
+            "pretrained_model",
+            "print_batch_step",
+            "use_visualdl",
+            "on_nonfinite",
+            "grad_checkpointing",
+            "device",
+            "devices",
+            "cache_images",
+        )
+    ),
+    *(f"DataLoader.{part}.loader" for part in LOADERS),
+)
+PATHS = {
+    **{f"DataLoader.{part}.dataset": ("image_root", "cls_label_path") for part in LOADERS},
+    "Global": ("pretrained_model", "checkpoints", "cache_images"),
+}
 
 
 def resolved(cfg: dict) -> dict:
-    "The configuration with what the run derived filled in: paths made absolute, the number of classes, relabelling."
+    """The configuration with what the run derived: absolute paths, the number of classes, relabelling."""
     cfg = copy.deepcopy(cfg)
     heads = [section["Head"] for _, section in architectures(cfg) if section.get("Head")]
     if heads and not class_num(cfg)[1]:
@@ -38,16 +59,21 @@ def check_same(ours: dict, theirs: dict, path: Path) -> None:
     """Raise ConfigError where a checkpoint's configuration differs from this one in what changes numbers."""
     theirs["Global"] = {**GLOBAL, **theirs["Global"]}  # a key that is newer than the checkpoint had its default then
     differences = compare(theirs, ours)
-    bound = [section["lr"]["name"] for _, section in optimizers(ours)
-             if "epochs" in SCHEDULES.parameters(section["lr"]["name"])]
+    bound = [
+        section["lr"]["name"]
+        for _, section in optimizers(ours)
+        if "epochs" in SCHEDULES.parameters(section["lr"]["name"])
+    ]
     longer = [text for text in differences if text.startswith("Global.epochs:")]
     if longer and not bound:  # a schedule that does not know the end may go on behind it
         differences.remove(longer[0])
     if differences:
         end = f" ({bound[0]} runs over Global.epochs: with others its rates would differ from the start)"
-        raise ConfigError(f"{path} belongs to another configuration ({'; '.join(differences)}){end * bool(longer)}; "
-                          "use another run folder (Global.pretrained_model takes weights along), or delete this one to "
-                          "begin anew")
+        raise ConfigError(
+            f"{path} belongs to another configuration ({'; '.join(differences)}){end * bool(longer)}; "
+            "use another run folder (Global.pretrained_model takes weights along), or delete this one to "
+            "begin anew"
+        )
 
 
 def compare(old, new, where: str = "") -> list[str]:

@@ -3,6 +3,7 @@
 What a section may say is what the registries of the chapters hold; what Global may say is listed here. Everything found
 wrong is a ConfigError of one sentence: the file and line, or the key, and what would mend it.
 """
+
 from __future__ import annotations
 
 import importlib
@@ -14,41 +15,115 @@ from recnb.registry import ConfigError, Registry, entry, fits, suggest
 
 # The keys of Global with their defaults; every other default lives in the signature of the part that it belongs to.
 GLOBAL = {
-    "checkpoints": None, "pretrained_model": None, "output_dir": None, "device": "gpu", "class_num": None,
-    "save_interval": 1, "eval_during_train": True, "eval_interval": 1, "epochs": 10, "print_batch_step": 10,
-    "use_visualdl": False, "image_shape": [3, 224, 224], "save_inference_dir": "./inference", "eval_mode": "retrieval",
-    "seed": 0, "re_ranking": False, "start_eval_epoch": 0, "update_freq": 1, "iter_per_epoch": None,
-    "devices": 1, "channels_last": False, "compile": False, "grad_cache": None,
-    "grad_checkpointing": False, "save_steps": None, "keep_checkpoints": None, "cache_images": None,
-    "on_nonfinite": "stop", "on_bad_image": "stop",
-    "retrieval_feature_from": "features", "feature_normalize": True, "feature_binarize": None,
+    "checkpoints": None,
+    "pretrained_model": None,
+    "output_dir": None,
+    "device": "gpu",
+    "class_num": None,
+    "save_interval": 1,
+    "eval_during_train": True,
+    "eval_interval": 1,
+    "epochs": 10,
+    "print_batch_step": 10,
+    "use_visualdl": False,
+    "image_shape": [3, 224, 224],
+    "save_inference_dir": "./inference",
+    "eval_mode": "retrieval",
+    "seed": 0,
+    "re_ranking": False,
+    "start_eval_epoch": 0,
+    "update_freq": 1,
+    "iter_per_epoch": None,
+    "devices": 1,
+    "channels_last": False,
+    "compile": False,
+    "grad_cache": None,
+    "grad_checkpointing": False,
+    "save_steps": None,
+    "keep_checkpoints": None,
+    "cache_images": None,
+    "on_nonfinite": "stop",
+    "on_bad_image": "stop",
+    "retrieval_feature_from": "features",
+    "feature_normalize": True,
+    "feature_binarize": None,
 }
 # Keys of the original that change no result here: how it computes or logs.
-WITHOUT_EFFECT = {"use_dali": bool, "to_static": bool, "sim_block_size": int, "print_mem_info": bool, "log_ranks": str,
-                  "infer_imgs": str, "warmup_iter": int, "use_multilabel": bool}
-NULLABLE = {"checkpoints": str, "pretrained_model": str, "output_dir": str, "class_num": int, "iter_per_epoch": int,
-            "feature_binarize": str, "save_steps": int, "keep_checkpoints": int, "cache_images": str,
-            "grad_cache": int}
-CHOICES = {"device": ("gpu", "cpu"), "on_nonfinite": ("stop", "skip"), "on_bad_image": ("stop", "drop"),
-           "eval_mode": ("retrieval", "classification"),
-           "feature_binarize": ("round", "sign"), "retrieval_feature_from": ("features", "neck", "backbone")}
-LEAST = {"epochs": 0, "seed": 0, "eval_interval": 1, "print_batch_step": 1, "class_num": 1, "update_freq": 1,
-         "iter_per_epoch": 1, "grad_cache": 1, "save_steps": 1, "keep_checkpoints": 1}
+WITHOUT_EFFECT = {
+    "use_dali": bool,
+    "to_static": bool,
+    "sim_block_size": int,
+    "print_mem_info": bool,
+    "log_ranks": str,
+    "infer_imgs": str,
+    "warmup_iter": int,
+    "use_multilabel": bool,
+}
+NULLABLE = {
+    "checkpoints": str,
+    "pretrained_model": str,
+    "output_dir": str,
+    "class_num": int,
+    "iter_per_epoch": int,
+    "feature_binarize": str,
+    "save_steps": int,
+    "keep_checkpoints": int,
+    "cache_images": str,
+    "grad_cache": int,
+}
+CHOICES = {
+    "device": ("gpu", "cpu"),
+    "on_nonfinite": ("stop", "skip"),
+    "on_bad_image": ("stop", "drop"),
+    "eval_mode": ("retrieval", "classification"),
+    "feature_binarize": ("round", "sign"),
+    "retrieval_feature_from": ("features", "neck", "backbone"),
+}
+LEAST = {
+    "epochs": 0,
+    "seed": 0,
+    "eval_interval": 1,
+    "print_batch_step": 1,
+    "class_num": 1,
+    "update_freq": 1,
+    "iter_per_epoch": 1,
+    "grad_cache": 1,
+    "save_steps": 1,
+    "keep_checkpoints": 1,
+}
 # What the original has and this has not, with the reason.
 UNSUPPORTED = {
     "SSL": "semi-supervised training on unlabelled images (FixMatch, CCSSL) has no counterpart here",
     "UnLabelLoss": "semi-supervised training on unlabelled images (FixMatch, CCSSL) has no counterpart here",
     "IndexProcess": "it configures a tool that makes a classifier of a gallery; recnb.retrieval.Index is built instead",
     "Global.train_mode": "other training loops (metabin, fixmatch, fixmatch_ccssl, progressive) have no counterpart "
-                         "here; the default loop is the only one",
+    "here; the default loop is the only one",
 }
-AMP = {"use_amp": True, "level": "O1", "dtype": None, "scale_loss": 1.0, "use_dynamic_loss_scaling": True,
-       "use_fp16_test": False, "use_promote": False}
+AMP = {
+    "use_amp": True,
+    "level": "O1",
+    "dtype": None,
+    "scale_loss": 1.0,
+    "use_dynamic_loss_scaling": True,
+    "use_fp16_test": False,
+    "use_promote": False,
+}
 EMA = {"decay": 0.9999}
 LOADER = {"num_workers": int, "use_shared_memory": bool, "prefetch_factor": int}  # torch always shares memory
 KEYS = {  # the keys of the sections that are not constructor calls
-    "the file": ("Global", "AMP", "EMA", "DataLoader", "Arch", "Loss", "Optimizer", "Metric", "PostProcess", "Slim",
-                 "Infer"),
+    "the file": (
+        "Global",
+        "AMP",
+        "EMA",
+        "DataLoader",
+        "Arch",
+        "Loss",
+        "Optimizer",
+        "Metric",
+        "PostProcess",
+        "Slim",
+        "Infer",
+    ),
     "Global": (*GLOBAL, *WITHOUT_EFFECT),
     "AMP": tuple(AMP),
     "EMA": tuple(EMA),
@@ -64,15 +139,51 @@ KEYS = {  # the keys of the sections that are not constructor calls
     "Loss": ("Train", "Eval"),
     "Metric": ("Train", "Eval"),
 }
-ARCH = ("name", "infer_output_key", "infer_add_softmax", "head_feature_from", "is_rec", "use_sync_bn", "freeze",
-        "Backbone", "BackboneStopLayer", "Neck", "Head")
-DISTILLATION = ("name", "infer_output_key", "infer_add_softmax", "is_rec", "use_sync_bn", "infer_model_name", "models",
-                "freeze_params_list", "pretrained_list")
+ARCH = (
+    "name",
+    "infer_output_key",
+    "infer_add_softmax",
+    "head_feature_from",
+    "is_rec",
+    "use_sync_bn",
+    "freeze",
+    "Backbone",
+    "BackboneStopLayer",
+    "Neck",
+    "Head",
+)
+DISTILLATION = (
+    "name",
+    "infer_output_key",
+    "infer_add_softmax",
+    "is_rec",
+    "use_sync_bn",
+    "infer_model_name",
+    "models",
+    "freeze_params_list",
+    "pretrained_list",
+)
 LOADERS = ("Train", "Eval.Query", "Eval.Gallery", "Eval")
 REQUIRED = ("DataLoader.Train.dataset", "Arch", "Loss.Train", "Optimizer")
-PARTS = ("data.lists", "data.layouts", "data.transforms", "data.augment", "data.augmix", "data.samplers",
-         "models.necks", "models.heads", "losses.combined", "losses.pairs", "losses.hashing", "losses.memories",
-         "losses.distillation", "losses.pml", "training.optim", "training.schedules", "training.evaluation")
+PARTS = (
+    "data.lists",
+    "data.layouts",
+    "data.transforms",
+    "data.augment",
+    "data.augmix",
+    "data.samplers",
+    "models.necks",
+    "models.heads",
+    "losses.combined",
+    "losses.pairs",
+    "losses.hashing",
+    "losses.memories",
+    "losses.distillation",
+    "losses.pml",
+    "training.optim",
+    "training.schedules",
+    "training.evaluation",
+)
 
 
 def load_config(path: str | Path, overrides: dict | None = None) -> dict:
@@ -195,12 +306,19 @@ def check_arch(section: dict, where: str) -> None:
     """Raise ConfigError for what a model's section cannot mean; the parts are checked by their registries."""
     check_keys(section, where, ARCH)
     if section.get("name", "RecModel") != "RecModel":
-        raise ConfigError(f"{where}.name: there is no model '{section['name']}'; "
-                          f"{suggest(section['name'], ('RecModel', 'DistillationModel'))}")
+        raise ConfigError(
+            f"{where}.name: there is no model '{section['name']}'; "
+            f"{suggest(section['name'], ('RecModel', 'DistillationModel'))}"
+        )
     if str(section.get("infer_add_softmax", "true")).lower() not in ("true", "false"):
         raise ConfigError(f"{where}.infer_add_softmax: {section['infer_add_softmax']!r} is neither True nor False")
-    for key, kind in (("infer_output_key", str), ("use_sync_bn", bool), ("freeze", list), ("Backbone", dict),
-                      ("BackboneStopLayer", dict)):
+    for key, kind in (
+        ("infer_output_key", str),
+        ("use_sync_bn", bool),
+        ("freeze", list),
+        ("Backbone", dict),
+        ("BackboneStopLayer", dict),
+    ):
         if not fits(section.get(key), kind | None):
             raise ConfigError(f"{where}.{key}: {section[key]!r} is not a {kind.__name__}")
     if section.get("head_feature_from", "neck") not in ("neck", "backbone"):
@@ -227,8 +345,10 @@ def check_logits(cfg: dict, where: str, name: str) -> None:
             raise ConfigError(f"{where}: {name} needs logits, and {place}.Head, which makes them, is missing")
         partial = section["Head"].get("sample_rate", 1) < 1 or section["Head"].get("sharded")
         if partial and name != "CELoss":
-            raise ConfigError(f"{where}: {name} needs the logits of all classes, and {place}.Head has those of some "
-                              "(sample_rate, sharded); only CELoss takes these")
+            raise ConfigError(
+                f"{where}: {name} needs the logits of all classes, and {place}.Head has those of some "
+                "(sample_rate, sharded); only CELoss takes these"
+            )
 
 
 def check_loaders(cfg: dict) -> None:
@@ -242,13 +362,17 @@ def check_loaders(cfg: dict) -> None:
 
 def check_class_num(cfg: dict) -> None:
     """Raise ConfigError where the file gives two different numbers of training identities."""
-    given = [("Global.class_num", cfg["Global"]["class_num"]), *(
-        (f"{where}.Head.class_num", lookup(section, "Head.class_num")) for where, section in architectures(cfg))]
+    given = [
+        ("Global.class_num", cfg["Global"]["class_num"]),
+        *((f"{where}.Head.class_num", lookup(section, "Head.class_num")) for where, section in architectures(cfg)),
+    ]
     (one, ours), *others = [pair for pair in given if pair[1]] or [("", None)]
     for other, number in others:
         if number != ours:
-            raise ConfigError(f"{one} is {ours}, but {other} is {number}: both count the training identities, so give "
-                              "the same number or leave one of them out")
+            raise ConfigError(
+                f"{one} is {ours}, but {other} is {number}: both count the training identities, so give "
+                "the same number or leave one of them out"
+            )
 
 
 def class_num(cfg: dict) -> tuple[str, int | None]:
@@ -262,15 +386,21 @@ def check_evaluation(cfg: dict) -> None:
     lists, wanted = lookup(cfg, "DataLoader.Eval") or {}, cfg["Global"]["eval_during_train"]
     single = cfg["Global"]["eval_mode"] == "classification"
     for key in (key for key in lists if (key in ("Query", "Gallery")) == single):
-        raise ConfigError(f"DataLoader.Eval.{key}: does not belong to Global.eval_mode {cfg['Global']['eval_mode']}, "
-                          f"which is evaluated with DataLoader.Eval.{'dataset' if single else 'Query and .Gallery'}")
+        raise ConfigError(
+            f"DataLoader.Eval.{key}: does not belong to Global.eval_mode {cfg['Global']['eval_mode']}, "
+            f"which is evaluated with DataLoader.Eval.{'dataset' if single else 'Query and .Gallery'}"
+        )
     if single and not lists.get("dataset") and (wanted or lists):
-        raise ConfigError("DataLoader.Eval.dataset: there is no such section; add it, or leave DataLoader.Eval out and "
-                          "set Global.eval_during_train: False")
+        raise ConfigError(
+            "DataLoader.Eval.dataset: there is no such section; add it, or leave DataLoader.Eval out and "
+            "set Global.eval_during_train: False"
+        )
     if not single and not lists.get("Query") and (wanted or lists):
-        raise ConfigError("DataLoader.Eval.Query: there is no such section; retrieval is evaluated with "
-                          "DataLoader.Eval.Query and DataLoader.Eval.Gallery (one alone serves as both): add it, or "
-                          "leave DataLoader.Eval out and set Global.eval_during_train: False")
+        raise ConfigError(
+            "DataLoader.Eval.Query: there is no such section; retrieval is evaluated with "
+            "DataLoader.Eval.Query and DataLoader.Eval.Gallery (one alone serves as both): add it, or "
+            "leave DataLoader.Eval out and set Global.eval_during_train: False"
+        )
 
 
 def lookup(cfg: dict, where: str):

@@ -1,4 +1,5 @@
 """A configuration to start from, written for lists that were just prepared."""
+
 from __future__ import annotations
 
 import re
@@ -27,9 +28,14 @@ def write_config(folder: str | Path, image_root: str | Path, base: str | Path = 
         text = file.read_text(encoding="utf-8")
         tabs, outside = "\t" in text, re.search(r"^\.\./", text, re.MULTILINE)
         beside = {key: value for key, value in section["dataset"].items() if key == "transform_ops"}
-        section["dataset"] = {"name": "ImageNetDataset" if tabs else "VeriWild", "image_root": portable(image_root),
-                              "cls_label_path": portable(file), **({"delimiter": "\t"} if tabs else {}),
-                              **({"allow_outside": True} if outside else {}), **beside}
+        section["dataset"] = {
+            "name": "ImageNetDataset" if tabs else "VeriWild",
+            "image_root": portable(image_root),
+            "cls_label_path": portable(file),
+            **({"delimiter": "\t"} if tabs else {}),
+            **({"allow_outside": True} if outside else {}),
+            **beside,
+        }
     cfg["Global"]["class_num"] = None
     (lookup(cfg, "Arch.Head") or {}).pop("class_num", None)
     sampler, identities = lookup(cfg, "DataLoader.Train.sampler"), len(np.unique(training_images(cfg).labels))

@@ -1,4 +1,5 @@
 """The judged ranking: what each query finds, and which of it is right, wrong or excluded."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -23,18 +24,18 @@ class Ranking:
     `hits` goes further down than k, so that missed positives are known too.
     """
 
-    ids: np.ndarray         # (Q, k) rows of the gallery, most similar first; -1 where the list has ended
-    scores: np.ndarray      # (Q, k) similarity; nan where the list has ended
-    state: np.ndarray       # (Q, k) "right", "wrong", "excluded", or "" where the list has ended
-    position: np.ndarray    # (Q, k) rank from 1 as the metrics count it; 0 for what is excluded
-    AP: np.ndarray          # (Q,) average precision; nan for a query without a positive
-    first_hit: np.ndarray   # (Q,) rank of the first positive; 0 for a query without one
-    positives: np.ndarray   # (Q,) number of positives in the gallery that count
-    left_out: np.ndarray    # (Q,) number of same-identity, same-camera items that do not count
-    hits: np.ndarray        # (Q, H) the first positives, however far down; -1 where there are no more
-    hit_ranks: np.ndarray   # (Q, H)
+    ids: np.ndarray  # (Q, k) rows of the gallery, most similar first; -1 where the list has ended
+    scores: np.ndarray  # (Q, k) similarity; nan where the list has ended
+    state: np.ndarray  # (Q, k) "right", "wrong", "excluded", or "" where the list has ended
+    position: np.ndarray  # (Q, k) rank from 1 as the metrics count it; 0 for what is excluded
+    AP: np.ndarray  # (Q,) average precision; nan for a query without a positive
+    first_hit: np.ndarray  # (Q,) rank of the first positive; 0 for a query without one
+    positives: np.ndarray  # (Q,) number of positives in the gallery that count
+    left_out: np.ndarray  # (Q,) number of same-identity, same-camera items that do not count
+    hits: np.ndarray  # (Q, H) the first positives, however far down; -1 where there are no more
+    hit_ranks: np.ndarray  # (Q, H)
     hit_scores: np.ndarray  # (Q, H)
-    own: np.ndarray         # (Q,) the query's own row in the gallery, -1 where it has none
+    own: np.ndarray  # (Q,) the query's own row in the gallery, -1 where it has none
     query_labels: np.ndarray
     gallery_labels: np.ndarray
     query_cameras: np.ndarray | None = None
@@ -44,8 +45,10 @@ class Ranking:
         return len(self.ids)
 
     def __repr__(self) -> str:
-        return (f"Ranking(queries={len(self)}, gallery={len(self.gallery_labels)}, k={self.ids.shape[1]}, "
-                f"mAP={np.nanmean(self.AP):.4f})")
+        return (
+            f"Ranking(queries={len(self)}, gallery={len(self.gallery_labels)}, k={self.ids.shape[1]}, "
+            f"mAP={np.nanmean(self.AP):.4f})"
+        )
 
     @property
     def valid(self) -> np.ndarray:
@@ -72,8 +75,19 @@ class Ranking:
         return [hit for hit in found if hit[0] >= 0 and hit[0] not in shown][:n]
 
 
-def rank(query, gallery, query_labels, gallery_labels, query_cameras=None, gallery_cameras=None, exclude_self=False,
-         k: int = 10, show_excluded: int = 2, missed: int = 3, scores=None) -> Ranking:
+def rank(
+    query,
+    gallery,
+    query_labels,
+    gallery_labels,
+    query_cameras=None,
+    gallery_cameras=None,
+    exclude_self=False,
+    k: int = 10,
+    show_excluded: int = 2,
+    missed: int = 3,
+    scores=None,
+) -> Ranking:
     """The judged first k of every query's list, as a `Ranking`.
 
     query (Q, D), gallery (G, D): compared by their cosine; or None, with scores (Q, G), higher for better, such as
@@ -101,8 +115,16 @@ def rank(query, gallery, query_labels, gallery_labels, query_cameras=None, galle
             keys[own[q]] = -np.inf
         rows.append(_judge(keys, row, positive, excluded, k, show_excluded, k + missed))
     columns = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-    return Ranking(**columns, AP=np.where(arrays["valid"], arrays["AP"], np.nan), first_hit=arrays["first_hit"],
-                   own=own, query_labels=ql, gallery_labels=gl, query_cameras=qc, gallery_cameras=gc)
+    return Ranking(
+        **columns,
+        AP=np.where(arrays["valid"], arrays["AP"], np.nan),
+        first_hit=arrays["first_hit"],
+        own=own,
+        query_labels=ql,
+        gallery_labels=gl,
+        query_cameras=qc,
+        gallery_cameras=gc,
+    )
 
 
 def _cosines(query, gallery) -> Iterator[np.ndarray]:
@@ -123,14 +145,21 @@ def _judge(keys, scores, positive, excluded, k: int, show_excluded: int, n_hits:
     hit_ranks = np.array([np.count_nonzero(negatives > keys[hit]) for hit in hits], int) + np.arange(1, len(hits) + 1)
     state = np.where(excluded[shown], EXCLUDED, np.where(positive[shown], RIGHT, WRONG))
     position = np.where(excluded[shown], 0, np.cumsum(~excluded[shown]))
-    return {"ids": _pad(shown, k, -1), "scores": _pad(scores[shown], k, np.nan), "state": _pad(state, k, END),
-            "position": _pad(position, k, 0), "positives": np.count_nonzero(counted[positive] > -np.inf),
-            "left_out": len(left_out), "hits": _pad(hits, n_hits, -1), "hit_ranks": _pad(hit_ranks, n_hits, 0),
-            "hit_scores": _pad(scores[hits], n_hits, np.nan)}
+    return {
+        "ids": _pad(shown, k, -1),
+        "scores": _pad(scores[shown], k, np.nan),
+        "state": _pad(state, k, END),
+        "position": _pad(position, k, 0),
+        "positives": np.count_nonzero(counted[positive] > -np.inf),
+        "left_out": len(left_out),
+        "hits": _pad(hits, n_hits, -1),
+        "hit_ranks": _pad(hit_ranks, n_hits, 0),
+        "hit_scores": _pad(scores[hits], n_hits, np.nan),
+    }
 
 
 def _best(keys: np.ndarray, n: int) -> np.ndarray:
-    "The n highest of the finite keys, as indices, best first, equals as they came: without sorting the whole gallery."
+    """The indices of the n highest finite keys, best first, equal ones in their order, without a whole sort."""
     n = min(n, np.count_nonzero(keys > -np.inf))
     if not n:
         return np.zeros(0, int)
@@ -151,8 +180,10 @@ def choose_rows(ranking: Ranking, n: int = 6) -> np.ndarray:
     order = [q for q in ranking.order().tolist() if ranking.valid[q]]
     halves = [[q for q in order if ranking.failed[q] == failed] for failed in (True, False)]
     n_failed = min(len(halves[0]), max(n - n // 2, n - len(halves[1])))
-    wanted = [[(half, t) for t in np.linspace(0, len(half) - 1, count)]
-              for half, count in zip(halves, (n_failed, min(len(halves[1]), n - n_failed)), strict=True)]
+    wanted = [
+        [(half, t) for t in np.linspace(0, len(half) - 1, count)]
+        for half, count in zip(halves, (n_failed, min(len(halves[1]), n - n_failed)), strict=True)
+    ]
     labels, chosen = ranking.query_labels, {}
     for half, target in filter(None, chain(*zip_longest(*wanted))):  # in turn, so that both kinds get identities
         free = [i for i, q in enumerate(half) if labels[q] not in chosen]
@@ -165,5 +196,6 @@ def choose_rows(ranking: Ranking, n: int = 6) -> np.ndarray:
 def changed(first: Ranking, second: Ranking) -> tuple[np.ndarray, np.ndarray]:
     """The queries whose first hit only the second has right, and only the first has; the largest change in AP first."""
     order = np.argsort(-np.abs(np.nan_to_num(second.AP - first.AP)), kind="stable")
-    return tuple(order[(good.first_hit[order] == 1) & bad.failed[order]]
-                 for good, bad in ((second, first), (first, second)))
+    return tuple(
+        order[(good.first_hit[order] == 1) & bad.failed[order]] for good, bad in ((second, first), (first, second))
+    )

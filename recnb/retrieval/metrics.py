@@ -16,6 +16,7 @@ positives of a query, r_1 < r_2 < ... < r_R their ranks (1-based), the value of 
 and the metric is the mean over the queries that have a positive. `recnb.protocol` says what a positive is and what
 leaves the ranking, `recnb.ranking` how ties are ranked.
 """
+
 from __future__ import annotations
 
 import functools
@@ -31,9 +32,25 @@ from recnb.retrieval.scores import MEMORY, exact, pair, to_numpy
 STANDARD = ("recall{k}", "mAP", "mAP@R", "R-Precision", "mINP", "MRR", "precision@{k}", "NDCG@{k}")
 
 
-def retrieval_metrics(query, gallery, query_labels, gallery_labels=None, query_cameras=None, gallery_cameras=None,
-                      exclude_self=False, topk=(1, 5), *, query_groups=None, gallery_groups=None, distance="cosine",
-                      metrics=STANDARD, per_query=False, tie=TIE, device=None, memory=MEMORY):
+def retrieval_metrics(
+    query,
+    gallery,
+    query_labels,
+    gallery_labels=None,
+    query_cameras=None,
+    gallery_cameras=None,
+    exclude_self=False,
+    topk=(1, 5),
+    *,
+    query_groups=None,
+    gallery_groups=None,
+    distance="cosine",
+    metrics=STANDARD,
+    per_query=False,
+    tie=TIE,
+    device=None,
+    memory=MEMORY,
+):
     """A dict of floats: every metric asked for, "queries" and "queries_without_positive".
 
     query (Q, D), gallery (G, D): numpy arrays (memory-mapped too) or tensors, on any device, of any float type
@@ -54,8 +71,14 @@ def retrieval_metrics(query, gallery, query_labels, gallery_labels=None, query_c
     where shapes disagree, or where a row holds NaN or infinity.
     """
     functions = _functions(metrics, topk)
-    protocol = embeddings_protocol(query, gallery, exclude_self, (query_labels, gallery_labels),
-                                   (query_cameras, gallery_cameras), (query_groups, gallery_groups))
+    protocol = embeddings_protocol(
+        query,
+        gallery,
+        exclude_self,
+        (query_labels, gallery_labels),
+        (query_cameras, gallery_cameras),
+        (query_groups, gallery_groups),
+    )
     query, gallery = pair(query, gallery, distance, device)
     queries = share(protocol, np.flatnonzero(protocol.valid))
     workers = torch.get_num_threads() if query.device.type == "cpu" else 1
@@ -64,17 +87,36 @@ def retrieval_metrics(query, gallery, query_labels, gallery_labels=None, query_c
         return _report(ranks, protocol, functions, per_query)
 
 
-def ranking_metrics(scores, query_labels, gallery_labels, query_cameras=None, gallery_cameras=None, exclude_self=False,
-                    topk=(1, 5), *, query_groups=None, gallery_groups=None, metrics=STANDARD, per_query=False, tie=0.0,
-                    memory=MEMORY):
+def ranking_metrics(
+    scores,
+    query_labels,
+    gallery_labels,
+    query_cameras=None,
+    gallery_cameras=None,
+    exclude_self=False,
+    topk=(1, 5),
+    *,
+    query_groups=None,
+    gallery_groups=None,
+    metrics=STANDARD,
+    per_query=False,
+    tie=0.0,
+    memory=MEMORY,
+):
     """The metrics of `retrieval_metrics` from ready scores, higher for better (a re-ranked distance: minus it).
 
     scores: an array or tensor (Q, G), or a function from query numbers (B,) to their scores (B, G), so that the
     matrix need not exist. tie: scores closer than this are ties. The rest as for `retrieval_metrics`.
     """
-    protocol = make_protocol(len(query_labels), len(gallery_labels), exclude_self, False,
-                             labels=(query_labels, gallery_labels), cameras=(query_cameras, gallery_cameras),
-                             groups=(query_groups, gallery_groups))
+    protocol = make_protocol(
+        len(query_labels),
+        len(gallery_labels),
+        exclude_self,
+        False,
+        labels=(query_labels, gallery_labels),
+        cameras=(query_cameras, gallery_cameras),
+        groups=(query_groups, gallery_groups),
+    )
     scores = scores if callable(scores) or isinstance(scores, torch.Tensor) else np.asarray(scores)
     blocks = scores if callable(scores) else lambda queries: scores[queries]
     ranks = score_ranks(blocks, protocol, share(protocol, np.flatnonzero(protocol.valid)), tie, memory)
@@ -162,4 +204,4 @@ DEFINITIONS = {
 def cmc(arrays: dict, most: int = 50) -> np.ndarray:
     """(most,) the share of queries whose first positive is among the first 1, 2, ... `most`."""
     first = arrays["first_hit"][arrays["valid"]]
-    return np.cumsum(np.bincount(np.minimum(first, most + 1), minlength=most + 2)[1:most + 1]) / len(first)
+    return np.cumsum(np.bincount(np.minimum(first, most + 1), minlength=most + 2)[1 : most + 1]) / len(first)

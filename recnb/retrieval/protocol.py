@@ -7,6 +7,7 @@ The protocol, for a query with identity y:
                 items of the query's group (any identity), where groups are given
 A query without a positive is left out of every mean, and counted.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass, field
@@ -28,7 +29,7 @@ def codes(query, gallery, name):
     if {_is_text(values) for values in both if len(values)} == {True, False}:
         raise ValueError(f"{name} are strings on one side and integers on the other: give both sides the same kind")
     flat = np.unique(np.concatenate(both), return_inverse=True)[1].reshape(-1)
-    return flat[: len(both[0])], flat[len(both[0]):]
+    return flat[: len(both[0])], flat[len(both[0]) :]
 
 
 def _labels(values, name):
@@ -36,8 +37,10 @@ def _labels(values, name):
     if values.ndim != 1:
         raise ValueError(f"{name} must be one-dimensional; got shape {values.shape}")
     whole = values.dtype.kind in "iubUS" or (
-        values.dtype == object and len({isinstance(v, str) for v in values}) < 2
-        and all(isinstance(v, (str, int, np.integer)) for v in values))
+        values.dtype == object
+        and len({isinstance(v, str) for v in values}) < 2
+        and all(isinstance(v, (str, int, np.integer)) for v in values)
+    )
     if not whole and len(values):
         raise ValueError(f"{name} must be integers or strings; got {values.dtype} (floats lose large integers)")
     return values
@@ -72,11 +75,15 @@ def make_protocol(queries, items, exclude_self, same, labels, cameras, groups):
     pairs = {name: codes(*values, name) for name, values in given.items()}
     for name, values in pairs.items():
         if values is not None and (len(values[0]), len(values[1])) != (queries, items):
-            raise ValueError(f"there are {queries} queries and {items} gallery items, but {len(values[0])} query {name}"
-                             f" and {len(values[1])} gallery {name}")
+            raise ValueError(
+                f"there are {queries} queries and {items} gallery items, but {len(values[0])} query {name}"
+                f" and {len(values[1])} gallery {name}"
+            )
     if pairs["labels"] is None or not queries or not items:
-        raise ValueError(f"query_labels and gallery_labels are needed, and images on both sides: there are {queries} "
-                         f"queries and {items} gallery items")
+        raise ValueError(
+            f"query_labels and gallery_labels are needed, and images on both sides: there are {queries} "
+            f"queries and {items} gallery items"
+        )
     return Protocol(*pairs.values(), _own_rows(exclude_self, queries, items, same))
 
 
@@ -88,8 +95,10 @@ def _own_rows(exclude_self, queries, items, same):
             raise ValueError(f"exclude_self must be True, False or {queries} gallery rows from -1 to {items - 1}")
         return own.astype(np.int64)
     if exclude_self and queries != items:
-        raise ValueError(f"exclude_self=True needs query i to be gallery item i, but there are {queries} queries and "
-                         f"{items} gallery items: give the row number of each query's own image instead (-1: none)")
+        raise ValueError(
+            f"exclude_self=True needs query i to be gallery item i, but there are {queries} queries and "
+            f"{items} gallery items: give the row number of each query's own image instead (-1: none)"
+        )
     return np.arange(queries) if exclude_self or same else np.full(queries, -1)
 
 
@@ -113,7 +122,7 @@ class Members:
 
     def rows(self, wanted):
         """The rows of several codes, one after another."""
-        return np.concatenate([self.order[self.start[c]:self.start[c + 1]] for c in wanted])
+        return np.concatenate([self.order[self.start[c] : self.start[c + 1]] for c in wanted])
 
 
 @dataclass
@@ -125,7 +134,7 @@ class Protocol:
     group: tuple | None
     own: np.ndarray
     positives: np.ndarray = field(init=False)  # (Q,) how many each query has
-    valid: np.ndarray = field(init=False)      # (Q,) has it any
+    valid: np.ndarray = field(init=False)  # (Q,) has it any
 
     def __post_init__(self):
         self.by_label = Members.of(self.label)
@@ -133,8 +142,10 @@ class Protocol:
         self.positives = self._count()
         self.valid = self.positives > 0
         if not self.valid.any():
-            raise ValueError("no query has a positive in the gallery (same identity, another image, another camera): "
-                             "check the labels, the cameras and how the data were split")
+            raise ValueError(
+                "no query has a positive in the gallery (same identity, another image, another camera): "
+                "check the labels, the cameras and how the data were split"
+            )
 
     def _count(self):
         """Positives by counting codes: same label, less same camera, less same group, less the own image."""

@@ -8,6 +8,7 @@ Ties are pessimistic: a negative that scores as high as a positive is ranked bef
 the product of the norms (by default TIE, about what float32 sums can tell apart) count as equal. So the order of the
 gallery changes nothing, and a model that gives every image the same embedding gets the worst ranking, not a lucky one.
 """
+
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
@@ -78,8 +79,10 @@ def score_ranks(scores, protocol, share, tie, memory):
         tile = torch.as_tensor(scores(queries))
         tile = tile.to(torch.promote_types(tile.dtype, torch.float32), copy=True)
         if tile.shape != (len(queries), items) or not torch.isfinite(tile).all():
-            raise ValueError(f"scores of {len(queries)} queries must be finite and of shape {(len(queries), items)}; "
-                             f"got {tuple(tile.shape)}")
+            raise ValueError(
+                f"scores of {len(queries)} queries must be finite and of shape {(len(queries), items)}; "
+                f"got {tuple(tile.shape)}"
+            )
         block = Block(protocol, queries)
         block.set_thresholds(tile[:, torch.as_tensor(block.rows, device=tile.device)], tie)
         block.count(tile, 0)
@@ -211,8 +214,9 @@ class Block:
 if njit is not None:
 
     @njit(nogil=True)
-    def _count_rows(offset, tile, thresholds, ahead, sizes, own, order, first, last, group_order, group_first,
-                    group_last):
+    def _count_rows(
+        offset, tile, thresholds, ahead, sizes, own, order, first, last, group_order, group_first, group_last
+    ):
         for i in range(len(tile)):
             _strike(tile[i], offset, order, first[i], last[i])
             _strike(tile[i], offset, group_order, group_first[i], group_last[i])

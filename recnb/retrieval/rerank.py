@@ -4,6 +4,7 @@ What is close to the same things as the query is probably the same thing. k-reci
 neighbourhoods of two images, query expansion and database augmentation average an image with its neighbours, and
 whitening gives every direction of the space the same say. None of them needs a label or changes the model.
 """
+
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
@@ -40,8 +41,9 @@ class KReciprocal:
     `recnb.retrieval.metrics.ranking_metrics` takes. It holds neighbour lists and sparse vectors, nothing of size Q x G.
     """
 
-    def __init__(self, query, gallery=None, k1=20, k2=6, lambda_value=0.3, distance="cosine", device=None,
-                 memory=MEMORY):
+    def __init__(
+        self, query, gallery=None, k1=20, k2=6, lambda_value=0.3, distance="cosine", device=None, memory=MEMORY
+    ):
         if distance not in ("cosine", "euclidean"):
             raise ValueError(f"k-reciprocal re-ranking needs the distance cosine or euclidean; got {distance!r}")
         if k1 < 1 or k2 < 1 or not 0 <= lambda_value <= 1:
@@ -57,7 +59,7 @@ class KReciprocal:
         every = torch.arange(len(self.rows), device=self.rows.device)  # rounding is no distance: hence the least one
         self.largest = self._squared(lowest, every).maximum(1e-6 * self._size(every) + 1e-30)
         vectors = _averaged(self._vectors(neighbours), to_numpy(neighbours[:, :k2]))
-        self.vectors, self.by_column = vectors[: self.queries], vectors[self.first:].tocsc()
+        self.vectors, self.by_column = vectors[: self.queries], vectors[self.first :].tocsc()
 
     def __call__(self, queries):
         return -self.distances(queries)
@@ -84,7 +86,7 @@ class KReciprocal:
         with exact(self.rows.device):
             for columns in spans(len(self.rows), width, self.first):
                 part = torch.addmm(bias[:, None], left, self.rows.gallery(columns).T).clamp_min_(least)
-                result[:, columns.start - self.first:columns.stop - self.first] = part.cpu().numpy()
+                result[:, columns.start - self.first : columns.stop - self.first] = part.cpu().numpy()
         return result
 
     def _squared(self, scores, queries):
@@ -130,8 +132,12 @@ def _neighbours(rows, k1, memory):
 def _mutual(lists, memory):
     """Whether each image is also among the listed neighbours of its listed neighbour, bool (N, k)."""
     numbers = torch.arange(len(lists), device=lists.device)[:, None, None]
-    return torch.cat([(lists[lists[rows]] == numbers[rows]).any(2)
-                      for rows in spans(len(lists), max(1, memory // (64 * lists.shape[1] ** 2)))])
+    return torch.cat(
+        [
+            (lists[lists[rows]] == numbers[rows]).any(2)
+            for rows in spans(len(lists), max(1, memory // (64 * lists.shape[1] ** 2)))
+        ]
+    )
 
 
 def _members(neighbours, half, half_mutual, rows):
@@ -140,10 +146,10 @@ def _members(neighbours, half, half_mutual, rows):
     The k1-reciprocal neighbours, and the (k1 / 2)-reciprocal neighbours of each of those of which more than two
     thirds are k1-reciprocal neighbours of the image already.
     """
-    near = neighbours[rows]                                                        # (n, K)
+    near = neighbours[rows]  # (n, K)
     numbers = torch.arange(rows.start, rows.stop, device=near.device)
     near = torch.where((neighbours[near] == numbers[:, None, None]).any(2), near, -1)
-    further, counts = half[near.clamp_min(0)], half_mutual[near.clamp_min(0)]      # (n, K, H)
+    further, counts = half[near.clamp_min(0)], half_mutual[near.clamp_min(0)]  # (n, K, H)
     known = (further[..., None] == near[:, None, None, :]).any(3) & counts
     accepted = (near >= 0) & (3 * known.sum(2) > 2 * counts.sum(2))
     further = torch.where(counts & accepted[..., None], further, -1)
@@ -248,7 +254,8 @@ def fit_whitening(train, dimensions=None, whiten=True, memory=MEMORY):
     values, vectors = values.flip(0), vectors.flip(1)
     wanted = dimensions or min(rows.width, len(rows) - 1)
     if not 0 < wanted <= rows.width or (whiten and values[wanted - 1] <= 1e-9 * values[0]):
-        raise ValueError(f"{wanted} dimensions cannot be whitened from {len(rows)} vectors of {rows.width} dimensions: "
-                         "ask for fewer")
+        raise ValueError(
+            f"{wanted} dimensions cannot be whitened from {len(rows)} vectors of {rows.width} dimensions: ask for fewer"
+        )
     scale = values[:wanted].rsqrt() if whiten else torch.ones(wanted)
     return Whitening(mean.float().numpy(), (vectors[:, :wanted] * scale).float().numpy())

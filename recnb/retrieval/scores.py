@@ -9,6 +9,7 @@ one fast path, one precision (float32) and one set of checks. A higher score is 
     euclidean  q.g - |g|^2 / 2, which orders a gallery exactly as minus the distance does
     hamming    rows are packed bits (uint8, as numpy.packbits writes them); bits - 2 x the bits that differ
 """
+
 from __future__ import annotations
 
 import contextlib

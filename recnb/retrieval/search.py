@@ -10,6 +10,7 @@ exact; as 32-byte PQ codes with 8-byte ids they are 40 GB: one large machine, or
 (15,000 vectors each) and 64 of them visited, a query reads a million codes, a thousandth of all: 40 MB, some 10 ms of
 one core, divided among the shards. The merge of 4 shards' best 100 is 400 numbers a query.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -24,8 +25,7 @@ import torch
 from recnb.retrieval.scores import DISTANCES, MEMORY, Rows, exact, pair, spans, to_numpy
 
 
-def knn(query, gallery=None, k=10, distance="cosine", exclude=None, device=None, memory=MEMORY,
-        backend="torch"):
+def knn(query, gallery=None, k=10, distance="cosine", exclude=None, device=None, memory=MEMORY, backend="torch"):
     """Scores (Q, k) float32 and gallery row numbers (Q, k) int64 of each query's k best matches, best first.
 
     query (Q, D), gallery (G, D): numpy arrays (memory-mapped too) or tensors; gallery None: the queries are their own
@@ -285,8 +285,11 @@ class Index:
     def _empty(self):
         bits = self.distance == "hamming"
         kind = faiss.METRIC_L2 if self.distance == "euclidean" else faiss.METRIC_INNER_PRODUCT
-        index = (faiss.index_binary_factory(self.dimension * 8, self.factory) if bits
-                 else faiss.index_factory(self.dimension, self.factory, kind))
+        index = (
+            faiss.index_binary_factory(self.dimension * 8, self.factory)
+            if bits
+            else faiss.index_factory(self.dimension, self.factory, kind)
+        )
         if "IVF" in self.factory:  # keeps ids of its own, and an id map around it would lose count at a removal
             lists = index if bits else faiss.extract_index_ivf(index)
             lists.nprobe = self.effort or min(lists.nlist, max(8, lists.nlist // 16))
@@ -326,7 +329,7 @@ def auto_factory(count, dimension, distance="cosine"):
     if count <= 2_000_000:
         return "HNSW32"
     pieces = next(p for p in range(max(1, dimension // 4), 0, -1) if dimension % p == 0)
-    return f"IVF{int(4 * count ** 0.5)},PQ{pieces}x8"
+    return f"IVF{int(4 * count**0.5)},PQ{pieces}x8"
 
 
 def _sha256(file):

@@ -4,6 +4,7 @@ A metric over a few thousand queries is an estimate. These functions say how sur
 values that `retrieval_metrics(per_query=True)` returns: `arrays["AP"][arrays["valid"]]`. Queries of one identity rise
 and fall together, so that resampling single queries promises too much: give the identities as `clusters`.
 """
+
 from __future__ import annotations
 
 import numpy as np
@@ -39,8 +40,12 @@ def paired_difference(first, second, clusters=None, confidence=0.95, samples=200
     for part in _parts(samples, len(sums)):
         signs = rng.integers(0, 2, (part, len(sums)), dtype=np.int8) * 2 - 1
         extreme += int((np.abs(signs @ sums) >= abs(sums.sum()) - 1e-9 * np.abs(sums).sum()).sum())
-    return {"difference": interval["mean"], "low": interval["low"], "high": interval["high"],
-            "p_value": (extreme + 1) / (samples + 1)}
+    return {
+        "difference": interval["mean"],
+        "low": interval["low"],
+        "high": interval["high"],
+        "p_value": (extreme + 1) / (samples + 1),
+    }
 
 
 def _resampled_means(values, clusters, samples, seed):

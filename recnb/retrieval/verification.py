@@ -10,6 +10,7 @@ negative pairs do not, and pairs that leave the ranking (see `recnb.protocol`) a
     EER            the rate at which FPR = 1 - TPR, on the straight line between neighbouring thresholds
     threshold@...  the score to accept from, for the rate named
 """
+
 from __future__ import annotations
 
 import numpy as np
@@ -22,9 +23,22 @@ from recnb.retrieval.scores import MEMORY, exact, pair, spans, to_numpy
 LEVELS = 1 << 20
 
 
-def verification_metrics(query, gallery, query_labels, gallery_labels=None, query_cameras=None, gallery_cameras=None,
-                         exclude_self=False, fpr=(1e-2, 1e-3, 1e-4), *, query_groups=None, gallery_groups=None,
-                         distance="cosine", device=None, memory=MEMORY):
+def verification_metrics(
+    query,
+    gallery,
+    query_labels,
+    gallery_labels=None,
+    query_cameras=None,
+    gallery_cameras=None,
+    exclude_self=False,
+    fpr=(1e-2, 1e-3, 1e-4),
+    *,
+    query_groups=None,
+    gallery_groups=None,
+    distance="cosine",
+    device=None,
+    memory=MEMORY,
+):
     """A dict of floats: "ROC-AUC", "EER", "TPR@FPR=0.01" ..., their thresholds, and the numbers of pairs of each kind.
 
     Arguments as for `recnb.retrieval.metrics.retrieval_metrics`. All pairs count, in memory that does not grow with
@@ -33,8 +47,14 @@ def verification_metrics(query, gallery, query_labels, gallery_labels=None, quer
     "hamming".
     Raises ValueError where there is no positive or no negative pair.
     """
-    protocol = embeddings_protocol(query, gallery, exclude_self, (query_labels, gallery_labels),
-                                   (query_cameras, gallery_cameras), (query_groups, gallery_groups))
+    protocol = embeddings_protocol(
+        query,
+        gallery,
+        exclude_self,
+        (query_labels, gallery_labels),
+        (query_cameras, gallery_cameras),
+        (query_groups, gallery_groups),
+    )
     query, gallery = pair(query, gallery, distance, device)
     low, high, levels = _range(query, gallery)
     counts = np.zeros((2, levels))
@@ -61,14 +81,19 @@ def pair_metrics(scores, same, fpr=(1e-2, 1e-3, 1e-4)):
 def roc_metrics(levels, positives, negatives, fpr=(1e-2, 1e-3, 1e-4)):
     """The same from counts: positives (L,) and negatives (L,) pairs at each of the ascending score `levels` (L,)."""
     if not (np.sum(positives) and np.sum(negatives)):
-        raise ValueError(f"verification needs both kinds of pairs; there are {np.sum(positives):.0f} positive and "
-                         f"{np.sum(negatives):.0f} negative pairs")
+        raise ValueError(
+            f"verification needs both kinds of pairs; there are {np.sum(positives):.0f} positive and "
+            f"{np.sum(negatives):.0f} negative pairs"
+        )
     used = np.flatnonzero(np.asarray(positives) + negatives)[::-1]
     tpr, fpr_at = (np.concatenate([[0], np.cumsum(c[used])]) / np.sum(c) for c in (positives, negatives))
     thresholds = np.concatenate([[levels[used[0]] + 1.0], np.asarray(levels, dtype=np.float64)[used]])
     rate, place = _equal_error(tpr, fpr_at)
-    result = {"ROC-AUC": np.sum(np.diff(fpr_at) * (tpr[1:] + tpr[:-1]) / 2), "EER": rate,
-              "threshold@EER": thresholds[place]}
+    result = {
+        "ROC-AUC": np.sum(np.diff(fpr_at) * (tpr[1:] + tpr[:-1]) / 2),
+        "EER": rate,
+        "threshold@EER": thresholds[place],
+    }
     for limit in fpr:
         last = np.searchsorted(fpr_at, limit, side="right") - 1
         result |= {f"TPR@FPR={limit:g}": tpr[last], f"threshold@FPR={limit:g}": thresholds[last]}

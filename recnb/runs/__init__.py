@@ -1,8 +1,12 @@
 """What was run, and with what result? Run folders: written, read back, analysed, compared."""
+
 from recnb import lazily
 
-__getattr__, __dir__, __all__ = lazily(__name__, {
-    "folder": "Run open_run resolve_run load_run save_embeddings save_metrics embed_picture model_input",
-    "experiment": "train",
-    "compare": "leaderboard load_runs find_runs unpaired",
-})
+__getattr__, __dir__, __all__ = lazily(
+    __name__,
+    {
+        "folder": "Run open_run resolve_run load_run save_embeddings save_metrics embed_picture model_input",
+        "experiment": "train",
+        "compare": "leaderboard load_runs find_runs unpaired",
+    },
+)

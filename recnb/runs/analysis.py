@@ -4,6 +4,7 @@ Everything starts from an `Embeddings`, plain arrays with their labels, wherever
 Tables are pandas DataFrames, figures are matplotlib's. What counts is said in `recnb.protocol`. No (Q, G) matrix is
 made: ranks are counted and pairs put into bins block by block, and yet exactly, none is left out or sampled.
 """
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -31,8 +32,11 @@ from recnb.retrieval.search import knn
 from recnb.retrieval.stats import bootstrap_interval, paired_difference
 from recnb.storage import resolve
 
-FILES = ("query", "gallery", *(f"{side}_{kind}" for side in ("query", "gallery")
-                               for kind in ("labels", "cameras", "paths")))
+FILES = (
+    "query",
+    "gallery",
+    *(f"{side}_{kind}" for side in ("query", "gallery") for kind in ("labels", "cameras", "paths")),
+)
 OPTIONS = {"false_match_rate": 1e-3, "neighbours": 5, "agreement": 1.0, "most_points": 2000, "flip": True}
 RANGE = 1.00001  # cosines end here: rounding may carry them past 1
 
@@ -54,7 +58,7 @@ class Embeddings:
 
     @property
     def lists(self) -> tuple:
-        "What the functions of `recnb.retrieval.metrics` and `recnb.retrieval.verification` take behind the vectors."
+        """What `recnb.retrieval.metrics` and `recnb.retrieval.verification` take after the vectors."""
         return self.query_labels, self.gallery_labels, self.query_cameras, self.gallery_cameras, self.exclude_self
 
     @property
@@ -72,9 +76,11 @@ class Embeddings:
         """Vectors, labels and paths of all images, once each: the gallery, then the queries that are not in it."""
         new = np.flatnonzero(self.protocol.own < 0)
         known = self.query_paths is not None and self.gallery_paths is not None
-        return (np.concatenate([self.gallery, self.query[new]]),
-                np.concatenate([self.gallery_labels, np.asarray(self.query_labels)[new]]),
-                [*self.gallery_paths, *(self.query_paths[i] for i in new)] if known else None)
+        return (
+            np.concatenate([self.gallery, self.query[new]]),
+            np.concatenate([self.gallery_labels, np.asarray(self.query_labels)[new]]),
+            [*self.gallery_paths, *(self.query_paths[i] for i in new)] if known else None,
+        )
 
     def text(self, labels) -> list[str]:
         """What the identities are called."""
@@ -91,9 +97,18 @@ def chosen(given: Mapping) -> dict:
 
 def of_run(run) -> Embeddings:
     """The embeddings of a `recnb.runs.folder.Run`."""
-    return Embeddings(run.query_features, run.gallery_features, run.query.labels, run.gallery.labels,
-                      run.query.cameras, run.gallery.cameras, run.exclude_self, run.query.paths, run.gallery.paths,
-                      run.query.names)
+    return Embeddings(
+        run.query_features,
+        run.gallery_features,
+        run.query.labels,
+        run.gallery.labels,
+        run.query.cameras,
+        run.gallery.cameras,
+        run.exclude_self,
+        run.query.paths,
+        run.gallery.paths,
+        run.query.names,
+    )
 
 
 def of_files(files: Mapping[str, str]) -> Embeddings:
@@ -105,7 +120,7 @@ def of_files(files: Mapping[str, str]) -> Embeddings:
         if key not in FILES:
             raise ConfigError(f"embeddings: there is no '{key}'; {suggest(key, FILES)}")
     two = any(key.startswith("gallery") for key in files)
-    for key in ("query", "query_labels", "gallery", "gallery_labels")[:4 if two else 2]:
+    for key in ("query", "query_labels", "gallery", "gallery_labels")[: 4 if two else 2]:
         if key not in files:
             raise ConfigError(f"embeddings: '{key}' is missing")
     values = {key: _read(key, resolve(path)) for key, path in files.items()}
@@ -140,6 +155,7 @@ def _read(key: str, path: Path):
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
 
+
 def judge(data: Embeddings, topk: Sequence[int] = (1, 5, 10)) -> tuple[pd.DataFrame, dict]:
     """A row per metric with its 95 % interval, and the arrays of `retrieval_metrics(per_query=True)`.
 
@@ -148,8 +164,11 @@ def judge(data: Embeddings, topk: Sequence[int] = (1, 5, 10)) -> tuple[pd.DataFr
     """
     scores, arrays = retrieval_metrics(data.query, data.gallery, *data.lists, topk, metrics=STANDARD, per_query=True)
     valid, labels = arrays["valid"], np.asarray(data.query_labels)
-    rows = {key: bootstrap_interval(arrays[key][valid], labels[valid])
-            for key in scores if key in arrays and not key.endswith("@1")}
+    rows = {
+        key: bootstrap_interval(arrays[key][valid], labels[valid])
+        for key in scores
+        if key in arrays and not key.endswith("@1")
+    }
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("metric"), arrays
 
 
@@ -171,7 +190,7 @@ def precision_recall(data: Embeddings, points: int = 101, memory: int = MEMORY) 
 
 
 def pair_histogram(data: Embeddings, bins: int = 100, memory: int = MEMORY) -> tuple[np.ndarray, np.ndarray]:
-    "Edges (bins + 1,) of equal bins over all cosines, and how many negative and positive pairs fall in each (2, bins)."
+    """Edges (bins + 1,) of equal bins over all cosines, and the negative and positive pairs in each (2, bins)."""
     protocol, counts = data.protocol, np.zeros((2, bins), np.int64)
     query, gallery = pair(data.query, data.gallery)
     with exact(query.device):
@@ -181,10 +200,14 @@ def pair_histogram(data: Embeddings, bins: int = 100, memory: int = MEMORY) -> t
 
 
 def operating_point(data: Embeddings, rate: float = 1e-3) -> dict:
-    "`verification_metrics`, with the threshold for a false-match rate and the TPR there as plain names beside them."
+    """`verification_metrics`, with the threshold for a false-match rate and the TPR there as plain names."""
     result = verification.verification_metrics(data.query, data.gallery, *data.lists, fpr=(rate,))
-    return {"rate": rate, "threshold": result[f"threshold@FPR={rate:g}"], "TPR": result[f"TPR@FPR={rate:g}"],
-            **{key: value for key, value in result.items() if "@FPR" not in key}}
+    return {
+        "rate": rate,
+        "threshold": result[f"threshold@FPR={rate:g}"],
+        "TPR": result[f"TPR@FPR={rate:g}"],
+        **{key: value for key, value in result.items() if "@FPR" not in key},
+    }
 
 
 def identities(data: Embeddings, arrays: dict) -> pd.DataFrame:
@@ -225,9 +248,17 @@ def label_errors(features, labels, k: int = 5, agreement: float = 1.0) -> pd.Dat
     rows = []
     for i in items:
         mine = np.flatnonzero((codes == codes[i]) & (np.arange(len(codes)) != i))
-        own = knn(features[i:i + 1], features[mine], 1)[0][0, 0] if len(mine) else np.nan
-        rows.append((i, labels[i], names[suggested[i]], votes[i].max() / ids.shape[1],
-                     scores[i][near[i] == suggested[i]].mean(), own))
+        own = knn(features[i : i + 1], features[mine], 1)[0][0, 0] if len(mine) else np.nan
+        rows.append(
+            (
+                i,
+                labels[i],
+                names[suggested[i]],
+                votes[i].max() / ids.shape[1],
+                scores[i][near[i] == suggested[i]].mean(),
+                own,
+            )
+        )
     table = pd.DataFrame(rows, columns=["item", "label", "suggested", "agreement", "similarity", "own_similarity"])
     return table.sort_values(["agreement", "similarity"], ascending=False, kind="stable").reset_index(drop=True)
 
@@ -240,17 +271,29 @@ def effects(data: Embeddings, others: Mapping[str, tuple] | None = None) -> pd.D
     gallery = None if data.same else data.gallery
     expanded = alpha_query_expansion(data.query, gallery)
     augmented = database_augmentation(data.gallery)
-    ways = {"as they are": (data.query, data.gallery), "re-ranking": None, "query expansion": (expanded, data.gallery),
-            "database augmentation": (data.query, augmented), "both of these": (expanded, augmented), **(others or {})}
+    ways = {
+        "as they are": (data.query, data.gallery),
+        "re-ranking": None,
+        "query expansion": (expanded, data.gallery),
+        "database augmentation": (data.query, augmented),
+        "both of these": (expanded, augmented),
+        **(others or {}),
+    }
     labels, rows, first = np.asarray(data.query_labels), {}, None
     options = {"topk": (1,), "metrics": ("recall{k}", "mAP", "mINP"), "per_query": True}
     for name, vectors in ways.items():
-        scores, arrays = (retrieval_metrics(*vectors, *data.lists, **options) if vectors else
-                          ranking_metrics(KReciprocal(data.query, gallery), *data.lists, **options))
+        scores, arrays = (
+            retrieval_metrics(*vectors, *data.lists, **options)
+            if vectors
+            else ranking_metrics(KReciprocal(data.query, gallery), *data.lists, **options)
+        )
         valid, first = arrays["valid"], arrays if first is None else first
         gain = paired_difference(first["AP"][valid], arrays["AP"][valid], labels[valid])
         rows[name] = {key: scores[key] for key in ("recall1", "mAP", "mINP")} | {
-            "mAP gain": gain["difference"], "low": gain["low"], "high": gain["high"]}
+            "mAP gain": gain["difference"],
+            "low": gain["low"],
+            "high": gain["high"],
+        }
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
@@ -260,6 +303,7 @@ def project(features, seed: int = 0) -> tuple[np.ndarray, str]:
     unit = unit / np.maximum(np.linalg.norm(unit, axis=1, keepdims=True), 1e-30)
     if find_spec("umap"):
         from umap import UMAP
+
         return UMAP(metric="cosine", random_state=seed, n_jobs=1).fit_transform(unit), "UMAP"
     centred = unit - unit.mean(0)
     axes = np.linalg.eigh(centred.T @ centred)[1][:, :-3:-1]

@@ -3,6 +3,7 @@
 Metrics are those of the run folder. Queries are judged anew from its embeddings, re-ranked where its config says so;
 the steps of PostProcess, which the embeddings have not gone through, take no part in that.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
@@ -35,8 +36,10 @@ def find_runs(run_dirs: Sequence[str | Path] = (), pattern: str = "") -> list[Pa
     found = sorted(base.glob(pattern.lstrip("/"))) if pattern else []
     folders = [*map(resolve, run_dirs), *(path for path in found if (path / "config.yaml").is_file())]
     if not folders:
-        raise ConfigError(f"there is no run folder among {list(run_dirs)} and no folder with a config.yaml in "
-                          f"'{pattern}' below {base}")
+        raise ConfigError(
+            f"there is no run folder among {list(run_dirs)} and no folder with a config.yaml in "
+            f"'{pattern}' below {base}"
+        )
     return list({path.resolve(): path for path in folders}.values())
 
 
@@ -45,7 +48,7 @@ def short_names(keys: Iterable[Sequence[str]], joint: str = "/") -> list[str]:
     keys, names = [tuple(key) for key in keys], []
     for key in keys:
         same = [sum(other[-n:] == key[-n:] for other in keys) for n in range(1, len(key) + 1)]
-        names.append(joint.join(key[-(same.index(min(same)) + 1):]))
+        names.append(joint.join(key[-(same.index(min(same)) + 1) :]))
     return names
 
 
@@ -73,8 +76,13 @@ def leaderboard(runs: dict[str, Run], unusable: dict[str, str] | None = None, by
         first, last = next(iter(metrics)), run.history.iloc[-1]
         scores = run.history[first].dropna() if first in run.history else pd.Series(dtype=float)
         best = run.history.epoch[scores[scores == scores.max()].index[-1]] if len(scores) else None
-        rows[name] = {"state": "finished", "epochs": int(last.epoch), "best_epoch": best, **metrics,
-                      **{f"last {key}": last[key] for key in metrics if key in last}}
+        rows[name] = {
+            "state": "finished",
+            "epochs": int(last.epoch),
+            "best_epoch": best,
+            **metrics,
+            **{f"last {key}": last[key] for key in metrics if key in last},
+        }
     table = pd.DataFrame.from_dict(rows, orient="index")
     if len(table):
         table = table.sort_values(by or table.columns[3], ascending=False, kind="stable")
@@ -98,8 +106,11 @@ def differences(configs: dict[str, dict]) -> pd.DataFrame:
     flats = {name: {key: str(value) for key, value in flat(cfg).items()} for name, cfg in configs.items()}
     keys = dict.fromkeys(key for cfg in flats.values() for key in cfg if key not in FREE)
     differing = [key for key in keys if len({cfg.get(key) for cfg in flats.values()}) > 1]
-    return pd.DataFrame([[cfg.get(key, "-") for key in differing] for cfg in flats.values()],
-                        index=pd.Index(flats, name="run"), columns=differing)
+    return pd.DataFrame(
+        [[cfg.get(key, "-") for key in differing] for cfg in flats.values()],
+        index=pd.Index(flats, name="run"),
+        columns=differing,
+    )
 
 
 def curves(runs: dict[str, Run], metric: str = "") -> plt.Figure:
@@ -111,8 +122,16 @@ def curves(runs: dict[str, Run], metric: str = "") -> plt.Figure:
         for (name, run), (colour, line) in zip(runs.items(), cycle(STYLES)):
             history = run.history.set_index("epoch")
             values = history[column].dropna() if column in history else pd.Series(dtype=float)
-            ax.plot(values.index, values, line, color=colour, linewidth=1.5, marker=".", markersize=5,
-                    label=name.replace("$", r"\$"))  # no formula
+            ax.plot(
+                values.index,
+                values,
+                line,
+                color=colour,
+                linewidth=1.5,
+                marker=".",
+                markersize=5,
+                label=name.replace("$", r"\$"),
+            )  # no formula
         ax.set(title=column, xlabel="epoch")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.grid(alpha=0.3)
@@ -132,8 +151,10 @@ def unpaired(first: Run, second: Run) -> str:
     for part in ("query", "gallery"):
         ours, theirs = getattr(first, part), getattr(second, part)
         if ours.paths != theirs.paths:
-            return (f"the {part} lists of {first.name} ({len(ours)} images) and {second.name} ({len(theirs)} images) "
-                    "do not name the same files in the same order, so there are no pairs to compare")
+            return (
+                f"the {part} lists of {first.name} ({len(ours)} images) and {second.name} ({len(theirs)} images) "
+                "do not name the same files in the same order, so there are no pairs to compare"
+            )
         for kind in ("labels", "cameras"):
             if not np.array_equal(getattr(ours, kind), getattr(theirs, kind)):
                 return f"the {part} lists of {first.name} and {second.name} give the same files other {kind}"
@@ -150,8 +171,9 @@ def paired(rankings: dict[str, Ranking], baseline: str) -> pd.DataFrame:
         fixed, broken = changed(first, second)
         for metric, values in (("mAP", lambda r: r.AP), ("recall1", lambda r: (r.first_hit == 1).astype(float))):
             if name != baseline:
-                result = paired_difference(values(first)[first.valid], values(second)[first.valid],
-                                           first.query_labels[first.valid])
+                result = paired_difference(
+                    values(first)[first.valid], values(second)[first.valid], first.query_labels[first.valid]
+                )
                 rows.append({"run": name, "metric": metric, **result, "fixed": len(fixed), "broken": len(broken)})
     columns = ["run", "metric", "difference", "low", "high", "p_value", "fixed", "broken"]
     return pd.DataFrame(rows, columns=columns)
@@ -160,11 +182,20 @@ def paired(rankings: dict[str, Ranking], baseline: str) -> pd.DataFrame:
 def stacked(entries: Sequence[tuple[Ranking, int, str]], label_names=None) -> Ranking:
     """One ranking of chosen lists, (ranking, query, what to call it) each, over the same gallery: for the galleries."""
     first = entries[0][0]
-    shared = {"gallery_labels": np.array([label_text(x, label_names) for x in first.gallery_labels.tolist()]),
-              "gallery_cameras": first.gallery_cameras,
-              "query_labels": np.array([f"{title}: {label_text(part.query_labels[q].item(), label_names)}"
-                                        for part, q, title in entries])}
+    shared = {
+        "gallery_labels": np.array([label_text(x, label_names) for x in first.gallery_labels.tolist()]),
+        "gallery_cameras": first.gallery_cameras,
+        "query_labels": np.array(
+            [f"{title}: {label_text(part.query_labels[q].item(), label_names)}" for part, q, title in entries]
+        ),
+    }
     if first.query_cameras is None:
         shared["query_cameras"] = None
-    return Ranking(**shared, **{field.name: np.stack([getattr(part, field.name)[q] for part, q, _ in entries])
-                                for field in fields(Ranking) if field.name not in shared})
+    return Ranking(
+        **shared,
+        **{
+            field.name: np.stack([getattr(part, field.name)[q] for part, q, _ in entries])
+            for field in fields(Ranking)
+            if field.name not in shared
+        },
+    )

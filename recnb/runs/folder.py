@@ -1,9 +1,10 @@
 """The run folder: what was run, on what, with what result.
 
-    config.yaml  the resolved configuration: loading it gives the same run      env.json  versions, device, seed, commit
-    history.csv  one row an epoch        metrics.json  before, after, best; no times, so that two runs compare by bytes
-    model.safetensors, checkpoints/, gallery.html, train.log, and the executed notebook itself
+config.yaml  the resolved configuration: loading it gives the same run      env.json  versions, device, seed, commit
+history.csv  one row an epoch        metrics.json  before, after, best; no times, so that two runs compare by bytes
+model.safetensors, checkpoints/, gallery.html, train.log, and the executed notebook itself
 """
+
 from __future__ import annotations
 
 import copy
@@ -59,6 +60,7 @@ def resolve_run(run_dir: str | Path) -> Path:
 
 def environment(cfg: dict) -> dict:
     """What env.json holds: versions, device, threads, seed, commit, and a hash of every list file."""
+
     def installed(package: str) -> str | None:
         try:
             return version(package)
@@ -66,9 +68,16 @@ def environment(cfg: dict) -> dict:
             return None
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() and cfg["Global"]["device"] == "gpu" else "cpu"
-    return {"python": platform.python_version(), "platform": platform.platform(), "device": device,
-            "threads": torch.get_num_threads(), "seed": cfg["Global"]["seed"], "commit": commit(),
-            "packages": {package: installed(package) for package in PACKAGES}, "lists": list_hashes(cfg)}
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "seed": cfg["Global"]["seed"],
+        "commit": commit(),
+        "packages": {package: installed(package) for package in PACKAGES},
+        "lists": list_hashes(cfg),
+    }
 
 
 def list_hashes(cfg: dict) -> dict[str, str]:
@@ -80,6 +89,7 @@ def list_hashes(cfg: dict) -> dict[str, str]:
 
 def commit() -> str | None:
     """The project's git commit, with a plus where files differ from it, or None outside a checkout."""
+
     def git(*args: str) -> str:
         return subprocess.check_output(["git", "-C", str(ROOT), *args], text=True, stderr=subprocess.DEVNULL).strip()
 
@@ -133,6 +143,7 @@ class Run:
     @property
     def class_names(self) -> list[str]:
         """What the training identities are called, in the order of their labels."""
+
         def names(path: Path) -> list[str]:
             return pd.read_csv(path, dtype=str, keep_default_na=False)["name"].tolist()
 
@@ -147,8 +158,17 @@ class Run:
         """The judged first k of every query, by cosine or by k-reciprocal distance."""
         others = None if same_list(self.query, self.gallery) else self.gallery_features
         scores = -k_reciprocal(self.query_features, others) if re_ranking else None
-        return rank(self.query_features, self.gallery_features, self.query.labels, self.gallery.labels,
-                    self.query.cameras, self.gallery.cameras, self.exclude_self, k, scores=scores)
+        return rank(
+            self.query_features,
+            self.gallery_features,
+            self.query.labels,
+            self.gallery.labels,
+            self.query.cameras,
+            self.gallery.cameras,
+            self.exclude_self,
+            k,
+            scores=scores,
+        )
 
     def model(self) -> RecModel:
         """The trained model in evaluation mode, on the CPU."""
@@ -185,8 +205,9 @@ def load_run(folder: str | Path) -> Run:
     parts = {name: run / "embeddings" / f"{name}.npy" for name in ("query", "gallery")}
     for path in (run / "config.yaml", run / "metrics.json", run / "history.csv", *parts.values()):
         if not path.is_file():
-            raise ConfigError(f"{run}: is not the folder of a finished run, {path.relative_to(run)} is missing; "
-                              "02_train writes one")
+            raise ConfigError(
+                f"{run}: is not the folder of a finished run, {path.relative_to(run)} is missing; 02_train writes one"
+            )
     cfg = load_config(run / "config.yaml")
     features = [undamaged(run, path, lambda path: np.load(path, allow_pickle=False)) for path in parts.values()]
     metrics = undamaged(run, run / "metrics.json", lambda path: json.loads(path.read_text()))
@@ -203,8 +224,10 @@ def read_lists(run: Path, cfg: dict, features: Sequence[np.ndarray]) -> tuple[Im
     for where, images, values in zip(evaluation_places(cfg), lists, features, strict=True):
         images.transform = build_transform(cfg, f"{where}.dataset")
         if len(images) != len(values):
-            raise ConfigError(f"{run}: embeddings has {len(values)} rows for the {len(images)} images of "
-                              f"{images.source}; the list has changed since the run")
+            raise ConfigError(
+                f"{run}: embeddings has {len(values)} rows for the {len(images)} images of "
+                f"{images.source}; the list has changed since the run"
+            )
     return lists
 
 

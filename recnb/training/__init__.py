@@ -1,13 +1,17 @@
 """How are the features learnt? A fastai Learner, its callbacks, checkpoints that resume to the same bits."""
+
 from recnb import lazily
 
-__getattr__, __dir__, __all__ = lazily(__name__, {
-    "learner": "RetrievalLearner",
-    "callbacks": "Plan History",
-    "fit": "fit_config",
-    "optim": "OPTIMIZERS",
-    "schedules": "SCHEDULES",
-    "evaluation": "METRICS POST_PROCESS embed judge",
-    "checkpoints": "Checkpoints resume",
-    "guard": "TrainingError",
-})
+__getattr__, __dir__, __all__ = lazily(
+    __name__,
+    {
+        "learner": "RetrievalLearner",
+        "callbacks": "Plan History",
+        "fit": "fit_config",
+        "optim": "OPTIMIZERS",
+        "schedules": "SCHEDULES",
+        "evaluation": "METRICS POST_PROCESS embed judge",
+        "checkpoints": "Checkpoints resume",
+        "guard": "TrainingError",
+    },
+)

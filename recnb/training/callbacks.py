@@ -1,4 +1,5 @@
 """The callbacks of a schedule: learning rates, the history, the pace and its bottleneck, scalars for a dashboard."""
+
 from __future__ import annotations
 
 import time
@@ -44,8 +45,12 @@ def write_row(write: Callable, row: list) -> None:
     """Write a row of the live table with epochs counted from 1 and blanks where there is no value."""
     number, *cells = row
     blank = [value is None or value != value for value in cells]
-    write([number + 1 if isinstance(number, int) else number, *(
-        "" if empty else value for value, empty in zip(cells, blank, strict=True))])
+    write(
+        [
+            number + 1 if isinstance(number, int) else number,
+            *("" if empty else value for value, empty in zip(cells, blank, strict=True)),
+        ]
+    )
 
 
 class FollowPlan(Callback):
@@ -91,8 +96,10 @@ class FollowPlan(Callback):
     def write(self, loss: float, terms: dict[str, float]):
         words = ", ".join(f"{name}: {value:.5f}" for name, value in terms.items())
         with (self.plan.folder / "train.log").open("a") as log:
-            log.write(f"{time.strftime('%H:%M:%S')} epoch {self.epoch + 1}/{self.n_epoch} step {self.iter + 1}/"
-                      f"{self.n_iter} lr {self.rates[0]:.6g} loss {loss:.5f} ({words})\n")
+            log.write(
+                f"{time.strftime('%H:%M:%S')} epoch {self.epoch + 1}/{self.n_epoch} step {self.iter + 1}/"
+                f"{self.n_iter} lr {self.rates[0]:.6g} loss {loss:.5f} ({words})\n"
+            )
 
 
 class History(Callback):
@@ -180,9 +187,11 @@ class Pace(Callback):
         waiting, alone = self.waited / self.seconds, self.images / (self.seconds - self.waited)
         which = "model" if waiting < 0.1 else "loader"
         hint = "; more num_workers, Global.cache_images or cheaper transform_ops would help" * (which == "loader")
-        return (f"{self.images:,} training images in {self.seconds:.0f} s: {self.images / self.seconds:,.0f} a second, "
-                f"{waiting:.0%} of the time spent waiting for the loader; the model alone takes {alone:,.0f}. The "
-                f"{which} is the bottleneck{hint}")
+        return (
+            f"{self.images:,} training images in {self.seconds:.0f} s: {self.images / self.seconds:,.0f} a second, "
+            f"{waiting:.0%} of the time spent waiting for the loader; the model alone takes {alone:,.0f}. The "
+            f"{which} is the bottleneck{hint}"
+        )
 
 
 class Scalars(Callback):
@@ -192,6 +201,7 @@ class Scalars(Callback):
 
     def __init__(self, folder: Path):
         from visualdl import LogWriter
+
         self.writer = LogWriter(logdir=str(folder))
 
     def after_batch(self):

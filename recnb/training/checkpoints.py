@@ -4,6 +4,7 @@ A checkpoint holds weights, optimizer, history, the random state of every proces
 written whole or not at all, read with `weights_only=True`, and a run that goes on from one, in as many processes, ends
 with the same bits as one that did not stop.
 """
+
 from __future__ import annotations
 
 import json
@@ -31,8 +32,15 @@ class Checkpoints(Callback):
 
     order = 90  # behind everything whose state is kept
 
-    def __init__(self, folder: Path, recipe: str, save_interval: int = 1, save_steps: int | None = None,
-                 keep: int | None = None, wish=None):
+    def __init__(
+        self,
+        folder: Path,
+        recipe: str,
+        save_interval: int = 1,
+        save_steps: int | None = None,
+        keep: int | None = None,
+        wish=None,
+    ):
         self.folder, self.recipe, self.save_interval, self.keep = folder, recipe, save_interval, keep
         self.save_steps, self.wish, self.restored = save_steps, wish, None
 
@@ -77,11 +85,20 @@ class Checkpoints(Callback):
         """Write latest.pt: `epoch` epochs are done, and `batch` batches of the next."""
         model, optimizer = whole_states(self.model, self.opt)
         self.history.join()  # every process goes on from the first one's
-        state = {"model": model, "loss": self.loss_func.train_loss.state_dict(), "optimizer": optimizer,
-                 "epoch": epoch, "batch": batch, "history": self.history.rows,
-                 "best": self.history.best, "config": self.recipe, "rng": random_states(), "sums": self.history.sums,
-                 "count": self.history.count,
-                 "callbacks": {cb.name: cb.state_dict() for cb in self.learn.cbs if hasattr(type(cb), "state_dict")}}
+        state = {
+            "model": model,
+            "loss": self.loss_func.train_loss.state_dict(),
+            "optimizer": optimizer,
+            "epoch": epoch,
+            "batch": batch,
+            "history": self.history.rows,
+            "best": self.history.best,
+            "config": self.recipe,
+            "rng": random_states(),
+            "sums": self.history.sums,
+            "count": self.history.count,
+            "callbacks": {cb.name: cb.state_dict() for cb in self.learn.cbs if hasattr(type(cb), "state_dict")},
+        }
         path = self.folder / "latest.pt"
         if ranks()[0]:
             return
@@ -150,8 +167,10 @@ def resume(learn: RetrievalLearner, callbacks: list[Callback], path: Path, check
         for callback in (cb for cb in callbacks if cb.name in state["callbacks"]):
             callback.load_state_dict(state["callbacks"][callback.name])
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{path}: its content does not fit its own configuration, so it has been changed or is "
-                          f"damaged ({error}); take an earlier checkpoint, or delete it to begin anew") from error
+        raise ConfigError(
+            f"{path}: its content does not fit its own configuration, so it has been changed or is "
+            f"damaged ({error}); take an earlier checkpoint, or delete it to begin anew"
+        ) from error
     history.rows, history.best, checkpoints.restored = state["history"], state["best"], state
     learn.first_epoch, learn.first_batch = state["epoch"], state["batch"]
     best, kept = history.best.get("epoch"), checkpoints.folder / "best.safetensors"

@@ -3,6 +3,7 @@
 `embed` makes the features of a list, `judge` what they retrieve. Between the two stand the steps of the section
 PostProcess and, with `Global.re_ranking: True`, k-reciprocal re-ranking.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -80,6 +81,7 @@ def Whitening(dimensions: int | None = None, whiten: bool = True) -> Callable:
 
 def binarized(kind: str) -> Callable:
     """The step that makes codes of -1 and 1: by the sign, or ('round', for features between 0 and 1) from 0.5 on."""
+
     def step(query: Tensor, gallery: Tensor, train: Callable | None) -> tuple[Tensor, Tensor]:
         return tuple(x.sign() if kind == "sign" else (x >= 0.5).float() * 2 - 1 for x in (query, gallery))
 
@@ -87,7 +89,7 @@ def binarized(kind: str) -> Callable:
 
 
 def classified(names: Sequence[str], model: nn.Module, features: Tensor, images: ImageList) -> dict[str, float]:
-    "top{k} of images by the logits of the model's head for its inputs (N, D), or by the features where it has none."
+    """top{k} of images by the logits of the model's head for its inputs (N, D), or by the features without a head."""
     head = getattr(model, "head", None)
     with torch.inference_mode():
         logits = features if head is None else head(features.to(next(model.parameters()).device)).float().cpu()
@@ -96,9 +98,17 @@ def classified(names: Sequence[str], model: nn.Module, features: Tensor, images:
     return {name: (place < int(name[3:])).float().mean().item() for name in names}
 
 
-def judge(query_features, gallery_features, query: ImageList, gallery: ImageList,
-          names: Sequence[str] = DEFAULT_METRICS, steps: Sequence[Callable] = (), re_ranking: bool = False,
-          train: Callable | None = None, normalize: bool = True) -> dict[str, float]:
+def judge(
+    query_features,
+    gallery_features,
+    query: ImageList,
+    gallery: ImageList,
+    names: Sequence[str] = DEFAULT_METRICS,
+    steps: Sequence[Callable] = (),
+    re_ranking: bool = False,
+    train: Callable | None = None,
+    normalize: bool = True,
+) -> dict[str, float]:
     """The metrics `names` of query features (Q, D) against gallery features (G, D), which belong to the two lists.
 
     `steps` change the features in turn; `train()` gives the training images' where a step asks for them. The order is
@@ -108,8 +118,11 @@ def judge(query_features, gallery_features, query: ImageList, gallery: ImageList
         query_features, gallery_features = step(query_features, gallery_features, train)
     lists = (query.labels, gallery.labels, query.cameras, gallery.cameras)
     kinds = list(dict.fromkeys(re.sub(r"\d+$", "{k}", name) for name in names))  # one order in all processes
-    options = {"exclude_self": own_index(query, gallery), "metrics": kinds,
-               "topk": sorted({int(name) for key in names for name in re.findall(r"\d+$", key)}) or (1,)}
+    options = {
+        "exclude_self": own_index(query, gallery),
+        "metrics": kinds,
+        "topk": sorted({int(name) for key in names for name in re.findall(r"\d+$", key)}) or (1,),
+    }
     if re_ranking:
         same = query is gallery
         scores = ranking_metrics(KReciprocal(query_features, None if same else gallery_features), *lists, **options)
@@ -119,8 +132,15 @@ def judge(query_features, gallery_features, query: ImageList, gallery: ImageList
     return {name: scores[name] for name in names}
 
 
-def embed(model: nn.Module, loader: DataLoader, flip: bool = False, scales: Sequence[float] = (1.0,),
-          amp: bool = False, cache: str | Path | None = None, progress: bool = True) -> Tensor:
+def embed(
+    model: nn.Module,
+    loader: DataLoader,
+    flip: bool = False,
+    scales: Sequence[float] = (1.0,),
+    amp: bool = False,
+    cache: str | Path | None = None,
+    progress: bool = True,
+) -> Tensor:
     """The features (N, D) of a loader's images, float32 on the CPU, by the model in evaluation mode.
 
     flip, scales: the features of the mirrored and of the resized images are averaged with the image's own, each at

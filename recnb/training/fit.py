@@ -3,6 +3,7 @@
 `learn.fit_config()` is `learn.fit` with the callbacks of this chapter added for its duration. After it the model holds
 the weights of the best epoch by the first metric listed, which are also what the run folder keeps.
 """
+
 from __future__ import annotations
 
 import contextlib

@@ -2,6 +2,7 @@
 
 A loss or gradient without a value, memory that does not suffice, a worker of the data loader that dies, a wish to stop.
 """
+
 from __future__ import annotations
 
 import re
@@ -50,14 +51,18 @@ class Guard(Callback):
         names = self.dls.train.dataset.names
         labels = self.yb[0] if self.yb[0].dim() == 1 else self.yb[0].argmax(1)
         identities = [str(names[label]) for label in sorted(set(labels.tolist()))]
-        where = (f"epoch {self.epoch + 1} step {self.iter + 1}: the {what} is not finite ({terms}) at learning "
-                 f"rate {self.opt.hypers[-1]['lr']:.4g}, in a batch of the identities {', '.join(identities[:20])}"
-                 f"{' ...' if len(identities) > 20 else ''}")
+        where = (
+            f"epoch {self.epoch + 1} step {self.iter + 1}: the {what} is not finite ({terms}) at learning "
+            f"rate {self.opt.hypers[-1]['lr']:.4g}, in a batch of the identities {', '.join(identities[:20])}"
+            f"{' ...' if len(identities) > 20 else ''}"
+        )
         spoilt = [name for name, buffer in self.model.named_buffers() if not buffer.isfinite().all()]
         if not self.skip or spoilt:
             why = f"; {spoilt[0]} is spoilt already, so skipping the step does not help" if self.skip else ""
-            raise TrainingError(f"{where}{why}. The last checkpoint is as it was. Lower the learning rate, lengthen "
-                                "the warm-up, clip with Optimizer.clip_norm, or set Global.on_nonfinite: skip")
+            raise TrainingError(
+                f"{where}{why}. The last checkpoint is as it was. Lower the learning rate, lengthen "
+                "the warm-up, clip with Optimizer.clip_norm, or set Global.on_nonfinite: skip"
+            )
         self.count, self.skipped = self.count + 1, True
         print(f"{where}: step left out")
         self.opt.zero_grad()
@@ -75,13 +80,17 @@ def explained(learn: RetrievalLearner) -> Iterator[None]:
         loader, x = learn.dls.train, learn.xb[0] if getattr(learn, "xb", None) else None
         if isinstance(error, MemoryError) or NO_MEMORY.search(str(error)):
             shape = "" if x is None else f" and images of {tuple(x.shape[1:])}"
-            raise TrainingError(f"memory does not suffice for batches of {loader.bs}{shape}: lower the sampler's "
-                                "batch_size (and raise Global.update_freq for the same effective batch), lower the "
-                                "image size, or compute in half precision with a section AMP") from error
+            raise TrainingError(
+                f"memory does not suffice for batches of {loader.bs}{shape}: lower the sampler's "
+                "batch_size (and raise Global.update_freq for the same effective batch), lower the "
+                "image size, or compute in half precision with a section AMP"
+            ) from error
         if "DataLoader worker" in str(error):
-            raise TrainingError(f"a worker process of the data loader has died ({str(error).splitlines()[0]}) while "
-                                f"reading one of {', '.join(loader.dataset.being_read()) or 'its images'}: memory may "
-                                "not suffice (lower loader.num_workers), or that file crashes its decoder") from error
+            raise TrainingError(
+                f"a worker process of the data loader has died ({str(error).splitlines()[0]}) while "
+                f"reading one of {', '.join(loader.dataset.being_read()) or 'its images'}: memory may "
+                "not suffice (lower loader.num_workers), or that file crashes its decoder"
+            ) from error
         raise
 
 

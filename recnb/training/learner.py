@@ -4,6 +4,7 @@ Data loaders are plain torch ones behind a small adaptor, since fastai's own wou
 weights live in the model, so they are optimised, frozen, saved and distributed with it. `learn.fit`, `fit_one_cycle`,
 `lr_find`, `freeze`, `validate`, `get_preds` are fastai's; `recnb.training` adds the schedule of a configuration.
 """
+
 from __future__ import annotations
 
 import warnings
@@ -110,7 +111,7 @@ class RunLoss(nn.Module):
 
 
 class PassLabels(Callback):
-    "Gives the head its labels while training (and in evaluation where a loss needs logits), and each epoch its draw."
+    """Gives the head its labels while training (or where a loss needs logits), and each epoch its draw."""
 
     order = -5
 
@@ -156,8 +157,13 @@ class RetrievalEvaluation(Callback):
         features = joined(torch.cat(self.features)) if self.features else torch.empty(0)
         self.features = []
         if len(features) == len(self.query) + (self.query is not self.gallery) * len(self.gallery):
-            self.result = self.judged(features[: len(self.query)], features[-len(self.gallery) :], self.query,
-                                      self.gallery, self.training_features)
+            self.result = self.judged(
+                features[: len(self.query)],
+                features[-len(self.gallery) :],
+                self.query,
+                self.gallery,
+                self.training_features,
+            )
 
     def training_features(self) -> Tensor:
         """The features (N, D) of the training images, seen as queries are, for post-processing fitted on them."""
@@ -177,10 +183,21 @@ class RetrievalLearner(Learner):
 
     first_epoch, first_batch = 0, 0  # where a resumed fit begins
 
-    def __init__(self, loaders: Loaders, model: nn.Module, loss: nn.Module, eval_loss: nn.Module | None = None,
-                 optimizer: Callable = torch.optim.AdamW, metrics: Sequence[str] | Callable = DEFAULT_METRICS,
-                 device: str | torch.device | None = None, path: str | Path = ".", cbs: Sequence[Callback] = (),
-                 splitter: Callable | None = None, mix: Callable | None = None, **kwargs):
+    def __init__(
+        self,
+        loaders: Loaders,
+        model: nn.Module,
+        loss: nn.Module,
+        eval_loss: nn.Module | None = None,
+        optimizer: Callable = torch.optim.AdamW,
+        metrics: Sequence[str] | Callable = DEFAULT_METRICS,
+        device: str | torch.device | None = None,
+        path: str | Path = ".",
+        cbs: Sequence[Callback] = (),
+        splitter: Callable | None = None,
+        mix: Callable | None = None,
+        **kwargs,
+    ):
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         evaluated = evaluation_loader(loaders)
         adapted = [FastaiLoader(dl, device) for dl in (loaders.train, evaluated and divided(evaluated)) if dl]
@@ -188,10 +205,17 @@ class RetrievalLearner(Learner):
         judged = metrics if callable(metrics) else partial(named, metrics)
         evaluation = [RetrievalEvaluation(loaders, judged)] if loaders.query else []
         shown = [ValueMetric(partial(self.score, name), name) for name in self.names] if evaluation else []
-        super().__init__(DataLoaders(*adapted, path=path), model.to(device), RunLoss(loss, eval_loss).to(device),
-                         opt_func=partial(OptimWrapper, opt=optimizer), metrics=shown, path=path,
-                         splitter=lambda model: (splitter or backbone_and_rest)(model, loss),
-                         cbs=[PassLabels(), *evaluation, *cbs], **kwargs)
+        super().__init__(
+            DataLoaders(*adapted, path=path),
+            model.to(device),
+            RunLoss(loss, eval_loss).to(device),
+            opt_func=partial(OptimWrapper, opt=optimizer),
+            metrics=shown,
+            path=path,
+            splitter=lambda model: (splitter or backbone_and_rest)(model, loss),
+            cbs=[PassLabels(), *evaluation, *cbs],
+            **kwargs,
+        )
         self.loaders, self.mix = loaders, mix
 
     def freeze(self):

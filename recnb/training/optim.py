@@ -3,6 +3,7 @@
 Parameters come in groups of one optimizer, one share of the learning rate and one weight decay. The shares multiply:
 what a parameter was given where it was made (`lr_multiplier`), and a decay by depth (AdamWDL).
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -13,8 +14,15 @@ from torch import Tensor, nn
 
 from recnb.registry import Registry
 
-BESIDE = {"lr": dict, "regularizer": dict, "scope": str, "clip_norm": float, "no_weight_decay_name": str,
-          "one_dim_param_no_weight_decay": bool, "multi_precision": bool}  # torch's parameters are float32 throughout
+BESIDE = {
+    "lr": dict,
+    "regularizer": dict,
+    "scope": str,
+    "clip_norm": float,
+    "no_weight_decay_name": str,
+    "one_dim_param_no_weight_decay": bool,
+    "multi_precision": bool,
+}  # torch's parameters are float32 throughout
 OPTIMIZERS = Registry("optimizer", "Optimizer", beside=BESIDE)
 REGULARIZERS = Registry("regularizer", "Optimizer.regularizer")
 
@@ -26,8 +34,10 @@ def fused(kind: type, groups: list[dict], lr: float, **settings) -> torch.optim.
     one that was written without the kernel, or with it on another device, goes on within rounding.
     """
     parameters = [p for group in groups for p in group["params"]]
-    able = all(type(p) in (Tensor, nn.Parameter) and p.is_floating_point() and p.device.type in ("cpu", "cuda")
-               for p in parameters)
+    able = all(
+        type(p) in (Tensor, nn.Parameter) and p.is_floating_point() and p.device.type in ("cpu", "cuda")
+        for p in parameters
+    )
     optimizer = kind(groups, lr=lr, fused=able or None, **settings)
     optimizer.register_load_state_dict_pre_hook(keep_kernel)
     if able:
@@ -44,8 +54,10 @@ def lay_out(optimizer: torch.optim.Optimizer, *_) -> None:
 
 def keep_kernel(optimizer: torch.optim.Optimizer, state: dict) -> dict:
     """The state to be loaded, its groups with or without the fused kernel as those of the optimizer."""
-    groups = [{**theirs, "fused": ours["fused"]}
-              for theirs, ours in zip(state["param_groups"], optimizer.param_groups, strict=False)]
+    groups = [
+        {**theirs, "fused": ours["fused"]}
+        for theirs, ours in zip(state["param_groups"], optimizer.param_groups, strict=False)
+    ]
     return state | {"param_groups": groups + state["param_groups"][len(groups) :]}  # torch counts them
 
 
@@ -92,8 +104,14 @@ def AdamW(beta1: float = 0.9, beta2: float = 0.999, epsilon: float = 1e-8, weigh
 
 
 @OPTIMIZERS.register
-def AdamWDL(beta1: float = 0.9, beta2: float = 0.999, epsilon: float = 1e-8, weight_decay: float = 0.01,
-            layerwise_decay: float = 0.75, filter_bias_and_bn: bool = True) -> Callable:
+def AdamWDL(
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    epsilon: float = 1e-8,
+    weight_decay: float = 0.01,
+    layerwise_decay: float = 0.75,
+    filter_bias_and_bn: bool = True,
+) -> Callable:
     """AdamW whose rate shrinks by `layerwise_decay` with each layer from the backbone's end to its beginning.
 
     As in the fine-tuning of transformers (https://arxiv.org/abs/1906.08237). `filter_bias_and_bn`: parameters of one

@@ -3,6 +3,7 @@
 A schedule here is a plain function of the number of steps taken (and, for one that waits for a plateau, of what the
 evaluations gave so far). It holds no state, so there is none to save, and a resumed run continues on the same curve.
 """
+
 from __future__ import annotations
 
 import math
@@ -28,12 +29,14 @@ SCHEDULES["Constant"] = ConstLR
 
 
 @SCHEDULES.register
-def Linear(learning_rate: float, epochs: float, end_lr: float = 0.0, power: float = 1.0,
-           cycle: bool = False) -> Callable:
+def Linear(
+    learning_rate: float, epochs: float, end_lr: float = 0.0, power: float = 1.0, cycle: bool = False
+) -> Callable:
     """From `learning_rate` to `end_lr` over `epochs`, as the `power` of what is left of them.
 
     `cycle` begins anew then.
     """
+
     def rate(epoch: float) -> float:
         length = max(epochs * (max(1, math.ceil(epoch / epochs)) if cycle else 1), 1e-9)
         return end_lr + (learning_rate - end_lr) * (1 - min(epoch / length, 1)) ** power
@@ -44,6 +47,7 @@ def Linear(learning_rate: float, epochs: float, end_lr: float = 0.0, power: floa
 @SCHEDULES.register
 def Cosine(learning_rate: float, epochs: float, eta_min: float = 0.0) -> Callable:
     """Half a cosine from `learning_rate` to `eta_min` over `epochs` (those that follow the warm-up)."""
+
     def rate(epoch: float) -> float:
         share = min(epoch / epochs, 1.0) if epochs > 0 else float(epoch > 0)
         return eta_min + (learning_rate - eta_min) * (1 + math.cos(math.pi * share)) / 2
@@ -52,9 +56,10 @@ def Cosine(learning_rate: float, epochs: float, eta_min: float = 0.0) -> Callabl
 
 
 @SCHEDULES.register
-def CosineFixmatch(learning_rate: float, epochs: float, step_each_epoch: int, num_warmup_steps: int = 0,
-                   num_cycles: float = 7 / 16) -> Callable:
-    "`learning_rate` times the cosine of `num_cycles` half turns (https://arxiv.org/abs/2001.07685), behind a warm-up."
+def CosineFixmatch(
+    learning_rate: float, epochs: float, step_each_epoch: int, num_warmup_steps: int = 0, num_cycles: float = 7 / 16
+) -> Callable:
+    """`learning_rate` times the cosine of `num_cycles` half turns (arXiv 2001.07685), after a warm-up."""
     warmup = num_warmup_steps / step_each_epoch
 
     def rate(epoch: float) -> float:
@@ -67,8 +72,15 @@ def CosineFixmatch(learning_rate: float, epochs: float, step_each_epoch: int, nu
 
 
 @SCHEDULES.register
-def OneCycleLR(max_learning_rate: float, epochs: float, divide_factor: float = 25.0, end_learning_rate: float = 0.0001,
-               phase_pct: float = 0.3, anneal_strategy: str = "cos", three_phase: bool = False) -> Callable:
+def OneCycleLR(
+    max_learning_rate: float,
+    epochs: float,
+    divide_factor: float = 25.0,
+    end_learning_rate: float = 0.0001,
+    phase_pct: float = 0.3,
+    anneal_strategy: str = "cos",
+    three_phase: bool = False,
+) -> Callable:
     """One cycle (https://arxiv.org/abs/1708.07120): from the maximum / `divide_factor` up to it, down to the end.
 
     The rise takes `phase_pct` of the epochs; with `three_phase` as much again brings it back to where it began.
@@ -91,16 +103,26 @@ def OneCycleLR(max_learning_rate: float, epochs: float, divide_factor: float = 2
 
 
 @SCHEDULES.register
-def Cyclic(base_learning_rate: float, max_learning_rate: float, step_each_epoch: int, step_size_up: int,
-           step_size_down: int | None = None, mode: str = "triangular", exp_gamma: float = 1.0) -> Callable:
+def Cyclic(
+    base_learning_rate: float,
+    max_learning_rate: float,
+    step_each_epoch: int,
+    step_size_up: int,
+    step_size_down: int | None = None,
+    mode: str = "triangular",
+    exp_gamma: float = 1.0,
+) -> Callable:
     """Up and down between two rates (https://arxiv.org/abs/1506.01186), the sizes in steps.
 
     mode: 'triangular' repeats itself, 'triangular2' halves the height each time, 'exp_range' shrinks it by `exp_gamma`
     a step.
     """
     length = step_size_up + (step_size_down or step_size_up)
-    scales = {"triangular": lambda step: 1.0, "triangular2": lambda step: 0.5 ** (step // length),
-              "exp_range": lambda step: exp_gamma**step}
+    scales = {
+        "triangular": lambda step: 1.0,
+        "triangular2": lambda step: 0.5 ** (step // length),
+        "exp_range": lambda step: exp_gamma**step,
+    }
     if mode not in scales:
         raise ValueError(f"mode '{mode}' is none of {', '.join(scales)}")
 
@@ -114,16 +136,32 @@ def Cyclic(base_learning_rate: float, max_learning_rate: float, step_each_epoch:
 
 
 @SCHEDULES.register
-def ReduceOnPlateau(learning_rate: float, mode: str = "min", factor: float = 0.1, patience: int = 10,
-                    threshold: float = 1e-4, threshold_mode: str = "rel", cooldown: int = 0, min_lr: float = 0.0,
-                    epsilon: float = 1e-8) -> Callable:
+def ReduceOnPlateau(
+    learning_rate: float,
+    mode: str = "min",
+    factor: float = 0.1,
+    patience: int = 10,
+    threshold: float = 1e-4,
+    threshold_mode: str = "rel",
+    cooldown: int = 0,
+    min_lr: float = 0.0,
+    epsilon: float = 1e-8,
+) -> Callable:
     """`learning_rate` times `factor` whenever `patience` evaluations have brought nothing better.
 
     What is watched is the first metric of Metric.Eval, so `mode` is usually max. Computed by torch from all evaluations
     so far, each time anew.
     """
-    options = {"mode": mode, "factor": factor, "patience": patience, "threshold": threshold, "eps": epsilon,
-               "threshold_mode": threshold_mode, "cooldown": cooldown, "min_lr": min_lr}
+    options = {
+        "mode": mode,
+        "factor": factor,
+        "patience": patience,
+        "threshold": threshold,
+        "eps": epsilon,
+        "threshold_mode": threshold_mode,
+        "cooldown": cooldown,
+        "min_lr": min_lr,
+    }
 
     def rate(epoch: float, results: Sequence[float] = ()) -> float:
         optimizer = torch.optim.SGD([torch.zeros(1)], lr=learning_rate)
@@ -157,8 +195,9 @@ def MultiStepDecay(learning_rate: float, milestones: list, gamma: float = 0.1) -
 
 
 @SCHEDULES.register
-def Piecewise(learning_rate: float | None = None, decay_epochs: list | None = None,
-              values: list | None = None) -> Callable:
+def Piecewise(
+    learning_rate: float | None = None, decay_epochs: list | None = None, values: list | None = None
+) -> Callable:
     """`values[i]` between the i-th and the next of `decay_epochs`; without them, `learning_rate` / 10 every 30 epochs.
 
     Raises ValueError where `learning_rate` contradicts `values`: the original then drops the values without a word.
@@ -173,9 +212,15 @@ def Piecewise(learning_rate: float | None = None, decay_epochs: list | None = No
     return lambda epoch: values[bisect_right(decay_epochs, epoch)]
 
 
-def warmed_up(rate: Callable[[float], float], step_each_epoch: int, warmup_epoch: float = 0,
-              warmup_start_lr: float = 0.0, by_epoch: bool = False, last_epoch: int = -1,
-              verbose: bool = False) -> Callable:
+def warmed_up(
+    rate: Callable[[float], float],
+    step_each_epoch: int,
+    warmup_epoch: float = 0,
+    warmup_start_lr: float = 0.0,
+    by_epoch: bool = False,
+    last_epoch: int = -1,
+    verbose: bool = False,
+) -> Callable:
     """The schedule `steps taken -> learning rate`: a linear warm-up to `rate(0)`, then `rate(epochs since)`.
 
     The rate begins anew behind the warm-up, so milestones come `warmup_epoch` later. With `by_epoch` it changes between

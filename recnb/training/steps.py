@@ -5,6 +5,7 @@ that are scaled while they are followed in half precision (`ScaleLoss`), and mov
 (`MovingAverage`). Behind a batch they act in this order: sum, average over processes, look for what has no value
 (`recnb.guard`), scale back and step, average the weights.
 """
+
 from __future__ import annotations
 
 import torch
@@ -41,7 +42,7 @@ class Together(Callback):
 
 
 class Accumulate(Callback):
-    "Sums the gradients of several batches, the loss of each divided by their number, before a step of the optimizer."
+    """Sums the gradients of several batches, each loss divided by their number, before a step of the optimizer."""
 
     def __init__(self, batches: int):
         self.batches = batches
@@ -106,8 +107,9 @@ class MovingAverage(Callback):
         self.swap()
 
     def swap(self):
-        for own, other in zip(*([*m.parameters(), *m.buffers()] for m in (self.learn.model, self.average.module)),
-                              strict=True):
+        for own, other in zip(
+            *([*m.parameters(), *m.buffers()] for m in (self.learn.model, self.average.module)), strict=True
+        ):
             held = own.detach().clone()
             own.data.copy_(other)
             other.data.copy_(held)

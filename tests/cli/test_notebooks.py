@@ -1,4 +1,5 @@
 """The notebooks, run by papermill as a user runs them; what is asserted is what they leave behind."""
+
 import json
 import subprocess
 import sys
@@ -44,8 +45,11 @@ def test_the_executed_notebook_shows_figures_and_no_warnings(trained_run):
 
 
 def test_the_html_of_nbconvert_holds_the_figures(trained_run, tmp_path):
-    subprocess.run([sys.executable, "-m", "nbconvert", "--to", "html", "--output-dir", tmp_path,
-                    trained_run / "train.ipynb"], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-m", "nbconvert", "--to", "html", "--output-dir", tmp_path, trained_run / "train.ipynb"],
+        check=True,
+        capture_output=True,
+    )
     assert (tmp_path / "train.html").read_text().count('src="data:image/png;base64') >= 3
 
 

@@ -1,4 +1,5 @@
-"Batches of runs, and the notebook that compares them: recnb/cli/sweep.py, recnb/cli/notebook.py, 06_compare."
+"""Batches of runs, and the notebook that compares them: recnb/cli/sweep.py, recnb/cli/notebook.py, 06_compare."""
+
 import json
 import shlex
 import shutil
@@ -21,7 +22,8 @@ TRAIN, COMPARE = ROOT / "notebooks" / "02_train.ipynb", ROOT / "notebooks" / "06
 
 @pytest.fixture
 def called(monkeypatch, capfd):
-    "A function that calls a script as the command line does: its exit code or message, and what it printed."
+    """A function that calls a script as the command line does: its exit code or message, and what it printed."""
+
     def call(module, *args):
         monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, args)])
         try:
@@ -42,7 +44,7 @@ def batch_file(drawn, folder: Path, **content) -> Path:
 
 @pytest.fixture(scope="module")
 def second_run(drawn, tmp_path_factory):
-    "A run like the trained one with another margin, made without a notebook."
+    """A run like the trained one with another margin, made without a notebook."""
     folder = tmp_path_factory.mktemp("second")
     config = tiny_config(drawn, folder / "tiny.yaml", {"Arch.Head.margin": 0.3})
     assert train.main([str(config), "--run-dir", str(folder / "second")]) == 0
@@ -50,25 +52,41 @@ def second_run(drawn, tmp_path_factory):
 
 
 def test_grid_and_list_are_combined():
-    runs = sweep.expand({"overrides": {"Global.epochs": 3},
-                         "grid": {"Arch.Head.margin": [0.1, 0.3], "Arch.Head.scale": [16]},
-                         "list": [{}, {"Optimizer.lr.learning_rate": 0.001, "Global.image_shape": [3, 64, 64]}]})
-    assert list(runs) == ["margin-0.1", "margin-0.3", "margin-0.1_learning_rate-0.001_image_shape-3-64-64",
-                          "margin-0.3_learning_rate-0.001_image_shape-3-64-64"]  # scale is the same in all
+    runs = sweep.expand(
+        {
+            "overrides": {"Global.epochs": 3},
+            "grid": {"Arch.Head.margin": [0.1, 0.3], "Arch.Head.scale": [16]},
+            "list": [{}, {"Optimizer.lr.learning_rate": 0.001, "Global.image_shape": [3, 64, 64]}],
+        }
+    )
+    assert list(runs) == [
+        "margin-0.1",
+        "margin-0.3",
+        "margin-0.1_learning_rate-0.001_image_shape-3-64-64",
+        "margin-0.3_learning_rate-0.001_image_shape-3-64-64",
+    ]  # scale is the same in all
     assert runs["margin-0.3"] == {"Global.epochs": 3, "Arch.Head.margin": 0.3, "Arch.Head.scale": 16}
     assert sweep.expand({}) == {"base": {}}
-    assert list(sweep.expand({"grid": {"Arch.Head.name": ["A", "B"], "Arch.Neck.name": ["C"]},
-                              "list": [{"Arch.Backbone.name": "x/y"}, {}]})) == [
-        "Head.name-A_Backbone.name-y", "Head.name-B_Backbone.name-y", "Head.name-A", "Head.name-B"]
+    assert list(
+        sweep.expand(
+            {
+                "grid": {"Arch.Head.name": ["A", "B"], "Arch.Neck.name": ["C"]},
+                "list": [{"Arch.Backbone.name": "x/y"}, {}],
+            }
+        )
+    ) == ["Head.name-A_Backbone.name-y", "Head.name-B_Backbone.name-y", "Head.name-A", "Head.name-B"]
 
 
-@pytest.mark.parametrize("content, message", [
-    ({"grid": {"a.b": [1, 1]}}, "two runs are named"),
-    ({"list": [{}, {}]}, "two runs are named base"),
-    ({"grid": {"a.b": 1}}, "a.b: 1 is not a list"),
-    ({"grid": {"a.b": [1]}, "list": [{"a.b": 2}]}, "a.b stands in grid and in overrides or list"),
-    ({"list": {"a.b": 1}}, "is a dict, not a list"),
-])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ({"grid": {"a.b": [1, 1]}}, "two runs are named"),
+        ({"list": [{}, {}]}, "two runs are named base"),
+        ({"grid": {"a.b": 1}}, "a.b: 1 is not a list"),
+        ({"grid": {"a.b": [1]}, "list": [{"a.b": 2}]}, "a.b stands in grid and in overrides or list"),
+        ({"list": {"a.b": 1}}, "is a dict, not a list"),
+    ],
+)
 def test_what_cannot_be_meant_is_refused(content, message):
     with pytest.raises(ConfigError, match=message):
         sweep.expand(content)
@@ -87,11 +105,14 @@ def test_the_example_is_sound_and_print_runs_nothing(called, tmp_path):
         assert Path(words[4]).parent == Path(shlex.split(before)[2])
 
 
-@pytest.mark.parametrize("content, message", [
-    ({"grid": {"Arch.Head.margn": [0.1, 0.3]}}, "margn-0.1: .*did you mean 'margin'"),
-    ({"gird": {}}, "gird: there is no such key; did you mean 'grid'"),
-    ({"list": [{}, {"Arch.Head.margin": 0.2}]}, "base and margin-0.2 are the same configuration"),
-])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ({"grid": {"Arch.Head.margn": [0.1, 0.3]}}, "margn-0.1: .*did you mean 'margin'"),
+        ({"gird": {}}, "gird: there is no such key; did you mean 'grid'"),
+        ({"list": [{}, {"Arch.Head.margin": 0.2}]}, "base and margin-0.2 are the same configuration"),
+    ],
+)
 def test_a_batch_is_checked_before_anything_starts(drawn, tmp_path, content, message):
     path = batch_file(drawn, tmp_path, **content)
     with pytest.raises(ConfigError, match=message):
@@ -100,16 +121,25 @@ def test_a_batch_is_checked_before_anything_starts(drawn, tmp_path, content, mes
 
 
 def test_a_command_that_fails_stops_no_other(tmp_path, capfd):
-    jobs = [sweep.Job(name, tmp_path / name, {}, ["sh", "-c", text])
-            for name, text in (("first", "true"), ("second", "echo this is why; exit 3"), ("third", "true"))]
+    jobs = [
+        sweep.Job(name, tmp_path / name, {}, ["sh", "-c", text])
+        for name, text in (("first", "true"), ("second", "echo this is why; exit 3"), ("third", "true"))
+    ]
     sweep.Batch(jobs, 2).run()
     assert [job.state for job in jobs] == ["done", "failed", "done"] and "this is why" in capfd.readouterr().out
 
 
 @pytest.mark.slow
 def test_a_failing_run_keeps_its_notebook_and_the_others_go_on(called, drawn, tmp_path):
-    path = batch_file(drawn, tmp_path, list=[{"Arch.Head.margin": 0.1}, {"Arch.Head.margin": 0.3},
-                                             {"DataLoader.Train.dataset.cls_label_path": str(tmp_path / "none.txt")}])
+    path = batch_file(
+        drawn,
+        tmp_path,
+        list=[
+            {"Arch.Head.margin": 0.1},
+            {"Arch.Head.margin": 0.3},
+            {"DataLoader.Train.dataset.cls_label_path": str(tmp_path / "none.txt")},
+        ],
+    )
     code, printed = called(sweep, path, "--jobs", 2)
     assert code == 1
     states = {folder.name[:10]: (folder / "metrics.json").exists() for folder in (tmp_path / "runs").iterdir()}
@@ -118,14 +148,16 @@ def test_a_failing_run_keeps_its_notebook_and_the_others_go_on(called, drawn, tm
     cells = nbformat.read(failed / "train.ipynb", 4).cells
     assert any(output.output_type == "error" for cell in cells for output in cell.get("outputs", []))
     assert "failed after" in printed and "there is no file" in printed
-    table = printed[printed.rindex("seconds"):]
+    table = printed[printed.rindex("seconds") :]
     assert table.count(" done ") == 2 and table.count(" failed ") == 1 and "mAP" in table
 
 
-def test_what_is_done_is_skipped_and_another_config_refused(called, trained_run, second_run, drawn, tmp_path,
-                                                            monkeypatch):
-    path = batch_file(drawn, tmp_path, list=[{"Arch.Head.margin": 0.2}, {"Arch.Head.margin": 0.3}],
-                      overrides={"Global.epochs": 2})
+def test_what_is_done_is_skipped_and_another_config_refused(
+    called, trained_run, second_run, drawn, tmp_path, monkeypatch
+):
+    path = batch_file(
+        drawn, tmp_path, list=[{"Arch.Head.margin": 0.2}, {"Arch.Head.margin": 0.3}], overrides={"Global.epochs": 2}
+    )
     first, second = tmp_path / "runs" / "margin-0.2", tmp_path / "runs" / "margin-0.3"
     shutil.copytree(trained_run, first)
     shutil.copytree(second_run, second)
@@ -144,8 +176,20 @@ def test_what_is_done_is_skipped_and_another_config_refused(called, trained_run,
 
 def test_the_runs_are_compared(called, trained_run, second_run, tmp_path):
     executed, pair = tmp_path / "new" / "compare.ipynb", {"run": trained_run, "second": second_run}
-    code, _ = called(notebook, COMPARE, executed, "-p", "run_dirs", json.dumps([*map(str, pair.values())]),
-                     "-p", "pattern", "", "-p", "out_dir", tmp_path / "out")
+    code, _ = called(
+        notebook,
+        COMPARE,
+        executed,
+        "-p",
+        "run_dirs",
+        json.dumps([*map(str, pair.values())]),
+        "-p",
+        "pattern",
+        "",
+        "-p",
+        "out_dir",
+        tmp_path / "out",
+    )
     assert code == 0
     board = pd.read_csv(tmp_path / "out" / "leaderboard.csv")
     assert set(board.run) == set(pair) and (board.state == "finished").all()
@@ -159,8 +203,13 @@ def test_the_runs_are_compared(called, trained_run, second_run, tmp_path):
 
 @pytest.mark.slow
 def test_a_single_run_is_a_leaderboard_of_one(called, trained_run, tmp_path):
-    code, _ = called(notebook, COMPARE, tmp_path / "compare.ipynb", "-y", json.dumps(
-        {"run_dirs": [str(trained_run)], "pattern": "", "out_dir": str(tmp_path)}))
+    code, _ = called(
+        notebook,
+        COMPARE,
+        tmp_path / "compare.ipynb",
+        "-y",
+        json.dumps({"run_dirs": [str(trained_run)], "pattern": "", "out_dir": str(tmp_path)}),
+    )
     assert code == 0 and "nothing to pair" in (tmp_path / "compare.ipynb").read_text()
 
 

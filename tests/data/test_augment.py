@@ -1,4 +1,5 @@
-"Policies against what their shorthand says, the single ops on pixels, and mixed batches against the formula of mixing."
+"""Policies against what their shorthand says, single ops on pixels, mixed batches against the formula."""
+
 import pickle
 import random
 
@@ -18,17 +19,23 @@ from recnb.recipe.data import build_batch_transform, build_transform
 from recnb.recipe.schema import named_sections
 from recnb.registry import ConfigError
 
-POLICIES = {"RandAugment": {"num_layers": 2, "magnitude": 9}, "AutoAugment": {}, "TrivialAugment": {},
-            "AugMix": {"prob": 1.0},
-            "TimmAutoAugment": {"prob": 1.0, "config_str": "rand-m9-mstd0.5-inc1", "interpolation": "bicubic",
-                                "img_size": 224}}
-BATCH = {"MixupOperator": {"alpha": 0.8}, "CutmixOperator": {"alpha": 1.0},
-         "OpSampler": {"MixupOperator": {"alpha": 0.8, "prob": 0.5}, "CutmixOperator": {"prob": 0.3}}}
+POLICIES = {
+    "RandAugment": {"num_layers": 2, "magnitude": 9},
+    "AutoAugment": {},
+    "TrivialAugment": {},
+    "AugMix": {"prob": 1.0},
+    "TimmAutoAugment": {"prob": 1.0, "config_str": "rand-m9-mstd0.5-inc1", "interpolation": "bicubic", "img_size": 224},
+}
+BATCH = {
+    "MixupOperator": {"alpha": 0.8},
+    "CutmixOperator": {"alpha": 1.0},
+    "OpSampler": {"MixupOperator": {"alpha": 0.8, "prob": 0.5}, "CutmixOperator": {"prob": 0.3}},
+}
 CLASSES = 7
 
 
 def photo(height: int = 40, width: int = 48) -> torch.Tensor:
-    "Smooth colours with a disc, since on noise equalising or posterising could hardly be seen."
+    """Smooth colours with a disc, since on noise equalising or posterising could hardly be seen."""
     y, x = torch.meshgrid(torch.linspace(0, 1, height), torch.linspace(0, 1, width), indexing="ij")
     disc = ((y - 0.4) ** 2 + (x - 0.6) ** 2 < 0.05).float()
     return (40 + 170 * torch.stack([x, y, 0.3 * x + 0.5 * disc])).to(torch.uint8)
@@ -105,32 +112,39 @@ def test_other_policies_of_the_shorthand():
     assert isinstance(policy, v2.AutoAugment) and policy.policy == v2.AutoAugmentPolicy.IMAGENET
 
 
-@pytest.mark.parametrize(("name", "arguments", "message"), [
-    ("TimmAutoAugment", {"config_str": "rand-m9-mstd0.5"}, "config_str 'rand-m9-mstd0.5': write inc1, "),
-    ("TimmAutoAugment", {"config_str": "rand-m12-inc1"}, "config_str 'rand-m12-inc1': .*a level m from 0 to 10"),
-    ("TimmAutoAugment", {"config_str": "rand-m9-w0-inc1"}, "'w0' has no meaning here after 'rand'; there is incNUMBER"),
-    ("TimmAutoAugment", {"config_str": "augmix-m3-mstd1"}, "'mstd1' has no meaning here after 'augmix'"),
-    ("TimmAutoAugment", {"config_str": "rand-inc1-m"}, "'m' has no meaning here after 'rand'"),
-    ("TimmAutoAugment", {"config_str": "v0-mstd0.5"}, "begins with 'v0'; there is augmix, original, rand"),
-    ("TimmAutoAugment", {"config_str": "augmix-m11"}, "severity must be between"),
-    ("TimmAutoAugment", {"mean": [1, 2]}, r"mean is \[1, 2\], neither one number nor three"),
-    ("TimmAutoAugment", {"prob": 1.5}, "prob is 1.5, not a probability"),
-    ("TimmAutoAugment", {"interpolation": "cubic"}, "there is no interpolation 'cubic', only nearest, bilinear"),
-    ("RandAugment", {"magnitude": 11}, "magnitude is 11 and num_layers 2, not a level of 0 to 10 and 1 or more"),
-    ("RandAugment", {"fillcolor": [128]}, r"fillcolor is \[128\], neither one number nor three"),
-    ("TrivialAugment", {"num_magnitude_bins": 1}, "num_magnitude_bins is 1"),
-    ("AugMix", {"aug_prob_coeff": 0}, "aug_prob_coeff is 0, .* not a number above 0, 1 or more"),
-    ("AugMix", {"mixture_width": 0}, "mixture_width 0 .* not a number above 0, 1 or more"),
-    ("AugMix", {"mixture_depth": 0}, "mixture_depth 0, .* 1 or more or -1 for 1 to 3 at random"),
-    ("AugMix", {"aug_severity": 0}, "aug_severity is 0, not a level from 1 to 10"),
-    ("AugMix", {"aug_severity": 11}, "aug_severity is 11, not a level from 1 to 10"),
-    ("AugMix", {"prob": 1.1}, "prob is 1.1, not a probability"),
-    ("Cutout", {"length": 0}, "n_holes is 1 and length 0, and both must be at least 1"),
-    ("RandomInterpolationAugment", {"prob": -1}, "prob is -1, not a probability"),
-    ("RandomApply", {"transforms": [{"ColorJiter": {}}]}, "transforms.0.ColorJiter: there is no transform"),
-    ("RandomApply", {"transforms": ["ToTensor"]}, "transforms.0: 'ToTensor' is not of the form"),
-    ("RandomApply", {"transforms": [{"Cutout": {}}], "p": 2}, "p is 2, not a probability"),
-])
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("TimmAutoAugment", {"config_str": "rand-m9-mstd0.5"}, "config_str 'rand-m9-mstd0.5': write inc1, "),
+        ("TimmAutoAugment", {"config_str": "rand-m12-inc1"}, "config_str 'rand-m12-inc1': .*a level m from 0 to 10"),
+        (
+            "TimmAutoAugment",
+            {"config_str": "rand-m9-w0-inc1"},
+            "'w0' has no meaning here after 'rand'; there is incNUMBER",
+        ),
+        ("TimmAutoAugment", {"config_str": "augmix-m3-mstd1"}, "'mstd1' has no meaning here after 'augmix'"),
+        ("TimmAutoAugment", {"config_str": "rand-inc1-m"}, "'m' has no meaning here after 'rand'"),
+        ("TimmAutoAugment", {"config_str": "v0-mstd0.5"}, "begins with 'v0'; there is augmix, original, rand"),
+        ("TimmAutoAugment", {"config_str": "augmix-m11"}, "severity must be between"),
+        ("TimmAutoAugment", {"mean": [1, 2]}, r"mean is \[1, 2\], neither one number nor three"),
+        ("TimmAutoAugment", {"prob": 1.5}, "prob is 1.5, not a probability"),
+        ("TimmAutoAugment", {"interpolation": "cubic"}, "there is no interpolation 'cubic', only nearest, bilinear"),
+        ("RandAugment", {"magnitude": 11}, "magnitude is 11 and num_layers 2, not a level of 0 to 10 and 1 or more"),
+        ("RandAugment", {"fillcolor": [128]}, r"fillcolor is \[128\], neither one number nor three"),
+        ("TrivialAugment", {"num_magnitude_bins": 1}, "num_magnitude_bins is 1"),
+        ("AugMix", {"aug_prob_coeff": 0}, "aug_prob_coeff is 0, .* not a number above 0, 1 or more"),
+        ("AugMix", {"mixture_width": 0}, "mixture_width 0 .* not a number above 0, 1 or more"),
+        ("AugMix", {"mixture_depth": 0}, "mixture_depth 0, .* 1 or more or -1 for 1 to 3 at random"),
+        ("AugMix", {"aug_severity": 0}, "aug_severity is 0, not a level from 1 to 10"),
+        ("AugMix", {"aug_severity": 11}, "aug_severity is 11, not a level from 1 to 10"),
+        ("AugMix", {"prob": 1.1}, "prob is 1.1, not a probability"),
+        ("Cutout", {"length": 0}, "n_holes is 1 and length 0, and both must be at least 1"),
+        ("RandomInterpolationAugment", {"prob": -1}, "prob is -1, not a probability"),
+        ("RandomApply", {"transforms": [{"ColorJiter": {}}]}, "transforms.0.ColorJiter: there is no transform"),
+        ("RandomApply", {"transforms": ["ToTensor"]}, "transforms.0: 'ToTensor' is not of the form"),
+        ("RandomApply", {"transforms": [{"Cutout": {}}], "p": 2}, "p is 2, not a probability"),
+    ],
+)
 def test_arguments_that_mean_nothing(name, arguments, message):
     with pytest.raises(ConfigError, match=f"{name}: .*{message}" if name != "RandomApply" else message):
         build(name, **arguments)
@@ -140,18 +154,23 @@ def test_arguments_that_mean_nothing(name, arguments, message):
 
 
 def pillow_ops(level: float, sign: int) -> dict:
-    "The nine ops on a Pillow image, by the original's strengths at a level of 0.1 to 10."
+    """The nine ops on a Pillow image, by the original's strengths at a level of 0.1 to 10."""
+
     def moved(*matrix):
         return lambda image: image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
 
     shear, share = sign * 0.03 * level, level / 30
-    return {"autocontrast": ImageOps.autocontrast, "equalize": ImageOps.equalize,
-            "posterize": lambda image: ImageOps.posterize(image, 4 - int(0.4 * level)),
-            "rotate": lambda image: image.rotate(sign * int(3 * level), Image.Resampling.BILINEAR),
-            "solarize": lambda image: ImageOps.solarize(image, 256 - int(25.6 * level)),
-            "shear_x": moved(1, shear, 0, 0, 1, 0), "shear_y": moved(1, 0, 0, shear, 1, 0),
-            "translate_x": lambda image: moved(1, 0, sign * int(share * image.width), 0, 1, 0)(image),
-            "translate_y": lambda image: moved(1, 0, 0, 0, 1, sign * int(share * image.height))(image)}
+    return {
+        "autocontrast": ImageOps.autocontrast,
+        "equalize": ImageOps.equalize,
+        "posterize": lambda image: ImageOps.posterize(image, 4 - int(0.4 * level)),
+        "rotate": lambda image: image.rotate(sign * int(3 * level), Image.Resampling.BILINEAR),
+        "solarize": lambda image: ImageOps.solarize(image, 256 - int(25.6 * level)),
+        "shear_x": moved(1, shear, 0, 0, 1, 0),
+        "shear_y": moved(1, 0, 0, shear, 1, 0),
+        "translate_x": lambda image: moved(1, 0, sign * int(share * image.width), 0, 1, 0)(image),
+        "translate_y": lambda image: moved(1, 0, 0, 0, 1, sign * int(share * image.height))(image),
+    }
 
 
 def by_pillow(image: torch.Tensor, name: str, level: float, sign: int) -> torch.Tensor:
@@ -164,7 +183,7 @@ def by_torch(image: torch.Tensor, name: str, level: float, sign: int) -> torch.T
 
 
 def in_plain_loops(op, image: torch.Tensor, weights: list, chains: list) -> np.ndarray:
-    "(3, H, W) float64, not rounded: every chain computed, op by op."
+    """(3, H, W) float64, not rounded: every chain computed, op by op."""
     mixed = (1 - sum(weights)) * image.double().numpy()
     for weight, chain in zip(weights, chains, strict=True):
         part = image
@@ -175,7 +194,7 @@ def in_plain_loops(op, image: torch.Tensor, weights: list, chains: list) -> np.n
 
 
 def grained(height: int = 40, width: int = 48) -> torch.Tensor:
-    "The photograph with grain, so that a pixel off by one is seen."
+    """The photograph with grain, so that a pixel off by one is seen."""
     noise = torch.randint(-30, 31, (3, height, width), generator=torch.Generator().manual_seed(0))
     return (photo(height, width).int() + noise).clamp(0, 255).to(torch.uint8)
 
@@ -193,14 +212,20 @@ def shares(coeff: float, width: int) -> tuple:
     return Beta(coeff, coeff), Dirichlet(torch.full((width,), coeff))
 
 
-@pytest.mark.parametrize(("coeff", "width", "depth", "severity"), [(0.1, 3, 1, 1), (1.0, 4, 1, 10), (0.3, 1, 1, 5),
-                                                                   (1.0, 3, -1, 3), (1.0, 2, 3, 1)])
+@pytest.mark.parametrize(
+    ("coeff", "width", "depth", "severity"),
+    [(0.1, 3, 1, 1), (1.0, 4, 1, 10), (0.3, 1, 1, 5), (1.0, 3, -1, 3), (1.0, 2, 3, 1)],
+)
 @pytest.mark.parametrize("last", [False, True])
 def test_augmix_agrees_with_plain_loops_from_the_same_draws(coeff, width, depth, severity, last):
     image = grained()
     image = image.permute(1, 2, 0).contiguous().permute(2, 0, 1) if last else image  # as decoders give it
-    op, skipped = build("AugMix", prob=1.0, aug_prob_coeff=coeff, mixture_width=width, mixture_depth=depth,
-                        aug_severity=severity).transforms[1].transforms[0], 0
+    op, skipped = (
+        build("AugMix", prob=1.0, aug_prob_coeff=coeff, mixture_width=width, mixture_depth=depth, aug_severity=severity)
+        .transforms[1]
+        .transforms[0],
+        0,
+    )
     for seed in range(40):
         torch.manual_seed(seed)
         result = op(image)
@@ -224,7 +249,7 @@ def test_weights_of_augmix_are_of_the_distributions(coeff, width):
     assert total.var() == pytest.approx(0.25 / (2 * coeff + 1), rel=0.1)  # Beta's
     share = (weights / total[:, None])[total > 1e-30]
     assert share.mean(0).tolist() == pytest.approx([1 / width] * width, abs=0.03)
-    variance = (width - 1) / width ** 2 / (width * coeff + 1)  # Dirichlet's
+    variance = (width - 1) / width**2 / (width * coeff + 1)  # Dirichlet's
     assert share.var(0).tolist() == pytest.approx([variance] * width, rel=0.15)
 
 
@@ -303,7 +328,7 @@ def test_a_list_applied_together():
 
 
 def batch(rows: int = 12) -> tuple[torch.Tensor, torch.Tensor]:
-    "Images of one value each, which is the row's own, and labels in pairs, as an identity sampler draws them."
+    """Images of one value each, which is the row's own, and labels in pairs, as an identity sampler draws them."""
     return torch.arange(1.0, rows + 1).view(-1, 1, 1, 1).expand(-1, 3, 10, 8).clone(), torch.arange(rows) // 2 % CLASSES
 
 
@@ -336,8 +361,13 @@ def test_mixup_is_a_convex_combination_of_two_rows_and_their_labels():
             others = [o for o in range(12) if labels[o] != labels[row]]
             weight = soft[row, labels[row]]
             value = [weight * images[row] + (1 - weight) * images[other] for other in others]
-            fits += [any(torch.allclose(mixed[row], v, atol=1e-4) and soft[row, labels[o]] > 0
-                         for v, o in zip(value, others, strict=True)) or bool(weight > 0.9999)]
+            fits += [
+                any(
+                    torch.allclose(mixed[row], v, atol=1e-4) and soft[row, labels[o]] > 0
+                    for v, o in zip(value, others, strict=True)
+                )
+                or bool(weight > 0.9999)
+            ]
             partners.append(bool(weight > 0.9999))
         assert all(fits)
     assert np.mean(partners) < 0.25  # with the row before, half of the partners would share the label
@@ -372,8 +402,11 @@ def test_one_of_several_by_their_probabilities():
         plain, flat = torch.equal(mixed, images), all(len(row.unique()) == 1 for row in mixed)
         kinds["neither" if plain else "mixed" if flat else "cut"] += 1
         assert not plain or torch.equal(soft, torch.nn.functional.one_hot(labels, CLASSES).float())
-    assert kinds == {"mixed": pytest.approx(150, abs=30), "cut": pytest.approx(60, abs=25),
-                     "neither": pytest.approx(90, abs=30)}
+    assert kinds == {
+        "mixed": pytest.approx(150, abs=30),
+        "cut": pytest.approx(60, abs=25),
+        "neither": pytest.approx(90, abs=30),
+    }
 
 
 def test_a_batch_of_one_and_no_list():
@@ -386,21 +419,27 @@ def test_a_batch_of_one_and_no_list():
     assert mix(*default_collate([(i, int(y)) for i, y in zip(*batch(), strict=True)]))[1].shape == (12, CLASSES)
 
 
-@pytest.mark.parametrize(("ops", "message"), [
-    ([{"MixupOperator": {}}, {"CutmixOperator": {}}], ": lists MixupOperator and CutmixOperator, .* one OpSampler"),
-    ([{"MixupOperator": {"alpha": 0}}], r"\.0\.MixupOperator: alpha is 0, and must be above 0"),
-    ([{"MixupOperator": {"class_num": 5}}], r"\.MixupOperator\.class_num is 5, but the number of training .* is 7"),
-    ([{"MixupOperator": {"beta": 1}}], r"\.MixupOperator\.beta: MixupOperator has no such argument"),
-    ([{"FmixOperator": {}}], "there is no batch transform 'FmixOperator'; did you mean "),
-    ([{"OpSampler": {}}], r"\.OpSampler: the probabilities are \[\], and OpSampler needs at least one"),
-    ([{"OpSampler": {"MixupOperator": {}}}], r"\.OpSampler: MixupOperator\.prob is None, not the probability"),
-    ([{"OpSampler": {"MixupOperator": {"prob": 0.7}, "CutmixOperator": {"prob": 0.4}}}], "of 1 together at most"),
-    ([{"OpSampler": {"CutmixOperator": {"prob": 0.4, "alpha": -1}}}], r"CutmixOperator: alpha is -1, and must be"),
-    ([{"OpSampler": {"CutmixOperator": {"prob": 0.4, "class_num": 3}}}], r"CutmixOperator\.class_num is 3, but"),
-    ([{"OpSampler": {"FmixOperator": {"prob": 0.4}}}], r"\.OpSampler\.FmixOperator: OpSampler has no such argument"),
-    ([{"OpSampler": {"MixupOperator": 0.5}}], r"\.OpSampler\.MixupOperator: 0\.5 is a float"),
-    (["MixupOperator"], "'MixupOperator' is not of the form"),
-])
+@pytest.mark.parametrize(
+    ("ops", "message"),
+    [
+        ([{"MixupOperator": {}}, {"CutmixOperator": {}}], ": lists MixupOperator and CutmixOperator, .* one OpSampler"),
+        ([{"MixupOperator": {"alpha": 0}}], r"\.0\.MixupOperator: alpha is 0, and must be above 0"),
+        ([{"MixupOperator": {"class_num": 5}}], r"\.MixupOperator\.class_num is 5, but the number of training .* is 7"),
+        ([{"MixupOperator": {"beta": 1}}], r"\.MixupOperator\.beta: MixupOperator has no such argument"),
+        ([{"FmixOperator": {}}], "there is no batch transform 'FmixOperator'; did you mean "),
+        ([{"OpSampler": {}}], r"\.OpSampler: the probabilities are \[\], and OpSampler needs at least one"),
+        ([{"OpSampler": {"MixupOperator": {}}}], r"\.OpSampler: MixupOperator\.prob is None, not the probability"),
+        ([{"OpSampler": {"MixupOperator": {"prob": 0.7}, "CutmixOperator": {"prob": 0.4}}}], "of 1 together at most"),
+        ([{"OpSampler": {"CutmixOperator": {"prob": 0.4, "alpha": -1}}}], r"CutmixOperator: alpha is -1, and must be"),
+        ([{"OpSampler": {"CutmixOperator": {"prob": 0.4, "class_num": 3}}}], r"CutmixOperator\.class_num is 3, but"),
+        (
+            [{"OpSampler": {"FmixOperator": {"prob": 0.4}}}],
+            r"\.OpSampler\.FmixOperator: OpSampler has no such argument",
+        ),
+        ([{"OpSampler": {"MixupOperator": 0.5}}], r"\.OpSampler\.MixupOperator: 0\.5 is a float"),
+        (["MixupOperator"], "'MixupOperator' is not of the form"),
+    ],
+)
 def test_batch_transforms_that_mean_nothing(ops, message):
     with pytest.raises(ConfigError, match=rf"^DataLoader\.Train\.dataset\.batch_transform_ops.*{message}"):
         mixing(*ops)
@@ -409,4 +448,5 @@ def test_batch_transforms_that_mean_nothing(ops, message):
 def test_the_place_of_batch_transforms_in_a_file():
     cfg = {"DataLoader": {"Train": {"dataset": {"batch_transform_ops": [{"MixupOperator": {"alpha": 0.2}}]}}}}
     assert [where for where, _, registry in named_sections(cfg) if registry is BATCH_TRANSFORMS] == [
-        "DataLoader.Train.dataset.batch_transform_ops.0.MixupOperator"]
+        "DataLoader.Train.dataset.batch_transform_ops.0.MixupOperator"
+    ]

@@ -1,4 +1,5 @@
 """Lists and folders become tables with the right labels, pictures of any kind become RGB, and no mistake passes."""
+
 import csv
 import re
 
@@ -57,10 +58,16 @@ def test_a_list_with_cameras(tmp_path):
     assert images.cameras.tolist() == [0, 2]
 
 
-@pytest.mark.parametrize(("text", "arguments"), [("my cat 1.jpg 4\n", {}), ("my cat 1.jpg\t4\n", {"delimiter": "\t"}),
-                                                 ("my cat 1.jpg 4\n", {"delimiter": None}),
-                                                 ("my cat 1.jpg,4\n", {"delimiter": ","}),
-                                                 ("my cat 1.jpg, 4\n", {"delimiter": ","})])
+@pytest.mark.parametrize(
+    ("text", "arguments"),
+    [
+        ("my cat 1.jpg 4\n", {}),
+        ("my cat 1.jpg\t4\n", {"delimiter": "\t"}),
+        ("my cat 1.jpg 4\n", {"delimiter": None}),
+        ("my cat 1.jpg,4\n", {"delimiter": ","}),
+        ("my cat 1.jpg, 4\n", {"delimiter": ","}),
+    ],
+)
 def test_paths_with_spaces(tmp_path, text, arguments):
     images = ImageNetDataset("/images", str(listed(tmp_path, text)), **arguments)
     assert (images.paths, images.labels.tolist()) == (["/images/my cat 1.jpg"], [4])
@@ -89,19 +96,22 @@ def test_absolute_paths_stay_where_they_are_allowed(tmp_path):
     assert VeriWild("/images", path, allow_outside=True).paths == ["/elsewhere/1.jpg"]
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("", ": the list is empty"),
-    ("\n  \n", ": the list is empty"),
-    ("a.jpg 1\nb.jpg\n", " line 2: 1 columns, not 2 as on the lines before"),
-    ("a.jpg 1 2 3\n", " line 1: 4 columns, not 2 or 3 "),
-    ("a.jpg 1 0\n\nb.jpg 1\n", " line 3: 2 columns, not 3 as on the lines before"),
-    ("a.jpg 1\nb.jpg one\n", " line 2: 'one' is not a label; labels and cameras are whole numbers from 0"),
-    ("a.jpg 1.5\n", " line 1: '1.5' is not a label"),
-    ("a.jpg -1\n", " line 1: '-1' is not a label"),
-    ("a.jpg 99999999999999999999\n", " line 1: '99999999999999999999' is not a label"),
-    ("a.jpg 1 left\n", " line 1: 'left' is not a label; labels and cameras are whole numbers"),
-    ("a.jpg 1\n车.jpg 2\n".encode("gbk"), " line 2: is not UTF-8 text"),
-])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", ": the list is empty"),
+        ("\n  \n", ": the list is empty"),
+        ("a.jpg 1\nb.jpg\n", " line 2: 1 columns, not 2 as on the lines before"),
+        ("a.jpg 1 2 3\n", " line 1: 4 columns, not 2 or 3 "),
+        ("a.jpg 1 0\n\nb.jpg 1\n", " line 3: 2 columns, not 3 as on the lines before"),
+        ("a.jpg 1\nb.jpg one\n", " line 2: 'one' is not a label; labels and cameras are whole numbers from 0"),
+        ("a.jpg 1.5\n", " line 1: '1.5' is not a label"),
+        ("a.jpg -1\n", " line 1: '-1' is not a label"),
+        ("a.jpg 99999999999999999999\n", " line 1: '99999999999999999999' is not a label"),
+        ("a.jpg 1 left\n", " line 1: 'left' is not a label; labels and cameras are whole numbers"),
+        ("a.jpg 1\n车.jpg 2\n".encode("gbk"), " line 2: is not UTF-8 text"),
+    ],
+)
 def test_lists_that_cannot_be_meant(tmp_path, text, message):
     path = listed(tmp_path, text)
     with pytest.raises(DataError, match=f"^{re.escape(str(path) + message)}"):
@@ -136,7 +146,11 @@ def test_one_folder_per_identity(tmp_path):
     (tmp_path / "loose.txt").write_text("no identity")
     images = ImageFolder(str(tmp_path))
     assert sorted(zip((p.removeprefix(f"{tmp_path}/") for p in images.paths), images.labels, strict=True)) == [
-        ("cat/1.jpg", "cat"), ("cat/more/2.PNG", "cat"), ("dog/4.webp", "dog"), ("Ångström/3.jpeg", "Ångström")]
+        ("cat/1.jpg", "cat"),
+        ("cat/more/2.PNG", "cat"),
+        ("dog/4.webp", "dog"),
+        ("Ångström/3.jpeg", "Ångström"),
+    ]
 
 
 @pytest.mark.parametrize("files", [[], ["1.jpg"]])
@@ -149,15 +163,18 @@ def test_a_root_without_identities(tmp_path, files):
 
 @pytest.fixture
 def folders(config_file, tmp_path):
-    "A configuration over folders in which query, gallery and training images share some identities only."
+    """A configuration over folders in which query, gallery and training images share some identities only."""
     sets = {"Train": "abc", "Eval.Query": "bd", "Eval.Gallery": "abcd"}
     changes = {"Global.class_num": None}
     for part, identities in sets.items():
         for identity in identities:
             for n in range(3):
                 picture(tmp_path / part / identity / f"{n}.png")
-        changes[f"DataLoader.{part}.dataset"] = {"name": "ImageFolder", "image_root": str(tmp_path / part),
-                                                 "transform_ops": [{"ResizeImage": {"size": 32}}]}
+        changes[f"DataLoader.{part}.dataset"] = {
+            "name": "ImageFolder",
+            "image_root": str(tmp_path / part),
+            "transform_ops": [{"ResizeImage": {"size": 32}}],
+        }
     changes["DataLoader.Train.sampler.batch_size"] = 6
     return load_config(config_file(changes))
 
@@ -186,13 +203,16 @@ def test_loaders_over_folders(folders):
 # --- Labels -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("class_num", "relabel", "labels", "names"), [
-    (None, None, [1, 0, 0, 2], [3, 7, 40]),
-    (50, None, [7, 3, 3, 40], range(41)),
-    (41, None, [7, 3, 3, 40], range(41)),
-    (3, True, [1, 0, 0, 2], [3, 7, 40]),
-    (None, False, [7, 3, 3, 40], range(41)),
-])
+@pytest.mark.parametrize(
+    ("class_num", "relabel", "labels", "names"),
+    [
+        (None, None, [1, 0, 0, 2], [3, 7, 40]),
+        (50, None, [7, 3, 3, 40], range(41)),
+        (41, None, [7, 3, 3, 40], range(41)),
+        (3, True, [1, 0, 0, 2], [3, 7, 40]),
+        (None, False, [7, 3, 3, 40], range(41)),
+    ],
+)
 def test_how_sparse_labels_are_numbered(config_file, tmp_path, class_num, relabel, labels, names):
     path = listed(tmp_path, "a.jpg 7\nb.jpg 3\nc.jpg 3\nd.jpg 40\n")
     changes = {f"{TRAIN}.cls_label_path": str(path), f"{TRAIN}.relabel": relabel, "Global.class_num": class_num}
@@ -203,8 +223,10 @@ def test_how_sparse_labels_are_numbered(config_file, tmp_path, class_num, relabe
 
 def test_the_labels_of_identities_are_saved(config_file, tmp_path):
     path = listed(tmp_path, "a.jpg 7\nb.jpg 3\nc.jpg 3\nd.jpg 40\n")
-    save_label_map(training_images(load_config(config_file({f"{TRAIN}.cls_label_path": str(path)}))),
-                   tmp_path / "run" / "labels.csv")
+    save_label_map(
+        training_images(load_config(config_file({f"{TRAIN}.cls_label_path": str(path)}))),
+        tmp_path / "run" / "labels.csv",
+    )
     assert (tmp_path / "run" / "labels.csv").read_text() == "label,name\n0,3\n1,7\n2,40\n"
     assert [file.name for file in (tmp_path / "run").iterdir()] == ["labels.csv"]
 
@@ -220,8 +242,10 @@ def test_names_of_any_kind_are_saved(tmp_path):
 def test_a_label_out_of_range(config_file, tmp_path, label, class_num, relabel):
     path = listed(tmp_path, f"a.jpg 7\nb.jpg 3\nd.jpg {label}\n")
     changes = {f"{TRAIN}.cls_label_path": str(path), f"{TRAIN}.relabel": relabel, "Global.class_num": class_num}
-    message = (rf"^{path} line 3: label \d+ is out of range: Global.class_num is {class_num}, the list has 3 "
-               f"identities up to {label}; correct Global.class_num or leave it out$")
+    message = (
+        rf"^{path} line 3: label \d+ is out of range: Global.class_num is {class_num}, the list has 3 "
+        f"identities up to {label}; correct Global.class_num or leave it out$"
+    )
     with pytest.raises(DataError, match=message):
         training_images(load_config(config_file(changes)))
 
@@ -238,7 +262,8 @@ def test_every_missing_or_unreadable_image_is_found_at_the_start(tmp_path):
     assert str(error.value) == (
         "2 of 3 images cannot be used; mend them, take them out of their lists, or leave them out with "
         f"Global.on_bad_image: drop\n{path} line 2: the image {tmp_path / 'absent.jpg'} is not there\n"
-        f"{path} line 3: the image {tmp_path / 'text.jpg'} is empty or of no known image format")
+        f"{path} line 3: the image {tmp_path / 'text.jpg'} is empty or of no known image format"
+    )
 
 
 @pytest.mark.parametrize("part", ["Train", "Eval.Query", "Eval.Gallery"])
@@ -320,8 +345,9 @@ def test_a_photograph_of_two_identities_does_not_count_against_either():
 
 def evaluated(config_file, tmp_path, query: str, gallery: str) -> dict:
     lists = {"Query": listed(tmp_path, query, "query.txt"), "Gallery": listed(tmp_path, gallery, "gallery.txt")}
-    return load_config(config_file({f"DataLoader.Eval.{part}.dataset.cls_label_path": str(path)
-                                    for part, path in lists.items()}))
+    return load_config(
+        config_file({f"DataLoader.Eval.{part}.dataset.cls_label_path": str(path) for part, path in lists.items()})
+    )
 
 
 def test_evaluation_lists_are_labelled_alike(config_file, tmp_path):
@@ -330,8 +356,10 @@ def test_evaluation_lists_are_labelled_alike(config_file, tmp_path):
     assert query.names.tolist() == gallery.names.tolist() == [7, 90]
 
 
-@pytest.mark.parametrize(("query", "gallery"), [("a.jpg 1\n", "b.jpg 2\n"), ("a.jpg 1\n", "a.jpg 1\nb.jpg 2\n"),
-                                                ("a.jpg 1 0\n", "b.jpg 1 0\nc.jpg 2 1\n")])
+@pytest.mark.parametrize(
+    ("query", "gallery"),
+    [("a.jpg 1\n", "b.jpg 2\n"), ("a.jpg 1\n", "a.jpg 1\nb.jpg 2\n"), ("a.jpg 1 0\n", "b.jpg 1 0\nc.jpg 2 1\n")],
+)
 def test_queries_that_can_find_nothing(config_file, tmp_path, query, gallery):
     message = rf"query\.txt: no query has an image of its identity in {tmp_path}/gallery\.txt"
     with pytest.raises(DataError, match=message):
@@ -375,7 +403,9 @@ def test_training_images_may_have_another_size_than_evaluation_images(config_fil
 def test_fewer_identities_than_a_batch_needs(config_file, drawn, tmp_path):
     lines = (drawn / "train.txt").read_text().splitlines()[:18]
     cfg = load_config(config_file({f"{TRAIN}.cls_label_path": str(listed(tmp_path, "\n".join(lines)))}))
-    message = ("DataLoader.Train.sampler: a batch of 8 needs 4 identities (sample_per_id 2), the training list has 3; "
-               "lower batch_size or raise sample_per_id")
+    message = (
+        "DataLoader.Train.sampler: a batch of 8 needs 4 identities (sample_per_id 2), the training list has 3; "
+        "lower batch_size or raise sample_per_id"
+    )
     with pytest.raises(ConfigError, match=re.escape(message)):
         build_loaders(cfg)

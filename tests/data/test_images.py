@@ -1,5 +1,6 @@
 """Every kind of image is decoded as Pillow's own conversion has it, or is named before training; what is left out stays
 written down."""
+
 import csv
 import io
 import os
@@ -23,21 +24,22 @@ ORIENTATION = 0x0112
 
 
 def colours(height: int = 24, width: int = 32) -> Image.Image:
-    "A picture whose every part differs from the others, smooth enough to survive JPEG."
+    """A picture whose every part differs from the others, smooth enough to survive JPEG."""
     y, x = np.mgrid[:height, :width]
-    return Image.fromarray(np.stack([x * 255 // width, y * 255 // height, (x + y) * 255 // (width + height)], 2)
-                           .astype(np.uint8))
+    return Image.fromarray(
+        np.stack([x * 255 // width, y * 255 // height, (x + y) * 255 // (width + height)], 2).astype(np.uint8)
+    )
 
 
 def clear_to_the_left(size=(32, 24)) -> Image.Image:
-    "An alpha channel: clear, half clear, opaque."
+    """An alpha channel: clear, half clear, opaque."""
     alpha = np.full(size[::-1], 255, np.uint8)
     alpha[:, :10], alpha[:, 10:20] = 0, 128
     return Image.fromarray(alpha)
 
 
 def pixels(path) -> np.ndarray:
-    "(H, W, 3) of the image as training has it; as the gallery and as the check before training have it too."
+    """(H, W, 3) of the image as training has it; as the gallery and as the check before training have it too."""
     assert faults([str(path)]) == {}
     image = ImageList([str(path)], np.zeros(1, int)).image(0).permute(1, 2, 0).numpy()
     assert np.array_equal(image, np.asarray(read_picture(path, 4096)))
@@ -50,24 +52,41 @@ def saved(image: Image.Image, path: Path, **options) -> Path:
 
 
 def png(width: int, height: int, depth: int, kind: int, rows: bytes, *chunks: tuple[bytes, bytes]) -> bytes:
-    "A PNG file made by hand: what Pillow does not write."
+    """A PNG file made by hand: what Pillow does not write."""
+
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
     step = len(rows) // height
     lines = b"".join(b"\0" + rows[i : i + step] for i in range(0, len(rows), step))
     head = struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in (
-        (b"IHDR", head), *chunks, (b"IDAT", zlib.compress(lines)), (b"IEND", b"")))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        chunk(*part) for part in ((b"IHDR", head), *chunks, (b"IDAT", zlib.compress(lines)), (b"IEND", b""))
+    )
 
 
 # --- Decoded right ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "mode", "options"), [
-    ("a.jpg", "RGB", {}), ("a.jpg", "RGB", {"progressive": True}), ("a.jpg", "L", {}), ("a.jpg", "CMYK", {}),
-    ("a.tif", "CMYK", {}), ("a.png", "1", {}), ("a.png", "L", {}), ("a.png", "P", {}), ("a.bmp", "RGB", {}),
-    ("a.gif", "P", {}), ("a.webp", "RGB", {}), ("a.tif", "YCbCr", {}), ("a.ppm", "RGB", {}), ("a.tga", "RGB", {})])
+@pytest.mark.parametrize(
+    ("name", "mode", "options"),
+    [
+        ("a.jpg", "RGB", {}),
+        ("a.jpg", "RGB", {"progressive": True}),
+        ("a.jpg", "L", {}),
+        ("a.jpg", "CMYK", {}),
+        ("a.tif", "CMYK", {}),
+        ("a.png", "1", {}),
+        ("a.png", "L", {}),
+        ("a.png", "P", {}),
+        ("a.bmp", "RGB", {}),
+        ("a.gif", "P", {}),
+        ("a.webp", "RGB", {}),
+        ("a.tif", "YCbCr", {}),
+        ("a.ppm", "RGB", {}),
+        ("a.tga", "RGB", {}),
+    ],
+)
 def test_kinds_without_alpha(tmp_path, name, mode, options):
     path = saved(colours().convert(mode), tmp_path / name, **options)
     with Image.open(path) as image:
@@ -180,9 +199,20 @@ def noise(size: int = 64) -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8))
 
 
-@pytest.mark.parametrize(("name", "options"), [
-    ("a.jpg", {}), ("a.jpg", {"progressive": True}), ("a.png", {}), ("a.gif", {}), ("a.webp", {}), ("a.bmp", {}),
-    ("a.tif", {}), ("a.ppm", {}), ("a.jp2", {})])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("a.jpg", {}),
+        ("a.jpg", {"progressive": True}),
+        ("a.png", {}),
+        ("a.gif", {}),
+        ("a.webp", {}),
+        ("a.bmp", {}),
+        ("a.tif", {}),
+        ("a.ppm", {}),
+        ("a.jp2", {}),
+    ],
+)
 def test_truncated_files(tmp_path, name, options):
     whole = saved(noise(), tmp_path / name, **options).read_bytes()
     for length in (1, 20, len(whole) // 2, len(whole) * 9 // 10):
@@ -210,7 +240,7 @@ def bomb(path: Path) -> Path:
 
 @pytest.fixture
 def faulty(tmp_path) -> dict[str, str]:
-    "Faulty files below tmp_path, each with how its reason begins."
+    """Faulty files below tmp_path, each with how its reason begins."""
     (tmp_path / "empty.jpg").touch()
     (tmp_path / "folder.jpg").mkdir()
     (tmp_path / "text.png").write_text("no image")
@@ -220,14 +250,19 @@ def faulty(tmp_path) -> dict[str, str]:
     (tmp_path / "key.png").write_bytes(png(2, 1, 16, 0, b"\1\2\3\4", (b"tRNS", b"\1\2")))
     (tmp_path / "loop.jpg").symlink_to("loop.jpg")
     (tmp_path / "half.jpg").write_bytes(saved(noise(), tmp_path / "whole.jpg").read_bytes()[:2000])
-    return {"empty.jpg": "is empty or of no known image format", "folder.jpg": "is a folder or a device, no file",
-            "text.png": "is empty or of no known image format", "pipe.png": "is a folder or a device, no file",
-            "bomb.png": "has more pixels than is safe to decode: Image size (400000000 pixels) exceeds limit of "
-                        "178956970 pixels",
-            "depth.tif": "cannot be decoded: its pixels are of kind F, which have no known range",
-            "key.png": "cannot be decoded: one colour of 16 bits stands for transparent",
-            "loop.jpg": "cannot be decoded: Too many levels of symbolic links", "absent.jpg": "is not there",
-            "half.jpg": "cannot be decoded: image file is truncated"}
+    return {
+        "empty.jpg": "is empty or of no known image format",
+        "folder.jpg": "is a folder or a device, no file",
+        "text.png": "is empty or of no known image format",
+        "pipe.png": "is a folder or a device, no file",
+        "bomb.png": "has more pixels than is safe to decode: Image size (400000000 pixels) exceeds limit of "
+        "178956970 pixels",
+        "depth.tif": "cannot be decoded: its pixels are of kind F, which have no known range",
+        "key.png": "cannot be decoded: one colour of 16 bits stands for transparent",
+        "loop.jpg": "cannot be decoded: Too many levels of symbolic links",
+        "absent.jpg": "is not there",
+        "half.jpg": "cannot be decoded: image file is truncated",
+    }
 
 
 def test_one_report_names_every_faulty_image_with_its_reason(tmp_path, faulty):
@@ -237,8 +272,10 @@ def test_one_report_names_every_faulty_image_with_its_reason(tmp_path, faulty):
     with pytest.raises(DataError) as error:
         check_images(table)
     head, *lines = str(error.value).splitlines()
-    assert head == ("10 of 11 images cannot be used; mend them, take them out of their lists, or leave them out with "
-                    "Global.on_bad_image: drop")
+    assert head == (
+        "10 of 11 images cannot be used; mend them, take them out of their lists, or leave them out with "
+        "Global.on_bad_image: drop"
+    )
     for number, (line, name) in enumerate(zip(lines, faulty, strict=True), 2):
         assert line.startswith(f"{tmp_path}/list.txt line {number}: the image {tmp_path}/{name} {faulty[name]}")
     assert "raise PIL.Image.MAX_IMAGE_PIXELS where you trust it" in lines[4]
@@ -315,17 +352,22 @@ def test_an_image_that_fails_only_in_training_is_named(config_file, drawn, tmp_p
 
 @pytest.fixture
 def some_bad(config_file, drawn, tmp_path):
-    "A configuration in whose lists one identity has no image that can be used, and others lack one each."
+    """A configuration in whose lists one identity has no image that can be used, and others lack one each."""
     (tmp_path / "bad.jpg").write_bytes(b"")
     changes = {"Global.on_bad_image": "drop"}
-    for part, name, rows in (("Train", "train", range(7)), ("Eval.Query", "query", [2]),
-                             ("Eval.Gallery", "gallery", [3])):
+    for part, name, rows in (
+        ("Train", "train", range(7)),
+        ("Eval.Query", "query", [2]),
+        ("Eval.Gallery", "gallery", [3]),
+    ):
         lines = (drawn / f"{name}.txt").read_text().splitlines()
         for row in rows:
             lines[row] = f"{tmp_path / 'bad.jpg'} {lines[row].split(' ', 1)[1]}"
         (tmp_path / f"{name}.txt").write_text("\n".join(lines))
-        changes |= {f"DataLoader.{part}.dataset.cls_label_path": str(tmp_path / f"{name}.txt"),
-                    f"DataLoader.{part}.dataset.allow_outside": True}
+        changes |= {
+            f"DataLoader.{part}.dataset.cls_label_path": str(tmp_path / f"{name}.txt"),
+            f"DataLoader.{part}.dataset.allow_outside": True,
+        }
     return config_file(changes)
 
 
@@ -354,8 +396,10 @@ def test_stop_is_the_default_and_reports_all_lists_at_once(some_bad):
     cfg = load_config(some_bad, {"Global.on_bad_image": "stop"})
     with pytest.raises(DataError, match=r"^9 of \d+ images cannot be used; ") as error:
         build_loaders(cfg)
-    assert all(f"{place}: the image" in str(error.value) for place in (
-        "train.txt line 1", "train.txt line 7", "query.txt line 3", "gallery.txt line 4"))
+    assert all(
+        f"{place}: the image" in str(error.value)
+        for place in ("train.txt line 1", "train.txt line 7", "query.txt line 3", "gallery.txt line 4")
+    )
     lines = some_bad.read_text().splitlines()
     some_bad.write_text("\n".join(line for line in lines if "on_bad_image" not in line))
     with pytest.raises(DataError, match=r"^9 of \d+ images"):
@@ -370,9 +414,12 @@ def test_nothing_to_train_on_or_to_find_once_bad_images_are_dropped(some_bad, dr
     lines = (drawn / "query.txt").read_text().splitlines()
     own = lines[0].split()[1]
     (tmp_path / "query.txt").write_text(lines[0])
-    (tmp_path / "gallery.txt").write_text("\n".join(
-        f"{tmp_path / 'bad.jpg'} {line.split(' ', 1)[1]}" if line.split()[1] == own else line
-        for line in (drawn / "gallery.txt").read_text().splitlines()))
+    (tmp_path / "gallery.txt").write_text(
+        "\n".join(
+            f"{tmp_path / 'bad.jpg'} {line.split(' ', 1)[1]}" if line.split()[1] == own else line
+            for line in (drawn / "gallery.txt").read_text().splitlines()
+        )
+    )
     with pytest.raises(DataError, match="no query has an image of its identity"):
         build_loaders(load_config(some_bad))
 

@@ -1,4 +1,5 @@
 """Data sets are read as they are distributed: identities, cameras and boxes from names and files beside the images."""
+
 import pickle
 import re
 import zipfile
@@ -48,11 +49,21 @@ def names_of(images) -> list[str]:
 
 @pytest.fixture
 def market(tmp_path):
-    folders = {"bounding_box_train": ["0007_c3s1_000451_03.jpg", "0002_c1s1_000451_03.jpg", "0002_c6s2_000801_01.jpg",
-                                      "Thumbs.db"],
-               "query": ["0001_c1s1_001051_00.jpg"],
-               "bounding_box_test": ["-1_c1s1_000401_03.jpg", "0000_c2s1_000151_01.jpg", "0001_c1s1_002301_02.jpg",
-                                     "0001_c4s6_001501_02.jpg"]}
+    folders = {
+        "bounding_box_train": [
+            "0007_c3s1_000451_03.jpg",
+            "0002_c1s1_000451_03.jpg",
+            "0002_c6s2_000801_01.jpg",
+            "Thumbs.db",
+        ],
+        "query": ["0001_c1s1_001051_00.jpg"],
+        "bounding_box_test": [
+            "-1_c1s1_000401_03.jpg",
+            "0000_c2s1_000151_01.jpg",
+            "0001_c1s1_002301_02.jpg",
+            "0001_c4s6_001501_02.jpg",
+        ],
+    }
     for folder, names in folders.items():
         for name in names:
             if name.endswith(".jpg"):
@@ -71,8 +82,11 @@ def test_persons_and_cameras_are_parsed_from_names(market):
 
 def test_junk_is_left_out_and_distractors_stay(market):
     gallery, query = (Market1501(str(market), part) for part in ("bounding_box_test", "query"))
-    assert list(zip(gallery.labels.tolist(), gallery.cameras.tolist(), strict=True)) == [("0000", 2), ("0001", 1),
-                                                                                         ("0001", 4)]
+    assert list(zip(gallery.labels.tolist(), gallery.cameras.tolist(), strict=True)) == [
+        ("0000", 2),
+        ("0001", 1),
+        ("0001", 4),
+    ]
     assert positives(query, gallery).tolist() == [1]
 
 
@@ -82,8 +96,13 @@ def test_where_the_folders_may_be(market, root):
 
 
 def test_folders_that_are_nowhere_or_twice(market):
-    with pytest.raises(DataError, match=re.escape(f"cls_label_path: there is neither {market}/train nor "
-                                                  f"{market}/{MARKET.name}/train; image_root is {MARKET.name}, or a")):
+    with pytest.raises(
+        DataError,
+        match=re.escape(
+            f"cls_label_path: there is neither {market}/train nor "
+            f"{market}/{MARKET.name}/train; image_root is {MARKET.name}, or a"
+        ),
+    ):
         Market1501(str(market), "train")
     picture(market / "copy" / MARKET.name / "query" / "0001_c1s1_001051_00.jpg")
     with pytest.raises(DataError, match=r"cls_label_path: there is both .*copy/.*/query and .*market1501/.*/query; "):
@@ -114,8 +133,9 @@ MSMT = {"train": "0000/0000_000_01_0303morning_0008_0.jpg", "test": "0003/0003_0
 
 
 @pytest.mark.parametrize(("prefix", "suffix"), [("", ""), ("mask_", "_v2")])
-@pytest.mark.parametrize(("name", "part"), [("list_train", "train"), ("list_val", "train"), ("list_query", "test"),
-                                            ("list_gallery", "test")])
+@pytest.mark.parametrize(
+    ("name", "part"), [("list_train", "train"), ("list_val", "train"), ("list_query", "test"), ("list_gallery", "test")]
+)
 def test_lists_of_msmt(tmp_path, name, part, prefix, suffix):
     file = picture(tmp_path / f"{prefix}{part}{suffix}" / MSMT[part])
     (tmp_path / f"{name}.txt").write_text(f"{MSMT[part]} {int(MSMT[part][:4])}\n")
@@ -147,8 +167,11 @@ def cars(tmp_path):
         (tmp_path / "label" / "78").mkdir(parents=True, exist_ok=True)
         (tmp_path / "label" / f"78/{number}.txt").write_text(f"4\n1\n{box}\n")
     (tmp_path / "train.txt").write_text("78/0.png 3\n78/1.png 0\n78/2.png 0\n")
-    return {"image_root": str(tmp_path / "image"), "cls_label_path": str(tmp_path / "train.txt"),
-            "label_root": str(tmp_path / "label")}
+    return {
+        "image_root": str(tmp_path / "image"),
+        "cls_label_path": str(tmp_path / "train.txt"),
+        "label_root": str(tmp_path / "label"),
+    }
 
 
 def test_cars_are_cropped_to_their_boxes(cars):
@@ -185,8 +208,9 @@ def test_a_box_that_is_not_in_its_image(cars, tmp_path, box):
         images.image(1)
 
 
-@pytest.mark.parametrize("text", ["4\n1\n5 6 35\n", "4\n1\n", "4\n1\n5 6 35 b\n", "4\n1\n5 6 -35 8\n",
-                                  "4\n1\n\n5 6 35 8"])
+@pytest.mark.parametrize(
+    "text", ["4\n1\n5 6 35\n", "4\n1\n", "4\n1\n5 6 35 b\n", "4\n1\n5 6 -35 8\n", "4\n1\n\n5 6 35 8"]
+)
 def test_a_box_file_without_a_box(cars, tmp_path, text):
     (tmp_path / "label" / "78/1.txt").write_text(text)
     with pytest.raises(DataError, match=rf"^{tmp_path}/label/78/1\.txt line 3: '.*' is not a box; it is four whole"):
@@ -224,11 +248,15 @@ def test_labels_of_logos_count_from_one(tmp_path):
     assert images.place(1) == f"{tmp_path}/logos.txt line 4"
 
 
-@pytest.mark.parametrize(("rows", "message"), [
-    (["1\t0\t5\ta.jpg"], " line 2: the label is 0, and labels of this table count from 1"),
-    (["1\tx\t5\ta.jpg"], " line 2: 'x' is not a label"), ([], ": the list is empty"),
-    (["1\t2\t5\ta.jpg", "1 2 5 a.jpg"], " line 3: 1 columns between tabs, not 4 "),
-])
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (["1\t0\t5\ta.jpg"], " line 2: the label is 0, and labels of this table count from 1"),
+        (["1\tx\t5\ta.jpg"], " line 2: 'x' is not a label"),
+        ([], ": the list is empty"),
+        (["1\t2\t5\ta.jpg", "1 2 5 a.jpg"], " line 3: 1 columns between tabs, not 4 "),
+    ],
+)
 def test_tables_of_logos_that_cannot_be_meant(tmp_path, rows, message):
     with pytest.raises(DataError, match=f"^{tmp_path}/logos.txt{re.escape(message)}"):
         logos(tmp_path, *rows)
@@ -239,7 +267,7 @@ def test_tables_of_logos_that_cannot_be_meant(tmp_path, rows, message):
 
 @pytest.fixture
 def cifar(tmp_path, monkeypatch):
-    "CIFAR-10 of 4 images a file and CIFAR-100 of 6, as their archives are unpacked."
+    """CIFAR-10 of 4 images a file and CIFAR-100 of 6, as their archives are unpacked."""
     monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda *_: True)
     rng, folder = np.random.default_rng(0), tmp_path / "cifar-10-batches-py"
     folder.mkdir()
@@ -311,8 +339,10 @@ def test_files_that_a_set_keeps_stay_where_they_are(tmp_path):
     folder = aircraft(tmp_path)
     train, test = (Torchvision(str(tmp_path), "FGVCAircraft", part) for part in ("train", "test"))
     found = [list(zip(names_of(images), images.labels.tolist(), strict=True)) for images in (train, test)]
-    assert found == [[("02.jpg", "Boeing 707"), ("03.jpg", "A300"), ("05.jpg", "Boeing 707")],
-                     [("01.jpg", "Concorde"), ("04.jpg", "Il-76")]]
+    assert found == [
+        [("02.jpg", "Boeing 707"), ("03.jpg", "A300"), ("05.jpg", "Boeing 707")],
+        [("01.jpg", "Concorde"), ("04.jpg", "Il-76")],
+    ]
     assert train.paths[0] == str(folder / "02.jpg") and not (tmp_path / "recnb_png").exists()
     assert names_of(Torchvision(str(tmp_path), "FGVCAircraft", "test", 0, "trainval")) == ["02.jpg", "03.jpg", "01.jpg"]
 
@@ -340,13 +370,22 @@ def test_all_flowers_of_a_class_are_on_one_side(tmp_path, monkeypatch):
     assert found == [[f"image_{i:05d}.jpg" for i in numbers] for numbers in ((1, 2, 3, 4), (5, 6))]
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"part": "val"}, "part 'val' is neither train nor test"),
-    ({"train_share": 1.5}, "train_share is 1.5, not between 0 and 1"),
-    ({"set": "FGVCAircrafts"}, "set: torchvision has no 'FGVCAircrafts' of one label an image; did you mean 'FGVCAirc"),
-    ({"set": "CocoDetection"}, "set: torchvision has no 'CocoDetection' of one label an image; there is CIFAR10, CIFA"),
-    ({"split": "val"}, "split: FGVCAircraft has no 'val'; there is test, trainval"),
-])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"part": "val"}, "part 'val' is neither train nor test"),
+        ({"train_share": 1.5}, "train_share is 1.5, not between 0 and 1"),
+        (
+            {"set": "FGVCAircrafts"},
+            "set: torchvision has no 'FGVCAircrafts' of one label an image; did you mean 'FGVCAirc",
+        ),
+        (
+            {"set": "CocoDetection"},
+            "set: torchvision has no 'CocoDetection' of one label an image; there is CIFAR10, CIFA",
+        ),
+        ({"split": "val"}, "split: FGVCAircraft has no 'val'; there is test, trainval"),
+    ],
+)
 def test_arguments_that_choose_nothing(tmp_path, changes, message):
     section = {"name": "Torchvision", "set": "FGVCAircraft", "image_root": str(tmp_path), **changes}
     with pytest.raises(ConfigError, match=f"^here: {re.escape(message)}"):
@@ -386,8 +425,11 @@ def test_characters_of_omniglot(tmp_path, monkeypatch):
     (root / "images_background" / "Greek").rename(root / "images_evaluation" / "Greek")
     images = Torchvision(str(tmp_path), "Omniglot", train_share=1.0)
     names = list(dict.fromkeys(images.labels.tolist()))
-    assert names == [f"{alphabet}/character{number:02d}" for alphabet, count in (("Latin", 26), ("Greek", 24))
-                     for number in range(1, count + 1)]
+    assert names == [
+        f"{alphabet}/character{number:02d}"
+        for alphabet, count in (("Latin", 26), ("Greek", 24))
+        for number in range(1, count + 1)
+    ]
     assert len(images) == 20 * len(names) and images.image(0).shape == (3, 105, 105)
     parts = [Torchvision(str(tmp_path), "Omniglot", part, 0.52) for part in ("train", "test")]
     assert [np.unique(part.labels).tolist() for part in parts] == [names[:26], sorted(names[26:])]

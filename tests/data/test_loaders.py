@@ -1,4 +1,5 @@
-"Batches are the same whoever makes them: any number of workers, the last ops run late, images kept in a file."
+"""Batches are the same whoever makes them: any number of workers, the last ops run late, images kept in a file."""
+
 import io
 import os
 import pickle
@@ -24,8 +25,14 @@ from recnb.recipe.data import build_loaders, build_transform, machine_options
 from recnb.recipe.schema import load_config
 from recnb.registry import ConfigError
 
-OPS = [{"ResizeImage": {"size": 40}}, {"RandFlipImage": {}}, {"RandCropImageV2": {"size": 32}}, {"AugMix": {}},
-       {"NormalizeImage": {}}, {"RandomErasing": {"EPSILON": 0.7, "mean": [0.1, 0.2, 0.3]}}]
+OPS = [
+    {"ResizeImage": {"size": 40}},
+    {"RandFlipImage": {}},
+    {"RandCropImageV2": {"size": 32}},
+    {"AugMix": {}},
+    {"NormalizeImage": {}},
+    {"RandomErasing": {"EPSILON": 0.7, "mean": [0.1, 0.2, 0.3]}},
+]
 
 
 def pipeline(*ops) -> Pipeline:
@@ -40,14 +47,21 @@ def photograph(height: int = 90, width: int = 120) -> Image.Image:
 # --- Ops that run late ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ops", [
-    OPS,
-    [{"ResizeImage": {"size": 32}}, {"RandomErasing": {"EPSILON": 1.0}}, {"NormalizeImage": {}},
-     {"RandomErasing": {"EPSILON": 0.5}}],
-    [{"ResizeImage": {"size": 32}}, {"ToTensor": {}}, {"Normalize": {"mean": 0.5, "std": 0.25}}],
-    [{"ResizeImage": {"size": 32}}, {"NormalizeImage": {}}, {"RandomErasing": {"EPSILON": 1.0, "mode": "pixel"}}],
-    [{"NormalizeImage": {}}, {"ResizeImage": {"size": 32}}, {"RandFlipImage": {}}],
-])
+@pytest.mark.parametrize(
+    "ops",
+    [
+        OPS,
+        [
+            {"ResizeImage": {"size": 32}},
+            {"RandomErasing": {"EPSILON": 1.0}},
+            {"NormalizeImage": {}},
+            {"RandomErasing": {"EPSILON": 0.5}},
+        ],
+        [{"ResizeImage": {"size": 32}}, {"ToTensor": {}}, {"Normalize": {"mean": 0.5, "std": 0.25}}],
+        [{"ResizeImage": {"size": 32}}, {"NormalizeImage": {}}, {"RandomErasing": {"EPSILON": 1.0, "mode": "pixel"}}],
+        [{"NormalizeImage": {}}, {"ResizeImage": {"size": 32}}, {"RandFlipImage": {}}],
+    ],
+)
 def test_a_batch_is_finished_as_each_image_alone(ops):
     transform = pipeline(*ops)
     images = [torch.randint(0, 256, (3, 60, 50 + i), dtype=torch.uint8) for i in range(12)]
@@ -62,7 +76,7 @@ def test_a_batch_is_finished_as_each_image_alone(ops):
 def test_what_waits_are_the_ops_behind_the_last_that_needs_one_image():
     def waiting(*ops):
         transform = pipeline(*ops)
-        return [type(op).__name__ for op in transform.transforms[transform.later:]]
+        return [type(op).__name__ for op in transform.transforms[transform.later :]]
 
     assert waiting(*OPS) == ["ToDtype", "Normalize", "RandomErasing", "ToDtype"]
     noise = {"RandomErasing": {"mode": "pixel"}}
@@ -80,8 +94,11 @@ def epoch(loader) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.fixture
 def built(config_file):
-    return lambda **changes: build_loaders(load_config(config_file(
-        {"DataLoader.Train.dataset.transform_ops": OPS, "Global.image_shape": [3, 32, 32], **changes})))
+    return lambda **changes: build_loaders(
+        load_config(
+            config_file({"DataLoader.Train.dataset.transform_ops": OPS, "Global.image_shape": [3, 32, 32], **changes})
+        )
+    )
 
 
 def test_workers_change_no_bit(built):
@@ -117,7 +134,7 @@ def test_lists_with_different_transforms_share_a_loader(built):
     other = replace(query, transform=pipeline({"ResizeImage": {"size": 32}}, {"NormalizeImage": {"mean": [0, 0, 0]}}))
     x = epoch(over(built().query, ConcatDataset([query, other])))[0]
     assert torch.equal(x, torch.stack([image for part in (query, other) for image, _ in part]))
-    assert not torch.equal(x[:len(query)], x[len(query):])
+    assert not torch.equal(x[: len(query)], x[len(query) :])
 
 
 def test_workers_by_the_machine_where_the_file_says_nothing(monkeypatch):
@@ -148,8 +165,9 @@ def test_both_decoders_give_the_same_bytes(tmp_path, mode, subsampling, progress
     for turn in range(1, 9):
         exif = Image.Exif()
         exif[0x0112] = turn
-        photograph().convert(mode).save(tmp_path / "x.jpg", exif=exif, subsampling=subsampling, quality=60 + 4 * turn,
-                                        progressive=progressive)
+        photograph().convert(mode).save(
+            tmp_path / "x.jpg", exif=exif, subsampling=subsampling, quality=60 + 4 * turn, progressive=progressive
+        )
         for box in (None, [3, 5, 60, 70]):
             quick = read_pixels(str(tmp_path / "x.jpg"), box)
             assert torch.equal(quick, pil_to_tensor(read_rgb(str(tmp_path / "x.jpg"), box)))
@@ -227,13 +245,16 @@ def test_kept_images_go_to_another_process_as_a_path(built, tmp_path):
     assert len(pickle.dumps(images.kept)) < 20_000
 
 
-@pytest.mark.parametrize("ops, count", [
-    (OPS, 1),
-    ([{"DecodeImage": {}}, {"ResizeImage": {"resize_short": 48}}, {"CropImage": {"size": 32}}, *OPS[1:2]], 3),
-    ([{"RandCropImage": {"size": 32}}], 0),
-    ([{"ResizeImage": {"resize_short": 48}}, {"RandCropImageV2": {"size": 32}}], 0),
-    ([{"NormalizeImage": {}}, {"ResizeImage": {"size": 32}}], 0),
-])
+@pytest.mark.parametrize(
+    "ops, count",
+    [
+        (OPS, 1),
+        ([{"DecodeImage": {}}, {"ResizeImage": {"resize_short": 48}}, {"CropImage": {"size": 32}}, *OPS[1:2]], 3),
+        ([{"RandCropImage": {"size": 32}}], 0),
+        ([{"ResizeImage": {"resize_short": 48}}, {"RandCropImageV2": {"size": 32}}], 0),
+        ([{"NormalizeImage": {}}, {"ResizeImage": {"size": 32}}], 0),
+    ],
+)
 def test_which_ops_are_kept(ops, count):
     assert fixed_ops(pipeline(*ops)) == count
 

@@ -1,4 +1,5 @@
-"Preparing one's own images: reading, splitting, duplicates, writing, and the notebook that does it all."
+"""Preparing one's own images: reading, splitting, duplicates, writing, and the notebook that does it all."""
+
 import os
 import shutil
 
@@ -35,7 +36,7 @@ def images(drawn, tmp_path):
 
 
 def made(counts, groups=None, cameras=None) -> pd.DataFrame:
-    "A table of files that do not exist."
+    """A table of files that do not exist."""
     labels = [f"id{i:03d}" for i, n in enumerate(counts) for _ in range(n)]
     table = pd.DataFrame({"path": [f"/made/{i:05d}.jpg" for i in range(len(labels))], "label": labels})
     columns = {"group": groups, "camera": cameras}
@@ -47,6 +48,7 @@ def sides(splits) -> pd.Series:
 
 
 # --- Reading --------------------------------------------------------------------------------------------------------
+
 
 def test_folder_csv_and_list_give_the_same_table(drawn, table, tmp_path):
     own = [os.path.relpath(path, drawn) for path in table.path]
@@ -70,17 +72,20 @@ def test_paths_of_a_csv_start_from_its_own_folder(images):
     assert table.path.tolist() == list(map(str, first)) and table.group.isna().tolist() == [True, False]
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("path,name\nx.jpg,1\n", r"line 1: there is no column 'label'"),
-    ("path,label\nx.jpg\n", r"line 2: has no path, no label, or not 2 cells"),
-    ("path,label\n\nx.jpg,\n", r"line 3: has no path, no label"),
-    ("path,label\nx.jpg,1\n", r"line 2: there is no image .*x\.jpg"),
-    ("path,label\n{one},1\n{one},2\n", r"line 3: the image .* was given before, in .* line 2"),
-    ("path,label\n\"x.jpg,1\n", r"line 2: unexpected end of data"),
-    ("path,label\n", r"has no rows"),
-    ("", r"line 1: there is no column 'path'"),
-    (b"path,label\nx\xff.jpg,1\n", r"line 2: is not UTF-8 text"),
-])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("path,name\nx.jpg,1\n", r"line 1: there is no column 'label'"),
+        ("path,label\nx.jpg\n", r"line 2: has no path, no label, or not 2 cells"),
+        ("path,label\n\nx.jpg,\n", r"line 3: has no path, no label"),
+        ("path,label\nx.jpg,1\n", r"line 2: there is no image .*x\.jpg"),
+        ("path,label\n{one},1\n{one},2\n", r"line 3: the image .* was given before, in .* line 2"),
+        ('path,label\n"x.jpg,1\n', r"line 2: unexpected end of data"),
+        ("path,label\n", r"has no rows"),
+        ("", r"line 1: there is no column 'path'"),
+        (b"path,label\nx\xff.jpg,1\n", r"line 2: is not UTF-8 text"),
+    ],
+)
 def test_a_bad_row_ends_with_one_sentence_that_names_its_line(drawn, tmp_path, text, message):
     one = next((drawn / "images").rglob("*.jpg"))
     (tmp_path / "my.csv").write_bytes(text if isinstance(text, bytes) else text.format(one=one).encode())
@@ -106,8 +111,9 @@ def test_what_cannot_be_read_from_is_named(drawn, tmp_path):
 
 # --- Splitting ------------------------------------------------------------------------------------------------------
 
+
 def check_split(splits: pd.DataFrame) -> None:
-    "What must hold of every split."
+    """What must hold of every split."""
     side, test = sides(splits), splits[splits["split"] != "train"]
     assert (side.groupby(splits.label).nunique() == 1).all()
     assert (splits.groupby("label").number.nunique() == 1).all() and splits.number.nunique() == splits.label.nunique()
@@ -190,6 +196,7 @@ def test_impossible_splits_say_why():
 
 # --- Duplicates -----------------------------------------------------------------------------------------------------
 
+
 def test_different_pictures_are_no_duplicates(table):
     report = audit(table)
     assert len(report["duplicates"]) == len(report["leaks"]) == len(report["unreadable"]) == 0
@@ -258,6 +265,7 @@ def test_the_page_of_samples(table):
 
 # --- Writing --------------------------------------------------------------------------------------------------------
 
+
 def test_the_lists_and_the_config_are_read_by_the_loaders(table, tmp_path):
     splits = split(table, 0.4)
     cfg = load_config(write_config(tmp_path, write_lists(splits, tmp_path)))
@@ -289,13 +297,22 @@ def test_a_base_without_evaluation_is_refused(table, config_file, tmp_path):
 
 # --- The notebook ---------------------------------------------------------------------------------------------------
 
+
 def test_prepare_notebook(images, config_file, tmp_path):
     shutil.copy(images / "0000" / "camera0_00.jpg", images / "0020" / "camera0_77.jpg")
     (images / "0005" / "camera1_77.jpg").write_bytes(b"no picture")
-    executed = run_notebook("01_prepare", tmp_path / "run", source=str(images), out_dir=str(tmp_path / "lists"),
-                            config=str(config_file()), options={"camera_pattern": CAMERA, "test_share": 0.4})
-    lists = {name: [line.split() for line in (tmp_path / "lists" / f"{name}.txt").read_text().splitlines()]
-             for name in ("train", "query", "gallery")}
+    executed = run_notebook(
+        "01_prepare",
+        tmp_path / "run",
+        source=str(images),
+        out_dir=str(tmp_path / "lists"),
+        config=str(config_file()),
+        options={"camera_pattern": CAMERA, "test_share": 0.4},
+    )
+    lists = {
+        name: [line.split() for line in (tmp_path / "lists" / f"{name}.txt").read_text().splitlines()]
+        for name in ("train", "query", "gallery")
+    }
     assert sum(map(len, lists.values())) == len({row[0] for rows in lists.values() for row in rows}) == 145
     labels = {name: {row[1] for row in rows} for name, rows in lists.items()}
     assert not labels["train"] & (labels["query"] | labels["gallery"]) and labels["query"] <= labels["gallery"]

@@ -1,4 +1,5 @@
 """Batches hold P identities x K images, epochs follow from (seed, epoch), ranks share them, and nothing is left out."""
+
 import re
 from collections import Counter
 from itertools import chain
@@ -19,13 +20,17 @@ from recnb.data.samplers import (
     ratios,
 )
 
-ARGUMENTS = {"PKSampler": {"batch_size": 8, "sample_per_id": 2}, "DistributedBatchSampler": {"batch_size": 8},
-             "DistributedRandomIdentitySampler": {"batch_size": 8, "num_instances": 2}}
+ARGUMENTS = {
+    "PKSampler": {"batch_size": 8, "sample_per_id": 2},
+    "DistributedBatchSampler": {"batch_size": 8},
+    "DistributedRandomIdentitySampler": {"batch_size": 8, "num_instances": 2},
+}
 UNEVEN = np.repeat([7, 0, 3, 12, 5, 9, 100], [1, 2, 3, 4, 5, 9, 30])
 np.random.default_rng(0).shuffle(UNEVEN)
 every_sampler = pytest.mark.parametrize("name", SAMPLERS)
-identity_samplers = pytest.mark.parametrize(("sampler", "key"), [(PKSampler, "sample_per_id"),
-                                                                 (DistributedRandomIdentitySampler, "num_instances")])
+identity_samplers = pytest.mark.parametrize(
+    ("sampler", "key"), [(PKSampler, "sample_per_id"), (DistributedRandomIdentitySampler, "num_instances")]
+)
 
 
 def make(name: str, labels=UNEVEN, **changes):
@@ -65,8 +70,10 @@ def test_an_epoch_follows_from_seed_and_number(name):
     first, again = make(name, seed=4, **shuffled), make(name, seed=4, **shuffled)
     np.random.seed(1)
     assert epoch(first, 3) == epoch(again, 3) == epoch(first, 3)
-    orders = [[indices(batch) for batch in epoch(make(name, seed=seed, **shuffled), number)]
-              for seed, number in ((4, 3), (4, 4), (5, 3), (3, 4))]
+    orders = [
+        [indices(batch) for batch in epoch(make(name, seed=seed, **shuffled), number)]
+        for seed, number in ((4, 3), (4, 4), (5, 3), (3, 4))
+    ]
     assert len(set(map(str, orders))) == 4
 
 
@@ -134,8 +141,12 @@ def test_every_image_is_seen_in_time(sampler, key):
 
 @identity_samplers
 @settings(max_examples=60, deadline=None, derandomize=True)
-@given(labels=st.lists(st.integers(0, 12), min_size=1, max_size=120), p=st.integers(1, 6), k=st.integers(1, 5),
-       seed=st.integers(0, 3))
+@given(
+    labels=st.lists(st.integers(0, 12), min_size=1, max_size=120),
+    p=st.integers(1, 6),
+    k=st.integers(1, 5),
+    seed=st.integers(0, 3),
+)
 def test_any_labels(sampler, key, labels, p, k, seed):
     labels = np.array(labels)
     if len(set(labels.tolist())) < p:
@@ -153,11 +164,15 @@ def test_any_labels(sampler, key, labels, p, k, seed):
 
 
 @identity_samplers
-@pytest.mark.parametrize(("batch_size", "k", "message"), [
-    (9, 2, "batch_size 9 is not divisible by {} 2"), (8, 0, "batch_size 8 is not divisible by {} 0"),
-    (0, 2, "batch_size 0 is not divisible by {} 2"),
-    (16, 2, r"a batch of 16 needs 8 identities \({} 2\), the training list has 7; lower batch_size or raise {}"),
-])
+@pytest.mark.parametrize(
+    ("batch_size", "k", "message"),
+    [
+        (9, 2, "batch_size 9 is not divisible by {} 2"),
+        (8, 0, "batch_size 8 is not divisible by {} 0"),
+        (0, 2, "batch_size 0 is not divisible by {} 2"),
+        (16, 2, r"a batch of 16 needs 8 identities \({} 2\), the training list has 7; lower batch_size or raise {}"),
+    ],
+)
 def test_batches_that_cannot_be_made(sampler, key, batch_size, k, message):
     with pytest.raises(ValueError, match=message.replace("{}", key)):
         sampler(UNEVEN, batch_size=batch_size, **{key: k})
@@ -169,8 +184,11 @@ def test_batches_that_cannot_be_made(sampler, key, batch_size, k, message):
 def test_an_epoch_takes_each_image_at_most_once():
     labels = np.repeat(np.arange(9), 7)
     for number in range(5):
-        images = [index for batch in epoch(make("DistributedRandomIdentitySampler", labels), number)
-                  for index in indices(batch)]
+        images = [
+            index
+            for batch in epoch(make("DistributedRandomIdentitySampler", labels), number)
+            for index in indices(batch)
+        ]
         assert len(set(images)) == len(images) == 48  # 27 groups of two make 6 batches of four
 
 
@@ -205,10 +223,15 @@ def test_how_often_an_identity_is_drawn(method, share):
     assert abs(np.mean(np.array(drawn) == 100) - share) < 4 * np.sqrt(share * (1 - share) / len(drawn))
 
 
-@pytest.mark.parametrize(("id_list", "ratio", "factors"), [
-    ([1, 2], [4], [1, 4, 4, 1, 1, 1, 1]), ([0, 0, 5, 6], [3, 0.5], [3, 1, 1, 1, 1, 0.5, 0.5]),
-    ([1, 4, 3, 6], [2, 7], [1, 2, 2, 2, 2, 7, 7]), ([], [], [1] * 7),
-])
+@pytest.mark.parametrize(
+    ("id_list", "ratio", "factors"),
+    [
+        ([1, 2], [4], [1, 4, 4, 1, 1, 1, 1]),
+        ([0, 0, 5, 6], [3, 0.5], [3, 1, 1, 1, 1, 0.5, 0.5]),
+        ([1, 4, 3, 6], [2, 7], [1, 2, 2, 2, 2, 7, 7]),
+        ([], [], [1] * 7),
+    ],
+)
 def test_how_often_identities_of_a_range_are_drawn(id_list, ratio, factors):
     assert ratios(7, id_list, ratio).tolist() == factors
     ranges = {"sample_method": "id_avg_prob", "id_list": id_list, "ratio": ratio}
@@ -219,14 +242,24 @@ def test_how_often_identities_of_a_range_are_drawn(id_list, ratio, factors):
         assert abs(np.mean(np.array(drawn) == label) - share) < 4 * np.sqrt(share * (1 - share) / len(drawn))
 
 
-@pytest.mark.parametrize(("id_list", "ratio", "message"), [
-    ([50030, 80700], [4], "id_list has the identities 50030 to 80700, and the training list those from 0 to 6; it was "
-                          "made for another list: correct it, or leave out id_list and ratio"),
-    ([0, 7], [4], "id_list has the identities 0 to 7"), ([3, 2], [4], "id_list has the identities 3 to 2"),
-    ([-1, 2], [4], "id_list has the identities -1 to 2"), ([0, 2, 4], [4, 4], "id_list [0, 2, 4] needs the first and"),
-    (None, [4], "id_list [] needs the first and the last identity for each number of ratio [4]"),
-    ([0, 2], None, "id_list [0, 2] needs"), ([0, 2], [0], "ratio [0], and these must be positive"),
-])
+@pytest.mark.parametrize(
+    ("id_list", "ratio", "message"),
+    [
+        (
+            [50030, 80700],
+            [4],
+            "id_list has the identities 50030 to 80700, and the training list those from 0 to 6; it was "
+            "made for another list: correct it, or leave out id_list and ratio",
+        ),
+        ([0, 7], [4], "id_list has the identities 0 to 7"),
+        ([3, 2], [4], "id_list has the identities 3 to 2"),
+        ([-1, 2], [4], "id_list has the identities -1 to 2"),
+        ([0, 2, 4], [4, 4], "id_list [0, 2, 4] needs the first and"),
+        (None, [4], "id_list [] needs the first and the last identity for each number of ratio [4]"),
+        ([0, 2], None, "id_list [0, 2] needs"),
+        ([0, 2], [0], "ratio [0], and these must be positive"),
+    ],
+)
 def test_ranges_that_cannot_be_meant(id_list, ratio, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         make("PKSampler", id_list=id_list, ratio=ratio)

@@ -1,4 +1,5 @@
 """Each transform against its definition on pixels, all registered ones by a walk, and the randomness of an item."""
+
 import itertools
 import pickle
 import random
@@ -17,19 +18,37 @@ from recnb.data.transforms import TRANSFORMS
 from recnb.recipe.data import build_transform
 from recnb.registry import ConfigError
 
-ARGUMENTS = {"ResizeImage": {"size": 32}, "CropImage": {"size": 32}, "RandCropImage": {"size": 32},
-             "RandCropImageV2": {"size": 32}, "RandomCropImage": {"size": 32}, "Resize": {"size": [32, 32]},
-             "CenterCrop": {"size": 32}, "RandomCrop": {"size": 32, "padding": 4, "padding_mode": "reflect"},
-             "RandomResizedCrop": {"size": 32, "scale": [0.2, 1]}, "CropWithPadding": {"prob": 0.5},
-             "Pad": {"padding": 10, "backend": "cv2"}, "Pad_paddle_vision": {"padding": [4, 2]},
-             "RandomRotation": {"prob": 1.0, "degrees": 90, "interpolation": "bilinear"},
-             "ColorJitter": {"brightness": 0.4, "hue": 0.1}, "AugMix": {"prob": 1.0}, "RandFlipImage": {"prob": 1.0},
-             "DecodeImage": {"to_rgb": False}, "RandomErasing": {"EPSILON": 1.0}, "Cutout": {"n_holes": 2, "length": 9},
-             "RandomApply": {"transforms": [{"ColorJitter": {"hue": 0.1}}, {"RandomHorizontalFlip": None}]}}
+ARGUMENTS = {
+    "ResizeImage": {"size": 32},
+    "CropImage": {"size": 32},
+    "RandCropImage": {"size": 32},
+    "RandCropImageV2": {"size": 32},
+    "RandomCropImage": {"size": 32},
+    "Resize": {"size": [32, 32]},
+    "CenterCrop": {"size": 32},
+    "RandomCrop": {"size": 32, "padding": 4, "padding_mode": "reflect"},
+    "RandomResizedCrop": {"size": 32, "scale": [0.2, 1]},
+    "CropWithPadding": {"prob": 0.5},
+    "Pad": {"padding": 10, "backend": "cv2"},
+    "Pad_paddle_vision": {"padding": [4, 2]},
+    "RandomRotation": {"prob": 1.0, "degrees": 90, "interpolation": "bilinear"},
+    "ColorJitter": {"brightness": 0.4, "hue": 0.1},
+    "AugMix": {"prob": 1.0},
+    "RandFlipImage": {"prob": 1.0},
+    "DecodeImage": {"to_rgb": False},
+    "RandomErasing": {"EPSILON": 1.0},
+    "Cutout": {"n_holes": 2, "length": 9},
+    "RandomApply": {"transforms": [{"ColorJitter": {"hue": 0.1}}, {"RandomHorizontalFlip": None}]},
+}
 AFTER = {"Pad": {"ResizeImage": {"size": [48, 40]}}, "Pad_paddle_vision": {"ResizeImage": {"size": [48, 40]}}}
 BEFORE = {"Normalize": {"ToTensor": {}}}
-AUGMENTING = [{"RandCropImage": {"size": 24}}, {"RandFlipImage": {}}, {"AugMix": {}}, {"NormalizeImage": {}},
-              {"RandomErasing": {}}]
+AUGMENTING = [
+    {"RandCropImage": {"size": 24}},
+    {"RandFlipImage": {}},
+    {"AugMix": {}},
+    {"NormalizeImage": {}},
+    {"RandomErasing": {}},
+]
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 
 
@@ -126,10 +145,13 @@ def test_decoding_to_bgr():
     assert torch.equal(build("DecodeImage", to_rgb=True, channel_first=False)(pixels()), pixels())
 
 
-@pytest.mark.parametrize(("names", "shape"), [
-    (("ResizeImage", "CropImage", "RandCropImage", "RandCropImageV2", "RandomCropImage"), (3, 10, 20)),
-    (("Resize", "CenterCrop", "RandomCrop", "RandomResizedCrop"), (3, 20, 10)),
-])
+@pytest.mark.parametrize(
+    ("names", "shape"),
+    [
+        (("ResizeImage", "CropImage", "RandCropImage", "RandCropImageV2", "RandomCropImage"), (3, 10, 20)),
+        (("Resize", "CenterCrop", "RandomCrop", "RandomResizedCrop"), (3, 20, 10)),
+    ],
+)
 def test_sizes_are_width_then_height_but_those_of_paddle_vision_height_then_width(names, shape):
     for name in names:
         assert build(name, size=[20, 10])(pixels()).shape == shape
@@ -170,10 +192,15 @@ def test_a_border_of_one_colour():
     assert [result[c][outside].unique().tolist() for c in range(3)] == [[7], [8], [9]]
 
 
-@pytest.mark.parametrize(("mode", "row"), [
-    ("constant", [5, 5, 0, 1, 2, 3, 5, 5]), ("edge", [0, 0, 0, 1, 2, 3, 3, 3]),
-    ("reflect", [2, 1, 0, 1, 2, 3, 2, 1]), ("symmetric", [1, 0, 0, 1, 2, 3, 3, 2]),
-])
+@pytest.mark.parametrize(
+    ("mode", "row"),
+    [
+        ("constant", [5, 5, 0, 1, 2, 3, 5, 5]),
+        ("edge", [0, 0, 0, 1, 2, 3, 3, 3]),
+        ("reflect", [2, 1, 0, 1, 2, 3, 2, 1]),
+        ("symmetric", [1, 0, 0, 1, 2, 3, 3, 2]),
+    ],
+)
 @pytest.mark.parametrize("name", ["Pad", "Pad_paddle_vision"])
 def test_a_border_of_the_image_itself(name, mode, row):
     image = torch.arange(4, dtype=torch.uint8).expand(3, 3, 4)
@@ -281,27 +308,75 @@ def test_without_normalize_images_are_between_0_and_1():
 
 FLIP, IMAGENET_VALUES = {"RandFlipImage": {"flip_code": 1}}, {"NormalizeImage": {"scale": "1.0/255.0", "order": "hwc"}}
 SHIPPED = {  # training lists as the original's files have them, with small sizes
-    "re-identification": ([24, 48], [
-        FLIP, {"Pad": {"padding": 10}}, {"RandCropImageV2": {"size": [24, 48]}},
-        {"ColorJitter": {"brightness": 0.15, "contrast": 0.15, "saturation": 0.1, "hue": 0.1}}, {"ToTensor": None},
-        {"Normalize": IMAGENET}, {"RandomErasing": {"EPSILON": 0.5, "sl": 0.02, "sh": 0.4, "r1": 0.3}}]),
-    "general recognition": ([32, 32], [
-        FLIP, {"Pad": {"padding": 10, "backend": "cv2"}}, {"RandCropImageV2": {"size": [32, 32]}},
-        {"RandomRotation": {"prob": 0.5, "degrees": 90, "interpolation": "bilinear"}},
-        {"ResizeImage": {"size": [32, 32], "return_numpy": False, "interpolation": "bilinear", "backend": "cv2"}},
-        IMAGENET_VALUES]),
-    "language and image": ([32, 32], [
-        FLIP, {"TimmAutoAugment": {"config_str": "rand-m9-mstd0.5-inc1", "interpolation": "bicubic", "img_size": 32}},
-        IMAGENET_VALUES, {"RandomErasing": {"EPSILON": 0.25, "sh": "1.0/3.0", "attempt": 10, "use_log_aspect": True,
-                                            "mode": "pixel"}}]),
-    "faces": ([32, 32], [
-        {"CropWithPadding": {"prob": 0.2, "padding_num": 0, "size": [32, 32], "scale": [0.2, 1.0],
-                             "ratio": [0.75, 1.3333333333333333]}},
-        {"RandomInterpolationAugment": {"prob": 0.2}}, {"ColorJitter": {"prob": 0.2, "brightness": 0.5, "hue": 0}},
-        {"RandomHorizontalFlip": None}, {"ToTensor": None}, {"Normalize": {"mean": [0.5] * 3, "std": [0.5] * 3}}]),
-    "products": ([40, 40], [
-        {"Resize": {"size": 36}}, {"RandomResizedCrop": {"scale": [0.2, 1], "size": 40}},
-        {"RandomHorizontalFlip": {"prob": 0.5}}, {"ToTensor": None}, {"Normalize": IMAGENET}]),
+    "re-identification": (
+        [24, 48],
+        [
+            FLIP,
+            {"Pad": {"padding": 10}},
+            {"RandCropImageV2": {"size": [24, 48]}},
+            {"ColorJitter": {"brightness": 0.15, "contrast": 0.15, "saturation": 0.1, "hue": 0.1}},
+            {"ToTensor": None},
+            {"Normalize": IMAGENET},
+            {"RandomErasing": {"EPSILON": 0.5, "sl": 0.02, "sh": 0.4, "r1": 0.3}},
+        ],
+    ),
+    "general recognition": (
+        [32, 32],
+        [
+            FLIP,
+            {"Pad": {"padding": 10, "backend": "cv2"}},
+            {"RandCropImageV2": {"size": [32, 32]}},
+            {"RandomRotation": {"prob": 0.5, "degrees": 90, "interpolation": "bilinear"}},
+            {"ResizeImage": {"size": [32, 32], "return_numpy": False, "interpolation": "bilinear", "backend": "cv2"}},
+            IMAGENET_VALUES,
+        ],
+    ),
+    "language and image": (
+        [32, 32],
+        [
+            FLIP,
+            {"TimmAutoAugment": {"config_str": "rand-m9-mstd0.5-inc1", "interpolation": "bicubic", "img_size": 32}},
+            IMAGENET_VALUES,
+            {
+                "RandomErasing": {
+                    "EPSILON": 0.25,
+                    "sh": "1.0/3.0",
+                    "attempt": 10,
+                    "use_log_aspect": True,
+                    "mode": "pixel",
+                }
+            },
+        ],
+    ),
+    "faces": (
+        [32, 32],
+        [
+            {
+                "CropWithPadding": {
+                    "prob": 0.2,
+                    "padding_num": 0,
+                    "size": [32, 32],
+                    "scale": [0.2, 1.0],
+                    "ratio": [0.75, 1.3333333333333333],
+                }
+            },
+            {"RandomInterpolationAugment": {"prob": 0.2}},
+            {"ColorJitter": {"prob": 0.2, "brightness": 0.5, "hue": 0}},
+            {"RandomHorizontalFlip": None},
+            {"ToTensor": None},
+            {"Normalize": {"mean": [0.5] * 3, "std": [0.5] * 3}},
+        ],
+    ),
+    "products": (
+        [40, 40],
+        [
+            {"Resize": {"size": 36}},
+            {"RandomResizedCrop": {"scale": [0.2, 1], "size": 40}},
+            {"RandomHorizontalFlip": {"prob": 0.5}},
+            {"ToTensor": None},
+            {"Normalize": IMAGENET},
+        ],
+    ),
 }
 
 
@@ -328,13 +403,20 @@ def test_the_order_of_the_list_is_kept():
 TENSOR = {"ToTensor": {}}
 
 
-@pytest.mark.parametrize("ops", [
-    [], [{"NormalizeImage": {}}], [{"NormalizeImage": IMAGENET | {"scale": 1}}],
-    [{"NormalizeImage": {"scale": "1/127.5"}}], [TENSOR], [TENSOR, {"Normalize": IMAGENET}],
-    [TENSOR, {"Normalize": {"mean": 0.5, "std": 0.5}}],
-    [TENSOR, {"NormalizeImage": IMAGENET | {"scale": 1}}],
-    [TENSOR, {"Normalize": IMAGENET}, {"Normalize": {"mean": 0.1, "std": 2.0}}],
-])
+@pytest.mark.parametrize(
+    "ops",
+    [
+        [],
+        [{"NormalizeImage": {}}],
+        [{"NormalizeImage": IMAGENET | {"scale": 1}}],
+        [{"NormalizeImage": {"scale": "1/127.5"}}],
+        [TENSOR],
+        [TENSOR, {"Normalize": IMAGENET}],
+        [TENSOR, {"Normalize": {"mean": 0.5, "std": 0.5}}],
+        [TENSOR, {"NormalizeImage": IMAGENET | {"scale": 1}}],
+        [TENSOR, {"Normalize": IMAGENET}, {"Normalize": {"mean": 0.1, "std": 2.0}}],
+    ],
+)
 def test_display_undoes_the_normalisation(ops):
     transform = composed({"ResizeImage": {"size": [48, 40]}}, *ops)
     shown = display_image(transform(pixels()), transform)
@@ -342,35 +424,41 @@ def test_display_undoes_the_normalisation(ops):
     torch.testing.assert_close(shown, pixels().permute(1, 2, 0) / 255, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(("op", "message"), [
-    ({"ResizeImage": {}}, "ResizeImage needs either 'size' or 'resize_short'"),
-    ({"ResizeImage": {"size": 8, "resize_short": 8}}, "ResizeImage needs either 'size' or 'resize_short'"),
-    ({"ResizeImage": {"size": 8, "interpolation": "cubic"}}, "there is no interpolation 'cubic', only nearest, "),
-    ({"CropImage": {"size": [8, 8, 8]}}, r"size is \[8, 8, 8\], neither a number of pixels nor \[width, height\]"),
-    ({"NormalizeImage": {"order": "whc"}}, "order is 'whc', only '', 'hwc' and 'chw' exist"),
-    ({"RandFlipImage": {"flip_code": 3}}, "flip_code is 3, only 1 "),
-    ({"RandomErasing": {"mode": "noise"}}, "mode is 'noise', only 'const' and 'pixel' exist"),
-    ({"RandomErasing": {"r1": 3}}, "r1 is 3, not the least ratio of two sides"),
-    ({"RandomErasing": {"sl": 0.5}}, r"\[sl, sh\] is \[0.5, 0.4\], not two numbers above 0, the smaller one first"),
-    ({"RandomErasing": {"mean": [0.5]}}, r"mean is \[0.5\], neither one number nor three, one a channel"),
-    ({"ResizeImage": {"size": 8, "interpolation": "box"}}, "there is no interpolation 'box', only nearest, "),
-    ({"Resize": {"size": [8]}}, r"size is \[8\], neither a number of pixels nor \[height, width\]"),
-    ({"RandCropImageV2": {"size": 0}}, r"size is 0, neither a number of pixels nor \[width, height\]"),
-    ({"RandCropImage": {"size": 8, "ratio": [2, 1]}}, r"ratio is \[2, 1\], not two numbers above 0"),
-    ({"RandomResizedCrop": {"size": 8, "scale": [0.5]}}, r"scale is \[0.5\], not two numbers above 0"),
-    ({"CropWithPadding": {"scale": ["a", "b"]}}, r"scale is \['a', 'b'\], not two numbers above 0"),
-    ({"CropWithPadding": {"prob": 2}}, "prob is 2, not a probability from 0 to 1"),
-    ({"RandomGrayscale": {"p": 1.1}}, "p is 1.1, not a probability from 0 to 1"),
-    ({"RandFlipImage": {"prob": -0.1}}, "prob is -0.1, not a probability from 0 to 1"),
-    ({"Pad": {"padding": [1, 2, 3]}}, r"padding is \[1, 2, 3\], neither a number of pixels, "),
-    ({"Pad": {"padding": 1, "padding_mode": "mirror"}}, "padding_mode is 'mirror', only constant, edge, "),
-    ({"Pad": {"padding": 1, "fill": [1, 2]}}, r"fill is \[1, 2\], neither one number nor three"),
-    ({"RandomCrop": {"size": 8, "padding": -1}}, "padding is -1, neither a number of pixels"),
-    ({"RandomRotation": {"degrees": 9, "interpolation": "cubic"}}, "there is no interpolation 'cubic', only nearest, "),
-    ({"RandomRotation": {"degrees": [1, 2, 3]}}, "degrees should be a sequence of length 2"),
-    ({"Normalize": {"mean": [0.5, 0.5]}}, r"mean is \[0.5, 0.5\], neither one number nor three"),
-    ({"Normalize": {"std": 0.5, "data_format": "hwc"}}, "data_format is 'hwc', only 'CHW' and 'HWC' exist"),
-])
+@pytest.mark.parametrize(
+    ("op", "message"),
+    [
+        ({"ResizeImage": {}}, "ResizeImage needs either 'size' or 'resize_short'"),
+        ({"ResizeImage": {"size": 8, "resize_short": 8}}, "ResizeImage needs either 'size' or 'resize_short'"),
+        ({"ResizeImage": {"size": 8, "interpolation": "cubic"}}, "there is no interpolation 'cubic', only nearest, "),
+        ({"CropImage": {"size": [8, 8, 8]}}, r"size is \[8, 8, 8\], neither a number of pixels nor \[width, height\]"),
+        ({"NormalizeImage": {"order": "whc"}}, "order is 'whc', only '', 'hwc' and 'chw' exist"),
+        ({"RandFlipImage": {"flip_code": 3}}, "flip_code is 3, only 1 "),
+        ({"RandomErasing": {"mode": "noise"}}, "mode is 'noise', only 'const' and 'pixel' exist"),
+        ({"RandomErasing": {"r1": 3}}, "r1 is 3, not the least ratio of two sides"),
+        ({"RandomErasing": {"sl": 0.5}}, r"\[sl, sh\] is \[0.5, 0.4\], not two numbers above 0, the smaller one first"),
+        ({"RandomErasing": {"mean": [0.5]}}, r"mean is \[0.5\], neither one number nor three, one a channel"),
+        ({"ResizeImage": {"size": 8, "interpolation": "box"}}, "there is no interpolation 'box', only nearest, "),
+        ({"Resize": {"size": [8]}}, r"size is \[8\], neither a number of pixels nor \[height, width\]"),
+        ({"RandCropImageV2": {"size": 0}}, r"size is 0, neither a number of pixels nor \[width, height\]"),
+        ({"RandCropImage": {"size": 8, "ratio": [2, 1]}}, r"ratio is \[2, 1\], not two numbers above 0"),
+        ({"RandomResizedCrop": {"size": 8, "scale": [0.5]}}, r"scale is \[0.5\], not two numbers above 0"),
+        ({"CropWithPadding": {"scale": ["a", "b"]}}, r"scale is \['a', 'b'\], not two numbers above 0"),
+        ({"CropWithPadding": {"prob": 2}}, "prob is 2, not a probability from 0 to 1"),
+        ({"RandomGrayscale": {"p": 1.1}}, "p is 1.1, not a probability from 0 to 1"),
+        ({"RandFlipImage": {"prob": -0.1}}, "prob is -0.1, not a probability from 0 to 1"),
+        ({"Pad": {"padding": [1, 2, 3]}}, r"padding is \[1, 2, 3\], neither a number of pixels, "),
+        ({"Pad": {"padding": 1, "padding_mode": "mirror"}}, "padding_mode is 'mirror', only constant, edge, "),
+        ({"Pad": {"padding": 1, "fill": [1, 2]}}, r"fill is \[1, 2\], neither one number nor three"),
+        ({"RandomCrop": {"size": 8, "padding": -1}}, "padding is -1, neither a number of pixels"),
+        (
+            {"RandomRotation": {"degrees": 9, "interpolation": "cubic"}},
+            "there is no interpolation 'cubic', only nearest, ",
+        ),
+        ({"RandomRotation": {"degrees": [1, 2, 3]}}, "degrees should be a sequence of length 2"),
+        ({"Normalize": {"mean": [0.5, 0.5]}}, r"mean is \[0.5, 0.5\], neither one number nor three"),
+        ({"Normalize": {"std": 0.5, "data_format": "hwc"}}, "data_format is 'hwc', only 'CHW' and 'HWC' exist"),
+    ],
+)
 def test_arguments_that_mean_nothing(op, message):
     with pytest.raises(ConfigError, match=rf"dataset\.transform_ops\.0\.{next(iter(op))}: {message}"):
         composed(op)

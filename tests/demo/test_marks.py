@@ -1,4 +1,5 @@
 """The demo set: equal arguments give equal bytes, the split does not leak, and both sides of it hold look-alikes."""
+
 import json
 import shutil
 from itertools import combinations

@@ -1,4 +1,5 @@
-"Exports against the trained model: the folder that 05_export leaves, its example run alone, its index, refusals."
+"""Exports against the trained model: the folder that 05_export leaves, its example run alone, its index, refusals."""
+
 import json
 import shutil
 import subprocess
@@ -37,13 +38,36 @@ from recnb.runs.folder import embed_picture, load_run
 RATE = 0.02
 # One small member of each family of backbones; sizes are the least that its strides and windows allow.
 FAMILIES = {
-    "lcnet_050": 64, "resnet18": 64, "resnet18d": 64, "mobilenetv3_small_050": 64, "efficientnet_b0": 64,
-    "convnext_atto": 64, "convnextv2_atto": 64, "vit_tiny_patch16_224": 64, "deit3_small_patch16_224": 64,
-    "swin_tiny_patch4_window7_224": 224, "swinv2_tiny_window8_256": 256, "regnety_002": 64, "hgnet_tiny": 64,
-    "hgnetv2_b0": 64, "ghostnet_050": 64, "mobilevit_xxs": 64, "maxvit_rmlp_pico_rw_256": 256,
-    "eva02_tiny_patch14_224": 56, "beit_base_patch16_224": 224, "coatnet_nano_rw_224": 224,
-    "xcit_nano_12_p16_224": 64, "cait_xxs24_224": 224, "edgenext_xx_small": 64, "fastvit_t8": 64, "dla46_c": 64,
-    "vgg11": 64, "densenet121": 64, "inception_v4": 128, "tiny_vit_5m_224": 224}
+    "lcnet_050": 64,
+    "resnet18": 64,
+    "resnet18d": 64,
+    "mobilenetv3_small_050": 64,
+    "efficientnet_b0": 64,
+    "convnext_atto": 64,
+    "convnextv2_atto": 64,
+    "vit_tiny_patch16_224": 64,
+    "deit3_small_patch16_224": 64,
+    "swin_tiny_patch4_window7_224": 224,
+    "swinv2_tiny_window8_256": 256,
+    "regnety_002": 64,
+    "hgnet_tiny": 64,
+    "hgnetv2_b0": 64,
+    "ghostnet_050": 64,
+    "mobilevit_xxs": 64,
+    "maxvit_rmlp_pico_rw_256": 256,
+    "eva02_tiny_patch14_224": 56,
+    "beit_base_patch16_224": 224,
+    "coatnet_nano_rw_224": 224,
+    "xcit_nano_12_p16_224": 64,
+    "cait_xxs24_224": 224,
+    "edgenext_xx_small": 64,
+    "fastvit_t8": 64,
+    "dla46_c": 64,
+    "vgg11": 64,
+    "densenet121": 64,
+    "inception_v4": 128,
+    "tiny_vit_5m_224": 224,
+}
 ALONE = """
 import runpy, sys
 class Refuse:
@@ -58,7 +82,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 @pytest.fixture(scope="module")
 def folder(trained_run, tmp_path_factory) -> Path:
-    "The export folder that the notebook leaves in a copy of the run's."
+    """The export folder that the notebook leaves in a copy of the run's."""
     run = tmp_path_factory.mktemp("exported") / "run"
     shutil.copytree(trained_run, run)
     run_notebook("05_export", run, run=str(run), formats=["onnx", "torch", "int8"], false_match_rate=RATE)
@@ -80,7 +104,7 @@ def cosine(a, b) -> float:
 
 
 def alone(folder: Path, picture, *command) -> np.ndarray:
-    "What example.py prints."
+    """What example.py prints."""
     command = command or (sys.executable, "-c", ALONE)
     result = subprocess.run([*command, folder / "example.py", picture], capture_output=True, text=True, cwd="/")
     assert result.returncode == 0, result.stderr
@@ -89,18 +113,37 @@ def alone(folder: Path, picture, *command) -> np.ndarray:
 
 # ---- the folder ------------------------------------------------------------------------------------------------------
 
+
 def test_the_folder_is_whole(folder, run):
     assert sorted(path.name for path in folder.iterdir()) == [
-        "README.md", "example.py", "index", "inference.yml", "model.onnx", "model.pt2", "model_int8.onnx",
-        "parity.json"]
+        "README.md",
+        "example.py",
+        "index",
+        "inference.yml",
+        "model.onnx",
+        "model.pt2",
+        "model_int8.onnx",
+        "parity.json",
+    ]
     assert sorted(path.name for path in folder.parent.iterdir() if path.name.startswith("export")) == [
-        "export", "export.ipynb"]
+        "export",
+        "export.ipynb",
+    ]
     meta = yaml.safe_load((folder / "inference.yml").read_text())
-    assert meta["input"] == {"name": "image", "layout": "NHWC", "dtype": "uint8", "channel_order": "RGB",
-                             "size": [32, 32]}
+    assert meta["input"] == {
+        "name": "image",
+        "layout": "NHWC",
+        "dtype": "uint8",
+        "channel_order": "RGB",
+        "size": [32, 32],
+    }
     assert meta["preprocess"] == [{"resize": [32, 32], "interpolation": "bilinear"}]
-    assert meta["inside"] == {"channel_order": "RGB", "scale": "1/255", "mean": [0.485, 0.456, 0.406],
-                              "std": [0.229, 0.224, 0.225]}
+    assert meta["inside"] == {
+        "channel_order": "RGB",
+        "scale": "1/255",
+        "mean": [0.485, 0.456, 0.406],
+        "std": [0.229, 0.224, 0.225],
+    }
     assert meta["output"] == {"name": "features", "embedding_size": 16, "normalised": True, "softmax": False}
     assert example.Model(folder / "model_int8.onnx").meta == example.Model(folder / "model.onnx").meta == meta
     extra = {"inference.json": ""}
@@ -129,15 +172,28 @@ def test_what_int8_costs_is_measured(report, folder):
 def test_the_batch_of_the_graph_is_free(folder):
     proto = onnx.load(folder / "model.onnx")
     assert [dim.dim_param or dim.dim_value for dim in proto.graph.input[0].type.tensor_type.shape.dim] == [
-        "batch", 32, 32, 3]
+        "batch",
+        32,
+        32,
+        3,
+    ]
     assert proto.graph.output[0].type.tensor_type.shape.dim[0].dim_param == "batch"
     onnx.checker.check_model(proto)
 
 
 def test_the_model_card_says_what_the_run_knows(folder, run, report):
     text = (folder / "README.md").read_text()
-    for part in ("test_resnet", "ArcMargin", "| queries | query.txt |", "0.485", "resize [32, 32]", "95 % interval",
-                 f"{report['trained']['mAP']:.3f}", "Not tested on", "These weights: **fill in**"):
+    for part in (
+        "test_resnet",
+        "ArcMargin",
+        "| queries | query.txt |",
+        "0.485",
+        "resize [32, 32]",
+        "95 % interval",
+        f"{report['trained']['mAP']:.3f}",
+        "Not tested on",
+        "These weights: **fill in**",
+    ):
         assert part in text, part
     info = deploy.Recognizer(folder).index.info
     row = info["metrics"]["mAP"]
@@ -148,8 +204,11 @@ def test_the_model_card_says_what_the_run_knows(folder, run, report):
 def test_the_model_card_names_what_the_export_leaves_out(run):
     meta = {"compare": "cosine", "output": {"name": "features", "embedding_size": 16, "normalised": True}}
     assert "behind it" not in modelcard.output_section(meta, run)
-    cfg = {**run.cfg, "PostProcess": [{"AlphaQueryExpansion": {"k": 3}}],
-           "Global": {**run.cfg["Global"], "re_ranking": True}}
+    cfg = {
+        **run.cfg,
+        "PostProcess": [{"AlphaQueryExpansion": {"k": 3}}],
+        "Global": {**run.cfg["Global"], "re_ranking": True},
+    }
     text = modelcard.output_section(meta, replace(run, cfg=cfg))
     assert "used AlphaQueryExpansion, re_ranking behind it, which is no part of this folder" in text
 
@@ -163,6 +222,7 @@ def test_the_notebook_shows_figures_and_no_warnings(folder):
 
 
 # ---- without recnb ---------------------------------------------------------------------------------------------------
+
 
 def test_the_example_needs_neither_torch_nor_recnb(folder, run):
     assert sum(map(bool, (folder / "example.py").read_text().splitlines())) <= 40
@@ -181,11 +241,16 @@ def test_the_example_runs_in_an_environment_of_three_packages(folder, run, tmp_p
 
 
 @pytest.mark.parametrize("size", [(96, 96), (61, 130), (200, 33), (31, 40)])
-@pytest.mark.parametrize("ops", [
-    [("ResizeImage", {"size": [40, 24]})], [("ResizeImage", {"size": 32, "interpolation": "bicubic"})],
-    [("ResizeImage", {"resize_short": 37}), ("CropImage", {"size": 32})],
-    [("ResizeImage", {"resize_short": 20}), ("CropImage", {"size": [33, 35]})],
-    [("Resize", {"size": 29, "interpolation": "lanczos"}), ("CenterCrop", {"size": [32, 28]})]])
+@pytest.mark.parametrize(
+    "ops",
+    [
+        [("ResizeImage", {"size": [40, 24]})],
+        [("ResizeImage", {"size": 32, "interpolation": "bicubic"})],
+        [("ResizeImage", {"resize_short": 37}), ("CropImage", {"size": 32})],
+        [("ResizeImage", {"resize_short": 20}), ("CropImage", {"size": [33, 35]})],
+        [("Resize", {"size": 29, "interpolation": "lanczos"}), ("CenterCrop", {"size": [32, 28]})],
+    ],
+)
 def test_preparing_with_pillow_is_the_evaluations_resizing(ops, size):
     pixels = np.random.default_rng(0).integers(0, 256, (size[1] // 8 + 1, size[0] // 8 + 1, 3)).astype(np.uint8)
     image = Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
@@ -216,11 +281,18 @@ def test_preparing_turns_and_converts_as_the_lists_do(tmp_path, run):
 
 # ---- the graph -------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("ops", [
-    [("NormalizeImage", {})], [], [("DecodeImage", {"to_rgb": False}), ("NormalizeImage", {})],
-    [("NormalizeImage", {"scale": "1.0/128", "mean": [1, 2, 3], "std": [0.5, 1, 2]})],
-    [("ToTensor", {}), ("Normalize", {"mean": [0.1, 0.2, 0.3], "std": [0.5, 0.4, 0.3]})],
-    [("NormalizeImage", {"mean": [0.1, 0.2, 0.3]}), ("DecodeImage", {"to_rgb": False})]])
+
+@pytest.mark.parametrize(
+    "ops",
+    [
+        [("NormalizeImage", {})],
+        [],
+        [("DecodeImage", {"to_rgb": False}), ("NormalizeImage", {})],
+        [("NormalizeImage", {"scale": "1.0/128", "mean": [1, 2, 3], "std": [0.5, 1, 2]})],
+        [("ToTensor", {}), ("Normalize", {"mean": [0.1, 0.2, 0.3], "std": [0.5, 0.4, 0.3]})],
+        [("NormalizeImage", {"mean": [0.1, 0.2, 0.3]}), ("DecodeImage", {"to_rgb": False})],
+    ],
+)
 def test_the_graph_does_to_pixels_what_the_transforms_do(ops, run):
     transforms = [TRANSFORMS[name](**args) for name, args in ops]
     whole = v2.Compose([v2.Resize([8, 8]), *transforms, v2.ToDtype(torch.float32, scale=True)])
@@ -233,11 +305,15 @@ def test_the_graph_does_to_pixels_what_the_transforms_do(ops, run):
     assert torch.allclose(graph(pixels[None])[0], wanted.flatten(), atol=1e-4)
 
 
-@pytest.mark.parametrize("ops, message", [
-    ([v2.Resize([8, 8], v2.InterpolationMode.NEAREST)], "nearest cannot be exported"),
-    ([v2.ToDtype(torch.float32), v2.Resize([8, 8])], "Resize.* cannot be exported at its place"),
-    ([v2.Resize([8, 8]), v2.RandomHorizontalFlip()], "RandomHorizontalFlip.* cannot be exported"),
-    ([v2.Resize([8, 8]), v2.Lambda(torch.neg)], "Lambda.* cannot be exported at its place")])
+@pytest.mark.parametrize(
+    "ops, message",
+    [
+        ([v2.Resize([8, 8], v2.InterpolationMode.NEAREST)], "nearest cannot be exported"),
+        ([v2.ToDtype(torch.float32), v2.Resize([8, 8])], "Resize.* cannot be exported at its place"),
+        ([v2.Resize([8, 8]), v2.RandomHorizontalFlip()], "RandomHorizontalFlip.* cannot be exported"),
+        ([v2.Resize([8, 8]), v2.Lambda(torch.neg)], "Lambda.* cannot be exported at its place"),
+    ],
+)
 def test_what_example_py_cannot_do_is_refused(ops, message, run):
     images = replace(run.query, transform=v2.Compose([*ops, v2.ToDtype(torch.float32, scale=True)]))
     with pytest.raises(ConfigError, match=message):
@@ -282,23 +358,31 @@ def test_half_precision_and_teachers_stay_behind(config_file, run):
     assert chosen is model and chosen.precision is None
 
 
-@pytest.mark.parametrize("arch, message", [
-    ({"infer_output_key": "featurs"}, "infer_output_key: there is no output 'featurs'; did you mean 'features'"),
-    ({"infer_add_softmax": True}, "a softmax over an embedding destroys its distances"),
-    ({"infer_add_softmax": "true", "infer_output_key": "neck"}, "a softmax over an embedding"),
-    ({"infer_output_key": "logits"}, "is logits, and the model has no head"),
-    ({"infer_output_key": "neck"}, "is neck, and the model has no neck")])
+@pytest.mark.parametrize(
+    "arch, message",
+    [
+        ({"infer_output_key": "featurs"}, "infer_output_key: there is no output 'featurs'; did you mean 'features'"),
+        ({"infer_add_softmax": True}, "a softmax over an embedding destroys its distances"),
+        ({"infer_add_softmax": "true", "infer_output_key": "neck"}, "a softmax over an embedding"),
+        ({"infer_output_key": "logits"}, "is logits, and the model has no head"),
+        ({"infer_output_key": "neck"}, "is neck, and the model has no neck"),
+    ],
+)
 def test_outputs_that_cannot_be_meant_are_refused(arch, message):
     with pytest.raises(ConfigError, match=message):
         inference.chosen_output(arch, RecModel(nn.Flatten()))
 
 
-@pytest.mark.parametrize("arguments, message", [
-    ({"formats": ["onnx", "tensorflow"]}, "formats: there is no format 'tensorflow'"),
-    ({"formats": ["torch"]}, "onnx must be among them"),
-    ({"normalise": False}, "there is no option 'normalise'; did you mean 'normalize'"),
-    ({"false_match_rate": 1e-9}, "1e-09 cannot be measured on the .* pairs"),
-    ({"folder": str(ROOT / "tests")}, "tests: holds other things than an export")])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"formats": ["onnx", "tensorflow"]}, "formats: there is no format 'tensorflow'"),
+        ({"formats": ["torch"]}, "onnx must be among them"),
+        ({"normalise": False}, "there is no option 'normalise'; did you mean 'normalize'"),
+        ({"false_match_rate": 1e-9}, "1e-09 cannot be measured on the .* pairs"),
+        ({"folder": str(ROOT / "tests")}, "tests: holds other things than an export"),
+    ],
+)
 def test_wrong_arguments_end_in_a_sentence(arguments, message, run):
     with pytest.raises(ConfigError, match=message):
         export.export_model(run, **{"false_match_rate": RATE, **arguments})
@@ -319,9 +403,11 @@ def test_the_folder_is_where_the_configuration_says(run, tmp_path):
 
 # ---- the proof fails -------------------------------------------------------------------------------------------------
 
+
 @pytest.fixture
 def forged(folder, monkeypatch):
-    "Exports whose files are those of the folder, and whose ONNX model gives what a function makes of its output."
+    """Exports whose files are those of the folder, and whose ONNX model gives what a function makes of its output."""
+
     def write(change):
         def write_models(build, formats, part, size, dynamic_size, meta):
             shutil.copy(folder / "model.onnx", part)
@@ -352,8 +438,11 @@ def test_a_model_that_is_another_is_not_exported(forged, run, tmp_path):
 
 def test_metrics_that_differ_are_a_failure_by_themselves():
     row = {"cosine_least": 1.0, "mAP": 0.5, "loss": {"mAP": 0.001}}
-    report = {"trained": {"mAP": 0.501}, "model_parity": {"model.onnx": {"batch_1": row}, "model_int8.onnx": {"": row}},
-              "pipeline_parity": {"example.py": {**row, "loss": {"mAP": 0.0}}}}
+    report = {
+        "trained": {"mAP": 0.501},
+        "model_parity": {"model.onnx": {"batch_1": row}, "model_int8.onnx": {"": row}},
+        "pipeline_parity": {"example.py": {**row, "loss": {"mAP": 0.0}}},
+    }
     assert export.failures(report) == ["model.onnx, batch_1: mAP is 0.5000 and not 0.5010"]
     row["cosine_least"] = float("nan")
     assert len(export.failures(report)) == 2
@@ -375,12 +464,15 @@ def test_a_sample_keeps_identities_whole(run):
         kept = [export.taken(images, part) for images, part in zip((run.query, run.gallery), rows, strict=True)]
         names = [set(images.labels.tolist()) for images in kept]
         assert names[0] == names[1] and names[0]
-        assert all(np.isin(images.labels, list(names[0])).sum() == len(part)
-                   for images, part in zip((run.query, run.gallery), rows, strict=True))
+        assert all(
+            np.isin(images.labels, list(names[0])).sum() == len(part)
+            for images, part in zip((run.query, run.gallery), rows, strict=True)
+        )
         assert sum(map(len, kept)) <= most or len(names[0]) == 1
 
 
 # ---- the index -------------------------------------------------------------------------------------------------------
+
 
 def test_the_threshold_holds_the_wanted_rate(run, folder):
     index = deploy.Recognizer(folder).index
@@ -450,10 +542,12 @@ def test_an_index_belongs_to_its_model(folder, tmp_path):
 
 # ---- slower ----------------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.slow
 def test_logits_get_labels_and_no_index(run, tmp_path):
-    target = export.export_model(run, folder=tmp_path / "out", false_match_rate=RATE, infer_output_key="logits",
-                                 infer_add_softmax=True)
+    target = export.export_model(
+        run, folder=tmp_path / "out", false_match_rate=RATE, infer_output_key="logits", infer_add_softmax=True
+    )
     model = example.Model(target / "model.onnx")
     assert model(Image.open(run.query.paths[0])).sum() == pytest.approx(1, abs=1e-5)
     assert len(model.meta["output"]["labels"]) == 15 and not (target / "index").exists()
@@ -474,7 +568,8 @@ def test_dot_products_keep_their_lengths(run, tmp_path):
     mean, std = ([255 * x for x in recognizer.model.meta["inside"][key]] for key in ("mean", "std"))
     graph = inference.Inference(run.model(), "features", mean, std, normalize=False)
     assert recognizer.model.session.run(None, {"image": pixels})[0] == pytest.approx(
-        graph(torch.from_numpy(pixels)).numpy(), abs=1e-3)
+        graph(torch.from_numpy(pixels)).numpy(), abs=1e-3
+    )
 
 
 @pytest.mark.slow
@@ -502,8 +597,10 @@ def test_every_family_exports_at_a_middle_layer_and_at_the_pool(name, stop, tmp_
     pixels = torch.randint(0, 256, (5, size, size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         wanted = model((pixels.float().permute(0, 3, 1, 2) - 120) / 60)["backbone"]
-        given = [torch.export.load(tmp_path / "model.pt2").module()(pixels).numpy(),
-                 onnxruntime.InferenceSession(tmp_path / "model.onnx").run(None, {"image": pixels.numpy()})[0]]
+        given = [
+            torch.export.load(tmp_path / "model.pt2").module()(pixels).numpy(),
+            onnxruntime.InferenceSession(tmp_path / "model.onnx").run(None, {"image": pixels.numpy()})[0],
+        ]
     wanted = nn.functional.normalize(wanted) if stop == "flatten" else wanted
     for values in given:
         assert values.shape == wanted.shape

@@ -1,4 +1,5 @@
-"Several processes make the step of one with the whole batch, evaluate together, write one run folder, and stop as one."
+"""Several processes make the step of one with the whole batch, evaluate together, and stop as one."""
+
 import json
 import os
 import subprocess
@@ -40,17 +41,18 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def parts():
-    "A model, losses of each kind and a batch of twelve images in float64."
+    """A model, losses of each kind and a batch of twelve images in float64."""
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float64)
     model = RecModel(nn.Sequential(nn.Linear(5, 8), nn.Tanh()), nn.Linear(8, 6), ArcMargin(6, 4, scale=8.0, margin=0.2))
-    loss = CombinedLoss([(1.0, CELoss(0.1)), (0.5, SupConLoss(temperature=0.5)), (2.0, TripletLossV2()),
-                         (0.1, CenterLoss(4, 6))])
+    loss = CombinedLoss(
+        [(1.0, CELoss(0.1)), (0.5, SupConLoss(temperature=0.5)), (2.0, TripletLossV2()), (0.1, CenterLoss(4, 6))]
+    )
     return model, loss, torch.randn(12, 5), torch.randint(0, 4, (12,))
 
 
 def one_step(rank, count):
-    "The gradients of all parameters, as numpy, of a process that sees its share of the batch."
+    """The gradients of all parameters, as numpy, of a process that sees its share of the batch."""
     model, loss, x, y = parts()
     own = slice(rank * 12 // count, (rank + 1) * 12 // count)
     loss(model(x[own], y[own]), y[own]).backward()
@@ -61,7 +63,7 @@ def one_step(rank, count):
 
 
 def assert_as_one(step, count, rtol, atol):
-    "The arrays of `step(0, 1)`, which those of `step(rank, count)` agree with in each of so many processes."
+    """The arrays of `step(0, 1)`, which those of `step(rank, count)` agree with in each of so many processes."""
     try:
         alone = step(0, 1)
     finally:
@@ -78,7 +80,7 @@ def test_processes_make_the_step_of_one_with_the_whole_batch(count):
 
 
 def sampled_steps(rank, count):
-    "Weight and momentum behind two steps of a head of which some classes are drawn, as numpy."
+    """Weight and momentum behind two steps of a head of which some classes are drawn, as numpy."""
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float64)
     head, x, y = ArcMargin(6, 40, scale=8.0, sample_rate=0.5), torch.randn(12, 6), torch.randint(0, 40, (12,))
@@ -100,7 +102,7 @@ def test_processes_with_a_sampled_head_draw_and_move_the_rows_of_one():
 
 
 def convolutional(synchronized):
-    "A model with batch normalisations in backbone and neck, one of them where the backbone is cut, and a small batch."
+    """A model with batch normalisations in backbone and neck, one of them at the cut, and a small batch."""
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float64)
     backbone = create_backbone("test_resnet", stop="layer3.0.bn3", input_size=(3, 32, 32))
@@ -115,7 +117,7 @@ def convolutional(synchronized):
 
 
 def normalised_step(rank, count, synchronized=True, chunk=None):
-    "Loss, gradients and running statistics behind one step, and features in evaluation, as numpy."
+    """Loss, gradients and running statistics behind one step, and features in evaluation, as numpy."""
     model, loss, x, y = convolutional(synchronized)
     model.grad_cache = chunk
     own = slice(rank * 12 // count, (rank + 1) * 12 // count)
@@ -136,7 +138,7 @@ def test_shared_batch_statistics_are_those_of_the_whole_batch(count):
 
 
 def test_shared_batch_statistics_with_chunks_are_those_of_the_chunks_of_all():
-    "Half of each process's batch at a time, so rows 0-2 and 6-8 are normalised together."
+    """Half of each process's batch at a time, so rows 0-2 and 6-8 are normalised together."""
     first, second = in_processes(2, normalised_step, 2, True, 3)
     for ours, theirs in zip(first, second, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-11)
@@ -161,7 +163,7 @@ def test_shared_batches_may_be_of_any_size_and_evaluation_is_apart():
 
 
 def kinds(rank, config):
-    "The hooks of a built model's batch normalisations."
+    """The hooks of a built model's batch normalisations."""
     model = build_model(load_config(config))
     return [len(part._forward_pre_hooks) for part in model.modules() if isinstance(part, nn.BatchNorm2d)]
 
@@ -194,14 +196,19 @@ def a_short_training(rank, config, folder):
 
 
 def test_a_training_with_shared_statistics_in_half_precision(config_file, tmp_path):
-    in_processes(2, a_short_training, config_file({"Arch.use_sync_bn": True, "AMP": {}, "Global.epochs": 1,
-                                                   "EMA": {"decay": 0.9}}), tmp_path)
+    in_processes(
+        2,
+        a_short_training,
+        config_file({"Arch.use_sync_bn": True, "AMP": {}, "Global.epochs": 1, "EMA": {"decay": 0.9}}),
+        tmp_path,
+    )
     assert pd.read_csv(tmp_path / "history.csv").train_loss.notna().all()
 
 
 def buffers_and_buckets(rank):
-    "Tensors of two kinds, more than travel at a time, as the first process has them."
+    """Tensors of two kinds, more than travel at a time, as the first process has them."""
     import recnb.distributed.gradients
+
     recnb.distributed.gradients.BUCKET = 100
     tensors = [torch.full((30,), float(rank)), torch.full((3,), rank), torch.full((50,), rank + 0.5)]
     copy_from_first(tensors)
@@ -214,7 +221,7 @@ def test_everything_is_copied_from_the_first():
 
 
 class Numbers(torch.utils.data.Dataset):
-    "Eleven images whose feature is their number."
+    """Eleven images whose feature is their number."""
 
     transform, boxes = None, None
 
@@ -252,8 +259,13 @@ def train(rank, config, run):
 
 
 def test_two_processes_end_near_one_with_the_same_global_batch(config_file, tmp_path):
-    plain = {"Global.epochs": 3, "DataLoader.Train.sampler": {"batch_size": 15}, "Arch.freeze": ["backbone"],
-             "Loss.Train": [{"CELoss": {}}, {"SupConLoss": {"views": 2}}], "Arch.Head.sharded": True}
+    plain = {
+        "Global.epochs": 3,
+        "DataLoader.Train.sampler": {"batch_size": 15},
+        "Arch.freeze": ["backbone"],
+        "Loss.Train": [{"CELoss": {}}, {"SupConLoss": {"views": 2}}],
+        "Arch.Head.sharded": True,
+    }
     two = config_file({**plain, "Global.devices": 2})  # which torchrun starts
     assert train(0, two, tmp_path / "two") == 0
     one = config_file({**plain, "DataLoader.Train.sampler": {"batch_size": 30}})
@@ -273,14 +285,21 @@ def test_two_processes_end_near_one_with_the_same_global_batch(config_file, tmp_
     assert len(kept["model"]["head.weight"]) == 15
 
 
-SEVERAL = {"Loss.Train": [{"CELoss": {}}], "Arch.freeze": ["backbone"], "Global.epochs": 2, "Global.save_steps": 4,
-           "Arch.Head.sharded": True, "Optimizer": [
-    {"AdamW": {"scope": "head", "lr": {"name": "Cosine", "learning_rate": 0.01}}},
-    {"Momentum": {"scope": "RecModel", "clip_norm": 1.0, "lr": {"name": "Cosine", "learning_rate": 0.01}}}]}
+SEVERAL = {
+    "Loss.Train": [{"CELoss": {}}],
+    "Arch.freeze": ["backbone"],
+    "Global.epochs": 2,
+    "Global.save_steps": 4,
+    "Arch.Head.sharded": True,
+    "Optimizer": [
+        {"AdamW": {"scope": "head", "lr": {"name": "Cosine", "learning_rate": 0.01}}},
+        {"Momentum": {"scope": "RecModel", "clip_norm": 1.0, "lr": {"name": "Cosine", "learning_rate": 0.01}}},
+    ],
+}
 
 
 def several(rank, config, folder):
-    "The weights behind a training that was stopped and gone on with, the head's rows of both processes."
+    """The weights behind a training that was stopped and gone on with, the head's rows of both processes."""
     cfg = load_config(config)
     for stop in (True, False):
         learn = build_learner(cfg, build_model(cfg), build_loaders(cfg), folder)
@@ -306,8 +325,11 @@ def test_a_sharded_head_has_an_optimizer_of_its_own(config_file, tmp_path, rate)
 
 
 def test_another_number_of_processes_goes_on(config_file, tmp_path, capsys):
-    steps = {"Optimizer.lr": {"name": "MultiStepDecay", "learning_rate": 0.002, "milestones": [1]},
-             "Arch.Head.sharded": True, "EMA": {"decay": 0.9}}
+    steps = {
+        "Optimizer.lr": {"name": "MultiStepDecay", "learning_rate": 0.002, "milestones": [1]},
+        "Arch.Head.sharded": True,
+        "EMA": {"decay": 0.9},
+    }
     assert in_processes(2, train, config_file({**steps, "Global.epochs": 1}), tmp_path / "run") == [0, 0]
     assert train(0, config_file({**steps, "Global.epochs": 2}), tmp_path / "run") == 0
     assert "resuming behind epoch 1 of 2" in capsys.readouterr().out
@@ -318,7 +340,7 @@ def test_another_number_of_processes_goes_on(config_file, tmp_path, capsys):
 
 
 class Stop(Callback):
-    "Ends training behind a step and its checkpoint."
+    """Ends training behind a step and its checkpoint."""
 
     order = 100
 
@@ -328,8 +350,9 @@ class Stop(Callback):
 
 
 def stopped_and_resumed(rank, config, folder, old):
-    "None; a run that is left alone and one that is stopped, by learners that know nothing of each other."
+    """None; a run that is left alone and one that is stopped, by learners that know nothing of each other."""
     from recnb.training.checkpoints import set_random_state
+
     cfg = load_config(config)
     learns = [build_learner(cfg, build_model(cfg), build_loaders(cfg), folder / run) for run in ("whole", "cut", "cut")]
     learns[0].fit_config()
@@ -353,8 +376,10 @@ def test_every_process_goes_on_with_its_own_random_state(config_file, tmp_path, 
     config = config_file({"Global.save_steps": 2, "Arch.Backbone.drop_rate": 0.3, "Global.epochs": 2})
     one, other = in_processes(2, stopped_and_resumed, config, tmp_path, old)
     assert one != other  # a state that is not there is drawn anew, another for each process
-    same = [(tmp_path / "whole" / file).read_bytes() == (tmp_path / "cut" / file).read_bytes()
-            for file in ("history.csv", "model.safetensors")]
+    same = [
+        (tmp_path / "whole" / file).read_bytes() == (tmp_path / "cut" / file).read_bytes()
+        for file in ("history.csv", "model.safetensors")
+    ]
     assert all(same) is not old
 
 
@@ -364,12 +389,28 @@ def test_a_process_that_fails_ends_the_others(config_file, tmp_path):
         "import os\nif os.environ.get('RANK') == '1':\n    import torch\n"
         "    softmax = torch.nn.functional.cross_entropy\n"
         "    def failing(*a, **k):\n        raise ValueError('this rank fails')\n"
-        "    torch.nn.functional.cross_entropy = failing\n")
+        "    torch.nn.functional.cross_entropy = failing\n"
+    )
     words = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m",
-                           "recnb.cli.train", str(config_file()), "--run-dir", str(tmp_path / "run")], cwd=ROOT,
-                          env=words,
-                          capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node=2",
+            "-m",
+            "recnb.cli.train",
+            str(config_file()),
+            "--run-dir",
+            str(tmp_path / "run"),
+        ],
+        cwd=ROOT,
+        env=words,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode != 0 and "this rank fails" in done.stderr
 
 
@@ -381,8 +422,9 @@ def test_a_number_of_devices_is_one_at_least(config_file):
 
 @pytest.mark.slow
 def test_the_notebook_starts_processes(config_file, tmp_path):
-    executed = run_notebook("02_train", tmp_path / "run", config=str(config_file({"Global.devices": 2})),
-                            run_dir=str(tmp_path / "run"))
+    executed = run_notebook(
+        "02_train", tmp_path / "run", config=str(config_file({"Global.devices": 2})), run_dir=str(tmp_path / "run")
+    )
     assert executed.exists() and json.loads((tmp_path / "run" / "metrics.json").read_text())["recall5"] > 0
 
 

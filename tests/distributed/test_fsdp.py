@@ -1,4 +1,5 @@
-"Blocks of a backbone that torch's fully_shard divides over processes make the steps of one process."
+"""Blocks of a backbone that torch's fully_shard divides over processes make the steps of one process."""
+
 import numpy as np
 import torch
 from processes import in_processes
@@ -15,7 +16,7 @@ from recnb.recipe.optimizer import build_optimizer
 
 
 def step(rank, count, sharded):
-    "Gradients and, behind two steps, weights, as numpy; and whether the blocks were sharded and how."
+    """Gradients and, behind two steps, weights, as numpy; and whether the blocks were sharded and how."""
     torch.manual_seed(0)
     backbone = create_backbone("test_vit", stop="flatten", input_size=(3, 160, 160))
     model = RecModel(backbone, FC(backbone.out_channels, 16), ArcMargin(16, 5, scale=8.0)).train()

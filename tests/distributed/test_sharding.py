@@ -1,4 +1,5 @@
-"Class weights divided over processes or drawn in part: the loss, gradients and steps of one process with all of them."
+"""Class weights divided over processes or drawn in part: loss, gradients and steps of one process with all."""
+
 import copy
 import math
 
@@ -29,7 +30,7 @@ def batch(seed=0):
 
 
 class Net(nn.Module):
-    "A linear backbone, whose features may be computed in chunks, and a head."
+    """A linear backbone, whose features may be computed in chunks, and a head."""
 
     grad_cache = None
 
@@ -53,7 +54,7 @@ def optimize(model, kind):
 
 
 def train(model, optimizer, batches):
-    "The losses of some steps."
+    """The losses of some steps."""
     values = []
     for x, y in batches:
         optimizer.zero_grad()
@@ -66,13 +67,13 @@ def train(model, optimizer, batches):
 
 
 def own(x):
-    "The rows of this rank's batch."
+    """The rows of this rank's batch."""
     sizes = SIZES[dist.get_world_size()]
     return x.split(sizes)[dist.get_rank()]
 
 
 def trained(name, kind, chunk):
-    "On rank 0 what training a sharded head leaves behind, from the weights of an undivided one."
+    """On rank 0 what training a sharded head leaves behind, from the weights of an undivided one."""
     model = net(name, sharded=True)
     model.load_state_dict(split(net(name).state_dict(), sharded_weights(model)))
     model.grad_cache = chunk
@@ -83,19 +84,23 @@ def trained(name, kind, chunk):
 
 
 def one_step(name):
-    "(the loss, the gradient of this rank's features over the number of ranks, the gradient of its rows, cosines)."
+    """(the loss, the gradient of this rank's features over the number of ranks, the gradient of its rows, cosines)."""
     head, whole = net(name, sharded=True).head, net(name).head
     head.load_state_dict(split(whole.state_dict(), sharded_weights(head)))
     x, y = batch()
     features = own(F.pad(x, (0, 2), value=0.5)).clone().requires_grad_()
     value = LOSS({"logits": head(features, own(y))}, own(y))
     value.backward()
-    return (value.detach(), features.grad / dist.get_world_size(), head.weight.grad,
-            head.eval()(features, own(y)).detach())
+    return (
+        value.detach(),
+        features.grad / dist.get_world_size(),
+        head.weight.grad,
+        head.eval()(features, own(y)).detach(),
+    )
 
 
 def drawn_part():
-    "A step with some of each rank's classes: (the loss, all ranks' logits (M, S), own columns, rows with a gradient)."
+    """A step with some of each rank's classes: (loss, all ranks' logits (M, S), own columns, rows with a gradient)."""
     head = net("ArcMargin", sharded=True, sample_rate=0.4).head
     x, y = batch()
     torch.manual_seed(dist.get_rank())
@@ -112,7 +117,7 @@ def drawn_part():
 
 
 def gathered():
-    "The gradient of this rank's rows when every rank computes the same loss of all rows."
+    """The gradient of this rank's rows when every rank computes the same loss of all rows."""
     x = own(batch()[0]).clone().requires_grad_()
     rows = gather(x)
     (rows @ rows.T).square().sum().backward()
@@ -120,11 +125,15 @@ def gathered():
 
 
 def found(rank):
-    "What one process of a group finds, for all the tests below."
+    """What one process of a group finds, for all the tests below."""
     with pytest.raises(ValueError, match="there are 0 classes for"):
         share(0)
-    found = {"start": collect(net("AdaMargin", sharded=True).state_dict(), {"head.weight": CLASSES}),
-             "drawn": drawn_part(), "gathered": gathered(), "step": {name: one_step(name) for name in ARGS}}
+    found = {
+        "start": collect(net("AdaMargin", sharded=True).state_dict(), {"head.weight": CLASSES}),
+        "drawn": drawn_part(),
+        "gathered": gathered(),
+        "step": {name: one_step(name) for name in ARGS},
+    }
     for name, kind, chunk in RUNS:
         found[name, kind, chunk] = trained(name, kind, chunk)
     return found
@@ -135,7 +144,7 @@ RUNS = [(name, kind, None) for name in ARGS for kind in ("AdamW", "Momentum")] +
 
 @pytest.fixture(scope="module", params=[1, 2, 3])
 def ranks(request):
-    "What each process of 1, 2 or 3 found, in their order."
+    """What each process of 1, 2 or 3 found, in their order."""
     return in_processes(request.param, found)
 
 
@@ -196,8 +205,10 @@ def test_states_are_merged_and_divided_anew():
     model = net("AdaMargin", sharded=True)
     optimizer = optimize(model, "AdamW")
     train(model, optimizer, [batch()])
-    for whole, counts in ((dict(model.state_dict()), sharded_weights(model)),
-                          (optimizer.state_dict()["state"], sharded_weights(model, optimizer))):
+    for whole, counts in (
+        (dict(model.state_dict()), sharded_weights(model)),
+        (optimizer.state_dict()["state"], sharded_weights(model, optimizer)),
+    ):
         for world in (1, 2, 5, CLASSES):
             parts = [split(whole, counts, rank, world) for rank in range(world)]
             torch.testing.assert_close(merge(parts, counts), whole, rtol=0, atol=0)
@@ -291,7 +302,7 @@ def test_a_share_that_is_none_is_refused(rate):
 
 
 def step(optimizer, table, index):
-    "None; one step towards 1 of some rows, with a sparse gradient."
+    """None; one step towards 1 of some rows, with a sparse gradient."""
     optimizer.zero_grad()
     (F.embedding(torch.tensor(index), table, sparse=True) - 1).square().sum().backward()
     optimizer.step()
@@ -301,9 +312,15 @@ def table():
     return nn.Parameter(torch.randn(5, 3, generator=torch.Generator().manual_seed(0)))
 
 
-@pytest.mark.parametrize("make", [
-    lambda p: torch.optim.SGD(p, 0.1, weight_decay=0.1), lambda p: torch.optim.SGD(p, 0.1, 0.9, nesterov=True),
-    lambda p: torch.optim.RMSprop(p, 0.01, momentum=0.9, weight_decay=0.1)], ids=["SGD", "Momentum", "RMSprop"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: torch.optim.SGD(p, 0.1, weight_decay=0.1),
+        lambda p: torch.optim.SGD(p, 0.1, 0.9, nesterov=True),
+        lambda p: torch.optim.RMSprop(p, 0.01, momentum=0.9, weight_decay=0.1),
+    ],
+    ids=["SGD", "Momentum", "RMSprop"],
+)
 def test_a_row_is_stepped_when_it_is_used_and_as_if_it_were_alone(make):
     together, alone = table(), [nn.Parameter(row.detach().clone()) for row in table()]
     optimizer, others = make([together]), [make([row]) for row in alone]

@@ -3,6 +3,7 @@
 `make test-browser` runs them. Where Chromium or playwright is missing they are skipped, but with CI=true they fail.
 Screenshots go to the folder of RECNB_SCREENSHOTS, `screenshots/` without it.
 """
+
 import json
 import os
 import re
@@ -29,8 +30,15 @@ pytestmark = pytest.mark.browser
 SCREENSHOTS = Path(os.environ.get("RECNB_SCREENSHOTS") or ROOT / "screenshots")
 WIDTHS = (1280, 800)
 LOOKS = list(product(WIDTHS, ("light", "dark")))
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync"]
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 LOCAL = ("file:", "data:", "blob:")
 # The alternative texts of the visible images that show nothing, be the picture their source or their background.
 UNSEEN = """async images => {
@@ -75,7 +83,7 @@ def browser():
 
 @contextmanager
 def opened(browser, url: str, width: int = 1280, scheme: str = "light", allowed=LOCAL, strict: bool = True):
-    "A page that reaches only what is allowed; strict: it does not try to reach more either, and reports no error."
+    """A page that reaches only what is allowed; strict: it does not try to reach more either, and reports no error."""
     context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
     context.route(lambda address: not address.startswith(allowed), lambda route: route.abort())
     page, asked, errors = context.new_page(), [], []
@@ -93,7 +101,7 @@ def opened(browser, url: str, width: int = 1280, scheme: str = "light", allowed=
 
 
 def screenshot(page, name: str, top=None) -> None:
-    "The window, scrolled until `top` is its first line where that is given."
+    """The window, scrolled until `top` is its first line where that is given."""
     if top is not None:
         top.evaluate("node => node.scrollIntoView()")
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
@@ -108,13 +116,17 @@ def unseen(where) -> list[str]:
 
 @pytest.fixture(scope="module")
 def items(drawn):
-    "Every drawn test picture as a query and as a gallery item: paths, labels, cameras, coarse colours as features."
+    """Every drawn test picture as a query and as a gallery item: paths, labels, cameras, coarse colours as features."""
     lines = [line.split() for name in ("query", "gallery") for line in (drawn / f"{name}.txt").read_text().splitlines()]
     paths = [str(drawn / "images" / path) for path, _, _ in lines]
     small = [np.asarray(Image.open(path).convert("RGB").resize((6, 6)), np.float32) for path in paths]
     colours = [((x - x.mean((0, 1))) / x.std((0, 1))).ravel() for x in small]
-    return {"paths": paths, "labels": np.array([int(label) for _, label, _ in lines]),
-            "cameras": np.array([int(camera) for _, _, camera in lines]), "features": np.stack(colours)}
+    return {
+        "paths": paths,
+        "labels": np.array([int(label) for _, label, _ in lines]),
+        "cameras": np.array([int(camera) for _, _, camera in lines]),
+        "features": np.stack(colours),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +136,7 @@ def ranking(items):
 
 
 # ---- the page --------------------------------------------------------------------------------------------------------
+
 
 @pytest.fixture(scope="module")
 def page_url(ranking, items, tmp_path_factory):
@@ -175,9 +188,10 @@ def test_a_hit_of_the_page_leads_to_its_own_query(browser, page_url):
 
 # ---- a saved notebook ------------------------------------------------------------------------------------------------
 
+
 @pytest.fixture(scope="module")
 def folder(items, tmp_path_factory):
-    "Where the notebooks below run: the drawn set as arrays."
+    """Where the notebooks below run: the drawn set as arrays."""
     folder = tmp_path_factory.mktemp("notebook")
     np.savez(folder / "drawn.npz", **items)
     return folder
@@ -192,27 +206,38 @@ def write_notebook(path: Path, *cells: str) -> Path:
 
 @pytest.fixture(scope="module")
 def executed(folder):
-    "A notebook of the figure, the static gallery twice, run; its path."
+    """A notebook of the figure, the static gallery twice, run; its path."""
     path = write_notebook(
-        folder / "saved.ipynb", "gallery.gallery_figure(ranking, paths, paths, k=5)",
+        folder / "saved.ipynb",
+        "gallery.gallery_figure(ranking, paths, paths, k=5)",
         "from recnb.gallery.static import gallery_static\ngallery_static(ranking, paths, paths)",
-        "gallery_static(ranking, paths, paths, rows=[3, 1])")
+        "gallery_static(ranking, paths, paths, rows=[3, 1])",
+    )
     environment = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}
-    subprocess.run([sys.executable, "-m", "nbconvert", "--to", "notebook", "--execute", "--inplace", path], check=True,
-                   capture_output=True, timeout=180, env=environment)
+    subprocess.run(
+        [sys.executable, "-m", "nbconvert", "--to", "notebook", "--execute", "--inplace", path],
+        check=True,
+        capture_output=True,
+        timeout=180,
+        env=environment,
+    )
     return path
 
 
 def converted(notebook: Path, name: str, *options: str) -> str:
-    "The address of the HTML page that nbconvert makes of the notebook."
-    subprocess.run([sys.executable, "-m", "nbconvert", "--to", "html", "--output", name, *options, notebook],
-                   check=True, capture_output=True, timeout=120)
+    """The address of the HTML page that nbconvert makes of the notebook."""
+    subprocess.run(
+        [sys.executable, "-m", "nbconvert", "--to", "html", "--output", name, *options, notebook],
+        check=True,
+        capture_output=True,
+        timeout=120,
+    )
     return (notebook.parent / f"{name}.html").as_uri()
 
 
 @pytest.fixture(scope="module")
 def saved_url(executed):
-    "A function from a theme to the address of the page as nbconvert makes it by default, but for that theme."
+    """A function from a theme to the address of the page as nbconvert makes it by default, but for that theme."""
     made = {scheme: converted(executed, scheme, f"--HTMLExporter.theme={scheme}") for scheme in ("light", "dark")}
     return made.get
 
@@ -249,6 +274,7 @@ def test_the_saved_galleries_do_not_turn_each_others_pages(browser, saved_url):
 
 # ---- the widget in JupyterLab ----------------------------------------------------------------------------------------
 
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -257,18 +283,31 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def lab(folder, tmp_path_factory):
-    "The address of a JupyterLab of this test's own, without a token, for this machine alone."
+    """The address of a JupyterLab of this test's own, without a token, for this machine alone."""
     state, port = tmp_path_factory.mktemp("jupyter"), free_port()
     names = ("CONFIG_DIR", "DATA_DIR", "RUNTIME_DIR")
-    environment = {**os.environ, **{f"JUPYTER_{name}": str(state / name.lower()) for name in names},
-                   "JUPYTERLAB_SETTINGS_DIR": str(state / "settings"),
-                   "JUPYTERLAB_WORKSPACES_DIR": str(state / "workspaces")}
+    environment = {
+        **os.environ,
+        **{f"JUPYTER_{name}": str(state / name.lower()) for name in names},
+        "JUPYTERLAB_SETTINGS_DIR": str(state / "settings"),
+        "JUPYTERLAB_WORKSPACES_DIR": str(state / "workspaces"),
+    }
     quiet = state / "settings" / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
     quiet.parent.mkdir(parents=True)
     quiet.write_text('{"fetchNews": "false", "checkForUpdates": false}')
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}",
-               "--ServerApp.port_retries=0", "--IdentityProvider.token=", f"--ServerApp.root_dir={folder}",
-               "--LabApp.extension_manager=readonly"]
+    command = [
+        sys.executable,
+        "-m",
+        "jupyterlab",
+        "--no-browser",
+        "--allow-root",
+        "--ip=127.0.0.1",
+        f"--port={port}",
+        "--ServerApp.port_retries=0",
+        "--IdentityProvider.token=",
+        f"--ServerApp.root_dir={folder}",
+        "--LabApp.extension_manager=readonly",
+    ]
     with (state / "log").open("w") as log:
         server = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
     try:
@@ -282,7 +321,7 @@ def lab(folder, tmp_path_factory):
 
 
 def answering(url: str, server: subprocess.Popen, log: Path) -> str:
-    "The address once it answers, within a minute."
+    """The address once it answers, within a minute."""
     for _ in range(120):
         try:
             with urlopen(f"{url}/api/status", timeout=5) as answer:
@@ -300,7 +339,7 @@ def answering(url: str, server: subprocess.Popen, log: Path) -> str:
 
 @contextmanager
 def in_lab(browser, lab: str, notebook: Path, width: int = 1280):
-    "The notebook's page in JupyterLab, its kernel ready."
+    """The notebook's page in JupyterLab, its kernel ready."""
     allowed = (*LOCAL, lab, lab.replace("http:", "ws:"))
     with opened(browser, f"{lab}/lab/tree/{notebook.name}?reset", width, allowed=allowed, strict=False) as page:
         page.set_default_timeout(90_000)
@@ -319,7 +358,7 @@ def slider(page, name: str):
 
 
 def changed(page, before: str) -> str:
-    "The query shown, once it is another one."
+    """The query shown, once it is another one."""
     page.wait_for_function("id => document.querySelector('.recnb article').id !== id", arg=before)
     return page.locator(".recnb article").get_attribute("id")
 
@@ -370,8 +409,11 @@ def test_the_gallery_notebook_in_jupyterlab(browser, lab, folder, trained_run):
 
 
 def test_the_static_gallery_pages_in_jupyterlab(browser, lab, folder):
-    notebook = write_notebook(folder / "static.ipynb", "from recnb.gallery.static import gallery_static",
-                              "gallery_static(ranking, paths, paths)")
+    notebook = write_notebook(
+        folder / "static.ipynb",
+        "from recnb.gallery.static import gallery_static",
+        "gallery_static(ranking, paths, paths)",
+    )
     with in_lab(browser, lab, notebook) as page:
         run_all(page)
         gallery = page.locator(".recnb.pages")

@@ -1,4 +1,5 @@
-"The galleries show what the metrics count, to the item, and their pages stand alone."
+"""The galleries show what the metrics count, to the item, and their pages stand alone."""
+
 import base64
 import io
 import re
@@ -24,7 +25,7 @@ IDENTITIES, EACH = 12, 6
 
 @pytest.fixture(scope="module")
 def data():
-    "Seventy-two noisy items of twelve identities, seen by three cameras; two of them are equal but for identity."
+    """Seventy-two noisy items of twelve identities, seen by three cameras; two of them are equal but for identity."""
     rng = np.random.default_rng(0)
     labels = np.repeat(np.arange(IDENTITIES) + 100, EACH)
     cameras = np.tile(np.arange(3), len(labels) // 3)
@@ -53,7 +54,7 @@ def ranking(data):
 
 
 def whole_list(scores, q, labels, cameras, own):
-    "(item, state, rank) down query q's list by plain loops, with ties against the query."
+    """(item, state, rank) down query q's list by plain loops, with ties against the query."""
     items = [i for i in range(len(labels)) if i != own]
     items.sort(key=lambda i: (-(scores[i] - TIE * (labels[i] == labels[q])), labels[i] == labels[q], i))
     position, found = 0, []
@@ -67,13 +68,15 @@ def whole_list(scores, q, labels, cameras, own):
 
 # ---- the ranking -----------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("with_cameras", [True, False])
 def test_the_ranking_is_the_one_that_the_metrics_count(data, with_cameras):
     embeddings, labels, cameras = data
     cameras = cameras if with_cameras else None
     ranking = rank(embeddings, embeddings, labels, labels, cameras, cameras, exclude_self=True, k=20, show_excluded=99)
-    _, arrays = retrieval_metrics(embeddings, embeddings, labels, labels, cameras, cameras, exclude_self=True,
-                                  per_query=True)
+    _, arrays = retrieval_metrics(
+        embeddings, embeddings, labels, labels, cameras, cameras, exclude_self=True, per_query=True
+    )
     unit = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
     for q in range(len(labels)):
         expected = whole_list(unit @ unit[q], q, labels, cameras, own=q)
@@ -81,7 +84,7 @@ def test_the_ranking_is_the_one_that_the_metrics_count(data, with_cameras):
         assert shown == expected[:20]
         np.testing.assert_allclose(ranking.scores[q], unit[ranking.ids[q]] @ unit[q], atol=1e-6)
         hits = [(i, position) for i, state, position in expected if state == "right"]
-        assert hits == list(zip(ranking.hits[q], ranking.hit_ranks[q], strict=True))[:len(hits)]
+        assert hits == list(zip(ranking.hits[q], ranking.hit_ranks[q], strict=True))[: len(hits)]
         assert ranking.positives[q] == len(hits) == arrays["positives"][q]
         assert ranking.first_hit[q] == hits[0][1] == arrays["first_hit"][q]
         AP = np.mean([(j + 1) / position for j, (_, position) in enumerate(hits)])
@@ -152,14 +155,17 @@ def test_choose_rows_gives_successes_and_failures_of_different_identities(rankin
 @pytest.mark.parametrize("failed", [True, False])
 def test_choose_rows_does_with_one_kind(ranking, failed):
     kind = np.flatnonzero(ranking.failed == failed)
-    columns = {name: value[kind] if name.startswith("query") or name not in ("gallery_labels", "gallery_cameras")
-               else value for name, value in vars(ranking).items()}
+    columns = {
+        name: value[kind] if name.startswith("query") or name not in ("gallery_labels", "gallery_cameras") else value
+        for name, value in vars(ranking).items()
+    }
     part = gallery.Ranking(**columns)
     rows = choose_rows(part, 4)
     assert len(rows) == 4 and (part.failed[rows] == failed).all()
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------------
+
 
 def test_pictures_are_paths_pil_images_or_arrays(paths):
     clear = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
@@ -181,6 +187,7 @@ def test_a_missing_or_broken_picture_is_named(ranking, paths, tmp_path, show):
 
 
 # ---- the figure ------------------------------------------------------------------------------------------------------
+
 
 def test_the_figure_says_and_frames_what_the_ranking_holds(ranking, paths):
     names = {label: f"Sort {label}" for label in range(100, 112)}
@@ -214,6 +221,7 @@ def test_the_figure_is_opaque_small_and_shown_once(ranking, paths):
 
 
 # ---- the page --------------------------------------------------------------------------------------------------------
+
 
 def articles(page):
     return {int(q): text for q, text in re.findall(r'<article id="q(\d+)"(.*?)</article>', page, re.S)}
@@ -273,6 +281,7 @@ def test_pictures_must_be_as_many_as_items(ranking, paths):
 
 
 # ---- the widget ------------------------------------------------------------------------------------------------------
+
 
 @pytest.fixture
 def widget(ranking, paths):

@@ -1,4 +1,5 @@
-"The widget's filters, comparison, searches and files, through its traits; and the heat map, highest where two agree."
+"""The widget's filters, comparison, searches and files, through its traits; and the heat map."""
+
 from datetime import datetime, timezone
 
 import numpy as np
@@ -41,13 +42,21 @@ def test_agreement_of_real_networks(name):
 
 # ---- the widget ------------------------------------------------------------------------------------------------------
 
+
 @pytest.fixture(scope="module")
 def pictures(drawn):
-    "Queries and gallery of the drawn set: (paths, labels, cameras) of each."
-    lists = [[line.split() for line in (drawn / f"{name}.txt").read_text().splitlines()]
-             for name in ("query", "gallery")]
-    return [([str(drawn / "images" / path) for path, _, _ in rows], np.array([int(label) for _, label, _ in rows]),
-             np.array([int(camera) for _, _, camera in rows])) for rows in lists]
+    """Queries and gallery of the drawn set: (paths, labels, cameras) of each."""
+    lists = [
+        [line.split() for line in (drawn / f"{name}.txt").read_text().splitlines()] for name in ("query", "gallery")
+    ]
+    return [
+        (
+            [str(drawn / "images" / path) for path, _, _ in rows],
+            np.array([int(label) for _, label, _ in rows]),
+            np.array([int(camera) for _, _, camera in rows]),
+        )
+        for rows in lists
+    ]
 
 
 def features(labels, noise, seed):
@@ -59,16 +68,25 @@ def features(labels, noise, seed):
 @pytest.fixture(scope="module")
 def rankings(pictures):
     (_, ql, qc), (_, gl, gc) = pictures
-    return {name: rank(features(ql, noise, seed), features(gl, noise, seed + 1), ql, gl, qc, gc, k=8)
-            for name, noise, seed in (("first", 1.3, 2), ("second", 1.1, 4))}
+    return {
+        name: rank(features(ql, noise, seed), features(gl, noise, seed + 1), ql, gl, qc, gc, k=8)
+        for name, noise, seed in (("first", 1.3, 2), ("second", 1.1, 4))
+    }
 
 
 @pytest.fixture
 def widget(rankings, pictures, tmp_path):
     gallery_features = features(pictures[1][1], 1.3, 3)
-    return gallery_widget(rankings, pictures[0][0], pictures[1][0], k=5, gallery_features=gallery_features,
-                          embed=lambda picture: gallery_features[4], export_folder=tmp_path,
-                          regions=lambda a, b: (np.eye(32, dtype=np.float32), np.zeros((32, 32), np.float32)))
+    return gallery_widget(
+        rankings,
+        pictures[0][0],
+        pictures[1][0],
+        k=5,
+        gallery_features=gallery_features,
+        embed=lambda picture: gallery_features[4],
+        export_folder=tmp_path,
+        regions=lambda a, b: (np.eye(32, dtype=np.float32), np.zeros((32, 32), np.float32)),
+    )
 
 
 def test_the_hits_shown_agree_with_the_metrics(rankings, pictures, widget):
@@ -109,7 +127,10 @@ def test_two_rankings_side_by_side(widget, rankings):
     widget.compare.value = "second"
     fixed, broken = (np.flatnonzero(a.failed & ~b.failed).tolist() for a, b in ((first, second), (second, first)))
     assert [text for text, _ in widget.change.options] == [
-        "all", f"fixed by second ({len(fixed)})", f"broken by second ({len(broken)})"]
+        "all",
+        f"fixed by second ({len(fixed)})",
+        f"broken by second ({len(broken)})",
+    ]
     for value, rows in (("fixed", fixed), ("broken", broken)):
         widget.change.value = value
         assert sorted(widget.rows) == rows
@@ -131,8 +152,15 @@ def test_any_item_and_any_image_can_be_the_query(widget, pictures, tmp_path):
     assert widget.hits.items[0] == 4 and "your image" in widget.about.value and widget.said.value == ""
     widget.path.value = str(tmp_path / "missing.png")
     assert "does not exist" in widget.said.value
-    widget.upload.value = ({"name": "own.png", "type": "image/png", "size": 1, "content": memoryview(path.read_bytes()),
-                            "last_modified": datetime.now(timezone.utc)},)
+    widget.upload.value = (
+        {
+            "name": "own.png",
+            "type": "image/png",
+            "size": 1,
+            "content": memoryview(path.read_bytes()),
+            "last_modified": datetime.now(timezone.utc),
+        },
+    )
     assert widget.said.value == "" and widget.hits.items[0] == 4
 
 

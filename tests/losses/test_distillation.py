@@ -1,4 +1,5 @@
-"Models trained together: outputs by name, the losses between them against plain formulas, the one that is used."
+"""Models trained together: outputs by name, the losses between them against plain formulas, the one that is used."""
+
 import numpy as np
 import pytest
 import torch
@@ -29,8 +30,14 @@ def test_mutual_learning_is_both_divergences(outputs):
     assert DistillationDMLLoss([["Student", "Teacher"]])(same, None).item() == 0
 
 
-@pytest.mark.parametrize(("mode", "plain"), [("l2", lambda d: d**2), ("l1", np.abs), (
-    "smooth_l1", lambda d: np.where(np.abs(d) < 1, d**2 / 2, np.abs(d) - 0.5))])
+@pytest.mark.parametrize(
+    ("mode", "plain"),
+    [
+        ("l2", lambda d: d**2),
+        ("l1", np.abs),
+        ("smooth_l1", lambda d: np.where(np.abs(d) < 1, d**2 / 2, np.abs(d) - 0.5)),
+    ],
+)
 def test_distances(outputs, mode, plain):
     loss = DistillationDistanceLoss([["Student", "Teacher"]], mode, "features")(outputs, None)
     a, b = (v["features"].detach().double().numpy() for v in outputs.values())
@@ -49,17 +56,29 @@ def test_an_output_that_does_not_exist_is_named(outputs):
 
 
 def pair(config_file, **changes):
-    "The configuration of two of the tiny models that learn from each other."
+    """The configuration of two of the tiny models that learn from each other."""
     cfg = load_config(config_file())
     one = {key: cfg["Arch"][key] for key in ("Backbone", "BackboneStopLayer", "Neck", "Head")}
     pairs = [["Student", "Teacher"]]
-    return load_config(config_file({
-        "Arch": {"name": "DistillationModel", "models": [{"Teacher": {"name": "RecModel", **one}},
-                                                         {"Student": {"name": "RecModel", **one}}],
-                 "infer_model_name": "Student", **changes},
-        "Loss": {"Train": [{"DistillationGTCELoss": {"model_names": ["Student", "Teacher"], "weight": 1.0}},
-                           {"DistillationDMLLoss": {"model_name_pairs": pairs, "weight": 1.0}},
-                           {"DistillationDistanceLoss": {"model_name_pairs": pairs, "key": "backbone"}}]}}))
+    return load_config(
+        config_file(
+            {
+                "Arch": {
+                    "name": "DistillationModel",
+                    "models": [{"Teacher": {"name": "RecModel", **one}}, {"Student": {"name": "RecModel", **one}}],
+                    "infer_model_name": "Student",
+                    **changes,
+                },
+                "Loss": {
+                    "Train": [
+                        {"DistillationGTCELoss": {"model_names": ["Student", "Teacher"], "weight": 1.0}},
+                        {"DistillationDMLLoss": {"model_name_pairs": pairs, "weight": 1.0}},
+                        {"DistillationDistanceLoss": {"model_name_pairs": pairs, "key": "backbone"}},
+                    ]
+                },
+            }
+        )
+    )
 
 
 def test_two_models_train_and_one_is_used(config_file, tmp_path):
@@ -88,11 +107,14 @@ def test_a_frozen_teacher_stays_as_it_is(config_file, tmp_path):
     assert all(torch.equal(after[key], value) for key, value in before.items())  # batch statistics too
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"infer_model_name": "Studnet"}, "Arch.infer_model_name: there is no model 'Studnet'; did you mean 'Student'"),
-    ({"freeze_params_list": [True]}, "Arch.freeze_params_list: must have one entry for each"),
-    ({"pretrained_list": [None, "nowhere.safetensors"]}, "Arch.pretrained_list: .*nowhere"),
-])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"infer_model_name": "Studnet"}, "Arch.infer_model_name: there is no model 'Studnet'; did you mean 'Student'"),
+        ({"freeze_params_list": [True]}, "Arch.freeze_params_list: must have one entry for each"),
+        ({"pretrained_list": [None, "nowhere.safetensors"]}, "Arch.pretrained_list: .*nowhere"),
+    ],
+)
 def test_what_cannot_be_meant(config_file, changes, message):
     with pytest.raises(ConfigError, match=message):
         build_model(pair(config_file, **changes))

@@ -1,4 +1,5 @@
-"Losses: the original's numbers, plain loops for batches of any make-up, and the weighted sum."
+"""Losses: the original's numbers, plain loops for batches of any make-up, and the weighted sum."""
+
 import json
 import math
 from pathlib import Path
@@ -36,8 +37,9 @@ def batch(labels, seed=0, size=6):
     return features.requires_grad_(), torch.tensor(labels)
 
 
-def plain_supcon(features, labels, temperature=0.07, base_temperature=0.07, contrast_mode="all",
-                 normalize_feature=True):
+def plain_supcon(
+    features, labels, temperature=0.07, base_temperature=0.07, contrast_mode="all", normalize_feature=True
+):
     rows = [x / math.sqrt((x * x).sum()) if normalize_feature else x for x in np.asarray(features, np.float64)]
     terms = []
     for i, anchor in enumerate(rows):
@@ -53,8 +55,11 @@ def plain_supcon(features, labels, temperature=0.07, base_temperature=0.07, cont
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case['name']}-{case['key'][5:]}")
 def test_the_losses_are_the_original(case):
-    arrays = {name: torch.from_numpy(ARRAYS[f"{case['key']}/{name}"]) for name in ("features", "labels", "logits")
-              if f"{case['key']}/{name}" in ARRAYS}
+    arrays = {
+        name: torch.from_numpy(ARRAYS[f"{case['key']}/{name}"])
+        for name in ("features", "labels", "logits")
+        if f"{case['key']}/{name}" in ARRAYS
+    }
     labels = arrays.pop("labels")
     for given in arrays.values():
         given.requires_grad_()
@@ -80,9 +85,17 @@ def test_ce_loss_is_the_plain_loop(epsilon):
     assert CELoss(epsilon)({"logits": logits}, torch.tensor(y)).item() == pytest.approx(wanted, rel=1e-6)
 
 
-@pytest.mark.parametrize("args", [
-    {}, {"temperature": 0.2}, {"temperature": 0.2, "base_temperature": 0.5}, {"contrast_mode": "one"},
-    {"normalize_feature": False, "temperature": 1.0}], ids=str)
+@pytest.mark.parametrize(
+    "args",
+    [
+        {},
+        {"temperature": 0.2},
+        {"temperature": 0.2, "base_temperature": 0.5},
+        {"contrast_mode": "one"},
+        {"normalize_feature": False, "temperature": 1.0},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("labels", BATCHES.values(), ids=BATCHES)
 def test_supcon_is_the_plain_loop(labels, args):
     for seed in range(3):
@@ -190,8 +203,9 @@ def test_terms_of_one_class_are_all_kept():
     assert [v.item() for v in combined.terms.values()] == pytest.approx([v.item() for v in values])
     assert total.item() == pytest.approx(sum(w * v.item() for (w, _), v in zip(losses, values, strict=True)))
     by_hand = values[0] + 2 * F.cross_entropy(logits, y) + values[2] / 2
-    for given, wanted in zip(torch.autograd.grad(total, [features, logits]),
-                             torch.autograd.grad(by_hand, [features, logits]), strict=True):
+    for given, wanted in zip(
+        torch.autograd.grad(total, [features, logits]), torch.autograd.grad(by_hand, [features, logits]), strict=True
+    ):
         torch.testing.assert_close(given, wanted)
 
 
@@ -206,26 +220,34 @@ def config(*terms, head=True):
 
 
 def test_build_loss_reads_weights_and_arguments():
-    loss = build_loss(config({"CELoss": {"weight": 2, "epsilon": 0.1}}, {"SupConLoss": {"temperature": 0.5}},
-                             {"SupConLoss": None}))
+    loss = build_loss(
+        config({"CELoss": {"weight": 2, "epsilon": 0.1}}, {"SupConLoss": {"temperature": 0.5}}, {"SupConLoss": None})
+    )
     assert loss.weights == [2.0, 1.0, 1.0] and loss.names == ["CELoss", "SupConLoss", "SupConLoss_2"]
     assert loss.losses[0].epsilon == 0.1 and loss.losses[1].temperature == 0.5
 
 
-@pytest.mark.parametrize(("cfg", "message"), [
-    (config({"CELoss": {}}, head=False), r"Loss\.Train\.0\.CELoss: CELoss needs logits, and Arch\.Head"),
-    (config({"CELoss": {"weight": "much"}}), r"Loss\.Train\.0\.CELoss\.weight: 'much' is a str, CELoss wants float"),
-    (config({"CELos": {}}), r"there is no loss 'CELos'; did you mean 'CELoss'"),
-    (config({"SupConLoss": {"temprature": 1.0}}), r"SupConLoss\.temprature: .* did you mean 'temperature'"),
-    (config({"SupConLoss": {"contrast_mode": "both"}}), r"Loss\.Train\.0\.SupConLoss: contrast_mode is 'both'"),
-], ids=["no head", "weight", "name", "argument", "value"])
+@pytest.mark.parametrize(
+    ("cfg", "message"),
+    [
+        (config({"CELoss": {}}, head=False), r"Loss\.Train\.0\.CELoss: CELoss needs logits, and Arch\.Head"),
+        (
+            config({"CELoss": {"weight": "much"}}),
+            r"Loss\.Train\.0\.CELoss\.weight: 'much' is a str, CELoss wants float",
+        ),
+        (config({"CELos": {}}), r"there is no loss 'CELos'; did you mean 'CELoss'"),
+        (config({"SupConLoss": {"temprature": 1.0}}), r"SupConLoss\.temprature: .* did you mean 'temperature'"),
+        (config({"SupConLoss": {"contrast_mode": "both"}}), r"Loss\.Train\.0\.SupConLoss: contrast_mode is 'both'"),
+    ],
+    ids=["no head", "weight", "name", "argument", "value"],
+)
 def test_build_loss_refuses(cfg, message):
     with pytest.raises(ConfigError, match=message):
         build_loss(cfg)
 
 
 def plain_masks(labels):
-    "For each row that has both: (row, its positives, its negatives)."
+    """For each row that has both: (row, its positives, its negatives)."""
     for i, label in enumerate(labels):
         positives = [j for j in range(len(labels)) if labels[j] == label and j != i]
         negatives = [j for j in range(len(labels)) if labels[j] != label]
@@ -234,11 +256,14 @@ def plain_masks(labels):
 
 
 def plain_pairs(name, x, labels):
-    "The value of a pair loss by loops over anchors, at the arguments of PAIRS."
+    """The value of a pair loss by loops over anchors, at the arguments of PAIRS."""
     unit = [row / np.linalg.norm(row) for row in x]
     raw = name in ("TripletLoss", "EmlLoss")
-    d = {(i, j): np.linalg.norm((x if raw else unit)[i] - (x if raw else unit)[j])
-         for i in range(len(x)) for j in range(len(x))}
+    d = {
+        (i, j): np.linalg.norm((x if raw else unit)[i] - (x if raw else unit)[j])
+        for i in range(len(x))
+        for j in range(len(x))
+    }
     s = {(i, j): unit[i] @ unit[j] for i, j in d}
     terms, fars, nears = [], [], []
     for i, positives, negatives in plain_masks(labels):
@@ -251,25 +276,35 @@ def plain_pairs(name, x, labels):
         elif name == "TriHardLoss":
             terms.append(max(far**2 - near**2 + 0.1, 0))
         elif name == "PairwiseCosface":
-            p, n = (math.log(sum(map(math.exp, values))) for values in (
-                [-8 * s[i, j] for j in positives], [8 * (s[i, j] + 0.3) for j in negatives]))
+            p, n = (
+                math.log(sum(map(math.exp, values)))
+                for values in ([-8 * s[i, j] for j in positives], [8 * (s[i, j] + 0.3) for j in negatives])
+            )
             terms.append(math.log1p(math.exp(p + n)))
         elif name == "EmlLoss":
-            t = np.mean([math.exp(near**2 - d[i, j]**2) for j in negatives])
-            t *= np.mean([math.exp(d[i, j]**2 - far**2) for j in positives])
+            t = np.mean([math.exp(near**2 - d[i, j] ** 2) for j in negatives])
+            t *= np.mean([math.exp(d[i, j] ** 2 - far**2) for j in positives])
             gap = far**2 - near**2
             small = math.log1p(1e5 * t * math.exp(min(gap, 20)))
             terms.append((small if gap <= 20 else math.log(t) + gap + math.log(1e5)) / math.log1p(1e5))
     if name == "MSMLoss":
-        return max(max(fars)**2 - min(nears)**2 + 0.1, 0) if fars else 0.0
+        return max(max(fars) ** 2 - min(nears) ** 2 + 0.1, 0) if fars else 0.0
     if name == "ContrastiveLoss":
         near = sum(1 - s[i, j] for i, j in s if labels[i] == labels[j] and s[i, j] < 1 - 1e-5)
         return (near + sum(v for (i, j), v in s.items() if labels[i] != labels[j] and v > 0.5)) / len(x)
     return float(np.mean(terms)) if terms else 0.0
 
 
-PAIRS = {"TripletLoss": {}, "TripletLossV2": {}, "TripletAngularMarginLoss": {}, "TriHardLoss": {}, "MSMLoss": {},
-         "EmlLoss": {}, "ContrastiveLoss": {}, "PairwiseCosface": {"margin": 0.3, "gamma": 8}}
+PAIRS = {
+    "TripletLoss": {},
+    "TripletLossV2": {},
+    "TripletAngularMarginLoss": {},
+    "TriHardLoss": {},
+    "MSMLoss": {},
+    "EmlLoss": {},
+    "ContrastiveLoss": {},
+    "PairwiseCosface": {"margin": 0.3, "gamma": 8},
+}
 CODES = {"NpairsLoss": {}, "DSHSDLoss": {"alpha": 0.1}, "LCDSHLoss": {}, "DCHLoss": {"gamma": 20.0, "_lambda": 0.1}}
 
 
@@ -304,8 +339,14 @@ def test_each_registered_loss_of_these_chapters_is_among_them():
     assert made == {*PAIRS, *CODES}
 
 
-CHUNKED = {"SupConLoss": {}, "SupConLoss one": {"contrast_mode": "one"}, "TripletLoss": {}, "TripletLossV2": {},
-           "TripletAngularMarginLoss": {"add_absolute": True}, "PairwiseCosface": {"margin": 0.3, "gamma": 8}}
+CHUNKED = {
+    "SupConLoss": {},
+    "SupConLoss one": {"contrast_mode": "one"},
+    "TripletLoss": {},
+    "TripletLossV2": {},
+    "TripletAngularMarginLoss": {"add_absolute": True},
+    "PairwiseCosface": {"margin": 0.3, "gamma": 8},
+}
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 4, 100])

@@ -1,4 +1,5 @@
-"Losses that remember: the ring of embeddings against a list, the losses over it against plain loops, moving centres."
+"""Losses that remember: the ring against a list, the losses over it against plain loops, moving centres."""
+
 import numpy as np
 import pytest
 import torch
@@ -53,16 +54,24 @@ def plain_angular(x, y, others, labels, margin=0.5, own=False):
     terms = []
     for i, (row, label) in enumerate(zip(x, y, strict=True)):
         near = [row @ other for other, its in zip(others, labels, strict=True) if its != label]
-        far = [row @ other for j, (other, its) in enumerate(zip(others, labels, strict=True))
-               if its == label and not (own and i == j)]
+        far = [
+            row @ other
+            for j, (other, its) in enumerate(zip(others, labels, strict=True))
+            if its == label and not (own and i == j)
+        ]
         if near and far:
             terms.append(max(0, max(near) - min(far) + margin))
     return sum(terms) / len(terms) if terms else 0
 
 
-@pytest.mark.parametrize(("make", "plain"), [
-    (lambda: ContrastiveLoss_XBM(10, 4, 0.7, 2), plain_contrastive),
-    (lambda: TripletAngularMarginLoss_XBM(2, 10, 0.7, 4), plain_angular)], ids=["contrastive", "triplet"])
+@pytest.mark.parametrize(
+    ("make", "plain"),
+    [
+        (lambda: ContrastiveLoss_XBM(10, 4, 0.7, 2), plain_contrastive),
+        (lambda: TripletAngularMarginLoss_XBM(2, 10, 0.7, 4), plain_angular),
+    ],
+    ids=["contrastive", "triplet"],
+)
 def test_losses_across_batches_are_the_plain_loops(make, plain):
     loss, kept = make(), []
     for step, (x, y) in enumerate(batches([4, 5, 4, 4, 6])):

@@ -34,7 +34,8 @@ def shapes(model, names, x):
     found = {}
     for name in names:
         model.get_submodule(name).register_forward_hook(
-            lambda module, args, output, name=name: found.update({name: tuple(output.shape[1:])}))
+            lambda module, args, output, name=name: found.update({name: tuple(output.shape[1:])})
+        )
     model.eval()(x)
     return [found[name] for name in names]
 
@@ -43,7 +44,15 @@ def test_widths_of_pplcnetv2():
     # NET_CONFIG of the original's pp_lcnet_v2.py: 64, 128, 256 and 512 channels go in, twice as many come out
     names = [*(f"stages.{i}" for i in range(4)), "avg_pool", "last_conv", "flatten", "fc"]
     assert shapes(PPLCNetV2(), names, images(224, 1)) == [
-        (128, 56, 56), (256, 28, 28), (512, 14, 14), (1024, 7, 7), (1024, 1, 1), (1280, 1, 1), (1280,), (1000,)]
+        (128, 56, 56),
+        (256, 28, 28),
+        (512, 14, 14),
+        (1024, 7, 7),
+        (1024, 1, 1),
+        (1280, 1, 1),
+        (1280,),
+        (1000,),
+    ]
     assert [len(stage) for stage in PPLCNetV2().stages] == [2, 2, 6, 2]
 
 
@@ -60,7 +69,11 @@ def test_branches_become_one_convolution(shitu):
     merged = timm.utils.reparameterize_model(model)
     branched = [module for module in model.modules() if isinstance(module, BranchedConv)]
     assert [[branch.conv.kernel_size[0] for branch in module.dw_conv_list] for module in branched] == [
-        [5, 3], *[[5, 3, 1]] * 5, [5, 3], [5, 3, 1]]
+        [5, 3],
+        *[[5, 3, 1]] * 5,
+        [5, 3],
+        [5, 3, 1],
+    ]
     assert not [name for name, _ in merged.named_parameters() if "dw_conv_list" in name]
     assert count(merged) < count(model)
     torch.testing.assert_close(merged(images()), model(images()), rtol=1e-3, atol=1e-4)
@@ -98,7 +111,13 @@ def test_sizes_of_wide_resnets_are_those_of_the_paper(depth, widen, millions):
 def test_widths_of_wide_resnets(widen, channels):
     model = WideResNet(28, widen, 0.0, 100)
     assert shapes(model, ["block1", "block2", "block3", "bn1", "flatten", "fc"], images(32)) == [
-        (channels // 4, 32, 32), (channels // 2, 16, 16), (channels, 8, 8), (channels, 8, 8), (channels,), (100,)]
+        (channels // 4, 32, 32),
+        (channels // 2, 16, 16),
+        (channels, 8, 8),
+        (channels, 8, 8),
+        (channels,),
+        (100,),
+    ]
     assert [len(model.get_submodule(f"block{i}")) for i in (1, 2, 3)] == [4, 4, 4]
 
 
@@ -107,16 +126,21 @@ def test_where_the_channels_change_only_the_first_stage_is_activated_first():
     for i in (1, 2):
         for part in ("", ".conv1", ".short"):
             model.get_submodule(f"block{i}.0{part}").register_forward_pre_hook(
-                lambda module, args, key=(i, part): seen.update({key: args[0].clone()}))
+                lambda module, args, key=(i, part): seen.update({key: args[0].clone()})
+            )
     model.eval()(images(32))
     assert torch.equal(seen[2, ""], seen[2, ".conv1"]) and torch.equal(seen[2, ""], seen[2, ".short"])
     assert torch.equal(seen[1, ".conv1"], seen[1, ".short"]) and not torch.equal(seen[1, ""], seen[1, ".conv1"])
 
 
-@pytest.mark.parametrize(("options", "words"), [
-    ({"depth": 27}, "depth is 27, and a WideResNet has 6 n"), ({"depth": 4}, "depth is 4"),
-    ({"proj": True}, "FRFNNeck"),
-])
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"depth": 27}, "depth is 27, and a WideResNet has 6 n"),
+        ({"depth": 4}, "depth is 4"),
+        ({"proj": True}, "FRFNNeck"),
+    ],
+)
 def test_wide_resnets_that_cannot_be_made(options, words):
     with pytest.raises(ValueError, match=words):
         WideResNet(**options)

@@ -105,8 +105,10 @@ def called_once(model, x):
     return [
         name
         for name, outputs in finished.items()
-        if len(outputs) == 1 and isinstance(outputs[0], torch.Tensor)
-        and outputs[0].shape[:1] == x.shape[:1] and 2 <= outputs[0].ndim <= 4
+        if len(outputs) == 1
+        and isinstance(outputs[0], torch.Tensor)
+        and outputs[0].shape[:1] == x.shape[:1]
+        and 2 <= outputs[0].ndim <= 4
     ]
 
 
@@ -128,12 +130,23 @@ def sweep(name, points=(0.15, 0.35, 0.5, 0.65, 0.85)):
 # The cut: what it promises, on real models
 
 
-@pytest.mark.parametrize(("name", "stop"), [
-    ("resnet18", "conv1"), ("resnet18", "layer2"), ("resnet18", "layer3.1.bn1"), ("resnet18", "global_pool"),
-    ("resnet18", "flatten"), ("test_resnet", "fc"), ("test_vit", "patch_embed"), ("test_vit", "blocks.2.attn.qkv"),
-    ("test_vit", "norm"), ("test_efficientnet", "blocks.3.0.conv_dw"), ("test_convnext", "stages.2.blocks.0.mlp"),
-    ("test_nfnet", "stages.1"),
-])
+@pytest.mark.parametrize(
+    ("name", "stop"),
+    [
+        ("resnet18", "conv1"),
+        ("resnet18", "layer2"),
+        ("resnet18", "layer3.1.bn1"),
+        ("resnet18", "global_pool"),
+        ("resnet18", "flatten"),
+        ("test_resnet", "fc"),
+        ("test_vit", "patch_embed"),
+        ("test_vit", "blocks.2.attn.qkv"),
+        ("test_vit", "norm"),
+        ("test_efficientnet", "blocks.3.0.conv_dw"),
+        ("test_convnext", "stages.2.blocks.0.mlp"),
+        ("test_nfnet", "stages.1"),
+    ],
+)
 def test_output_equals_the_uncut_model_and_nothing_later_is_stored_or_run(name, stop):
     torch.manual_seed(0)
     model = timm.create_model(name)
@@ -270,11 +283,16 @@ class FoldsTheBatch(Habits):
         return self.late(self.body(self.fold(x.flatten(0, 1).unsqueeze(1).expand(-1, 4, -1, -1)).flatten(1, 2)))
 
 
-@pytest.mark.parametrize(("kind", "kept"), [
-    (ReadsASetting, {"stem"}), (WritesInPlace, {"stem"}), (ReadsAWeight, {"stem", "late"}),
-    (SharesALaterLayer, {"stem"}),
-    (FeelsGradMode, {"stem", "scale"}),
-])
+@pytest.mark.parametrize(
+    ("kind", "kept"),
+    [
+        (ReadsASetting, {"stem"}),
+        (WritesInPlace, {"stem"}),
+        (ReadsAWeight, {"stem", "late"}),
+        (SharesALaterLayer, {"stem"}),
+        (FeelsGradMode, {"stem", "scale"}),
+    ],
+)
 def test_cut_at_the_stem_of(kind, kept):
     for frozen in (False, True):
         module = cut(kind().requires_grad_(not frozen), "stem", SMALL)
@@ -289,11 +307,17 @@ def test_parameter_used_in_one_mode_only_is_kept(kind):
     check_cut(kind(), "body", SMALL)
 
 
-@pytest.mark.parametrize(("kind", "stop", "words"), [
-    (Habits, "act", "'act' is called 2 times"), (Habits, "drop", "'drop' is called 0 times"),
-    (GivesAPair, "pair", "'pair' gives a tuple"), (FoldsTheBatch, "fold", "'fold' gives .* for 3 images"),
-    (Habits, "flatten", "names no classifier"), (Habits, "avg_pool", "has no pooling"),
-])
+@pytest.mark.parametrize(
+    ("kind", "stop", "words"),
+    [
+        (Habits, "act", "'act' is called 2 times"),
+        (Habits, "drop", "'drop' is called 0 times"),
+        (GivesAPair, "pair", "'pair' gives a tuple"),
+        (FoldsTheBatch, "fold", "'fold' gives .* for 3 images"),
+        (Habits, "flatten", "names no classifier"),
+        (Habits, "avg_pool", "has no pooling"),
+    ],
+)
 def test_layers_that_cannot_end_a_model(kind, stop, words):
     with pytest.raises(ValueError, match=words) as caught:
         cut(kind(), stop, SMALL)
@@ -347,8 +371,15 @@ def test_activations_are_freed_without_the_garbage_collector(resnet18):
         gc.enable()
 
 
-STOPS = ["flatten", pytest.param("layer2", marks=pytest.mark.skipif(
-    TORCH < (2, 8), reason="works from torch 2.8 on; the compiler of 2.6 cannot follow an exception of our own"))]
+STOPS = [
+    "flatten",
+    pytest.param(
+        "layer2",
+        marks=pytest.mark.skipif(
+            TORCH < (2, 8), reason="works from torch 2.8 on; the compiler of 2.6 cannot follow an exception of our own"
+        ),
+    ),
+]
 
 
 @pytest.mark.parametrize("stop", STOPS)
@@ -397,16 +428,27 @@ def test_trains_under_ddp_without_unused_parameters(resnet18, stop, tmp_path):
 # Names of layers
 
 
-@pytest.mark.parametrize(("name", "stop", "shape"), [
-    ("resnet18", "adaptive_avg_pool2d_0", (512, 1, 1)), ("resnet18", "avg_pool", (512, 1, 1)),
-    ("resnet18", "flatten_0", (512,)), ("resnet18", "flatten", (512,)),
-    ("mobilenetv3_small_100", "avg_pool", (576, 1, 1)), ("mobilenetv3_small_100", "flatten", (1024,)),
-    ("lcnet_050", "avg_pool", (256, 1, 1)), ("lcnet_050", "flatten", (1280,)),
-    ("test_convnext", "avg_pool", (64, 1, 1)), ("test_convnext", "flatten", (64,)),
-    ("regnetx_002", "avg_pool", (368, 1, 1)), ("hgnetv2_b0", "flatten", (2048,)),
-    ("dla46_c", "flatten", (256,)), ("densenet121", "avg_pool", (1024, 1, 1)),
-    ("resnetv2_50", "flatten", (2048,)), ("test_vit", "flatten", (64,)),
-])
+@pytest.mark.parametrize(
+    ("name", "stop", "shape"),
+    [
+        ("resnet18", "adaptive_avg_pool2d_0", (512, 1, 1)),
+        ("resnet18", "avg_pool", (512, 1, 1)),
+        ("resnet18", "flatten_0", (512,)),
+        ("resnet18", "flatten", (512,)),
+        ("mobilenetv3_small_100", "avg_pool", (576, 1, 1)),
+        ("mobilenetv3_small_100", "flatten", (1024,)),
+        ("lcnet_050", "avg_pool", (256, 1, 1)),
+        ("lcnet_050", "flatten", (1280,)),
+        ("test_convnext", "avg_pool", (64, 1, 1)),
+        ("test_convnext", "flatten", (64,)),
+        ("regnetx_002", "avg_pool", (368, 1, 1)),
+        ("hgnetv2_b0", "flatten", (2048,)),
+        ("dla46_c", "flatten", (256,)),
+        ("densenet121", "avg_pool", (1024, 1, 1)),
+        ("resnetv2_50", "flatten", (2048,)),
+        ("test_vit", "flatten", (64,)),
+    ],
+)
 def test_the_seeds_names_of_layers(name, stop, shape):
     module = create_backbone(name, stop=stop, input_size=(3, 160, 160) if name == "test_vit" else SMALL)
     assert (module.out_shape, module.stop) == (shape, stop)
@@ -429,18 +471,21 @@ def test_flatten_is_what_the_classifier_reads(name):
 SWIN = {"img_size": 64, "window_size": 2, "embed_dim": 24, "depths": (1, 1), "num_heads": (1, 2)}
 
 
-@pytest.mark.parametrize(("make", "stop", "words"), [
-    (lambda: timm.create_model("resnet18"), "layer5", "resnet18 has no layer 'layer5'; the closest are 'layer4', "),
-    (lambda: timm.create_model("resnet18"), "blocks[8]", "resnet18 has no layer"),
-    (lambda: timm.create_model("resnet18"), "conv1[0]", "resnet18 has no layer"),
-    (lambda: timm.create_model("resnet18"), "layer3.2", "'layer3.1'"),
-    (lambda: timm.create_model("resnet18"), 3, "resnet18 has no layer '3'"),
-    (lambda: timm.create_model("resnet18", num_classes=0, global_pool=""), "avg_pool", r"no \(B, C, 1, 1\) map"),
-    (lambda: timm.create_model("resnet18", num_classes=0, global_pool=""), "flatten", r"no .* \(B, 512, 2, 2\)"),
-    (lambda: timm.create_model("test_vit", img_size=64), "avg_pool", "no pooling that 'avg_pool' could mean"),
-    (lambda: timm.create_model("swin_tiny_patch4_window7_224", **SWIN), "avg_pool", r"its pooling gives \(B, 48\)"),
-    (lambda: timm.create_model("test_vit", img_size=64), "blocks.0.attn.attn_drop", "is called 0 times"),
-])
+@pytest.mark.parametrize(
+    ("make", "stop", "words"),
+    [
+        (lambda: timm.create_model("resnet18"), "layer5", "resnet18 has no layer 'layer5'; the closest are 'layer4', "),
+        (lambda: timm.create_model("resnet18"), "blocks[8]", "resnet18 has no layer"),
+        (lambda: timm.create_model("resnet18"), "conv1[0]", "resnet18 has no layer"),
+        (lambda: timm.create_model("resnet18"), "layer3.2", "'layer3.1'"),
+        (lambda: timm.create_model("resnet18"), 3, "resnet18 has no layer '3'"),
+        (lambda: timm.create_model("resnet18", num_classes=0, global_pool=""), "avg_pool", r"no \(B, C, 1, 1\) map"),
+        (lambda: timm.create_model("resnet18", num_classes=0, global_pool=""), "flatten", r"no .* \(B, 512, 2, 2\)"),
+        (lambda: timm.create_model("test_vit", img_size=64), "avg_pool", "no pooling that 'avg_pool' could mean"),
+        (lambda: timm.create_model("swin_tiny_patch4_window7_224", **SWIN), "avg_pool", r"its pooling gives \(B, 48\)"),
+        (lambda: timm.create_model("test_vit", img_size=64), "blocks.0.attn.attn_drop", "is called 0 times"),
+    ],
+)
 def test_names_that_a_model_does_not_have(make, stop, words):
     with pytest.raises(ValueError, match=words) as caught:
         cut(make(), stop, SMALL)
@@ -455,16 +500,19 @@ def test_bracket_is_an_index_into_a_list(vit):
 # Shapes and layouts
 
 
-@pytest.mark.parametrize(("name", "options", "stop", "size", "shape", "layout", "channels", "prefix"), [
-    ("resnet18", {}, "layer2", (3, 96, 64), (128, 12, 8), "NCHW", 128, 0),
-    ("test_convnext", {}, "stages.1.blocks.0.mlp", (3, 96, 64), (32, ...), "NHWC", 32, 0),
-    ("swin_tiny_patch4_window7_224", SWIN, "layers.1", SMALL, (8, 8, 48), "NHWC", 48, 0),
-    ("swin_tiny_patch4_window7_224", SWIN, "patch_embed.proj", SMALL, (24, 16, 16), "NCHW", 24, 0),
-    ("swin_tiny_patch4_window7_224", SWIN, "flatten", SMALL, (48,), "NC", 48, 0),
-    ("test_vit", {"img_size": (64, 96)}, "blocks.1", (3, 64, 96), (25, 64), "NLC", 64, 1),
-    ("test_vit", {"img_size": 64, "reg_tokens": 4}, "blocks.1", SMALL, (21, 64), "NLC", 64, 5),
-    ("xcit_nano_12_p16_224", {"img_size": 64}, "blocks.3", SMALL, (16, 128), "NLC", 128, 0),
-])
+@pytest.mark.parametrize(
+    ("name", "options", "stop", "size", "shape", "layout", "channels", "prefix"),
+    [
+        ("resnet18", {}, "layer2", (3, 96, 64), (128, 12, 8), "NCHW", 128, 0),
+        ("test_convnext", {}, "stages.1.blocks.0.mlp", (3, 96, 64), (32, ...), "NHWC", 32, 0),
+        ("swin_tiny_patch4_window7_224", SWIN, "layers.1", SMALL, (8, 8, 48), "NHWC", 48, 0),
+        ("swin_tiny_patch4_window7_224", SWIN, "patch_embed.proj", SMALL, (24, 16, 16), "NCHW", 24, 0),
+        ("swin_tiny_patch4_window7_224", SWIN, "flatten", SMALL, (48,), "NC", 48, 0),
+        ("test_vit", {"img_size": (64, 96)}, "blocks.1", (3, 64, 96), (25, 64), "NLC", 64, 1),
+        ("test_vit", {"img_size": 64, "reg_tokens": 4}, "blocks.1", SMALL, (21, 64), "NLC", 64, 5),
+        ("xcit_nano_12_p16_224", {"img_size": 64}, "blocks.3", SMALL, (16, 128), "NLC", 128, 0),
+    ],
+)
 def test_shapes_and_layouts(name, options, stop, size, shape, layout, channels, prefix):
     module = cut(timm.create_model(name, **options), stop, size)
     assert (module.layout, module.out_channels, module.prefix_tokens) == (layout, channels, prefix)
@@ -479,10 +527,17 @@ def test_the_model_says_its_layout_where_the_proportions_do_not_tell(said, layou
     assert Cut(model, "", "", (3, 384, 384), (96, 96, 96)).layout == layout
 
 
-@pytest.mark.parametrize(("tokens", "size", "prefix"), [
-    (197, (3, 224, 224), 1), (196, (3, 224, 224), 0), (50, (3, 224, 224), 1), (261, (3, 224, 224), 5),
-    (129, (3, 256, 128), 1), (1, (3, 224, 224), 0),
-])
+@pytest.mark.parametrize(
+    ("tokens", "size", "prefix"),
+    [
+        (197, (3, 224, 224), 1),
+        (196, (3, 224, 224), 0),
+        (50, (3, 224, 224), 1),
+        (261, (3, 224, 224), 5),
+        (129, (3, 256, 128), 1),
+        (1, (3, 224, 224), 0),
+    ],
+)
 def test_prefix_tokens(tokens, size, prefix):
     assert Cut(nn.Identity(), "", "", size, (tokens, 192)).prefix_tokens == prefix
 
@@ -525,13 +580,16 @@ def test_adaptive_max_pool2d():
     assert torch.equal(module(x), module.model.forward_features(x).amax((2, 3)))
 
 
-@pytest.mark.parametrize(("name", "options", "words"), [
-    ("ResNet5O", {}, "no backbone is called 'ResNet5O'; the closest are 'ResNet50', "),
-    ("resnet50.nothing", {}, "no backbone is called 'resnet50.nothing'"),
-    ("resnet18", {"margn": 1}, "resnet18 takes no argument 'margn'"),
-    ("resnet18", {"global_pool": "mean"}, "resnet18 cannot be built"),
-    ("resnet200", {"pretrained": True}, "timm has no weights for resnet200: give a local file"),
-])
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("ResNet5O", {}, "no backbone is called 'ResNet5O'; the closest are 'ResNet50', "),
+        ("resnet50.nothing", {}, "no backbone is called 'resnet50.nothing'"),
+        ("resnet18", {"margn": 1}, "resnet18 takes no argument 'margn'"),
+        ("resnet18", {"global_pool": "mean"}, "resnet18 cannot be built"),
+        ("resnet200", {"pretrained": True}, "timm has no weights for resnet200: give a local file"),
+    ],
+)
 def test_backbones_that_cannot_be_made(name, options, words):
     with pytest.raises(ValueError, match=words) as caught:
         create_backbone(name, input_size=SMALL, **options)
@@ -642,8 +700,10 @@ def test_stem_without_its_activations(name, activations):
     bare, usual = (create_backbone(name, stop="maxpool", stem_act=act, input_size=SMALL) for act in (None, "relu"))
     assert bare.eval()(images()).min() < 0 <= usual.eval()(images()).min()
     assert usual.state_dict().keys() == bare.state_dict().keys()
-    in_stem = [sum(isinstance(module, nn.ReLU) for name, module in cut.named_modules() if "layer" not in name)
-               for cut in (bare, usual)]
+    in_stem = [
+        sum(isinstance(module, nn.ReLU) for name, module in cut.named_modules() if "layer" not in name)
+        for cut in (bare, usual)
+    ]
     assert in_stem == [0, activations]
 
 
@@ -652,7 +712,11 @@ def test_blocks_of_a_resnet_are_counted_in_one_row(resnet18):
     # MODEL_STAGES_PATTERN of the original's resnet.py: the stages of ResNet50 end with blocks 2, 6, 12 and 15
     deep = timm.create_model("resnet50")
     assert [cut(deep, f"blocks[{i}]", SMALL).layer for i in (2, 6, 12, 15)] == [
-        "layer1.2", "layer2.3", "layer3.5", "layer4.2"]
+        "layer1.2",
+        "layer2.3",
+        "layer3.5",
+        "layer4.2",
+    ]
 
 
 def test_networks_of_torchvision(tmp_path):
@@ -663,22 +727,25 @@ def test_networks_of_torchvision(tmp_path):
     assert "alexnet" in list_backbones("alex*") and "PPLCNet_x2_5" in list_backbones("pplcnet*")
 
 
-@pytest.mark.parametrize(("name", "options", "words"), [
-    ("AdaFace_IR_18", {}, "AdaFace_IR_18 belongs to the original's AdaFace training"),
-    ("ResNet50_metabin", {"bias_lr_factor": 2.0}, "ResNet50_metabin belongs to the original's MetaBIN training"),
-    ("ResNet18", {"return_patterns": ["blocks"]}, "return_patterns: several outputs are not supported"),
-    ("ResNet18", {"return_stages": True}, "return_stages: several outputs"),
-    ("ResNet18", {"freeze_befor": "blocks"}, "freeze_befor: give lr_mult_list with 0"),
-    ("ResNet18", {"stem_act": "gelu"}, "stem_act is 'gelu', and the stem of a ResNet has 'relu' or null"),
-    ("ResNet18", {"class_expand": 5}, "resnet18 takes no argument 'class_expand'"),
-    ("PPLCNetV2_base", {"scale": 2.0}, "PPLCNetV2_base takes no argument 'scale'"),
-    ("WideResNet", {"depth": 27}, "WideResNet cannot be built: depth is 27"),
-    ("VGG19Sigmoid", {}, "ends in a Sigmoid behind its class_num outputs: give class_num"),
-    ("CLIP_vit_base_patch16_224", {"return_mean_embed": True}, "give return_embed: True as well"),
-    ("CLIP_vit_base_patch16_224", {"return_embed": True, "class_num": 5}, "give one of them"),
-    ("PPLCNet_x2_5", {"pretrained": True}, "timm has no weights for PPLCNet_x2_5: give a local file"),
-    ("PPLCNetV2_base", {"stop": "stages.4", "input_size": SMALL}, "no layer 'stages.4'; the closest are 'stages"),
-])
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("AdaFace_IR_18", {}, "AdaFace_IR_18 belongs to the original's AdaFace training"),
+        ("ResNet50_metabin", {"bias_lr_factor": 2.0}, "ResNet50_metabin belongs to the original's MetaBIN training"),
+        ("ResNet18", {"return_patterns": ["blocks"]}, "return_patterns: several outputs are not supported"),
+        ("ResNet18", {"return_stages": True}, "return_stages: several outputs"),
+        ("ResNet18", {"freeze_befor": "blocks"}, "freeze_befor: give lr_mult_list with 0"),
+        ("ResNet18", {"stem_act": "gelu"}, "stem_act is 'gelu', and the stem of a ResNet has 'relu' or null"),
+        ("ResNet18", {"class_expand": 5}, "resnet18 takes no argument 'class_expand'"),
+        ("PPLCNetV2_base", {"scale": 2.0}, "PPLCNetV2_base takes no argument 'scale'"),
+        ("WideResNet", {"depth": 27}, "WideResNet cannot be built: depth is 27"),
+        ("VGG19Sigmoid", {}, "ends in a Sigmoid behind its class_num outputs: give class_num"),
+        ("CLIP_vit_base_patch16_224", {"return_mean_embed": True}, "give return_embed: True as well"),
+        ("CLIP_vit_base_patch16_224", {"return_embed": True, "class_num": 5}, "give one of them"),
+        ("PPLCNet_x2_5", {"pretrained": True}, "timm has no weights for PPLCNet_x2_5: give a local file"),
+        ("PPLCNetV2_base", {"stop": "stages.4", "input_size": SMALL}, "no layer 'stages.4'; the closest are 'stages"),
+    ],
+)
 def test_what_the_originals_networks_refuse(name, options, words):
     with pytest.raises(ValueError, match=words) as caught:
         create_backbone(name, **options)
@@ -719,25 +786,34 @@ def test_multipliers_survive_the_cut_and_count_the_whole_model():
     assert (found["conv_stem.weight"], found["conv_head.weight"]) == (1, 1)
 
 
-@pytest.mark.parametrize(("name", "given", "words"), [
-    ("ResNet18", [1, 1, 1], "has 3 numbers, resnet18 wants 5: one for each of the stages that begin at 'conv1"),
-    ("PPLCNet_x0_25", [1] * 7, "lr_mult_list has 7 numbers, PPLCNet_x0_25 wants 6"),
-    ("WideResNet", [1], "WideResNet wants 4: .* at 'conv1.weight', 'block1.0.before.0.weight'"),
-    ("AlexNet", [1, 1], "alexnet wants 1: .* at 'features.0.weight'$"),
-    ("ResNet18", [1, 1, 1, 1, -1], "not a list of numbers from 0 on"),
-    ("ResNet18", 0.5, "lr_mult_list is 0.5, not a list"),
-])
+@pytest.mark.parametrize(
+    ("name", "given", "words"),
+    [
+        ("ResNet18", [1, 1, 1], "has 3 numbers, resnet18 wants 5: one for each of the stages that begin at 'conv1"),
+        ("PPLCNet_x0_25", [1] * 7, "lr_mult_list has 7 numbers, PPLCNet_x0_25 wants 6"),
+        ("WideResNet", [1], "WideResNet wants 4: .* at 'conv1.weight', 'block1.0.before.0.weight'"),
+        ("AlexNet", [1, 1], "alexnet wants 1: .* at 'features.0.weight'$"),
+        ("ResNet18", [1, 1, 1, 1, -1], "not a list of numbers from 0 on"),
+        ("ResNet18", 0.5, "lr_mult_list is 0.5, not a list"),
+    ],
+)
 def test_multipliers_that_cannot_be(name, given, words):
     with pytest.raises(ValueError, match=words) as caught:
         create_backbone(name, lr_mult_list=given)
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("name", "stop", "counts", "deepest"), [
-    ("ResNet18", "flatten", [3, 12, 15, 15, 15], 8), ("ResNet18", "layer2", [3, 12, 15], 4),
-    ("PPLCNet_x0_25", None, [3, 6, 12, 12, 36, 20, 2], 14), ("test_vit", "norm", [4, 12, 12, 12, 12, 12, 14], 6),
-    ("WideResNet", "bn1", [1, 25, 23, 25], 12), ("PPLCNetV2_base", "stages", [9, 12, 12, 111, 21], 12),
-])
+@pytest.mark.parametrize(
+    ("name", "stop", "counts", "deepest"),
+    [
+        ("ResNet18", "flatten", [3, 12, 15, 15, 15], 8),
+        ("ResNet18", "layer2", [3, 12, 15], 4),
+        ("PPLCNet_x0_25", None, [3, 6, 12, 12, 36, 20, 2], 14),
+        ("test_vit", "norm", [4, 12, 12, 12, 12, 12, 14], 6),
+        ("WideResNet", "bn1", [1, 25, 23, 25], 12),
+        ("PPLCNetV2_base", "stages", [9, 12, 12, 111, 21], 12),
+    ],
+)
 def test_depths(name, stop, counts, deepest):
     module = create_backbone(name, stop=stop, input_size=(3, 160, 160) if name == "test_vit" else SMALL)
     names = [parameter for parameter, _ in module.named_parameters()]
@@ -750,8 +826,11 @@ def test_depths(name, stop, counts, deepest):
 
 
 def test_depths_of_a_model_that_does_not_say_its_stages():
-    assert stages(Habits()) == [["scale", "stem.weight", "stem.bias"], ["body.weight", "body.bias"],
-                                ["late.weight", "late.bias"]]
+    assert stages(Habits()) == [
+        ["scale", "stem.weight", "stem.bias"],
+        ["body.weight", "body.bias"],
+        ["late.weight", "late.bias"],
+    ]
     assert layer_depths(Habits())["late.bias"] == 2
 
 
@@ -786,14 +865,20 @@ def test_loads_safetensors_with_and_without_its_classifier(tiny, tmp_path):
         create_backbone("test_resnet", pretrained=path, stop="fc", input_size=SMALL)
 
 
-@pytest.mark.parametrize(("spoil", "words"), [
-    (lambda s: {k: v for k, v in s.items() if k != "layer1.0.conv1.weight"}, "1 are missing .'layer1.0.conv1.weight"),
-    (lambda s: {**s, "extra": torch.ones(1)}, "1 are unexpected .'extra'.$"),
-    (lambda s: {**s, "bn1.weight": torch.ones(1)}, "of [0-9]+ tensors 1 are of another shape .'bn1.weight'.$"),
-    (lambda s: {"epoch": 3, "names": ["a"]}, "holds no state dict"),
-    (lambda s: [1, 2], "holds no state dict"),
-    (lambda s: {"state_dict": {"a": Path("/")}}, "cannot be read as a file of weights"),
-])
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (
+            lambda s: {k: v for k, v in s.items() if k != "layer1.0.conv1.weight"},
+            "1 are missing .'layer1.0.conv1.weight",
+        ),
+        (lambda s: {**s, "extra": torch.ones(1)}, "1 are unexpected .'extra'.$"),
+        (lambda s: {**s, "bn1.weight": torch.ones(1)}, "of [0-9]+ tensors 1 are of another shape .'bn1.weight'.$"),
+        (lambda s: {"epoch": 3, "names": ["a"]}, "holds no state dict"),
+        (lambda s: [1, 2], "holds no state dict"),
+        (lambda s: {"state_dict": {"a": Path("/")}}, "cannot be read as a file of weights"),
+    ],
+)
 def test_files_that_do_not_fit(tiny, spoil, words, tmp_path):
     torch.save(spoil(tiny), tmp_path / "w.pth")
     with pytest.raises(ValueError, match=words) as caught:
@@ -830,8 +915,10 @@ def test_hub_that_cannot_be_reached(monkeypatch, tmp_path):
     start = time.perf_counter()
     with pytest.raises(ValueError) as caught:
         create_backbone("ResNet18", pretrained=True)
-    assert str(caught.value) == ("the weights of resnet18 cannot be fetched from timm's hub: "
-                                 "give a local file in Arch.Backbone.pretrained, or False")
+    assert str(caught.value) == (
+        "the weights of resnet18 cannot be fetched from timm's hub: "
+        "give a local file in Arch.Backbone.pretrained, or False"
+    )
     assert time.perf_counter() - start < 20
     assert huggingface_hub.constants.HF_HUB_OFFLINE == offline
 

@@ -1,4 +1,5 @@
-"A batch computed in parts: the same loss and the same gradients as at once, for losses that see the whole batch."
+"""A batch computed in parts: the same loss and the same gradients as at once, for losses that see the whole batch."""
+
 import pytest
 import torch
 from torch import nn
@@ -12,8 +13,14 @@ from recnb.models.recmodel import RecModel
 
 def model(norm=False, dropout=0.0, head=ArcMargin, **args):
     torch.manual_seed(0)
-    layers = [nn.Conv2d(3, 6, 3), *([nn.BatchNorm2d(6)] if norm else []), nn.ReLU(), nn.Dropout(dropout),
-              nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    layers = [
+        nn.Conv2d(3, 6, 3),
+        *([nn.BatchNorm2d(6)] if norm else []),
+        nn.ReLU(),
+        nn.Dropout(dropout),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+    ]
     return RecModel(nn.Sequential(*layers), nn.Linear(6, 8), head(8, 5, **args))
 
 
@@ -22,12 +29,13 @@ def batch(count=11, dtype=torch.float64):
     return torch.randn(count, 3, 8, 8, generator=draw, dtype=dtype), torch.randint(5, (count,), generator=draw)
 
 
-LOSS = CombinedLoss([(1.0, CELoss(0.1)), (0.5, SupConLoss()), (0.3, SupConLoss(feature_from="backbone")),
-                     (2.0, TripletLossV2())])
+LOSS = CombinedLoss(
+    [(1.0, CELoss(0.1)), (0.5, SupConLoss()), (0.3, SupConLoss(feature_from="backbone")), (2.0, TripletLossV2())]
+)
 
 
 def step(net, x, y, chunk=None, loss=LOSS):
-    "(the loss, the gradients) of one batch."
+    """(the loss, the gradients) of one batch."""
     net.grad_cache = chunk
     net.zero_grad()
     value = loss(net(x, y), y)
@@ -103,7 +111,7 @@ def test_half_precision_is_the_same_both_times(around):
 
 
 class Watched(nn.Module):
-    "Remembers how many images each call saw, and whether their graph was being made."
+    """Remembers how many images each call saw, and whether their graph was being made."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,5 @@
-"Heads: the original's numbers, plain loops, and gradients that stay finite where others give NaN."
+"""Heads: the original's numbers, plain loops, and gradients that stay finite where others give NaN."""
+
 import json
 import math
 from pathlib import Path
@@ -14,8 +15,11 @@ from recnb.models.necks import FC
 DATA = Path(__file__).parents[1] / "data"
 ARRAYS = np.load(DATA / "oracle.npz")
 CASES = [case for case in json.loads((DATA / "oracle.json").read_text()) if case["kind"] == "head"]
-BRANCHES = [{"margin": 0.15, "scale": 32.0}, {"margin": 0.5, "scale": 80.0},
-            {"margin": 0.2, "scale": 30.0, "easy_margin": True}]
+BRANCHES = [
+    {"margin": 0.15, "scale": 32.0},
+    {"margin": 0.5, "scale": 80.0},
+    {"margin": 0.2, "scale": 30.0, "easy_margin": True},
+]
 
 
 def arrays(*names):
@@ -29,7 +33,7 @@ def arc_margin(weight, **args):
 
 
 def problem(seed=0, rows=12, classes=5, size=6):
-    "Features, labels and class weights; the first two features lie along and against their class weight."
+    """Features, labels and class weights; the first two features lie along and against their class weight."""
     draw = torch.Generator().manual_seed(seed)
     weight, labels = torch.randn(classes, size, generator=draw), torch.arange(rows) % classes
     features = torch.randn(rows, size, generator=draw)

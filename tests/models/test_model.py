@@ -1,4 +1,5 @@
-"RecModel and what is built around it; and every registered part, built from a section, trained, saved and loaded."
+"""RecModel and what is built around it; and every registered part, built from a section, trained, saved and loaded."""
+
 import copy
 import json
 import pickle
@@ -31,34 +32,49 @@ from recnb.training.schedules import SCHEDULES
 
 CHANNELS, CLASSES, ROWS = 16, 5, 8
 EXAMPLES = {  # arguments that a part needs and that the walk below can neither derive nor leave out
-    "neck": {"VehicleNeck": {"out_channels": 6}, "FC": {"class_num": 6}, "MLP": {"class_num": 6},
-             "FRFNNeck": {"out_feat": 6}},
+    "neck": {
+        "VehicleNeck": {"out_channels": 6},
+        "FC": {"class_num": 6},
+        "MLP": {"class_num": 6},
+        "FRFNNeck": {"out_feat": 6},
+    },
     "head": {"CircleMargin": {"margin": 0.35, "scale": 64}},
-    "loss": {"PairwiseCosface": {"margin": 0.35, "gamma": 64}, "DSHSDLoss": {"alpha": 0.05},
-             "DCHLoss": {"gamma": 20.0, "_lambda": 0.1}, "ContrastiveLoss_XBM": {"xbm_size": 20, "start_iter": 0},
-             "TripletAngularMarginLoss_XBM": {"xbm_size": 20, "start_iter": 0, "xbm_weight": 1.0},
-             "DistillationGTCELoss": {"model_names": ["One", "Other"]},
-             "DistillationDMLLoss": {"model_name_pairs": [["One", "Other"]]},
-             "DistillationDistanceLoss": {"model_name_pairs": [["One", "Other"]]},
-             "PML": {"loss": "ProxyAnchorLoss", "num_classes": 5, "embedding_size": 16}},
+    "loss": {
+        "PairwiseCosface": {"margin": 0.35, "gamma": 64},
+        "DSHSDLoss": {"alpha": 0.05},
+        "DCHLoss": {"gamma": 20.0, "_lambda": 0.1},
+        "ContrastiveLoss_XBM": {"xbm_size": 20, "start_iter": 0},
+        "TripletAngularMarginLoss_XBM": {"xbm_size": 20, "start_iter": 0, "xbm_weight": 1.0},
+        "DistillationGTCELoss": {"model_names": ["One", "Other"]},
+        "DistillationDMLLoss": {"model_name_pairs": [["One", "Other"]]},
+        "DistillationDistanceLoss": {"model_name_pairs": [["One", "Other"]]},
+        "PML": {"loss": "ProxyAnchorLoss", "num_classes": 5, "embedding_size": 16},
+    },
     "optimizer": {},
-    "learning-rate schedule": {"Cosine": {"learning_rate": 0.1}, "ConstLR": {"learning_rate": 0.1},
-                               "Constant": {"learning_rate": 0.1}, "Linear": {"learning_rate": 0.1},
-                               "Step": {"learning_rate": 0.1, "step_size": 2},
-                               "CosineFixmatch": {"learning_rate": 0.1},
-                               "OneCycleLR": {"max_learning_rate": 0.1, "phase_pct": 0.5},
-                               "ReduceOnPlateau": {"learning_rate": 0.1},
-                               "Cyclic": {"base_learning_rate": 0.01, "max_learning_rate": 0.1, "step_size_up": 3},
-                               "MultiStepDecay": {"learning_rate": 0.1, "milestones": [2, 4]},
-                               "Piecewise": {"decay_epochs": [2, 4], "values": [0.1, 0.01, 0.001]}},
+    "learning-rate schedule": {
+        "Cosine": {"learning_rate": 0.1},
+        "ConstLR": {"learning_rate": 0.1},
+        "Constant": {"learning_rate": 0.1},
+        "Linear": {"learning_rate": 0.1},
+        "Step": {"learning_rate": 0.1, "step_size": 2},
+        "CosineFixmatch": {"learning_rate": 0.1},
+        "OneCycleLR": {"max_learning_rate": 0.1, "phase_pct": 0.5},
+        "ReduceOnPlateau": {"learning_rate": 0.1},
+        "Cyclic": {"base_learning_rate": 0.01, "max_learning_rate": 0.1, "step_size_up": 3},
+        "MultiStepDecay": {"learning_rate": 0.1, "milestones": [2, 4]},
+        "Piecewise": {"decay_epochs": [2, 4], "values": [0.1, 0.01, 0.001]},
+    },
 }
 
 
 def example(registry, name, **known):
-    "A section that builds the part, as a YAML file would give it."
+    """A section that builds the part, as a YAML file would give it."""
     args = EXAMPLES[registry.kind].get(name, {})
-    needed = [key for key, p in registry.parameters(name).items()
-              if p.default is p.empty and p.kind is not p.VAR_KEYWORD and key not in args and key not in known]
+    needed = [
+        key
+        for key, p in registry.parameters(name).items()
+        if p.default is p.empty and p.kind is not p.VAR_KEYWORD and key not in args and key not in known
+    ]
     if needed:
         pytest.fail(f"{name} needs a value for {', '.join(needed)}: give it one in EXAMPLES['{registry.kind}']")
     return yaml.safe_load(yaml.safe_dump({"name": name, **args}))
@@ -70,7 +86,7 @@ def built(registry, name, **known):
 
 
 def check_saving(part, other, run, path):
-    "The state of a part is all there is to it: another one that loads it gives the same."
+    """The state of a part is all there is to it: another one that loads it gives the same."""
     torch.save(part.state_dict(), path)
     other.load_state_dict(torch.load(path, weights_only=True))
     assert torch.equal(run(part.eval()), run(other.eval()))
@@ -127,8 +143,10 @@ def test_every_loss(name, tmp_path):
     out = {"backbone": features[:, :, None, None], "features": features}
     out |= {"logits": logits} if loss.needs_logits else {}
     if name.startswith("Distillation"):
-        out |= {"One": {"features": features, "logits": logits},
-                "Other": {"features": features.flip(0), "logits": logits.flip(0)}}
+        out |= {
+            "One": {"features": features, "logits": logits},
+            "Other": {"features": features.flip(0), "logits": logits.flip(0)},
+        }
     for autocast in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             value = loss.train()(out, y)
@@ -164,8 +182,11 @@ def test_every_optimizer(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", sorted(SCHEDULES))
-@pytest.mark.parametrize("shared", [{}, {"warmup_epoch": 2, "warmup_start_lr": 0.001, "by_epoch": True, "last_epoch": 0,
-                                         "verbose": False}], ids=["plain", "warm-up"])
+@pytest.mark.parametrize(
+    "shared",
+    [{}, {"warmup_epoch": 2, "warmup_start_lr": 0.001, "by_epoch": True, "last_epoch": 0, "verbose": False}],
+    ids=["plain", "warm-up"],
+)
 def test_every_schedule(name, shared):
     section = {**example(SCHEDULES, name, epochs=6, step_each_epoch=3), **shared}
     rate = build_schedules({"Global": {"epochs": 6}, "Optimizer": {"name": "SGD", "lr": section}}, 3)[0]
@@ -180,17 +201,25 @@ def test_a_part_without_an_example_is_told_apart():
 
 @pytest.fixture
 def config(tmp_path, monkeypatch):
-    "config({'Arch.Head': None, ...}) -> the checked configuration of a tiny model for five identities."
+    """config({'Arch.Head': None, ...}) -> the checked configuration of a tiny model for five identities."""
     monkeypatch.chdir(tmp_path)
     lines = [f"{i}.jpg {10 * (i % CLASSES)} {i % 2}" for i in range(ROWS)]
     write_text("train.txt", "\n".join(lines) + "\n")
     content = {
         "Global": {"device": "cpu", "eval_during_train": False, "epochs": 1, "image_shape": [3, 32, 32], "seed": 3},
-        "DataLoader": {"Train": {"dataset": {"name": "VeriWild", "image_root": ".", "cls_label_path": "train.txt"},
-                                 "sampler": {"name": "PKSampler", "batch_size": 4, "sample_per_id": 2}}},
-        "Arch": {"name": "RecModel", "Backbone": {"name": "test_efficientnet", "pretrained": False},
-                 "BackboneStopLayer": {"name": "avg_pool"}, "Neck": {"name": "VehicleNeck", "out_channels": 12},
-                 "Head": {"name": "ArcMargin", "margin": 0.2}},
+        "DataLoader": {
+            "Train": {
+                "dataset": {"name": "VeriWild", "image_root": ".", "cls_label_path": "train.txt"},
+                "sampler": {"name": "PKSampler", "batch_size": 4, "sample_per_id": 2},
+            }
+        },
+        "Arch": {
+            "name": "RecModel",
+            "Backbone": {"name": "test_efficientnet", "pretrained": False},
+            "BackboneStopLayer": {"name": "avg_pool"},
+            "Neck": {"name": "VehicleNeck", "out_channels": 12},
+            "Head": {"name": "ArcMargin", "margin": 0.2},
+        },
         "Loss": {"Train": [{"SupConLoss": {"weight": 1.0}}]},
         "Optimizer": {"name": "Momentum", "lr": {"name": "ConstLR", "learning_rate": 0.01}},
     }
@@ -204,8 +233,11 @@ def config(tmp_path, monkeypatch):
 
 def by_hand(neck=True, head=True):
     backbone = nn.Sequential(nn.Conv2d(3, CHANNELS, 3), nn.AdaptiveAvgPool2d(1))
-    return RecModel(backbone, VehicleNeck(CHANNELS, 6) if neck else None,
-                    ArcMargin(6 if neck else CHANNELS, CLASSES) if head else None)
+    return RecModel(
+        backbone,
+        VehicleNeck(CHANNELS, 6) if neck else None,
+        ArcMargin(6 if neck else CHANNELS, CLASSES) if head else None,
+    )
 
 
 @pytest.mark.parametrize("labels", [False, True])
@@ -237,8 +269,14 @@ def test_describe_says_what_each_part_is(config):
     assert "cut at avg_pool" in backbone and str(model.backbone.out_shape) in backbone and "EfficientNet" in backbone
     assert "VehicleNeck" in neck and "ArcMargin" in head and "training only" in head
     assert [line.split()[-2] for line in (backbone, neck, head)] == sizes
-    assert by_hand(neck=False, head=False).describe().split() == ["backbone", "Sequential", "not", "cut", "448",
-                                                                   "parameters"]
+    assert by_hand(neck=False, head=False).describe().split() == [
+        "backbone",
+        "Sequential",
+        "not",
+        "cut",
+        "448",
+        "parameters",
+    ]
 
 
 def test_sizes_are_derived(config):
@@ -265,18 +303,28 @@ def test_a_neck_on_maps(config):
     assert model(torch.randn(2, 3, 32, 32))["features"].shape == (2, 12 * height * width)
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"Arch.Neck.in_channels": 2048}, r"Arch\.Neck\.in_channels is 2048, but the backbone cut at avg_pool gives 256"),
-    ({"Arch.Head.embedding_size": 512}, r"Arch\.Head\.embedding_size is 512, but Arch\.Neck gives .* 12"),
-    ({"Arch.Neck": None, "Arch.Head.embedding_size": 512}, r"embedding_size is 512, but Arch\.Backbone gives .* 256"),
-    ({"Arch.Neck": None, "Arch.BackboneStopLayer.name": "blocks.2"}, r"Arch\.Neck: is missing, .* gives maps"),
-    ({"Arch.Neck.kernel_size": 3}, r"Arch\.Neck: cannot take the \(256, 1, 1\)"),
-    ({"Arch.BackboneStopLayer.name": "blokcs.2"}, r"Arch\.BackboneStopLayer: .*blocks\.2"),
-    ({"Arch.Backbone.name": "test_eficientnet"}, r"Arch\.Backbone: no backbone .*test_efficientnet"),
-    ({"Arch.Backbone.widht": 2}, r"Arch\.Backbone: .*widht"),
-    ({"Arch.Backbone.stop": "flatten"}, r"Arch\.Backbone.*: .*stop"),
-    ({"Arch.name": "RecModell"}, r"Arch\.name: there is no model 'RecModell'; did you mean 'RecModel'"),
-], ids=lambda value: next(iter(value)) if isinstance(value, dict) else "")
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"Arch.Neck.in_channels": 2048},
+            r"Arch\.Neck\.in_channels is 2048, but the backbone cut at avg_pool gives 256",
+        ),
+        ({"Arch.Head.embedding_size": 512}, r"Arch\.Head\.embedding_size is 512, but Arch\.Neck gives .* 12"),
+        (
+            {"Arch.Neck": None, "Arch.Head.embedding_size": 512},
+            r"embedding_size is 512, but Arch\.Backbone gives .* 256",
+        ),
+        ({"Arch.Neck": None, "Arch.BackboneStopLayer.name": "blocks.2"}, r"Arch\.Neck: is missing, .* gives maps"),
+        ({"Arch.Neck.kernel_size": 3}, r"Arch\.Neck: cannot take the \(256, 1, 1\)"),
+        ({"Arch.BackboneStopLayer.name": "blokcs.2"}, r"Arch\.BackboneStopLayer: .*blocks\.2"),
+        ({"Arch.Backbone.name": "test_eficientnet"}, r"Arch\.Backbone: no backbone .*test_efficientnet"),
+        ({"Arch.Backbone.widht": 2}, r"Arch\.Backbone: .*widht"),
+        ({"Arch.Backbone.stop": "flatten"}, r"Arch\.Backbone.*: .*stop"),
+        ({"Arch.name": "RecModell"}, r"Arch\.name: there is no model 'RecModell'; did you mean 'RecModel'"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
 def test_sizes_and_names_that_conflict(config, changes, message):
     with pytest.raises(ConfigError, match=message):
         build_model(config(changes))
@@ -287,8 +335,9 @@ def test_class_num_below_the_labels_of_the_list(config):
         build_loaders(config({"Global.class_num": 4}))
 
 
-@pytest.mark.parametrize("changes, classes", [({"Arch.Head.class_num": 60}, None), ({"Global.class_num": 60}, 41),
-                                              ({}, 60)], ids=str)
+@pytest.mark.parametrize(
+    "changes, classes", [({"Arch.Head.class_num": 60}, None), ({"Global.class_num": 60}, 41), ({}, 60)], ids=str
+)
 def test_no_list_is_read_where_the_number_of_classes_is_given(config, tmp_path, changes, classes):
     (tmp_path / "train.txt").unlink()
     assert len(build_model(config(changes), classes).head.weight) == 60
@@ -320,17 +369,22 @@ def test_load_weights_counts_what_fits(tmp_path, suffix):
     state |= {"head.weight": torch.zeros(7, 6), "unknown": torch.zeros(1)}
     kept = model.head.weight.clone()
     save_file(state, path) if suffix == ".safetensors" else torch.save({"model": state, "epoch": 3}, path)
-    assert load_weights(model, path) == (f"{path}: 3 of the model's 5 tensors loaded; left as they were: "
-                                         "head.weight, neck.conv.bias")
+    assert load_weights(model, path) == (
+        f"{path}: 3 of the model's 5 tensors loaded; left as they were: head.weight, neck.conv.bias"
+    )
     assert torch.equal(model.neck.conv.weight, other.neck.conv.weight) and torch.equal(model.head.weight, kept)
 
 
-@pytest.mark.parametrize(("content", "message"), [
-    ({"neck.conv.weight": torch.zeros(2, 2)}, r"nothing in .* fits this model .*neck.conv.weight \(2, 2\)"),
-    ({"epoch": 3}, "nothing in .* fits this model .*begins with no tensor"),
-    ([torch.zeros(1)], "nothing in .* fits this model"),
-    ({"model": nn.Linear(1, 1)}, "holds other things than tensors"),
-], ids=["shape", "no tensors", "no mapping", "objects"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"neck.conv.weight": torch.zeros(2, 2)}, r"nothing in .* fits this model .*neck.conv.weight \(2, 2\)"),
+        ({"epoch": 3}, "nothing in .* fits this model .*begins with no tensor"),
+        ([torch.zeros(1)], "nothing in .* fits this model"),
+        ({"model": nn.Linear(1, 1)}, "holds other things than tensors"),
+    ],
+    ids=["shape", "no tensors", "no mapping", "objects"],
+)
 def test_load_weights_refuses(tmp_path, content, message):
     torch.save(content, tmp_path / "weights.pt")
     with pytest.raises(ConfigError, match=rf"Global\.pretrained_model: .*{message}"):
@@ -369,8 +423,12 @@ def test_pretrained_model_and_pretrained_backbone_come_from_files(config, tmp_pa
     whole = {k.removeprefix("backbone.model."): v for k, v in trained.state_dict().items() if k.startswith("backbone")}
     (tmp_path / "weights").mkdir()
     save_file(whole, "weights/backbone.safetensors")
-    cfg = config({"Arch.Backbone.pretrained": "weights/backbone.safetensors",
-                  "DataLoader.Train.dataset.cls_label_path": str(tmp_path / "train.txt")})
+    cfg = config(
+        {
+            "Arch.Backbone.pretrained": "weights/backbone.safetensors",
+            "DataLoader.Train.dataset.cls_label_path": str(tmp_path / "train.txt"),
+        }
+    )
     (tmp_path / "notebooks").mkdir()
     monkeypatch.chdir(tmp_path / "notebooks")
     monkeypatch.setattr("recnb.storage.ROOT", tmp_path)
@@ -379,9 +437,10 @@ def test_pretrained_model_and_pretrained_backbone_come_from_files(config, tmp_pa
 
 def test_a_new_head_takes_ten_lines(config):
     try:
+
         @HEADS.register
         class CosineSoftmax(nn.Module):
-            "Scaled cosines without a margin."
+            """Scaled cosines without a margin."""
 
             def __init__(self, embedding_size: int, class_num: int, scale: float = 16.0):
                 super().__init__()
@@ -449,9 +508,18 @@ def test_written_text_is_utf8(tmp_path):
     assert (tmp_path / "a.txt").read_bytes() == "tête".encode()
 
 
-@pytest.mark.parametrize("changes", [
-    {}, {"Arch.Head": None}, {"Global.class_num": 41}, {"Arch.Head.class_num": 60, "Global.seed": 7},
-    {"DataLoader.Train.dataset.relabel": False}, {"Optimizer.lr.learning_rate": 1e-5}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"Arch.Head": None},
+        {"Global.class_num": 41},
+        {"Arch.Head.class_num": 60, "Global.seed": 7},
+        {"DataLoader.Train.dataset.relabel": False},
+        {"Optimizer.lr.learning_rate": 1e-5},
+    ],
+    ids=str,
+)
 def test_the_written_configuration_gives_the_same_run(config, tmp_path, monkeypatch, changes):
     cfg = config(changes)
     kept, model = copy.deepcopy(cfg), build_model(cfg)
@@ -463,8 +531,9 @@ def test_the_written_configuration_gives_the_same_run(config, tmp_path, monkeypa
     assert again["DataLoader"]["Train"]["dataset"]["cls_label_path"] == str(tmp_path / "train.txt")
     state, repeated = model.state_dict(), build_model(again).state_dict()
     assert state.keys() == repeated.keys() and all(torch.equal(state[name], repeated[name]) for name in state)
-    assert open_run(tmp_path / "run again", again).joinpath("config.yaml").read_text() == (
-        run / "config.yaml").read_text()
+    assert (
+        open_run(tmp_path / "run again", again).joinpath("config.yaml").read_text() == (run / "config.yaml").read_text()
+    )
 
 
 def test_the_resolved_configuration_holds_what_was_derived(config, tmp_path):

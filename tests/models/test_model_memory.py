@@ -1,4 +1,5 @@
-"Blocks computed again: the gradients of a backbone that keeps everything, wherever it is cut, with less in memory."
+"""Blocks computed again: the gradients of a backbone that keeps everything, wherever it is cut, with less in memory."""
+
 import copy
 
 import pytest
@@ -12,19 +13,27 @@ from recnb.models.recmodel import RecModel
 from recnb.registry import ConfigError
 from recnb.training.learner import Callback
 
-CASES = [("test_resnet", None, 32, {}), ("test_resnet", "layer3", 32, {}), ("test_resnet", "layer2.0.conv2", 32, {}),
-         ("resnet18", "layer2", 32, {"drop_path_rate": 0.3}),
-         ("test_convnext", None, 32, {"drop_path_rate": 0.3}), ("test_convnext", "stages.1.blocks.0", 32, {}),
-         ("test_vit", None, 160, {"proj_drop_rate": 0.2}), ("test_vit", "blocks.1", 160, {}),
-         ("test_vit", "blocks.3.mlp.fc1", 160, {}),
-         ("swin_tiny_patch4_window7_224", "layers.1", 224, {"embed_dim": 12, "depths": (2, 2, 2, 2)}),
-         ("test_efficientnet", None, 32, {"drop_path_rate": 0.3}), ("test_efficientnet", "blocks.2", 32, {}),
-         ("densenet121", "features.denseblock2", 32, {"drop_rate": 0.2}), ("PPLCNetV2_base", "stages[1]", 32, {}),
-         ("WideResNet", "flatten", 32, {"depth": 10})]
+CASES = [
+    ("test_resnet", None, 32, {}),
+    ("test_resnet", "layer3", 32, {}),
+    ("test_resnet", "layer2.0.conv2", 32, {}),
+    ("resnet18", "layer2", 32, {"drop_path_rate": 0.3}),
+    ("test_convnext", None, 32, {"drop_path_rate": 0.3}),
+    ("test_convnext", "stages.1.blocks.0", 32, {}),
+    ("test_vit", None, 160, {"proj_drop_rate": 0.2}),
+    ("test_vit", "blocks.1", 160, {}),
+    ("test_vit", "blocks.3.mlp.fc1", 160, {}),
+    ("swin_tiny_patch4_window7_224", "layers.1", 224, {"embed_dim": 12, "depths": (2, 2, 2, 2)}),
+    ("test_efficientnet", None, 32, {"drop_path_rate": 0.3}),
+    ("test_efficientnet", "blocks.2", 32, {}),
+    ("densenet121", "features.denseblock2", 32, {"drop_rate": 0.2}),
+    ("PPLCNetV2_base", "stages[1]", 32, {}),
+    ("WideResNet", "flatten", 32, {"depth": 10}),
+]
 
 
 def trained(backbone, x, chunk=None):
-    "(gradients, buffers, how many bytes autograd keeps from the forward pass) of a backward pass."
+    """(gradients, buffers, how many bytes autograd keeps from the forward pass) of a backward pass."""
     torch.manual_seed(3)
     kept = []
     model = RecModel(backbone).train()
@@ -32,8 +41,9 @@ def trained(backbone, x, chunk=None):
     own = {p.data_ptr() for p in model.parameters()}
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         out = model(x)["backbone"]
-    size = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept
-                if t.data_ptr() not in own}.values())
+    size = sum(
+        {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept if t.data_ptr() not in own}.values()
+    )
     out.square().sum().backward()
     return [p.grad for p in model.parameters()], list(model.buffers()), size
 
@@ -96,8 +106,11 @@ class Stop(Callback):
 
 @pytest.mark.parametrize("name", ["VGG11", "mnasnet0_5"])
 def test_a_backbone_without_blocks_is_named(config_file, tmp_path, name):
-    with pytest.raises(ConfigError, match=rf"Global.grad_checkpointing: Arch.Backbone {name} is not made of blocks "
-                                          r"that could be computed again; set it False, and let Global.grad_cache"):
+    with pytest.raises(
+        ConfigError,
+        match=rf"Global.grad_checkpointing: Arch.Backbone {name} is not made of blocks "
+        r"that could be computed again; set it False, and let Global.grad_cache",
+    ):
         make(config_file, tmp_path, {"Global.grad_checkpointing": True, "Arch.Backbone": {"name": name}})
     with pytest.raises(ConfigError, match=r"Global\.grad_checkpointing: 1 is a int, not bool"):
         make(config_file, tmp_path, {"Global.grad_checkpointing": 1})

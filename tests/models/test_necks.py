@@ -1,4 +1,5 @@
-"Necks: the shapes they take, how their weights start, and what their attributes change."
+"""Necks: the shapes they take, how their weights start, and what their attributes change."""
+
 import math
 
 import pytest
@@ -40,8 +41,11 @@ def test_vehicle_neck_starts_as_the_original():
     assert abs(neck.conv.weight.mean().item()) < 1e-3 and neck.conv.bias.eq(0).all()
 
 
-@pytest.mark.parametrize(("bias_attr", "value"), [(None, 0), (True, 0), ({}, 0), (False, None), (
-    {"initializer": {"name": "Constant", "value": 2.0}}, 2)], ids=str)
+@pytest.mark.parametrize(
+    ("bias_attr", "value"),
+    [(None, 0), (True, 0), ({}, 0), (False, None), ({"initializer": {"name": "Constant", "value": 2.0}}, 2)],
+    ids=str,
+)
 def test_bias_attributes(bias_attr, value):
     for bias in (VehicleNeck(4, 3, bias_attr=bias_attr).conv.bias, FC(4, 3, bias_attr=bias_attr).fc.bias):
         assert bias is None if value is None else bias.eq(value).all()
@@ -65,8 +69,17 @@ def test_bn_neck_normalizes_and_keeps_its_shift_at_zero():
     assert neck.bn.weight.eq(1).all() and neck.bn.bias.eq(0).all()
 
 
-@pytest.mark.parametrize(("bias_attr", "trained"), [(None, False), (False, False), (True, True), ({}, True), (
-    {"initializer": {"name": "Constant", "value": 1.0}}, True)], ids=str)
+@pytest.mark.parametrize(
+    ("bias_attr", "trained"),
+    [
+        (None, False),
+        (False, False),
+        (True, True),
+        ({}, True),
+        ({"initializer": {"name": "Constant", "value": 1.0}}, True),
+    ],
+    ids=str,
+)
 def test_bn_neck_trains_its_shift_when_asked(bias_attr, trained):
     neck = BNNeck(4, bias_attr=bias_attr)
     neck(torch.randn(8, 4)).square().sum().backward()
@@ -104,21 +117,28 @@ def test_initializers_with_a_given_fan_in():
 
 @pytest.mark.parametrize("name", ["VehicleNeck", "FC", "BNNeck"])
 def test_weight_attributes(name):
-    sizes = {"VehicleNeck": {"in_channels": 4, "out_channels": 3}, "FC": {"embedding_size": 4, "class_num": 3},
-             "BNNeck": {"num_features": 4}}
+    sizes = {
+        "VehicleNeck": {"in_channels": 4, "out_channels": 3},
+        "FC": {"embedding_size": 4, "class_num": 3},
+        "BNNeck": {"num_features": 4},
+    }
     neck = NECKS[name](**sizes[name], weight_attr={"initializer": {"name": "Constant", "value": 0.25}})
     assert next(neck.parameters()).eq(0.25).all()
 
 
-@pytest.mark.parametrize(("attr", "message"), [
-    ({"initializer": {"name": "KaimingNorml"}}, "no initializer 'KaimingNorml'.*did you mean 'KaimingNormal'"),
-    ({"initializer": "Normal"}, "no initializer 'Normal' .written {name: Normal, std: 0.01}"),
-    ({"initializer": {"std": 1.0}}, "no initializer 'None'"),
-    ({"initializer": {"name": "Normal", "sdt": 1.0}}, "Normal has no argument 'sdt'; did you mean 'std'"),
-    ({"trainable": True}, "no key 'trainable', only initializer, learning_rate"),
-    ({"learning_rate": -1.0}, "learning_rate is -1.0, not a share"),
-    ({"regularizer": {"name": "L1"}}, "no regularizer of a parameter 'L1'"),
-], ids=["name", "no mapping", "no name", "argument", "key", "rate", "regularizer"])
+@pytest.mark.parametrize(
+    ("attr", "message"),
+    [
+        ({"initializer": {"name": "KaimingNorml"}}, "no initializer 'KaimingNorml'.*did you mean 'KaimingNormal'"),
+        ({"initializer": "Normal"}, "no initializer 'Normal' .written {name: Normal, std: 0.01}"),
+        ({"initializer": {"std": 1.0}}, "no initializer 'None'"),
+        ({"initializer": {"name": "Normal", "sdt": 1.0}}, "Normal has no argument 'sdt'; did you mean 'std'"),
+        ({"trainable": True}, "no key 'trainable', only initializer, learning_rate"),
+        ({"learning_rate": -1.0}, "learning_rate is -1.0, not a share"),
+        ({"regularizer": {"name": "L1"}}, "no regularizer of a parameter 'L1'"),
+    ],
+    ids=["name", "no mapping", "no name", "argument", "key", "rate", "regularizer"],
+)
 def test_unknown_attributes_are_errors(attr, message):
     with pytest.raises(ConfigError, match=f"Arch.Neck: .*{message}"):
         NECKS.build({"name": "FC", "class_num": 3, "weight_attr": attr}, "Arch.Neck", embedding_size=(4, ""))

@@ -1,4 +1,5 @@
 """Every mistake in a file ends in one sentence that names its place; the lists here name images that do not exist."""
+
 import copy
 import re
 
@@ -18,7 +19,7 @@ TRAIN, QUERY = "DataLoader.Train", "DataLoader.Eval.Query"
 
 @pytest.fixture
 def config(tmp_path):
-    "A function from changes to the path of a file whose lists name 12 identities x 4 images, none of them on disk."
+    """A function from changes to the path of a file whose lists name 12 identities x 4 images, none of them on disk."""
     lists = {"train": (range(12), (0, 1, 2, 2)), "query": (range(20, 24), (0,)), "gallery": (range(20, 24), (1, 2))}
     for name, (ids, cameras) in lists.items():
         lines = [f"{i}/{k}.jpg {i} {camera}\n" for i in ids for k, camera in enumerate(cameras)]
@@ -43,8 +44,9 @@ def written(tmp_path, text: str):
 # --- Reading a file ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("text", "kind"), [("- Global\n- Arch\n", "list"), ("5\n", "int"), ("Arch\n", "str"),
-                                            ("", "NoneType")])
+@pytest.mark.parametrize(
+    ("text", "kind"), [("- Global\n- Arch\n", "list"), ("5\n", "int"), ("Arch\n", "str"), ("", "NoneType")]
+)
 def test_what_is_not_a_mapping(tmp_path, text, kind):
     path = written(tmp_path, text)
     assert refused(path).startswith(f"{path}: holds a {kind}, not a mapping of sections")
@@ -63,12 +65,15 @@ def test_a_key_given_twice(tmp_path):
     assert refused(path) == f"{path} line 4: the key 'epochs' is given twice"
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("Global: {epochs: 3\nArch: 1\n", " line 2: "),
-    ("Global:\n\tepochs: 3\n", " line 2: "),
-    ("Global: {seed: 2024-13-45}\n", ": month must be in 1..12"),
-    ("Global: {[1, 2]: 3}\n", " line 1: found unhashable key"),
-])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("Global: {epochs: 3\nArch: 1\n", " line 2: "),
+        ("Global:\n\tepochs: 3\n", " line 2: "),
+        ("Global: {seed: 2024-13-45}\n", ": month must be in 1..12"),
+        ("Global: {[1, 2]: 3}\n", " line 1: found unhashable key"),
+    ],
+)
 def test_broken_yaml_names_the_file(tmp_path, text, message):
     path = written(tmp_path, text)
     assert refused(path).startswith(f"{path}{message}")
@@ -104,8 +109,10 @@ def test_merged_keys_are_not_given_twice(tmp_path):
 def test_global_is_filled_up(config):
     given = {"device": "cpu", "seed": 0, "epochs": 2, "image_shape": [3, 32, 32], "save_interval": 0}
     assert load_config(config())["Global"] == {**GLOBAL, **given}
-    assert load_config(config({"Global": None, "Arch.Head": ..., "Loss": {"Train": [{"SupConLoss": {}}]}}))["Global"] \
+    assert (
+        load_config(config({"Global": None, "Arch.Head": ..., "Loss": {"Train": [{"SupConLoss": {}}]}}))["Global"]
         == GLOBAL
+    )
 
 
 def test_a_configuration_shares_nothing_with_the_defaults(config):
@@ -141,32 +148,52 @@ UNKNOWN = [
     ({"Arch.Nek": {}}, "Arch.Nek: there is no such key; did you mean 'Neck'?"),
     ({"Loss.Trian": []}, "Loss.Trian: there is no such key; did you mean 'Train'?"),
     ({f"{TRAIN}.dataset.name": "VeriWld"}, f"{TRAIN}.dataset: there is no dataset 'VeriWld'; did you mean 'VeriWild'?"),
-    ({f"{TRAIN}.sampler.name": "PkSampler"}, f"{TRAIN}.sampler: there is no sampler 'PkSampler'; "
-                                             "did you mean 'PKSampler'?"),
-    ({f"{TRAIN}.dataset.transform_ops.1": {"RandFlip": {}}},
-     f"{TRAIN}.dataset.transform_ops.1.RandFlip: there is no transform 'RandFlip'; did you mean 'RandFlipImage'?"),
+    (
+        {f"{TRAIN}.sampler.name": "PkSampler"},
+        f"{TRAIN}.sampler: there is no sampler 'PkSampler'; did you mean 'PKSampler'?",
+    ),
+    (
+        {f"{TRAIN}.dataset.transform_ops.1": {"RandFlip": {}}},
+        f"{TRAIN}.dataset.transform_ops.1.RandFlip: there is no transform 'RandFlip'; did you mean 'RandFlipImage'?",
+    ),
     ({"Arch.Neck.name": "VehicleNek"}, "Arch.Neck: there is no neck 'VehicleNek'; did you mean 'VehicleNeck'?"),
     ({"Arch.Head.name": "ArcMargins"}, "Arch.Head: there is no head 'ArcMargins'; did you mean 'ArcMargin'?"),
-    ({"Loss.Train.1": {"SupconLoss": {}}}, "Loss.Train.1.SupconLoss: there is no loss 'SupconLoss'; "
-                                           "did you mean 'SupConLoss'?"),
+    (
+        {"Loss.Train.1": {"SupconLoss": {}}},
+        "Loss.Train.1.SupconLoss: there is no loss 'SupconLoss'; did you mean 'SupConLoss'?",
+    ),
     ({"Optimizer.name": "Adamw"}, "Optimizer: there is no optimizer 'Adamw'; did you mean 'AdamW'?"),
-    ({"Optimizer.lr.name": "Cosin"}, "Optimizer.lr: there is no learning-rate schedule 'Cosin'; "
-                                     "did you mean 'Cosine'?"),
+    (
+        {"Optimizer.lr.name": "Cosin"},
+        "Optimizer.lr: there is no learning-rate schedule 'Cosin'; did you mean 'Cosine'?",
+    ),
     ({"Metric.Eval.1": {"map": {}}}, "Metric.Eval.1.map: there is no metric 'map'; did you mean 'mAP'?"),
     ({"Arch.Head.margn": 0.3}, "Arch.Head.margn: ArcMargin has no such argument; did you mean 'margin'?"),
-    ({"Arch.Neck.out_chanels": 8, "Arch.Neck.name": "VehicleNeck", "Arch.Neck.class_num": ...},
-     "Arch.Neck.out_chanels: VehicleNeck has no such argument; did you mean 'out_channels'?"),
-    ({"Loss.Train.1.SupConLoss.temprature": 1}, "Loss.Train.1.SupConLoss.temprature: SupConLoss has no such argument; "
-                                                "did you mean 'temperature'?"),
-    ({f"{TRAIN}.sampler.sample_per_ids": 2}, f"{TRAIN}.sampler.sample_per_ids: PKSampler has no such argument; "
-                                             "did you mean 'sample_per_id'?"),
-    ({f"{TRAIN}.dataset.transform_ops.1.RandFlipImage.flipcode": 1},
-     f"{TRAIN}.dataset.transform_ops.1.RandFlipImage.flipcode: RandFlipImage has no such argument; "
-     "did you mean 'flip_code'?"),
-    ({"Optimizer.lr.learnin_rate": 1}, "Optimizer.lr.learnin_rate: Cosine has no such argument; "
-                                       "did you mean 'learning_rate'?"),
-    ({"Optimizer.regularizer": {"name": "L2", "coef": 1}}, "Optimizer.regularizer.coef: L2 has no such argument; "
-                                                           "did you mean 'coeff'?"),
+    (
+        {"Arch.Neck.out_chanels": 8, "Arch.Neck.name": "VehicleNeck", "Arch.Neck.class_num": ...},
+        "Arch.Neck.out_chanels: VehicleNeck has no such argument; did you mean 'out_channels'?",
+    ),
+    (
+        {"Loss.Train.1.SupConLoss.temprature": 1},
+        "Loss.Train.1.SupConLoss.temprature: SupConLoss has no such argument; did you mean 'temperature'?",
+    ),
+    (
+        {f"{TRAIN}.sampler.sample_per_ids": 2},
+        f"{TRAIN}.sampler.sample_per_ids: PKSampler has no such argument; did you mean 'sample_per_id'?",
+    ),
+    (
+        {f"{TRAIN}.dataset.transform_ops.1.RandFlipImage.flipcode": 1},
+        f"{TRAIN}.dataset.transform_ops.1.RandFlipImage.flipcode: RandFlipImage has no such argument; "
+        "did you mean 'flip_code'?",
+    ),
+    (
+        {"Optimizer.lr.learnin_rate": 1},
+        "Optimizer.lr.learnin_rate: Cosine has no such argument; did you mean 'learning_rate'?",
+    ),
+    (
+        {"Optimizer.regularizer": {"name": "L2", "coef": 1}},
+        "Optimizer.regularizer.coef: L2 has no such argument; did you mean 'coeff'?",
+    ),
 ]
 
 
@@ -191,8 +218,10 @@ KINDS = [
     ({"Arch.Head.margin": "wide"}, "Arch.Head.margin: 'wide' is a str, ArcMargin wants float"),
     ({"Arch.Head.easy_margin": 1}, "Arch.Head.easy_margin: 1 is a int, ArcMargin wants bool"),
     ({f"{TRAIN}.sampler.batch_size": 8.5}, f"{TRAIN}.sampler.batch_size: 8.5 is a float, PKSampler wants int"),
-    ({f"{TRAIN}.dataset.transform_ops.0.ResizeImage.size": "big"},
-     f"{TRAIN}.dataset.transform_ops.0.ResizeImage.size: 'big' is a str, ResizeImage wants int | list | None"),
+    (
+        {f"{TRAIN}.dataset.transform_ops.0.ResizeImage.size": "big"},
+        f"{TRAIN}.dataset.transform_ops.0.ResizeImage.size: 'big' is a str, ResizeImage wants int | list | None",
+    ),
     ({f"{TRAIN}.loader.num_workers": "6"}, f"{TRAIN}.loader.num_workers: '6' is not a whole number from 0"),
     ({f"{QUERY}.loader.num_workers": -1}, f"{QUERY}.loader.num_workers: -1 is not a whole number from 0"),
     ({f"{TRAIN}.loader.use_shared_memory": 3}, f"{TRAIN}.loader.use_shared_memory: 3 is not True or False"),
@@ -211,8 +240,10 @@ def test_values_of_the_wrong_kind(config, changes, message):
 
 @pytest.mark.parametrize("section", ["DataLoader.Train.dataset", "Arch.Backbone", "Loss.Train", "Optimizer"])
 def test_sections_that_cannot_be_left_out(config, section):
-    assert re.match(rf"{section}(\.name)?: the file has no such section, and nothing can be trained without it",
-                    refused(config({section: ...})))
+    assert re.match(
+        rf"{section}(\.name)?: the file has no such section, and nothing can be trained without it",
+        refused(config({section: ...})),
+    )
 
 
 @pytest.mark.parametrize(("there", "missing"), [("Query", "Gallery"), ("Gallery", "Query")])
@@ -223,7 +254,8 @@ def test_a_list_that_stands_alone_is_query_and_gallery(config, there, missing):
 
 def test_classification_has_one_list(config):
     assert "DataLoader.Eval.Query: does not belong to Global.eval_mode classification" in refused(
-        config({"Global.eval_mode": "classification"}))
+        config({"Global.eval_mode": "classification"})
+    )
     alone = {"DataLoader.Eval": {"dataset": {"name": "VeriWild", "image_root": ".", "cls_label_path": "query.txt"}}}
     assert load_config(config(alone))["Global"]["eval_mode"] == "classification"  # it follows from the file
     alone["Global.eval_mode"] = "retrieval"
@@ -241,32 +273,39 @@ def test_a_sampler_without_a_name_is_the_plain_one(config):
     assert cfg["DataLoader"]["Train"]["sampler"]["name"] == "DistributedBatchSampler"
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"AMP": {"level": "O3"}}, "AMP.level: 'O3' is not O1 or O2"),
-    ({"AMP": {"scale_loss": "much"}}, "AMP.scale_loss: 'much' is not float"),
-    ({"AMP": {"dtype": "float8"}}, "AMP.dtype: 'float8' is neither"),
-    ({"AMP": {"levle": "O1"}}, "AMP.levle: there is no such key; did you mean 'level'"),
-    ({"EMA": {"decay": 1.5}}, "EMA.decay: 1.5 is not a number between 0 and 1"),
-    ({"Arch.head_feature_from": "head"}, "Arch.head_feature_from: 'head' is neither"),
-    ({"Arch.name": "RecModle"}, "Arch.name: there is no model 'RecModle'; did you mean 'RecModel'"),
-    ({"Arch": {"name": "DistillationModel", "models": []}}, "Arch.models: DistillationModel needs a list"),
-    ({"Optimizer": [{"Adam": {"scope": "RecModel"}}]}, "Optimizer.0.Adam.lr: the file has no such section"),
-    ({"Optimizer": [{"Adm": {"lr": {"name": "ConstLR", "learning_rate": 0.1}}}]}, "Optimizer.0.Adm: .*mean 'Adam'"),
-    ({"Global.feature_binarize": "floor"}, "Global.feature_binarize: 'floor' is not supported"),
-], ids=lambda value: str(value)[:40] if isinstance(value, dict) else "")
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"AMP": {"level": "O3"}}, "AMP.level: 'O3' is not O1 or O2"),
+        ({"AMP": {"scale_loss": "much"}}, "AMP.scale_loss: 'much' is not float"),
+        ({"AMP": {"dtype": "float8"}}, "AMP.dtype: 'float8' is neither"),
+        ({"AMP": {"levle": "O1"}}, "AMP.levle: there is no such key; did you mean 'level'"),
+        ({"EMA": {"decay": 1.5}}, "EMA.decay: 1.5 is not a number between 0 and 1"),
+        ({"Arch.head_feature_from": "head"}, "Arch.head_feature_from: 'head' is neither"),
+        ({"Arch.name": "RecModle"}, "Arch.name: there is no model 'RecModle'; did you mean 'RecModel'"),
+        ({"Arch": {"name": "DistillationModel", "models": []}}, "Arch.models: DistillationModel needs a list"),
+        ({"Optimizer": [{"Adam": {"scope": "RecModel"}}]}, "Optimizer.0.Adam.lr: the file has no such section"),
+        ({"Optimizer": [{"Adm": {"lr": {"name": "ConstLR", "learning_rate": 0.1}}}]}, "Optimizer.0.Adm: .*mean 'Adam'"),
+        ({"Global.feature_binarize": "floor"}, "Global.feature_binarize: 'floor' is not supported"),
+    ],
+    ids=lambda value: str(value)[:40] if isinstance(value, dict) else "",
+)
 def test_the_newer_sections_are_checked(config, changes, message):
     assert re.match(message, refused(config(changes)))
 
 
 def test_nothing_to_evaluate_has_to_be_said(config):
     assert "set Global.eval_during_train: False" in refused(config({"DataLoader.Eval": ...}))
-    assert load_config(config({"DataLoader.Eval": ..., "Global.eval_during_train": False}))["DataLoader"].keys() \
-        == {"Train"}
+    assert load_config(config({"DataLoader.Eval": ..., "Global.eval_during_train": False}))["DataLoader"].keys() == {
+        "Train"
+    }
 
 
 def test_a_loss_on_logits_needs_a_head(config):
-    assert refused(config({"Arch.Head": ...})) == "Loss.Train.0.CELoss: CELoss needs logits, and Arch.Head, which " \
+    assert (
+        refused(config({"Arch.Head": ...})) == "Loss.Train.0.CELoss: CELoss needs logits, and Arch.Head, which "
         "makes them, is missing"
+    )
     assert "Loss.Eval.0.CELoss" in refused(config({"Arch.Head": ..., "Loss.Train": [{"SupConLoss": {}}]}))
 
 
@@ -274,13 +313,23 @@ def test_a_loss_on_logits_needs_a_head(config):
 
 
 def test_overrides_reach_any_place(config):
-    cfg = load_config(config(), {
-        "Global.epochs": 7, "Loss.Train.SupConLoss.weight": 0.5, "Loss.Train.0.CELoss.epsilon": 0.1,
-        "Metric.Eval.1": {"mINP": {}}, f"{TRAIN}.dataset.transform_ops.RandFlipImage": {"flip_code": 0},
-        "Optimizer.lr.warmup_epoch": 1, "Global.image_shape.2": 64})
+    cfg = load_config(
+        config(),
+        {
+            "Global.epochs": 7,
+            "Loss.Train.SupConLoss.weight": 0.5,
+            "Loss.Train.0.CELoss.epsilon": 0.1,
+            "Metric.Eval.1": {"mINP": {}},
+            f"{TRAIN}.dataset.transform_ops.RandFlipImage": {"flip_code": 0},
+            "Optimizer.lr.warmup_epoch": 1,
+            "Global.image_shape.2": 64,
+        },
+    )
     assert cfg["Global"]["epochs"] == 7 and cfg["Global"]["image_shape"] == [3, 32, 64]
-    assert cfg["Loss"]["Train"] == [{"CELoss": {"weight": 1.0, "epsilon": 0.1}},
-                                    {"SupConLoss": {"weight": 0.5, "views": 2}}]
+    assert cfg["Loss"]["Train"] == [
+        {"CELoss": {"weight": 1.0, "epsilon": 0.1}},
+        {"SupConLoss": {"weight": 0.5, "views": 2}},
+    ]
     assert cfg["Metric"]["Eval"] == [{"Recallk": {"topk": [1, 5]}}, {"mINP": {}}]
     assert cfg["DataLoader"]["Train"]["dataset"]["transform_ops"][1] == {"RandFlipImage": {"flip_code": 0}}
     assert cfg["Optimizer"]["lr"]["warmup_epoch"] == 1
@@ -305,8 +354,10 @@ def test_none_removes_a_part(config):
     assert model.head.weight.shape == (12, model.backbone.out_channels)
 
 
-@pytest.mark.parametrize(("key", "text", "value"), [("Optimizer.lr.learning_rate", "1e-3", 0.001),
-                                                    ("Global.epochs", "3", 3), ("Arch.Head.scale", "30", 30)])
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [("Optimizer.lr.learning_rate", "1e-3", 0.001), ("Global.epochs", "3", 3), ("Arch.Head.scale", "30", 30)],
+)
 def test_numbers_handed_over_as_text(config, key, text, value):
     node = load_config(config(), {key: text})
     for step in key.split("."):
@@ -314,17 +365,24 @@ def test_numbers_handed_over_as_text(config, key, text, value):
     assert node == value and type(node) is type(value)
 
 
-@pytest.mark.parametrize(("key", "message"), [
-    ("Golbal.epochs", "override 'Golbal.epochs': there is no 'Golbal'; did you mean 'Global'?"),
-    ("Global.epoch", "Global.epoch: there is no such key; did you mean 'epochs'?"),
-    ("Arch.Haed.margin", "override 'Arch.Haed.margin': there is no 'Arch.Haed'; did you mean 'Head'?"),
-    ("Arch.Head.margn", "Arch.Head.margn: ArcMargin has no such argument; did you mean 'margin'?"),
-    ("Loss.Train.SupCon.weight", "override 'Loss.Train.SupCon.weight': 'Loss.Train' has no entry 'SupCon'; "
-                                 "did you mean 'SupConLoss'?"),
-    ("Loss.Train.2.SupConLoss.weight", "override 'Loss.Train.2.SupConLoss.weight': 'Loss.Train' has no entry '2'; "
-                                       "there is CELoss, SupConLoss"),
-    ("Global.epochs.first", "override 'Global.epochs.first': there is no 'Global.epochs.first'; there is none"),
-])
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("Golbal.epochs", "override 'Golbal.epochs': there is no 'Golbal'; did you mean 'Global'?"),
+        ("Global.epoch", "Global.epoch: there is no such key; did you mean 'epochs'?"),
+        ("Arch.Haed.margin", "override 'Arch.Haed.margin': there is no 'Arch.Haed'; did you mean 'Head'?"),
+        ("Arch.Head.margn", "Arch.Head.margn: ArcMargin has no such argument; did you mean 'margin'?"),
+        (
+            "Loss.Train.SupCon.weight",
+            "override 'Loss.Train.SupCon.weight': 'Loss.Train' has no entry 'SupCon'; did you mean 'SupConLoss'?",
+        ),
+        (
+            "Loss.Train.2.SupConLoss.weight",
+            "override 'Loss.Train.2.SupConLoss.weight': 'Loss.Train' has no entry '2'; there is CELoss, SupConLoss",
+        ),
+        ("Global.epochs.first", "override 'Global.epochs.first': there is no 'Global.epochs.first'; there is none"),
+    ],
+)
 def test_unknown_overrides(config, key, message):
     assert refused(config(), {key: 1}) == message
 
@@ -333,7 +391,8 @@ def test_an_override_that_could_mean_two_entries(config):
     path = config({"Loss.Train": [{"SupConLoss": {"weight": 1}}, {"SupConLoss": {"weight": 2}}]})
     assert refused(path, {"Loss.Train.SupConLoss.weight": 3}) == (
         "override 'Loss.Train.SupConLoss.weight': 'Loss.Train' has 2 entries 'SupConLoss'; give the number of one, "
-        "counted from 0")
+        "counted from 0"
+    )
     assert load_config(path, {"Loss.Train.1.SupConLoss.weight": 3})["Loss"]["Train"][1] == {"SupConLoss": {"weight": 3}}
 
 
@@ -344,16 +403,24 @@ def test_overrides_that_are_no_mapping(config):
 # --- Sizes and counts that contradict each other ----------------------------------------------------------------------
 
 
-VEHICLE = {"Arch.Neck": {"name": "VehicleNeck", "out_channels": 16},
-           "Arch.BackboneStopLayer.name": "adaptive_avg_pool2d_0"}
+VEHICLE = {
+    "Arch.Neck": {"name": "VehicleNeck", "out_channels": 16},
+    "Arch.BackboneStopLayer.name": "adaptive_avg_pool2d_0",
+}
 CONFLICTS = [
-    ({**VEHICLE, "Arch.Neck.in_channels": 2048},
-     "Arch.Neck.in_channels is 2048, but the backbone cut at adaptive_avg_pool2d_0 gives {channels}"),
-    ({"Arch.Neck.embedding_size": 7},
-     "Arch.Neck.embedding_size is 7, but the backbone cut at flatten gives {channels}"),
+    (
+        {**VEHICLE, "Arch.Neck.in_channels": 2048},
+        "Arch.Neck.in_channels is 2048, but the backbone cut at adaptive_avg_pool2d_0 gives {channels}",
+    ),
+    (
+        {"Arch.Neck.embedding_size": 7},
+        "Arch.Neck.embedding_size is 7, but the backbone cut at flatten gives {channels}",
+    ),
     ({"Arch.Head.embedding_size": 512}, "Arch.Head.embedding_size is 512, but Arch.Neck gives features of size 16"),
-    ({"Arch.Neck": None, "Arch.Head.embedding_size": 512},
-     "Arch.Head.embedding_size is 512, but Arch.Backbone gives features of size {channels}"),
+    (
+        {"Arch.Neck": None, "Arch.Head.embedding_size": 512},
+        "Arch.Head.embedding_size is 512, but Arch.Backbone gives features of size {channels}",
+    ),
 ]
 
 
@@ -376,44 +443,65 @@ def test_sizes_that_agree_or_are_left_out(config):
 
 def test_two_class_numbers(config):
     assert refused(config({"Global.class_num": 30671, "Arch.Head.class_num": 431})).startswith(
-        "Global.class_num is 30671, but Arch.Head.class_num is 431: ")
+        "Global.class_num is 30671, but Arch.Head.class_num is 431: "
+    )
 
 
 @pytest.mark.parametrize("place", ["Global.class_num", "Arch.Head.class_num"])
 def test_a_class_number_below_the_lists(config, tmp_path, place):
-    message = (f"{tmp_path / 'train.txt'} line 45: label 11 is out of range: {place} is 11, the list has 12 identities "
-               f"up to 11; correct {place} or leave it out")
+    message = (
+        f"{tmp_path / 'train.txt'} line 45: label 11 is out of range: {place} is 11, the list has 12 identities "
+        f"up to 11; correct {place} or leave it out"
+    )
     with pytest.raises(DataError, match=re.escape(message)):
         build_loaders(load_config(config({place: 11})))
 
 
 LOADING = [
     ({f"{TRAIN}.sampler.batch_size": 9}, f"{TRAIN}.sampler: batch_size 9 is not divisible by sample_per_id 2"),
-    ({f"{TRAIN}.sampler": {"name": "DistributedRandomIdentitySampler", "batch_size": 9, "num_instances": 2}},
-     f"{TRAIN}.sampler: batch_size 9 is not divisible by num_instances 2"),
-    ({f"{TRAIN}.sampler.batch_size": 26}, f"{TRAIN}.sampler: a batch of 26 needs 13 identities (sample_per_id 2), "
-                                          "the training list has 12; lower batch_size or raise sample_per_id"),
+    (
+        {f"{TRAIN}.sampler": {"name": "DistributedRandomIdentitySampler", "batch_size": 9, "num_instances": 2}},
+        f"{TRAIN}.sampler: batch_size 9 is not divisible by num_instances 2",
+    ),
+    (
+        {f"{TRAIN}.sampler.batch_size": 26},
+        f"{TRAIN}.sampler: a batch of 26 needs 13 identities (sample_per_id 2), "
+        "the training list has 12; lower batch_size or raise sample_per_id",
+    ),
     ({f"{TRAIN}.sampler.batch_size": 0}, f"{TRAIN}.sampler: must name a sampler and its batch_size, at least 1"),
     ({f"{QUERY}.sampler": ...}, f"{QUERY}.sampler: must name a sampler and its batch_size, at least 1"),
     ({f"{TRAIN}.sampler.seed": 4}, f"{TRAIN}.sampler.seed is 4, but Global.seed is 0"),
     ({f"{TRAIN}.sampler.labels": [1, 2]}, f"{TRAIN}.sampler.labels: comes from the data, and the file cannot say"),
     ({f"{TRAIN}.sampler.sample_per_id": ...}, f"{TRAIN}.sampler: PKSampler needs a value for 'sample_per_id'"),
-    ({f"{QUERY}.sampler.drop_last": True},
-     f"{QUERY}.sampler.drop_last: True would leave images out of the evaluation"),
-    ({"Global.image_shape": [3, 48, 32]},
-     f"{QUERY}.dataset.transform_ops make images of (3, 32, 32), Global.image_shape is (3, 48, 32)"),
-    ({f"{QUERY}.dataset.transform_ops": [{"NormalizeImage": {}}]},
-     f"{QUERY}.dataset.transform_ops: images of different sizes leave with different sizes"),
-    ({f"{TRAIN}.dataset.transform_ops.0": {"ResizeImage": {"resize_short": 32}}},
-     f"{TRAIN}.dataset.transform_ops: images of different sizes leave with different sizes"),
-    ({f"{TRAIN}.dataset.transform_ops.0": {"ResizeImage": {"size": [32]}}},
-     f"{TRAIN}.dataset.transform_ops.0.ResizeImage: size is [32], neither a number of pixels nor [width, height]"),
-    ({f"{TRAIN}.dataset.transform_ops.1": {"RandFlipImage": {"flip_code": 2}}},
-     f"{TRAIN}.dataset.transform_ops.1.RandFlipImage: flip_code is 2, only"),
-    ({f"{TRAIN}.dataset.transform_ops.1": {"NormalizeImage": {"scale": "1/0"}}},
-     f"{TRAIN}.dataset.transform_ops.1.NormalizeImage: "),
-    ({f"{TRAIN}.dataset.transform_ops": [{"ResizeImage": {"size": 32}}, {"NormalizeImage": {"mean": [0.1, 0.2]}}]},
-     f"{TRAIN}.dataset.transform_ops.1.NormalizeImage: mean is [0.1, 0.2]"),
+    ({f"{QUERY}.sampler.drop_last": True}, f"{QUERY}.sampler.drop_last: True would leave images out of the evaluation"),
+    (
+        {"Global.image_shape": [3, 48, 32]},
+        f"{QUERY}.dataset.transform_ops make images of (3, 32, 32), Global.image_shape is (3, 48, 32)",
+    ),
+    (
+        {f"{QUERY}.dataset.transform_ops": [{"NormalizeImage": {}}]},
+        f"{QUERY}.dataset.transform_ops: images of different sizes leave with different sizes",
+    ),
+    (
+        {f"{TRAIN}.dataset.transform_ops.0": {"ResizeImage": {"resize_short": 32}}},
+        f"{TRAIN}.dataset.transform_ops: images of different sizes leave with different sizes",
+    ),
+    (
+        {f"{TRAIN}.dataset.transform_ops.0": {"ResizeImage": {"size": [32]}}},
+        f"{TRAIN}.dataset.transform_ops.0.ResizeImage: size is [32], neither a number of pixels nor [width, height]",
+    ),
+    (
+        {f"{TRAIN}.dataset.transform_ops.1": {"RandFlipImage": {"flip_code": 2}}},
+        f"{TRAIN}.dataset.transform_ops.1.RandFlipImage: flip_code is 2, only",
+    ),
+    (
+        {f"{TRAIN}.dataset.transform_ops.1": {"NormalizeImage": {"scale": "1/0"}}},
+        f"{TRAIN}.dataset.transform_ops.1.NormalizeImage: ",
+    ),
+    (
+        {f"{TRAIN}.dataset.transform_ops": [{"ResizeImage": {"size": 32}}, {"NormalizeImage": {"mean": [0.1, 0.2]}}]},
+        f"{TRAIN}.dataset.transform_ops.1.NormalizeImage: mean is [0.1, 0.2]",
+    ),
 ]
 
 

@@ -1,4 +1,5 @@
 """Files that mean harm, or that nobody meant: each ends in a sentence, quickly, and nothing in them is run."""
+
 import hashlib
 import importlib.util
 import json
@@ -49,7 +50,7 @@ TRAIN = "DataLoader.Train.dataset"
 
 
 class Touch:
-    "What a pickle does where it is let: here, it would make a file."
+    """What a pickle does where it is let: here, it would make a file."""
 
     def __init__(self, path):
         self.path = path
@@ -62,20 +63,25 @@ class Touch:
 
 
 def tenfold(letters: str, line: str) -> str:
-    "Lines in which each letter's anchor holds the one before it ten times."
-    return "".join(line.format(name=b, before=",".join([f"*{a}"] * 10))
-                   for a, b in pairwise(letters))
+    """Lines in which each letter's anchor holds the one before it ten times."""
+    return "".join(line.format(name=b, before=",".join([f"*{a}"] * 10)) for a, b in pairwise(letters))
 
 
 HOSTILE = {
-    "a tag that would call": ("a: !!python/object/apply:os.mkdir [touched]\n", "line 1: .* would build an object, and "
-                              "only plain values are allowed here"),
+    "a tag that would call": (
+        "a: !!python/object/apply:os.mkdir [touched]\n",
+        "line 1: .* would build an object, and only plain values are allowed here",
+    ),
     "a tag that would import": ("a: !!python/name:os.system\n", "line 1: .* would build an object"),
     "a tag of a new object": ("Global: !!python/object/new:os.system [x]\n", "line 1: .* would build an object"),
-    "aliases that multiply": ("a: &a [1,1,1,1,1,1,1,1,1,1]\n" + tenfold("abcdefghij", "{name}: &{name} [{before}]\n"),
-                              "with its aliases written out, it has more than 100,000 values"),
-    "merges that multiply": ("a: &a {x: 1}\n" + tenfold("abcdefghij", "{name}: &{name}\n  <<: [{before}]\n"),
-                             "with its aliases written out, it has more than 100,000 values"),
+    "aliases that multiply": (
+        "a: &a [1,1,1,1,1,1,1,1,1,1]\n" + tenfold("abcdefghij", "{name}: &{name} [{before}]\n"),
+        "with its aliases written out, it has more than 100,000 values",
+    ),
+    "merges that multiply": (
+        "a: &a {x: 1}\n" + tenfold("abcdefghij", "{name}: &{name}\n  <<: [{before}]\n"),
+        "with its aliases written out, it has more than 100,000 values",
+    ),
     "a long text that multiplies": (f"a: &a {'x' * 100_000}\nb: [{','.join(['*a'] * 1000)}]\n", "more than 100,000"),
     "a mapping in itself": ("Global: &a\n  x: *a\n", "line 1: an anchor contains itself"),
     "a list in itself": ("Global: &a [*a]\n", "line 1: an anchor contains itself"),
@@ -115,8 +121,11 @@ def test_aliases_that_do_not_multiply_are_fine(config_file):
 
 def test_a_configuration_that_is_no_file(tmp_path):
     os.mkfifo(tmp_path / "pipe.yaml")
-    for path, message in ((tmp_path / "pipe.yaml", "is a pipe or a device"), (tmp_path, "Is a directory"),
-                          ("/dev/zero", "is a pipe or a device")):
+    for path, message in (
+        (tmp_path / "pipe.yaml", "is a pipe or a device"),
+        (tmp_path, "Is a directory"),
+        ("/dev/zero", "is a pipe or a device"),
+    ):
         with pytest.raises(ConfigError, match=f"^{path}: .*{message}"):
             load_config(path)
 
@@ -127,8 +136,17 @@ def test_what_cannot_be_a_path(path, message):
         resolve(path)
 
 
-@pytest.mark.parametrize("code", ["__import__('os').mkdir('touched')", "!!python/object/apply:os.mkdir [touched]",
-                                  "${mkdir touched}", "$(mkdir touched)", "{{ 7 * 7 }}", "lambda: 1"])
+@pytest.mark.parametrize(
+    "code",
+    [
+        "__import__('os').mkdir('touched')",
+        "!!python/object/apply:os.mkdir [touched]",
+        "${mkdir touched}",
+        "$(mkdir touched)",
+        "{{ 7 * 7 }}",
+        "lambda: 1",
+    ],
+)
 def test_overrides_that_are_code_are_text(config_file, tmp_path, monkeypatch, code):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=f"^{re.escape(f'Global.epochs: {code!r} is a str, not int')}"):
@@ -162,15 +180,17 @@ def test_overrides_of_the_command_line_are_plain_too():
 # --- List files -------------------------------------------------------------------------------------------------------
 
 READERS = {
-    "VeriWild": (VeriWild, "{path} 0\n"), "ImageNetDataset": (ImageNetDataset, "{path} 0\n"),
-    "ICartoonDataset": (ICartoonDataset, "{path}\t0\n"), "CompCars": (CompCars, "{path} 0\n"),
+    "VeriWild": (VeriWild, "{path} 0\n"),
+    "ImageNetDataset": (ImageNetDataset, "{path} 0\n"),
+    "ICartoonDataset": (ICartoonDataset, "{path}\t0\n"),
+    "CompCars": (CompCars, "{path} 0\n"),
     "LogoDataset": (LogoDataset, "image_id\tlabel\tname\tpath\n1\t1\tx\t{path}\n"),
 }
 
 
 @pytest.fixture
 def tree(tmp_path):
-    "A root with an image, an image outside of it, and links below the root to a file and a folder outside."
+    """A root with an image, an image outside of it, and links below the root to a file and a folder outside."""
     for name in ("top/in.png", "out.png", "other/far.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         Image.new("RGB", (4, 4)).save(tmp_path / name)
@@ -180,8 +200,19 @@ def tree(tmp_path):
 
 
 @pytest.mark.parametrize("reader", READERS)
-@pytest.mark.parametrize("path", ["../out.png", "a/../../out.png", "{0}/out.png", "/etc/passwd", "folder/../../out.png",
-                                  "./../top2/x.png", "..", "{0}/topless.png"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "../out.png",
+        "a/../../out.png",
+        "{0}/out.png",
+        "/etc/passwd",
+        "folder/../../out.png",
+        "./../top2/x.png",
+        "..",
+        "{0}/topless.png",
+    ],
+)
 def test_paths_that_leave_the_root_are_refused_unless_asked_for(tree, reader, path):
     made, line = READERS[reader]
     path = path.format(tree)
@@ -211,8 +242,12 @@ def test_dots_behind_a_link_do_not_lead_out(tree):
 
 def test_a_relative_root(tree, monkeypatch):
     monkeypatch.chdir(tree / "top")
-    for root, path, fine in ((".", "in.png", True), (".", "../out.png", False), ("..", "out.png", True),
-                             ("..", "../x.png", False)):
+    for root, path, fine in (
+        (".", "in.png", True),
+        (".", "../out.png", False),
+        ("..", "out.png", True),
+        ("..", "../x.png", False),
+    ):
         Path("list.txt").write_text(f"{path} 0\n")
         if fine:
             assert VeriWild(root, "list.txt").image(0).shape == (3, 4, 4)
@@ -286,8 +321,14 @@ def test_weights_that_are_none(model, tmp_path, name, kind):
     if kind == "torch":
         torch.save(evil, path)
     else:
-        path.write_bytes({"pickle": pickle.dumps(evil), "text": b"{}", "empty": b"",
-                          "length": (2**62).to_bytes(8, "little") + b"{}"}[kind])
+        path.write_bytes(
+            {
+                "pickle": pickle.dumps(evil),
+                "text": b"{}",
+                "empty": b"",
+                "length": (2**62).to_bytes(8, "little") + b"{}",
+            }[kind]
+        )
     with pytest.raises(ConfigError, match=f"^Global.pretrained_model: {path} "):
         load_weights(model, path)
     assert not (tmp_path / "touched").exists()
@@ -385,13 +426,25 @@ def test_arrays_from_elsewhere_that_are_pickles(tmp_path):
 
 # --- Galleries --------------------------------------------------------------------------------------------------------
 
-MARKUP = ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "' onmouseover='alert(1)", "</style><b>",
-          "javascript:alert(1)", "{script}", "</title>", "<!-- ", "&lt;b&gt;", "a_b/c", "$\\frac{", "caf\udce9",
-          "a\0b\n"]
+MARKUP = [
+    "<script>alert(1)</script>",
+    '"><img src=x onerror=alert(1)>',
+    "' onmouseover='alert(1)",
+    "</style><b>",
+    "javascript:alert(1)",
+    "{script}",
+    "</title>",
+    "<!-- ",
+    "&lt;b&gt;",
+    "a_b/c",
+    "$\\frac{",
+    "caf\udce9",
+    "a\0b\n",
+]
 
 
 class Page(HTMLParser):
-    "The tags of a page with their attributes, and its text; what breaks a word is left out."
+    """The tags of a page with their attributes, and its text; what breaks a word is left out."""
 
     def __init__(self, page: str):
         super().__init__()
@@ -412,7 +465,8 @@ class Page(HTMLParser):
 
 @pytest.fixture
 def hostile_gallery(tmp_path):
-    "gallery(names) -> ranking, paths, names: six images whose labels, cameras and file names are the given texts."
+    """gallery(names) -> ranking, paths, names: six images whose labels, cameras and file names are the given texts."""
+
     def gallery(names: list[str]):
         vectors = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
         labels, cameras = np.array([0, 0, 1, 1, 2, 2]), np.array(names[:3] * 2)
@@ -431,11 +485,19 @@ def test_markup_in_labels_cameras_and_file_names_is_text(hostile_gallery, tmp_pa
     def pages(names):
         ranking, paths, names = hostile_gallery(names)
         widget = gallery_widget(ranking, paths, paths, label_names=names)
-        return [Page(gallery_html(ranking, paths, paths, tmp_path / "page.html", label_names=names, title=names[0],
-                                  summary=names[1])),
-                Page(gallery_static(ranking, paths, paths, range(6), label_names=names).data),
-                Page(widget.about.value + widget.later.value + "".join(
-                    tile.children[1].value for tile in widget.hits.row.children))]
+        return [
+            Page(
+                gallery_html(
+                    ranking, paths, paths, tmp_path / "page.html", label_names=names, title=names[0], summary=names[1]
+                )
+            ),
+            Page(gallery_static(ranking, paths, paths, range(6), label_names=names).data),
+            Page(
+                widget.about.value
+                + widget.later.value
+                + "".join(tile.children[1].value for tile in widget.hits.row.children)
+            ),
+        ]
 
     names = (MARKUP * 2)[start : start + 3]
     for page, plain in zip(pages(names), pages(["one", "two", "three"]), strict=True):
@@ -501,6 +563,7 @@ def test_the_fuzzing_command_finds_errors_and_hangs(monkeypatch):
     def failing(error):
         def run(_):
             raise error
+
         return run
 
     monkeypatch.setattr(command, "LIMIT", 0.2)

@@ -1,4 +1,5 @@
-"What the lint finds, each finding planted and then taken away again; the shipped configurations are free of them."
+"""What the lint finds, each finding planted and then taken away again; the shipped configurations are free of them."""
+
 import pytest
 
 from recnb import build_loaders, load_config
@@ -17,8 +18,11 @@ PLANTED = [
     ("Global.devices", 2, "multiply learning_rate by their number (Adam: by its root), or divide batch_size by it"),
     ("Slim", {"prune": {"name": "fpgm"}}, "leave the section out"),
     ("Metric.Train", [{"TopkAcc": {"topk": [1]}}], "leave it out"),
-    ("DataLoader.Eval.Query.dataset.transform_ops", [{"RandFlipImage": {}}, {"ResizeImage": {"size": 32}}],
-     "leave it out there"),
+    (
+        "DataLoader.Eval.Query.dataset.transform_ops",
+        [{"RandFlipImage": {}}, {"ResizeImage": {"size": 32}}],
+        "leave it out there",
+    ),
 ]
 
 
@@ -35,11 +39,14 @@ def test_each_finding_names_what_would_mend_it(config_file, key, value, mend):
     assert mends(config_file({key: value})) == [mend]
 
 
-@pytest.mark.parametrize(("ops", "mend"), [
-    ([{"RandomErasing": {}}, {"NormalizeImage": {}}], "move it behind NormalizeImage"),
-    ([{"NormalizeImage": {}}, {"RandomErasing": {"mean": [0.5, 0.5, 0.5]}}], "write mean: [0., 0., 0.]"),
-    ([{"NormalizeImage": {}}, {"RandomErasing": {}}], None),
-])
+@pytest.mark.parametrize(
+    ("ops", "mend"),
+    [
+        ([{"RandomErasing": {}}, {"NormalizeImage": {}}], "move it behind NormalizeImage"),
+        ([{"NormalizeImage": {}}, {"RandomErasing": {"mean": [0.5, 0.5, 0.5]}}], "write mean: [0., 0., 0.]"),
+        ([{"NormalizeImage": {}}, {"RandomErasing": {}}], None),
+    ],
+)
 def test_erasing_belongs_behind_the_normalisation(config_file, ops, mend):
     found = mends(config_file({"DataLoader.Train.dataset.transform_ops": [{"ResizeImage": {"size": 32}}, *ops]}))
     assert found == ([mend] if mend else [])

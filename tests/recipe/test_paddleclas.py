@@ -1,4 +1,5 @@
 """The 36 configurations of PaddleClas with a RecModel: what trains and evaluates as written, and what does not."""
+
 import shutil
 from collections import Counter
 
@@ -18,26 +19,32 @@ REFUSED = {  # what each wants and this has not
 }
 MENDED = {  # what the original could not mean either: (key, the value that mends it, the sentence without it)
     "Products/MV3_Large_1x_Aliproduct_DLBHC": [
-        ("Global.image_shape", [3, 65, 65], "DataLoader.Eval.dataset.transform_ops make images of (3, 65, 65), "
-                                            "Global.image_shape is")],
+        (
+            "Global.image_shape",
+            [3, 65, 65],
+            "DataLoader.Eval.dataset.transform_ops make images of (3, 65, 65), Global.image_shape is",
+        )
+    ],
     "ResNet50_UReID_infer": [
         ("DataLoader.Train.dataset.transform_ops.RandomCrop.size", [64, 32], "crop size"),
-        ("Global.image_shape", [3, 64, 32], "transform_ops make images of (3, 64, 32), Global.image_shape is")],
+        ("Global.image_shape", [3, 64, 32], "transform_ops make images of (3, 64, 32), Global.image_shape is"),
+    ],
 }
 QUICK = ("reid/strong_baseline/softmax_triplet_with_center", "slim/ResNet50_vehicle_reid_prune", "DeepHash/DCH")
-RUNNING = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in CONFIGS
-           if name not in REFUSED]
+RUNNING = [
+    pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in CONFIGS if name not in REFUSED
+]
 
 
 @pytest.fixture
 def folder(tmp_path):
-    "A folder that is gone behind the test: the weights of 31 networks would fill a disk."
+    """A folder that is gone behind the test: the weights of 31 networks would fill a disk."""
     yield tmp_path
     shutil.rmtree(tmp_path)
 
 
 def changed(cfg: dict, key: str, value) -> None:
-    "None; sets a dotted key in place, an entry of a list by its name."
+    """None; sets a dotted key in place, an entry of a list by its name."""
     *steps, last = key.split(".")
     for step in steps:
         cfg = cfg[step] if isinstance(cfg, dict) else next(entry[step] for entry in cfg if step in entry)
@@ -45,7 +52,7 @@ def changed(cfg: dict, key: str, value) -> None:
 
 
 def count(names) -> dict[str, int]:
-    "How often each name occurs."
+    """How often each name occurs."""
     return dict(Counter(names))
 
 
@@ -53,16 +60,36 @@ def test_the_facts_agree_with_a_count_over_the_original_files():
     assert len(CONFIGS) == 36 and len(CONFIGS) - len(REFUSED) == 31
     loaders = [cfg.get("DataLoader", {}).get("Train", {}) for cfg in CONFIGS.values()]
     assert count(cfg["Global"].get("eval_mode") for cfg in CONFIGS.values()) == {
-        "retrieval": 27, None: 7, "classification": 1, "adaface": 1}
+        "retrieval": 27,
+        None: 7,
+        "classification": 1,
+        "adaface": 1,
+    }
     assert count(loader.get("dataset", {}).get("name") for loader in loaders) == {
-        "ImageNetDataset": 16, "VeriWild": 7, "Market1501": 5, "CompCars": 3, "ICartoonDataset": 1, None: 1,
-        "AdaFaceDataset": 1, "Cifar100": 1, "Cifar10": 1}
+        "ImageNetDataset": 16,
+        "VeriWild": 7,
+        "Market1501": 5,
+        "CompCars": 3,
+        "ICartoonDataset": 1,
+        None: 1,
+        "AdaFaceDataset": 1,
+        "Cifar100": 1,
+        "Cifar10": 1,
+    }
     losses = count(name for cfg in CONFIGS.values() for entry in cfg.get("Loss", {}).get("Train", ()) for name in entry)
     assert (losses["CELoss"], losses["SupConLoss"], losses["TripletLossV2"], len(losses)) == (28, 8, 6, 17)
-    ops = count(name for loader in loaders for name in {
-        name for op in loader.get("dataset", {}).get("transform_ops", ()) for name in op})
+    ops = count(
+        name
+        for loader in loaders
+        for name in {name for op in loader.get("dataset", {}).get("transform_ops", ()) for name in op}
+    )
     assert {name: ops[name] for name in ("RandFlipImage", "NormalizeImage", "RandomErasing", "AugMix", "Pad")} == {
-        "RandFlipImage": 30, "NormalizeImage": 29, "RandomErasing": 14, "AugMix": 8, "Pad": 6}
+        "RandFlipImage": 30,
+        "NormalizeImage": 29,
+        "RandomErasing": 14,
+        "AugMix": 8,
+        "Pad": 6,
+    }
 
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name not in REFUSED])

@@ -1,4 +1,5 @@
 """The documented file, word for word: where it contradicts itself, and that once mended it trains, evaluates, saves."""
+
 import pandas as pd
 import pytest
 import torch
@@ -132,21 +133,35 @@ Metric:
 
 
 def evaluation(size: int) -> dict:
-    "The Eval block that the text describes in words: as for training, but for the augmentation."
+    """The Eval block that the text describes in words: as for training, but for the augmentation."""
     ops = [{"ResizeImage": {"size": size}}, {"NormalizeImage": {"scale": 0.00392157, "order": ""}}]
-    return {part: {"dataset": {"name": "VeriWild", "image_root": "./dataset/VeRI-Wild/images/",
-                               "cls_label_path": f"./dataset/VeRI-Wild/train_test_split/test_3000_{name}.txt",
-                               "transform_ops": ops},
-                   "sampler": {"name": "DistributedBatchSampler", "batch_size": 64},
-                   "loader": {"num_workers": 0, "use_shared_memory": False}}
-            for part, name in (("Query", "query"), ("Gallery", "gallery"))}
+    return {
+        part: {
+            "dataset": {
+                "name": "VeriWild",
+                "image_root": "./dataset/VeRI-Wild/images/",
+                "cls_label_path": f"./dataset/VeRI-Wild/train_test_split/test_3000_{name}.txt",
+                "transform_ops": ops,
+            },
+            "sampler": {"name": "DistributedBatchSampler", "batch_size": 64},
+            "loader": {"num_workers": 0, "use_shared_memory": False},
+        }
+        for part, name in (("Query", "query"), ("Gallery", "gallery"))
+    }
 
 
 MENDED = {"Global.class_num": 431, "DataLoader.Eval": evaluation(224)}
-SMALL = {"Global.class_num": 431, "DataLoader.Eval": evaluation(32), "Global.image_shape": [3, 32, 32],
-         "DataLoader.Train.dataset.transform_ops.ResizeImage.size": 32, "DataLoader.Train.sampler.batch_size": 16,
-         "DataLoader.Train.loader.num_workers": 0, "Arch.Backbone": {"name": "test_resnet", "pretrained": False},
-         "Arch.Neck.in_channels": 96, "Global.epochs": 2}
+SMALL = {
+    "Global.class_num": 431,
+    "DataLoader.Eval": evaluation(32),
+    "Global.image_shape": [3, 32, 32],
+    "DataLoader.Train.dataset.transform_ops.ResizeImage.size": 32,
+    "DataLoader.Train.sampler.batch_size": 16,
+    "DataLoader.Train.loader.num_workers": 0,
+    "Arch.Backbone": {"name": "test_resnet", "pretrained": False},
+    "Arch.Neck.in_channels": 96,
+    "Global.epochs": 2,
+}
 
 
 @pytest.fixture
@@ -158,7 +173,7 @@ def literal(tmp_path):
 
 @pytest.fixture
 def veri_wild(drawn, tmp_path, monkeypatch):
-    "The working directory, with drawn images in VeRI-Wild's layout below it."
+    """The working directory, with drawn images in VeRI-Wild's layout below it."""
     root = tmp_path / "dataset" / "VeRI-Wild"
     (root / "train_test_split").mkdir(parents=True)
     (root / "images").symlink_to(drawn / "images")
@@ -176,18 +191,21 @@ def test_the_two_class_numbers(literal):
         load_config(literal)
     assert str(error.value) == (
         "Global.class_num is 30671, but Arch.Head.class_num is 431: both count the training identities, so give the "
-        "same number or leave one of them out")
+        "same number or leave one of them out"
+    )
 
 
-@pytest.mark.parametrize("mended", [{"Global.class_num": 431}, {"Arch.Head.class_num": 30671},
-                                    {"Global.class_num": None}])
+@pytest.mark.parametrize(
+    "mended", [{"Global.class_num": 431}, {"Arch.Head.class_num": 30671}, {"Global.class_num": None}]
+)
 def test_the_missing_evaluation_block(literal, mended):
     with pytest.raises(ConfigError) as error:
         load_config(literal, mended)
     assert str(error.value) == (
         "DataLoader.Eval.Query: there is no such section; retrieval is evaluated with DataLoader.Eval.Query and "
         "DataLoader.Eval.Gallery (one alone serves as both): add it, or leave DataLoader.Eval out and set "
-        "Global.eval_during_train: False")
+        "Global.eval_during_train: False"
+    )
 
 
 def test_everything_else_is_taken_as_it_stands(literal):
@@ -209,8 +227,10 @@ def test_the_literal_model(literal):
 def test_it_trains_evaluates_and_saves(literal, veri_wild, capsys):
     cfg = load_config(literal, SMALL)
     loaders, run = build_loaders(cfg), veri_wild / "run"
-    assert capsys.readouterr().out == \
-        "class_num is 431, the training list has 15 identities: the others will never be seen\n"
+    assert (
+        capsys.readouterr().out
+        == "class_num is 431, the training list has 15 identities: the others will never be seen\n"
+    )
     learn = build_learner(cfg, build_model(cfg), loaders, run)
     learn.fit_config()
     history = pd.read_csv(run / "history.csv")
@@ -219,6 +239,10 @@ def test_it_trains_evaluates_and_saves(literal, veri_wild, capsys):
     assert learn.scores().keys() == {"recall1", "recall5", "mAP"}
     assert learn.embeddings()[0].shape == (18, 512)
     assert {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()} >= {
-        "model.safetensors", "checkpoints/latest.pt", "checkpoints/best.safetensors", "checkpoints/epoch_1.pt",
-        "checkpoints/epoch_2.pt"}
+        "model.safetensors",
+        "checkpoints/latest.pt",
+        "checkpoints/best.safetensors",
+        "checkpoints/epoch_1.pt",
+        "checkpoints/epoch_2.pt",
+    }
     assert "Loss.Eval has no value" in capsys.readouterr().out

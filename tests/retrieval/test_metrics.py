@@ -49,15 +49,23 @@ def reference_values(matches, topk):
     ranks = [place for place, match in enumerate(matches, 1) if match]
     count = len(ranks)
     precision = {rank: sum(matches[:rank]) / rank for rank in ranks}
-    values = {"mAP": sum(precision.values()) / count, "R-Precision": sum(matches[:count]) / count,
-              "mAP@R": sum(p for r, p in precision.items() if r <= count) / count,
-              "mINP": count / ranks[-1], "MRR": 1 / ranks[0]}
+    values = {
+        "mAP": sum(precision.values()) / count,
+        "R-Precision": sum(matches[:count]) / count,
+        "mAP@R": sum(p for r, p in precision.items() if r <= count) / count,
+        "mINP": count / ranks[-1],
+        "MRR": 1 / ranks[0],
+    }
     for k in topk:
         found = sum(p for r, p in precision.items() if r <= k)
         ideal = sum(1 / np.log2(1 + place) for place in range(1, min(k, count) + 1))
-        values |= {f"recall{k}": float(any(matches[:k])), f"precision@{k}": sum(matches[:k]) / k,
-                   f"NDCG@{k}": sum(1 / np.log2(1 + r) for r in ranks if r <= k) / ideal,
-                   f"mAP@{k}/R": found / count, f"mAP@{k}/min(R,k)": found / min(k, count)}
+        values |= {
+            f"recall{k}": float(any(matches[:k])),
+            f"precision@{k}": sum(matches[:k]) / k,
+            f"NDCG@{k}": sum(1 / np.log2(1 + r) for r in ranks if r <= k) / ideal,
+            f"mAP@{k}/R": found / count,
+            f"mAP@{k}/min(R,k)": found / min(k, count),
+        }
     return values
 
 
@@ -65,8 +73,9 @@ def reference(scores, labels, cameras=(None, None), groups=(None, None), own=Non
     collected = []
     for i, row in enumerate(scores):
         camera, group = (None if pair[0] is None else pair[0][i] for pair in (cameras, groups))
-        matches = ranked_matches(row, labels[0][i], labels[1], camera, cameras[1], group, groups[1],
-                                 -1 if own is None else own[i])
+        matches = ranked_matches(
+            row, labels[0][i], labels[1], camera, cameras[1], group, groups[1], -1 if own is None else own[i]
+        )
         if any(matches):
             collected.append(reference_values(matches, topk))
     if not collected:
@@ -88,10 +97,17 @@ def problems(draw):
         return tuple(rng.integers(0, high, n) for n in (queries, items)) if wanted else (None, None)
 
     own = rng.integers(-1, items, queries) if draw(st.booleans()) else None
-    return {"query": query, "gallery": gallery, "distance": distance, "own": own,
-            "labels": pick(draw(st.sampled_from([1, 2, 6]))), "cameras": pick(3, draw(st.booleans())),
-            "groups": pick(8, draw(st.booleans())), "compiled": draw(st.booleans()),
-            "memory": draw(st.sampled_from([1, 1 << 14, 1 << 28]))}
+    return {
+        "query": query,
+        "gallery": gallery,
+        "distance": distance,
+        "own": own,
+        "labels": pick(draw(st.sampled_from([1, 2, 6]))),
+        "cameras": pick(3, draw(st.booleans())),
+        "groups": pick(8, draw(st.booleans())),
+        "compiled": draw(st.booleans()),
+        "memory": draw(st.sampled_from([1, 1 << 14, 1 << 28])),
+    }
 
 
 def evaluate(problem, **options):
@@ -99,10 +115,19 @@ def evaluate(problem, **options):
         if not problem["compiled"]:
             patch.setattr(ranking, "njit", None)
         return retrieval_metrics(
-            problem["query"], problem["gallery"], *problem["labels"], *problem["cameras"],
-            exclude_self=False if problem["own"] is None else problem["own"], query_groups=problem["groups"][0],
-            gallery_groups=problem["groups"][1], distance=problem["distance"], memory=problem["memory"], topk=TOPK,
-            metrics=tuple(DEFINITIONS), **options)
+            problem["query"],
+            problem["gallery"],
+            *problem["labels"],
+            *problem["cameras"],
+            exclude_self=False if problem["own"] is None else problem["own"],
+            query_groups=problem["groups"][0],
+            gallery_groups=problem["groups"][1],
+            distance=problem["distance"],
+            memory=problem["memory"],
+            topk=TOPK,
+            metrics=tuple(DEFINITIONS),
+            **options,
+        )
 
 
 @settings(max_examples=300, deadline=None)
@@ -144,10 +169,22 @@ def clustered(count=300, width=16, classes=30, seed=0, noise=1.5):
 def test_many_positives_agree_with_plain_loops():
     x, labels = clustered(400, classes=6)
     x, cameras = np.round(3 * x), np.random.default_rng(1).integers(0, 4, 400)  # whole numbers: no rounding, real ties
-    expected = reference(reference_scores(x[:80], x, "dot"), (labels[:80], labels), (cameras[:80], cameras),
-                         own=np.arange(80))
-    found = retrieval_metrics(x[:80], x, labels[:80], labels, cameras[:80], cameras, np.arange(80), TOPK,
-                              metrics=tuple(DEFINITIONS), distance="dot", tie=0)
+    expected = reference(
+        reference_scores(x[:80], x, "dot"), (labels[:80], labels), (cameras[:80], cameras), own=np.arange(80)
+    )
+    found = retrieval_metrics(
+        x[:80],
+        x,
+        labels[:80],
+        labels,
+        cameras[:80],
+        cameras,
+        np.arange(80),
+        TOPK,
+        metrics=tuple(DEFINITIONS),
+        distance="dot",
+        tie=0,
+    )
     assert found == pytest.approx(expected, abs=1e-12)
 
 
@@ -286,29 +323,36 @@ def test_ready_scores_give_the_same_as_embeddings():
         ranking_metrics(np.full((1, 2), np.nan), [0], [0, 1])
 
 
-@pytest.mark.parametrize("bad, message", [
-    ({"query": np.zeros((0, 3))}, "0 queries"),
-    ({"query": np.zeros((3, 0))}, "query is empty"),
-    ({"query": np.zeros(3)}, "two-dimensional"),
-    ({"query": np.ones((3, 5))}, "5 dimensions but gallery has 4"),
-    ({"query": np.array([[1.0] * 4, [1, np.nan, 1, 1], [1] * 4])}, "query row 1 holds NaN"),
-    ({"gallery": np.array([[1.0] * 4, [1] * 4, [1, 1, -np.inf, 1]])}, "gallery row 2 holds NaN, infinity"),
-    ({"query_labels": [0, 1]}, "3 queries and 3 gallery items, but 2 query labels"),
-    ({"query_labels": [[0], [1], [2]]}, "one-dimensional"),
-    ({"query_cameras": [0, 0, 0]}, "cameras must be given for both"),
-    ({"query_cameras": [0, 0], "gallery_cameras": [0, 0, 0]}, "2 query cameras"),
-    ({"gallery_labels": None}, "labels must be given for both"),
-    ({"exclude_self": [0, 1, 3]}, "exclude_self must be"),
-    ({"query": np.ones((2, 4)), "query_labels": [0, 1], "exclude_self": True}, "query i to be gallery item i"),
-    ({"distance": "cosinus"}, "distance must be one of cosine"),
-    ({"distance": "hamming"}, "packed bits"),
-    ({"metrics": ("mAP", "recall")}, "no metric 'recall'"),
-    ({"topk": (0, 1)}, "topk must hold numbers from 1"),
-    ({"query": np.full((3, 4), np.nan), "query_labels": [5, 6, 7]}, "no query has a positive"),
-])
+@pytest.mark.parametrize(
+    "bad, message",
+    [
+        ({"query": np.zeros((0, 3))}, "0 queries"),
+        ({"query": np.zeros((3, 0))}, "query is empty"),
+        ({"query": np.zeros(3)}, "two-dimensional"),
+        ({"query": np.ones((3, 5))}, "5 dimensions but gallery has 4"),
+        ({"query": np.array([[1.0] * 4, [1, np.nan, 1, 1], [1] * 4])}, "query row 1 holds NaN"),
+        ({"gallery": np.array([[1.0] * 4, [1] * 4, [1, 1, -np.inf, 1]])}, "gallery row 2 holds NaN, infinity"),
+        ({"query_labels": [0, 1]}, "3 queries and 3 gallery items, but 2 query labels"),
+        ({"query_labels": [[0], [1], [2]]}, "one-dimensional"),
+        ({"query_cameras": [0, 0, 0]}, "cameras must be given for both"),
+        ({"query_cameras": [0, 0], "gallery_cameras": [0, 0, 0]}, "2 query cameras"),
+        ({"gallery_labels": None}, "labels must be given for both"),
+        ({"exclude_self": [0, 1, 3]}, "exclude_self must be"),
+        ({"query": np.ones((2, 4)), "query_labels": [0, 1], "exclude_self": True}, "query i to be gallery item i"),
+        ({"distance": "cosinus"}, "distance must be one of cosine"),
+        ({"distance": "hamming"}, "packed bits"),
+        ({"metrics": ("mAP", "recall")}, "no metric 'recall'"),
+        ({"topk": (0, 1)}, "topk must hold numbers from 1"),
+        ({"query": np.full((3, 4), np.nan), "query_labels": [5, 6, 7]}, "no query has a positive"),
+    ],
+)
 def test_bad_input_gets_one_clear_sentence(bad, message):
-    good = {"query": np.ones((3, 4)), "gallery": np.ones((3, 4)), "query_labels": [0, 1, 2],
-            "gallery_labels": [0, 1, 2]}
+    good = {
+        "query": np.ones((3, 4)),
+        "gallery": np.ones((3, 4)),
+        "query_labels": [0, 1, 2],
+        "gallery_labels": [0, 1, 2],
+    }
     retrieval_metrics(**good)
     with pytest.raises(ValueError, match=message):
         retrieval_metrics(**good | bad)
@@ -324,18 +368,19 @@ def test_every_definition_stays_between_zero_and_one():
 
 
 def megabytes():
-    "The most memory that this process has held."
+    """The most memory that this process has held."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 
 def streamed(rank, path):
-    "The number of queries judged, and by how many megabytes the memory has grown."
+    """The number of queries judged, and by how many megabytes the memory has grown."""
     gallery = np.load(path, mmap_mode="r")
     labels = np.arange(len(gallery)) % 50_000
     retrieval_metrics(np.array(gallery[:9]), np.array(gallery[:50]), labels[:9], labels[:50])
     before = megabytes()
-    found = retrieval_metrics(gallery[:1000], gallery, labels[:1000], labels, exclude_self=np.arange(1000),
-                              memory=32 << 20)
+    found = retrieval_metrics(
+        gallery[:1000], gallery, labels[:1000], labels, exclude_self=np.arange(1000), memory=32 << 20
+    )
     return found["queries"], megabytes() - before
 
 

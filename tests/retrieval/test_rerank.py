@@ -100,17 +100,23 @@ def test_identical_images_give_finite_distances():
     assert np.isfinite(k_reciprocal(np.ones((3, 4)), np.ones((9, 4)))).all()
 
 
-@pytest.mark.parametrize("bad, message", [
-    ({"k1": 0}, "k1 and k2 must be at least 1"), ({"lambda_value": 1.5}, "lambda_value in 0..1"),
-    ({"distance": "dot"}, "cosine or euclidean"), ({"gallery": np.ones((2, 3))}, "4 dimensions but gallery has 3"),
-    ({"query": np.ones((1, 4)), "gallery": None}, "at least two images")])
+@pytest.mark.parametrize(
+    "bad, message",
+    [
+        ({"k1": 0}, "k1 and k2 must be at least 1"),
+        ({"lambda_value": 1.5}, "lambda_value in 0..1"),
+        ({"distance": "dot"}, "cosine or euclidean"),
+        ({"gallery": np.ones((2, 3))}, "4 dimensions but gallery has 3"),
+        ({"query": np.ones((1, 4)), "gallery": None}, "at least two images"),
+    ],
+)
 def test_bad_input_gets_one_clear_sentence(bad, message):
     with pytest.raises(ValueError, match=message):
         k_reciprocal(**{"query": np.ones((2, 4)), "gallery": np.ones((2, 4))} | bad)
 
 
 def grown(rank):
-    "By how many megabytes memory grows with 5000 images."
+    """By how many megabytes memory grows with 5000 images."""
     rng = np.random.default_rng(0)
     x = (rng.normal(size=(1000, 64))[np.arange(5000) % 1000] + rng.normal(size=(5000, 64))).astype(np.float32)
     KReciprocal(x[:100]).distances(np.arange(3))
@@ -139,8 +145,9 @@ def plain_expansion(query, gallery, k, alpha):
 def test_query_expansion_and_database_augmentation_agree_with_plain_loops(k, alpha):
     query, gallery, *_ = crowd(20, 50)
     assert alpha_query_expansion(query, gallery, k, alpha) == pytest.approx(
-        plain_expansion(query, gallery, k, alpha), abs=1e-5)
-    expected = [plain_expansion(gallery[i:i + 1], np.delete(gallery, i, 0), k, alpha)[0] for i in range(50)]
+        plain_expansion(query, gallery, k, alpha), abs=1e-5
+    )
+    expected = [plain_expansion(gallery[i : i + 1], np.delete(gallery, i, 0), k, alpha)[0] for i in range(50)]
     assert database_augmentation(gallery, k, alpha) == pytest.approx(np.array(expected), abs=1e-5)
 
 

@@ -49,10 +49,13 @@ def test_every_way_of_searching_gives_the_same_answer(distance):
     scores, ids = knn(query, gallery, 9, distance)
     index = Index(distance, "Flat").add(gallery)
     shards = [Index(distance).add(gallery[part], np.arange(900)[part]) for part in (slice(0, 300), slice(300, 900))]
-    answers = {"tensors": knn(torch.tensor(query), torch.tensor(gallery), 9, distance),
-               "blocks": knn(query, gallery, 9, distance, memory=1 << 12),
-               "faiss": knn(query, gallery, 9, distance, backend="faiss"), "index": index.search(query, 9),
-               "two shards": merge([shard.search(query, 9) for shard in shards], 9)}
+    answers = {
+        "tensors": knn(torch.tensor(query), torch.tensor(gallery), 9, distance),
+        "blocks": knn(query, gallery, 9, distance, memory=1 << 12),
+        "faiss": knn(query, gallery, 9, distance, backend="faiss"),
+        "index": index.search(query, 9),
+        "two shards": merge([shard.search(query, 9) for shard in shards], 9),
+    }
     for name, (other_scores, other_ids) in answers.items():
         assert (other_ids == ids).all(), name
         assert other_scores == pytest.approx(scores, abs=1e-4), name
@@ -87,27 +90,30 @@ def test_small_euclidean_distances_keep_their_digits():
     assert knn(x, None, 1, "euclidean")[0][0, 0] == pytest.approx(-1e-3, rel=1e-2)
 
 
-@pytest.mark.parametrize("call, message", [
-    (lambda x: knn(x, x, 0), "k must be at least 1"),
-    (lambda x: knn(x[:1], None, 1), "nothing but the query itself"),
-    (lambda x: knn(x, x, 1, exclude=[0]), "one row number for each query"),
-    (lambda x: knn(x, x[:, :2], 1), "3 dimensions but gallery has 2"),
-    (lambda x: knn(x, np.full((2, 3), np.nan), 1), "gallery row 0 holds NaN"),
-    (lambda x: Index().search(x), "index is empty"),
-    (lambda x: Index("manhattan"), "distance must be one of"),
-    (lambda x: Index().add(x).search(x[:, :2]), "vectors of 3 dimensions; got 2"),
-    (lambda x: Index().add(x).add(x[:, :2]), "vectors of 3 dimensions; got 2"),
-    (lambda x: Index().add(x, ids=[1, 1, 2, 3]), "4 different integers"),
-    (lambda x: Index().add(x, ids=["a", "b", "c", "d"]), "4 different integers"),
-    (lambda x: Index().add(x, ids=[1, 2, 3, 4]).add(x, ids=[4, 5, 6, 7]), "id 4 is in the index already"),
-    (lambda x: Index().add(x, path=["a"]), "column path has 1 values for 4"),
-    (lambda x: Index().add(x, path=list("abcd")).add(x), "has the columns"),
-    (lambda x: Index().add(x).remove([9]), "1 of the ids to remove"),
-    (lambda x: Index().add(x).item(9), "no id 9"),
-    (lambda x: Index(model="a").add(x, model="b"), "model a, not of b"),
-    (lambda x: Index(model="a").add(x).search(x, model="b"), "model a, not of b"),
-    (lambda x: Index().save("unused"), "nothing to save"),
-])
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda x: knn(x, x, 0), "k must be at least 1"),
+        (lambda x: knn(x[:1], None, 1), "nothing but the query itself"),
+        (lambda x: knn(x, x, 1, exclude=[0]), "one row number for each query"),
+        (lambda x: knn(x, x[:, :2], 1), "3 dimensions but gallery has 2"),
+        (lambda x: knn(x, np.full((2, 3), np.nan), 1), "gallery row 0 holds NaN"),
+        (lambda x: Index().search(x), "index is empty"),
+        (lambda x: Index("manhattan"), "distance must be one of"),
+        (lambda x: Index().add(x).search(x[:, :2]), "vectors of 3 dimensions; got 2"),
+        (lambda x: Index().add(x).add(x[:, :2]), "vectors of 3 dimensions; got 2"),
+        (lambda x: Index().add(x, ids=[1, 1, 2, 3]), "4 different integers"),
+        (lambda x: Index().add(x, ids=["a", "b", "c", "d"]), "4 different integers"),
+        (lambda x: Index().add(x, ids=[1, 2, 3, 4]).add(x, ids=[4, 5, 6, 7]), "id 4 is in the index already"),
+        (lambda x: Index().add(x, path=["a"]), "column path has 1 values for 4"),
+        (lambda x: Index().add(x, path=list("abcd")).add(x), "has the columns"),
+        (lambda x: Index().add(x).remove([9]), "1 of the ids to remove"),
+        (lambda x: Index().add(x).item(9), "no id 9"),
+        (lambda x: Index(model="a").add(x, model="b"), "model a, not of b"),
+        (lambda x: Index(model="a").add(x).search(x, model="b"), "model a, not of b"),
+        (lambda x: Index().save("unused"), "nothing to save"),
+    ],
+)
 def test_bad_input_gets_one_clear_sentence(call, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=message):
@@ -115,9 +121,17 @@ def test_bad_input_gets_one_clear_sentence(call, message, tmp_path, monkeypatch)
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("distance, factory", [
-    ("cosine", "Flat"), ("dot", "HNSW16"), ("euclidean", "IVF4,Flat"), ("hamming", "BFlat"), ("hamming", "BIVF4"),
-    ("hamming", "BHNSW16")])
+@pytest.mark.parametrize(
+    "distance, factory",
+    [
+        ("cosine", "Flat"),
+        ("dot", "HNSW16"),
+        ("euclidean", "IVF4,Flat"),
+        ("hamming", "BFlat"),
+        ("hamming", "BIVF4"),
+        ("hamming", "BHNSW16"),
+    ],
+)
 def test_an_index_through_its_life(distance, factory, tmp_path, capfd):
     rng = np.random.default_rng(0)
     bits = distance == "hamming"

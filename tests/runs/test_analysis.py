@@ -1,4 +1,5 @@
 """The analysis of embeddings against plain loops, and its notebook as a user runs it."""
+
 import itertools
 import json
 
@@ -24,11 +25,14 @@ def synthetic(seed=0, identities=6, each=5, noise=0.6, cameras=True):
 
 
 def lists_of(data):
-    "Per query: (cosines of its positives, of its negatives), by a plain loop."
+    """Per query: (cosines of its positives, of its negatives), by a plain loop."""
     unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (data.query, data.gallery)]
     for q, row in enumerate(unit[0] @ unit[1].T):
-        positive = [s for s, y, c in zip(row, data.gallery_labels, data.gallery_cameras, strict=True)
-                    if y == data.query_labels[q] and c != data.query_cameras[q]]
+        positive = [
+            s
+            for s, y, c in zip(row, data.gallery_labels, data.gallery_cameras, strict=True)
+            if y == data.query_labels[q] and c != data.query_cameras[q]
+        ]
         yield np.array(positive), row[data.gallery_labels != data.query_labels[q]]
 
 
@@ -173,9 +177,12 @@ def test_figures_are_white_and_small(tmp_path):
     data = synthetic()
     pictures = [Image.new("RGB", (20, 20), "red")] * len(data.gallery)
     points, _ = analysis.project(data.gallery)
-    figures = [analysis.overview_figure(data), analysis.overview_figure(data, rate=1e-9),
-               gallery.map_figure(points, data.gallery_labels, pictures, [0, 1]),
-               gallery.map_figure(points, data.gallery_labels)]
+    figures = [
+        analysis.overview_figure(data),
+        analysis.overview_figure(data, rate=1e-9),
+        gallery.map_figure(points, data.gallery_labels, pictures, [0, 1]),
+        gallery.map_figure(points, data.gallery_labels),
+    ]
     for i, figure in enumerate(figures):
         figure.savefig(tmp_path / f"{i}.png")
         assert figure.dpi <= 100
@@ -217,13 +224,16 @@ def test_paths_tell_whose_picture_is_whose(tmp_path):
     assert (read.protocol.own >= 0).all() and len(read.union()[0]) == 30
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"gallery_label": "x.npy"}, "did you mean 'gallery_labels'"),
-    ({"query": ...}, "'query' is missing"),
-    ({"gallery": ...}, "'gallery' is missing"),
-    ({"query_labels": "nowhere.txt"}, "there is no file"),
-    ({"gallery_labels": "short.txt"}, "gallery_labels has 1 entries for 30 vectors"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"gallery_label": "x.npy"}, "did you mean 'gallery_labels'"),
+        ({"query": ...}, "'query' is missing"),
+        ({"gallery": ...}, "'gallery' is missing"),
+        ({"query_labels": "nowhere.txt"}, "there is no file"),
+        ({"gallery_labels": "short.txt"}, "gallery_labels has 1 entries for 30 vectors"),
+    ],
+)
 def test_what_is_wrong_with_files_is_said(tmp_path, change, message):
     files = written(synthetic(), tmp_path)
     (tmp_path / "short.txt").write_text("1\n")

@@ -1,4 +1,5 @@
-"Runs side by side, against plain loops; runs are made by hand, from drawn features, so that nothing is trained."
+"""Runs side by side, against plain loops; runs are made by hand, from drawn features, so that nothing is trained."""
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -15,16 +16,30 @@ def images(part, identities, each, first=0):
 
 
 def made(tmp_path, name, noise, seed=0, margin=0.3, **changes):
-    "A run whose features are one direction per identity with noise."
+    """A run whose features are one direction per identity with noise."""
     query, gallery = images("query", 8, 3), images("gallery", 8, 4)
     centres, rng = np.random.default_rng(7).normal(size=(8, 16)), np.random.default_rng(seed)
-    features = [(centres[part.labels] + noise * rng.normal(size=(len(part), 16))).astype("float32")
-                for part in (query, gallery)]
+    features = [
+        (centres[part.labels] + noise * rng.normal(size=(len(part), 16))).astype("float32") for part in (query, gallery)
+    ]
     cfg = {"Global": {"re_ranking": False, "device": "cpu"}, "Arch": {"Head": {"name": "ArcMargin", "margin": margin}}}
     lists = changes.get("query", query), changes.get("gallery", gallery)
-    return Run(tmp_path / name, cfg, lambda: lists, *features, {"recall1": 0.5, "mAP": 0.5 - noise / 10, "gain": {}},
-              pd.DataFrame({"epoch": [1, 2, 3], "lr": 0.1, "train_loss": [3.0, 2, 1], "recall1": [0.2, 0.6, 0.6],
-                            "mAP": [0.2, np.nan, 0.4]}))
+    return Run(
+        tmp_path / name,
+        cfg,
+        lambda: lists,
+        *features,
+        {"recall1": 0.5, "mAP": 0.5 - noise / 10, "gain": {}},
+        pd.DataFrame(
+            {
+                "epoch": [1, 2, 3],
+                "lr": 0.1,
+                "train_loss": [3.0, 2, 1],
+                "recall1": [0.2, 0.6, 0.6],
+                "mAP": [0.2, np.nan, 0.4],
+            }
+        ),
+    )
 
 
 @pytest.fixture
@@ -33,7 +48,7 @@ def pair(tmp_path):
 
 
 def average_precisions(run):
-    "(AP, whether the first is right) of each query, by sorting and counting."
+    """(AP, whether the first is right) of each query, by sorting and counting."""
     values = []
     for feature, label in zip(run.query_features, run.query.labels, strict=True):
         cosines = [feature @ item / np.linalg.norm(feature) / np.linalg.norm(item) for item in run.gallery_features]
@@ -83,16 +98,31 @@ def test_the_leaderboard(pair):
 
 
 def test_differences_name_only_what_differs():
-    first = {"Global": {"device": "cpu", "seed": 0}, "Arch": {"Head": {"margin": 0.1, "scale": 16}},
-             "Loss": {"Train": [{"CELoss": {"weight": 1.0}}, {"SupConLoss": {"weight": 0.5}}]}}
-    second = {"Global": {"device": "gpu", "seed": 0}, "Arch": {"Head": {"margin": 0.3, "scale": 16, "easy": True}},
-              "Loss": {"Train": [{"SupConLoss": {"weight": 0.5}}, {"CELoss": {"weight": 2.0}}]}}
+    first = {
+        "Global": {"device": "cpu", "seed": 0},
+        "Arch": {"Head": {"margin": 0.1, "scale": 16}},
+        "Loss": {"Train": [{"CELoss": {"weight": 1.0}}, {"SupConLoss": {"weight": 0.5}}]},
+    }
+    second = {
+        "Global": {"device": "gpu", "seed": 0},
+        "Arch": {"Head": {"margin": 0.3, "scale": 16, "easy": True}},
+        "Loss": {"Train": [{"SupConLoss": {"weight": 0.5}}, {"CELoss": {"weight": 2.0}}]},
+    }
     table = compare.differences({"a": first, "b": second})
     assert table.to_dict("index") == {
-        "a": {"Arch.Head.margin": "0.1", "Loss.Train": "CELoss, SupConLoss", "Loss.Train.CELoss.weight": "1.0",
-              "Arch.Head.easy": "-"},
-        "b": {"Arch.Head.margin": "0.3", "Loss.Train": "SupConLoss, CELoss", "Loss.Train.CELoss.weight": "2.0",
-              "Arch.Head.easy": "True"}}
+        "a": {
+            "Arch.Head.margin": "0.1",
+            "Loss.Train": "CELoss, SupConLoss",
+            "Loss.Train.CELoss.weight": "1.0",
+            "Arch.Head.easy": "-",
+        },
+        "b": {
+            "Arch.Head.margin": "0.3",
+            "Loss.Train": "SupConLoss, CELoss",
+            "Loss.Train.CELoss.weight": "2.0",
+            "Arch.Head.easy": "True",
+        },
+    }
     assert compare.differences({"a": first, "b": first}).size == 0
 
 

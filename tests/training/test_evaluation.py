@@ -1,4 +1,5 @@
 """Embedding and judging lists of images: caching, views, post-processing, re-ranking."""
+
 from dataclasses import replace
 
 import numpy as np
@@ -63,8 +64,14 @@ def test_bfloat16_features_are_near(parts):
 def test_re_ranking_is_k_reciprocal(parts, features, config_file):
     _, loaders = parts
     query, gallery = loaders.query.dataset, loaders.gallery.dataset
-    expected = ranking_metrics(-k_reciprocal(*features), query.labels, gallery.labels, query.cameras, gallery.cameras,
-                               exclude_self=own_index(query, gallery))
+    expected = ranking_metrics(
+        -k_reciprocal(*features),
+        query.labels,
+        gallery.labels,
+        query.cameras,
+        gallery.cameras,
+        exclude_self=own_index(query, gallery),
+    )
     judged = build_judge(load_config(config_file({"Global.re_ranking": True})))
     assert judged(*features, query, gallery) == pytest.approx({k: expected[k] for k in judged.names}, abs=1e-6)
 
@@ -91,11 +98,14 @@ def test_a_learner_scores_with_post_process(config_file, tmp_path):
     assert learn.scores() == pytest.approx(judge(project(query), project(gallery), *lists), abs=1e-5)
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"PostProcess": [{"Whitenin": {}}]}, r"PostProcess\.0\.Whitenin: .*did you mean 'Whitening'"),
-    ({"PostProcess": [{"Whitening": {"dim": 8}}]}, r"PostProcess\.0\.Whitening\.dim: .*no such argument"),
-    ({"Global.re_ranking": "yes"}, r"Global\.re_ranking: 'yes' is a str"),
-])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"PostProcess": [{"Whitenin": {}}]}, r"PostProcess\.0\.Whitenin: .*did you mean 'Whitening'"),
+        ({"PostProcess": [{"Whitening": {"dim": 8}}]}, r"PostProcess\.0\.Whitening\.dim: .*no such argument"),
+        ({"Global.re_ranking": "yes"}, r"Global\.re_ranking: 'yes' is a str"),
+    ],
+)
 def test_misspelt_post_processing_is_refused(config_file, changes, message):
     with pytest.raises(ConfigError, match=message):
         load_config(config_file(changes))
@@ -127,9 +137,10 @@ def test_features_may_be_compared_as_they_are(parts, features, config_file):
 
 
 def ranking_values(scores, query, gallery):
-    "The default metrics of a matrix of scores."
-    made = ranking_metrics(scores, query.labels, gallery.labels, query.cameras, gallery.cameras,
-                           exclude_self=own_index(query, gallery))
+    """The default metrics of a matrix of scores."""
+    made = ranking_metrics(
+        scores, query.labels, gallery.labels, query.cameras, gallery.cameras, exclude_self=own_index(query, gallery)
+    )
     return {name: made[name] for name in ("recall1", "recall5", "mAP")}
 
 

@@ -1,4 +1,5 @@
-"What goes wrong while training is said in one sentence, before it spoils anything."
+"""What goes wrong while training is said in one sentence, before it spoils anything."""
+
 import os
 import signal
 
@@ -17,7 +18,7 @@ from recnb.training.learner import Callback
 
 
 class Spoil(Callback):
-    "Makes the loss, or a gradient, infinite in one step."
+    """Makes the loss, or a gradient, infinite in one step."""
 
     order = 1
 
@@ -40,8 +41,11 @@ class Spoil(Callback):
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_a_value_that_is_not_finite_stops_before_the_step(config_file, tmp_path, what):
     learn = make(config_file, tmp_path)
-    with pytest.raises(TrainingError, match=rf"^epoch 2 step 3: the {what} is not finite \(CELoss .*, SupCon.*\) at "
-                                            r"learning rate 0\.00\d+, in a batch of the identities \d+, .*checkpoint"):
+    with pytest.raises(
+        TrainingError,
+        match=rf"^epoch 2 step 3: the {what} is not finite \(CELoss .*, SupCon.*\) at "
+        r"learning rate 0\.00\d+, in a batch of the identities \d+, .*checkpoint",
+    ):
         learn.add_cb(Spoil(what)).fit_config()
     assert all(p.isfinite().all() for p in learn.model.parameters())
     assert torch.load(tmp_path / "checkpoints" / "latest.pt", weights_only=True)["epoch"] == 1
@@ -57,7 +61,7 @@ def test_such_a_step_can_be_left_out(config_file, tmp_path, what, capsys):
 
 
 class Steps(Callback):
-    "Counts the steps that are made."
+    """Counts the steps that are made."""
 
     count = 0
 
@@ -66,7 +70,7 @@ class Steps(Callback):
 
 
 def steps_of(rank, config, folder):
-    "(Steps made, number of batches) of a training whose gradient is spoilt once, in the second process's shard."
+    """(Steps made, number of batches) of a training whose gradient is spoilt once, in the second process's shard."""
     cfg, steps = load_config(config), Steps()
     learn = build_learner(cfg, build_model(cfg), build_loaders(cfg), folder)
     learn.add_cbs([steps, Spoil("gradient", epoch=1) if rank else Callback()]).fit_config()
@@ -74,8 +78,9 @@ def steps_of(rank, config, folder):
 
 
 def test_all_processes_leave_out_a_step_that_one_cannot_make(config_file, tmp_path):
-    config = config_file({"Global.on_nonfinite": "skip", "Global.epochs": 1, "Arch.Head.sharded": True,
-                          "Loss.Train": [{"CELoss": {}}]})
+    config = config_file(
+        {"Global.on_nonfinite": "skip", "Global.epochs": 1, "Arch.Head.sharded": True, "Loss.Train": [{"CELoss": {}}]}
+    )
     (one, batches), other = in_processes(2, steps_of, config, tmp_path)
     assert one == batches - 1 and other == (one, batches)
 
@@ -91,9 +96,15 @@ def test_skipping_does_not_help_a_model_that_is_spoilt(config_file, tmp_path):
         make(config_file, tmp_path, {"Global.on_nonfinite": "skip"}).add_cb(Break()).fit_config()
 
 
-@pytest.mark.parametrize("error", [
-    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"), MemoryError(),
-    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 bytes")], ids=["GPU", "Python", "CPU"])
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"),
+    ],
+    ids=["GPU", "Python", "CPU"],
+)
 def test_too_little_memory_says_what_to_lower(config_file, tmp_path, error):
     def fill(*_):
         raise error
@@ -105,7 +116,7 @@ def test_too_little_memory_says_what_to_lower(config_file, tmp_path, error):
 
 
 class Deadly(torch.nn.Module):
-    "A transform that ends its process at the first image it sees, as a crashing decoder does."
+    """A transform that ends its process at the first image it sees, as a crashing decoder does."""
 
     def forward(self, image):
         os.kill(os.getpid(), signal.SIGSEGV)

@@ -1,4 +1,5 @@
 """It stays a fastai Learner: what people who know fastai do with one works here, on drawn images."""
+
 from dataclasses import replace
 
 import matplotlib.pyplot as plt
@@ -36,15 +37,18 @@ def weights(module) -> torch.Tensor:
 
 
 def convolutions(module) -> torch.Tensor:
-    "All weights but those of batch norms, which fastai trains in frozen layers too."
+    """All weights but those of batch norms, which fastai trains in frozen layers too."""
     return torch.cat([p.detach().flatten() for p in module.parameters() if p.dim() == 4]).clone()
 
 
 def test_composed_by_hand_without_yaml(config_file, tmp_path):
     parts = build_loaders(load_config(config_file()))
     train = parts.train.dataset
-    loaders = Loaders(DataLoader(train, batch_sampler=PKSampler(train.labels, batch_size=8, sample_per_id=2)),
-                      parts.query, parts.gallery)
+    loaders = Loaders(
+        DataLoader(train, batch_sampler=PKSampler(train.labels, batch_size=8, sample_per_id=2)),
+        parts.query,
+        parts.gallery,
+    )
     backbone = create_backbone("test_resnet", stop="layer3", input_size=(3, 32, 32))
     pooled = torch.nn.Sequential(backbone, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
     model = RecModel(pooled, FC(backbone.out_channels, 16), ArcMargin(16, len(train.names)))
@@ -111,8 +115,15 @@ def test_validate_and_get_preds(learn):
 def test_scores_are_those_of_the_embeddings(learn):
     query, gallery = learn.loaders.query.dataset, learn.loaders.gallery.dataset
     ours, theirs = learn.embeddings()
-    direct = retrieval_metrics(ours, theirs, query.labels, gallery.labels, query.cameras, gallery.cameras,
-                               exclude_self=own_index(query, gallery))
+    direct = retrieval_metrics(
+        ours,
+        theirs,
+        query.labels,
+        gallery.labels,
+        query.cameras,
+        gallery.cameras,
+        exclude_self=own_index(query, gallery),
+    )
     assert learn.scores() == pytest.approx({k: direct[k] for k in ("recall1", "recall5", "mAP")}, abs=1e-6)
 
 
@@ -132,13 +143,21 @@ def test_the_same_images_with_other_labels_or_cameras_are_another_list(config_fi
     for row in rows[:6]:
         row[column] = rows[-1][column] if column == 1 else "77"
     (tmp_path / "query.txt").write_text("".join(f"{' '.join(row)}\n" for row in rows))
-    lists = {f"DataLoader.Eval.{part}.dataset.cls_label_path": str(path) for part, path in (
-        ("Query", tmp_path / "query.txt"), ("Gallery", drawn / "gallery.txt"))}
+    lists = {
+        f"DataLoader.Eval.{part}.dataset.cls_label_path": str(path)
+        for part, path in (("Query", tmp_path / "query.txt"), ("Gallery", drawn / "gallery.txt"))
+    }
     cfg = load_config(config_file(lists))
     learn = build_learner(cfg, build_model(cfg), build_loaders(cfg), tmp_path)
     query, gallery = evaluation_images(cfg)
-    direct = retrieval_metrics(*learn.embeddings(), query.labels, gallery.labels, query.cameras, gallery.cameras,
-                               exclude_self=np.arange(len(query)))
+    direct = retrieval_metrics(
+        *learn.embeddings(),
+        query.labels,
+        gallery.labels,
+        query.cameras,
+        gallery.cameras,
+        exclude_self=np.arange(len(query)),
+    )
     assert learn.scores()["mAP"] == pytest.approx(direct["mAP"], abs=1e-6)
 
 

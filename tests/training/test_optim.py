@@ -1,4 +1,5 @@
-"Optimizers and schedules: the original's learning rates step by step, and one step of each rule by hand."
+"""Optimizers and schedules: the original's learning rates step by step, and one step of each rule by hand."""
+
 import copy
 import json
 import math
@@ -17,12 +18,12 @@ CASES = [case for case in ORACLE if case["kind"] == "lr"]
 
 
 def schedule(**section):
-    "The schedule of twelve epochs of five steps."
+    """The schedule of twelve epochs of five steps."""
     return build_schedules({"Global": {"epochs": 12}, "Optimizer": {"name": "SGD", "lr": section}}, 5)[0]
 
 
 def descend(section, gradients, lr=0.1, start=1.0):
-    "The values of one parameter under an optimizer that is given these gradients one after another."
+    """The values of one parameter under an optimizer that is given these gradients one after another."""
     parameter = torch.nn.Parameter(torch.tensor(start, dtype=torch.float64))
     optimizer, values = build_optimizer({"Optimizer": section})([parameter], lr=lr), []
     for gradient in gradients:
@@ -68,17 +69,27 @@ def test_piecewise_with_a_learning_rate_that_agrees():
     assert schedule(name="Piecewise", learning_rate=0.1, decay_epochs=[3], values=[0.1, 0.02])(15) == 0.02
 
 
-@pytest.mark.parametrize(("section", "message"), [
-    ({"name": "Piecewise", "learning_rate": 0.1, "decay_epochs": [4], "values": [0.2, 0.1]}, "0.1 contradicts values"),
-    ({"name": "Piecewise", "decay_epochs": [4, 8], "values": [0.2, 0.1]}, "one more of 'values'"),
-    ({"name": "Piecewise", "decay_epochs": [8, 4], "values": [0.3, 0.2, 0.1]}, r"decay_epochs \[8, 4\] must rise"),
-    ({"name": "Piecewise"}, "'learning_rate' alone"),
-    ({"name": "MultiStepDecay", "learning_rate": 0.1, "milestones": [6, 3]}, r"milestones \[6, 3\] must rise"),
-    ({"name": "ConstLR"}, "ConstLR needs a value for 'learning_rate'"),
-    ({"name": "Cosin", "learning_rate": 0.1}, "did you mean 'Cosine'"),
-    ({"name": "ConstLR", "learning_rate": 0.1, "warmup_epoch": "two"}, r"lr\.warmup_epoch: 'two' is a str"),
-    ({"name": "ConstLR", "learning_rate": 0.1, "by_epoch": "yes"}, r"lr\.by_epoch: 'yes' is a str, ConstLR wants bool"),
-], ids=lambda value: value["name"] if isinstance(value, dict) else "")
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        (
+            {"name": "Piecewise", "learning_rate": 0.1, "decay_epochs": [4], "values": [0.2, 0.1]},
+            "0.1 contradicts values",
+        ),
+        ({"name": "Piecewise", "decay_epochs": [4, 8], "values": [0.2, 0.1]}, "one more of 'values'"),
+        ({"name": "Piecewise", "decay_epochs": [8, 4], "values": [0.3, 0.2, 0.1]}, r"decay_epochs \[8, 4\] must rise"),
+        ({"name": "Piecewise"}, "'learning_rate' alone"),
+        ({"name": "MultiStepDecay", "learning_rate": 0.1, "milestones": [6, 3]}, r"milestones \[6, 3\] must rise"),
+        ({"name": "ConstLR"}, "ConstLR needs a value for 'learning_rate'"),
+        ({"name": "Cosin", "learning_rate": 0.1}, "did you mean 'Cosine'"),
+        ({"name": "ConstLR", "learning_rate": 0.1, "warmup_epoch": "two"}, r"lr\.warmup_epoch: 'two' is a str"),
+        (
+            {"name": "ConstLR", "learning_rate": 0.1, "by_epoch": "yes"},
+            r"lr\.by_epoch: 'yes' is a str, ConstLR wants bool",
+        ),
+    ],
+    ids=lambda value: value["name"] if isinstance(value, dict) else "",
+)
 def test_schedules_that_cannot_be_meant(section, message):
     with pytest.raises(ConfigError, match=message):
         schedule(**section)
@@ -125,20 +136,24 @@ def test_l2_adds_to_the_gradient(name):
     assert second == pytest.approx(descend({"name": name}, [2.0 + 0.3 * 1.5, 1.0 + 0.3 * first], start=1.5)[1])
 
 
-@pytest.mark.parametrize(("section", "message"), [
-    ({"name": "Adam", "regularizer": {"name": "L2", "coeff": 0.1}, "weight_decay": 0.1}, "keep one of them"),
-    ({"name": "AdamW", "regularizer": {"name": "L2", "coeff": 0.1}}, "give weight_decay instead"),
-    ({"name": "SGD", "regularizer": {"name": "L3", "coeff": 0.1}}, "no regularizer 'L3'"),
-    ({"name": "Momentum", "momentun": 0.9}, r"Optimizer\.momentun: .*did you mean 'momentum'"),
-    ({"name": "Adagrad"}, "there is no optimizer 'Adagrad'"),
-], ids=["both", "AdamW", "name of the regularizer", "argument", "name"])
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"name": "Adam", "regularizer": {"name": "L2", "coeff": 0.1}, "weight_decay": 0.1}, "keep one of them"),
+        ({"name": "AdamW", "regularizer": {"name": "L2", "coeff": 0.1}}, "give weight_decay instead"),
+        ({"name": "SGD", "regularizer": {"name": "L3", "coeff": 0.1}}, "no regularizer 'L3'"),
+        ({"name": "Momentum", "momentun": 0.9}, r"Optimizer\.momentun: .*did you mean 'momentum'"),
+        ({"name": "Adagrad"}, "there is no optimizer 'Adagrad'"),
+    ],
+    ids=["both", "AdamW", "name of the regularizer", "argument", "name"],
+)
 def test_optimizers_that_cannot_be_meant(section, message):
     with pytest.raises(ConfigError, match=message):
         build_optimizer({"Optimizer": section})
 
 
 class Two(torch.nn.Module):
-    "A model of two parts, and a loss that learns."
+    """A model of two parts, and a loss that learns."""
 
     def __init__(self):
         super().__init__()
@@ -146,31 +161,50 @@ class Two(torch.nn.Module):
 
 
 def groups(section, model=None, loss=None):
-    "What parameter_groups makes of a section, as {(backbone, entry, lr_scale, weight_decay): names}."
+    """What parameter_groups makes of a section, as {(backbone, entry, lr_scale, weight_decay): names}."""
     model = model or Two()
     loss = loss or CombinedLoss([(1.0, CenterLoss(5, 4))])
     names = {id(p): name for name, p in [*model.named_parameters(), *loss_parameters(loss)]}
-    return {(group["backbone"], group["entry"], group["lr_scale"], group.get("weight_decay")):
-            [names[id(p)] for p in group["params"]] for group in parameter_groups({"Optimizer": section}, model, loss)}
+    return {
+        (group["backbone"], group["entry"], group["lr_scale"], group.get("weight_decay")): [
+            names[id(p)] for p in group["params"]
+        ]
+        for group in parameter_groups({"Optimizer": section}, model, loss)
+    }
 
 
 def test_one_optimizer_takes_model_and_loss():
     assert [name for names in groups({"name": "SGD"}).values() for name in names] == [
-        "backbone.weight", "backbone.bias", "head.weight", "head.bias", "CenterLoss.centers"]
+        "backbone.weight",
+        "backbone.bias",
+        "head.weight",
+        "head.bias",
+        "CenterLoss.centers",
+    ]
 
 
 def test_scopes_by_class_attribute_and_pattern():
     made = groups([{"Adam": {"scope": "backbone"}}, {"SGD": {"scope": ".*bias"}}, {"SGD": {}}])
-    assert made == {(True, 0, 1.0, None): ["backbone.weight", "backbone.bias"], (False, 1, 1.0, None): ["head.bias"],
-                    (False, 2, 1.0, None): ["head.weight", "CenterLoss.centers"]}
+    assert made == {
+        (True, 0, 1.0, None): ["backbone.weight", "backbone.bias"],
+        (False, 1, 1.0, None): ["head.bias"],
+        (False, 2, 1.0, None): ["head.weight", "CenterLoss.centers"],
+    }
 
 
-@pytest.mark.parametrize(("section", "message"), [
-    ([{"Adam": {"scope": "Two"}}], "no entry's scope covers CenterLoss.centers"),
-    ([{"Adam": {"scope": "neck"}}], "Optimizer.0.Adam.scope: nothing is called 'neck'; there is Two, backbone, head, "),
-    ([{"Adam": {"scope": "(head"}}], "is no regular expression"),
-    ([{"Adam": {}}, {"SGD": {"scope": "head"}}], "Optimizer.1.SGD.scope: 'head' has no trainable parameter"),
-], ids=["left over", "unknown", "pattern", "nothing left"])
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ([{"Adam": {"scope": "Two"}}], "no entry's scope covers CenterLoss.centers"),
+        (
+            [{"Adam": {"scope": "neck"}}],
+            "Optimizer.0.Adam.scope: nothing is called 'neck'; there is Two, backbone, head, ",
+        ),
+        ([{"Adam": {"scope": "(head"}}], "is no regular expression"),
+        ([{"Adam": {}}, {"SGD": {"scope": "head"}}], "Optimizer.1.SGD.scope: 'head' has no trainable parameter"),
+    ],
+    ids=["left over", "unknown", "pattern", "nothing left"],
+)
 def test_scopes_that_cannot_be_meant(section, message):
     with pytest.raises(ConfigError, match=message):
         groups(section)
@@ -181,14 +215,21 @@ def test_frozen_parameters_have_no_group_and_shares_make_their_own():
     model.head.bias.requires_grad_(False)
     model.head.weight.lr_multiplier, model.backbone.bias.weight_decay = 0.5, 0.0
     assert groups({"name": "SGD", "weight_decay": 0.1}, model) == {
-        (True, 0, 1.0, None): ["backbone.weight"], (True, 0, 1.0, 0.0): ["backbone.bias"],
-        (False, 0, 0.5, None): ["head.weight"], (False, 0, 1.0, None): ["CenterLoss.centers"]}
+        (True, 0, 1.0, None): ["backbone.weight"],
+        (True, 0, 1.0, 0.0): ["backbone.bias"],
+        (False, 0, 0.5, None): ["head.weight"],
+        (False, 0, 1.0, None): ["CenterLoss.centers"],
+    }
 
 
-@pytest.mark.parametrize(("extra", "exempt"), [
-    ({"one_dim_param_no_weight_decay": True}, {"backbone.bias", "head.bias"}),
-    ({"no_weight_decay_name": "head centers"}, {"head.weight", "head.bias", "CenterLoss.centers"}),
-], ids=["1-d", "name"])
+@pytest.mark.parametrize(
+    ("extra", "exempt"),
+    [
+        ({"one_dim_param_no_weight_decay": True}, {"backbone.bias", "head.bias"}),
+        ({"no_weight_decay_name": "head centers"}, {"head.weight", "head.bias", "CenterLoss.centers"}),
+    ],
+    ids=["1-d", "name"],
+)
 def test_what_does_not_decay(extra, exempt):
     made = groups({"name": "AdamW", **extra})
     assert {name for (*_, decay), names in made.items() if decay == 0 for name in names} == exempt
@@ -212,8 +253,9 @@ def test_several_optimizers_step_their_own_and_are_kept_together():
     for ours, theirs in zip(other, one, strict=True):
         ours.load_state_dict(copy.deepcopy(theirs.state_dict()))
     step(*one), step(*other)
-    assert all(torch.equal(a, b) for i in (0, 1)
-               for a, b in zip(one[i].parameters(), other[i].parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for i in (0, 1) for a, b in zip(one[i].parameters(), other[i].parameters(), strict=True)
+    )
     assert {type(part).__name__ for part in one[2].optimizers} == {"Adam", "SGD"}
 
 
@@ -229,22 +271,39 @@ def test_rmsprop_by_hand():
 
 @pytest.mark.parametrize("three_phase", [False, True])
 def test_one_cycle_rises_and_falls(three_phase):
-    rate = schedule(name="OneCycleLR", max_learning_rate=1.0, divide_factor=10.0, end_learning_rate=0.01,
-                    phase_pct=0.25, three_phase=three_phase)
+    rate = schedule(
+        name="OneCycleLR",
+        max_learning_rate=1.0,
+        divide_factor=10.0,
+        end_learning_rate=0.01,
+        phase_pct=0.25,
+        three_phase=three_phase,
+    )
     assert [rate(step) for step in (0, 15, 30, 60)] == pytest.approx(
-        [0.1, 1.0, 0.1, 0.01] if three_phase else [0.1, 1.0, 0.7525, 0.01])
+        [0.1, 1.0, 0.1, 0.01] if three_phase else [0.1, 1.0, 0.7525, 0.01]
+    )
 
 
 def test_cyclic_goes_up_and_down():
-    rate = schedule(name="Cyclic", base_learning_rate=0.1, max_learning_rate=0.5, step_size_up=4, step_size_down=8,
-                    mode="triangular2")
+    rate = schedule(
+        name="Cyclic",
+        base_learning_rate=0.1,
+        max_learning_rate=0.5,
+        step_size_up=4,
+        step_size_down=8,
+        mode="triangular2",
+    )
     assert [rate(step) for step in (0, 2, 4, 8, 12, 16)] == pytest.approx([0.1, 0.3, 0.5, 0.3, 0.1, 0.3])
 
 
 def test_a_plateau_lowers_the_rate():
     rate = schedule(name="ReduceOnPlateau", learning_rate=0.1, mode="max", patience=1, factor=0.5, by_epoch=True)
     assert [rate(0, values) for values in ([], [0.2, 0.3], [0.2, 0.3, 0.3, 0.3], [0.2, 0.3, 0.3, 0.3, 0.4])] == [
-        0.1, 0.1, 0.05, 0.05]
+        0.1,
+        0.1,
+        0.05,
+        0.05,
+    ]
 
 
 def test_fixmatch_ends_at_seven_sixteenths_of_a_turn():

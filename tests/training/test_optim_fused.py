@@ -1,4 +1,5 @@
-"The fused kernels of torch: the same steps as without, also of scaled gradients, of some rows, and behind a resume."
+"""The fused kernels of torch: the same steps as without, of scaled gradients, some rows, and after a resume."""
+
 import copy
 from types import SimpleNamespace
 
@@ -12,9 +13,11 @@ from recnb.recipe.optimizer import build_optimizer
 from recnb.training.learner import CancelStepException
 from recnb.training.steps import ScaleLoss
 
-SECTIONS = {"Momentum": {"name": "Momentum", "weight_decay": 0.01, "use_nesterov": True},
-            "Adam": {"name": "Adam", "regularizer": {"name": "L2", "coeff": 0.01}},
-            "AdamW": {"name": "AdamW"}}
+SECTIONS = {
+    "Momentum": {"name": "Momentum", "weight_decay": 0.01, "use_nesterov": True},
+    "Adam": {"name": "Adam", "regularizer": {"name": "L2", "coeff": 0.01}},
+    "AdamW": {"name": "AdamW"},
+}
 
 
 def parameters(dtype=torch.float32):
@@ -24,13 +27,13 @@ def parameters(dtype=torch.float32):
 
 
 def follow(params, step):
-    "None; sets gradients that differ by step."
+    """None; sets gradients that differ by step."""
     for p in params:
         p.grad = torch.sin(p.detach() * 3 + step)
 
 
 def unfused(optimizer):
-    "The same optimizer, every parameter updated by itself."
+    """The same optimizer, every parameter updated by itself."""
     for group in optimizer.param_groups:
         group.update(fused=None, foreach=False)
     return optimizer
@@ -55,9 +58,15 @@ def test_what_gains_nothing_or_has_none_is_left_to_torch(name):
     assert not optimizer.param_groups[0].get("fused")
 
 
-@pytest.mark.parametrize("params", [[torch.ones(3, dtype=torch.complex64)], [torch.ones(3, device="meta")],
-                                    [torch.ones(3), torch.ones(3, dtype=torch.complex64)]],
-                         ids=["complex", "no device", "one of two"])
+@pytest.mark.parametrize(
+    "params",
+    [
+        [torch.ones(3, dtype=torch.complex64)],
+        [torch.ones(3, device="meta")],
+        [torch.ones(3), torch.ones(3, dtype=torch.complex64)],
+    ],
+    ids=["complex", "no device", "one of two"],
+)
 def test_parameters_that_the_kernel_does_not_take_are_stepped_without(params):
     params = [nn.Parameter(p) for p in params]
     optimizer = build_optimizer({"Optimizer": {"name": "AdamW"}})(params, lr=0.1)
@@ -68,7 +77,7 @@ def test_parameters_that_the_kernel_does_not_take_are_stepped_without(params):
 
 
 def scaled_step(scaling, optimizer, loss):
-    "None; what fit_config does of a batch with scaled losses."
+    """None; what fit_config does of a batch with scaled losses."""
     scaling.learn = SimpleNamespace(opt=SimpleNamespace(opt=optimizer), loss_grad=loss)
     optimizer.zero_grad()
     scaling.before_backward()
@@ -84,10 +93,14 @@ def test_hooks_see_true_gradients_and_overflow_leaves_everything(name, count):
     for alone in (False, True):
         params, scaling = parameters(torch.float64), ScaleLoss(torch.device("cpu"))
         made = build_optimizer({"Optimizer": [{name: section}] * count})(
-            [{"params": params[:2], "entry": 0}, {"params": params[2:], "entry": count - 1}], lr=0.1)
+            [{"params": params[:2], "entry": 0}, {"params": params[2:], "entry": count - 1}], lr=0.1
+        )
         for part in getattr(made, "optimizers", [made]):
-            part.register_step_pre_hook(lambda part, *_: seen.append(max(
-                p.grad.abs().max().item() for group in part.param_groups for p in group["params"])))
+            part.register_step_pre_hook(
+                lambda part, *_: seen.append(
+                    max(p.grad.abs().max().item() for group in part.param_groups for p in group["params"])
+                )
+            )
         if alone:
             unfused(made)
         scaled_step(scaling, made, sum((p * torch.inf).sum() for p in params))
@@ -102,7 +115,7 @@ def test_hooks_see_true_gradients_and_overflow_leaves_everything(name, count):
 
 
 def overflow_on_one(rank):
-    "(Whether a process has stepped its own share of a weight, the scale) behind an overflow on the second alone."
+    """(Whether a process has stepped its own share of a weight, the scale) behind an overflow on the second alone."""
     share, scaling = nn.Parameter(torch.ones(2)), ScaleLoss(torch.device("cpu"))
     scaled_step(scaling, torch.optim.SGD([share], 0.1), (share * (torch.inf if rank else 1)).sum())
     return bool((share != 1).any()), scaling.scaler.get_scale()

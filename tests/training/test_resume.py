@@ -1,4 +1,5 @@
-"Stopped at any moment and started again, a run ends with the same bits; what a checkpoint refuses, what keeps it."
+"""Stopped at any moment and started again, a run ends with the same bits; what a checkpoint refuses, what keeps it."""
+
 import json
 import os
 import signal
@@ -21,26 +22,47 @@ from recnb.training.learner import Callback
 RESULTS = ("history.csv", "model.safetensors")
 SECTIONS = {
     "plain": {},
-    "dropout and erasing": {"Arch.Backbone.drop_rate": 0.3, "DataLoader.Train.dataset.transform_ops": [
-        {"ResizeImage": {"size": 32}}, {"AugMix": {}}, {"NormalizeImage": {}}, {"RandomErasing": {}}]},
+    "dropout and erasing": {
+        "Arch.Backbone.drop_rate": 0.3,
+        "DataLoader.Train.dataset.transform_ops": [
+            {"ResizeImage": {"size": 32}},
+            {"AugMix": {}},
+            {"NormalizeImage": {}},
+            {"RandomErasing": {}},
+        ],
+    },
     "workers": {"DataLoader.Train.loader.num_workers": 2, "Arch.Backbone.drop_rate": 0.3},
     "centres with an optimizer of their own": {
         "Loss.Train": [{"CELoss": {}}, {"CenterLoss": {"weight": 0.01, "feature_from": "features"}}],
-        "Optimizer": [{"Adam": {"scope": "RecModel", "lr": {"name": "OneCycleLR", "max_learning_rate": 0.002}}},
-                      {"SGD": {"scope": "CenterLoss", "lr": {"name": "Constant", "learning_rate": 50.0}}}]},
+        "Optimizer": [
+            {"Adam": {"scope": "RecModel", "lr": {"name": "OneCycleLR", "max_learning_rate": 0.002}}},
+            {"SGD": {"scope": "CenterLoss", "lr": {"name": "Constant", "learning_rate": 50.0}}},
+        ],
+    },
     "cross-batch memory": {"Loss.Train": [{"ContrastiveLoss_XBM": {"xbm_size": 30, "start_iter": 3}}]},
     "moving average": {"EMA": {"decay": 0.9}},
     "scaled losses": {"AMP": {"dtype": "float16"}},
     "accumulation": {"Global.update_freq": 3},
-    "plateau": {"Optimizer.lr": {"name": "ReduceOnPlateau", "learning_rate": 0.002, "mode": "max", "patience": 0,
-                                 "threshold": 10.0, "by_epoch": True}},
-    "blended images": {"DataLoader.Train.dataset.batch_transform_ops": [{"MixupOperator": {"alpha": 0.5}}],
-                       "Arch.Head": {"name": "FC"}, "Loss.Train": [{"CELoss": {}}]},
+    "plateau": {
+        "Optimizer.lr": {
+            "name": "ReduceOnPlateau",
+            "learning_rate": 0.002,
+            "mode": "max",
+            "patience": 0,
+            "threshold": 10.0,
+            "by_epoch": True,
+        }
+    },
+    "blended images": {
+        "DataLoader.Train.dataset.batch_transform_ops": [{"MixupOperator": {"alpha": 0.5}}],
+        "Arch.Head": {"name": "FC"},
+        "Loss.Train": [{"CELoss": {}}],
+    },
 }
 
 
 class Stop(Callback):
-    "Ends training behind everything else at one moment: an epoch, or a step in it."
+    """Ends training behind everything else at one moment: an epoch, or a step in it."""
 
     order = 100
 
@@ -57,7 +79,7 @@ class Stop(Callback):
 
 
 def interrupted(config_file, run, changes, *moments):
-    "The learner of a run that was stopped at these moments, each time started anew, and has ended."
+    """The learner of a run that was stopped at these moments, each time started anew, and has ended."""
     for moment in moments:
         with pytest.raises(RuntimeError, match="stopped by the test"):
             make(config_file, run, changes).add_cb(Stop(*moment)).fit_config()
@@ -136,8 +158,9 @@ def test_missing_and_foreign_checkpoints_are_named(config_file, tmp_path):
 
 
 def test_only_the_last_numbered_checkpoints_are_kept(config_file, tmp_path):
-    make(config_file, tmp_path, {"Global.epochs": 4, "Global.save_interval": 1,
-                                 "Global.keep_checkpoints": 2}).fit_config()
+    make(
+        config_file, tmp_path, {"Global.epochs": 4, "Global.save_interval": 1, "Global.keep_checkpoints": 2}
+    ).fit_config()
     assert {path.name for path in (tmp_path / "checkpoints").glob("*.pt")} == {"latest.pt", "epoch_3.pt", "epoch_4.pt"}
 
 
@@ -177,7 +200,7 @@ def train(config, run, prepare=None) -> int:
 
 
 def die_in_a_checkpoint():
-    "None; the fifth checkpoint will be half of one, and the process killed while it writes."
+    """None; the fifth checkpoint will be half of one, and the process killed while it writes."""
     save, count = torch.save, [0]
 
     def dying(state, path):
@@ -197,10 +220,13 @@ def ended(process) -> int:
 
 @pytest.fixture(scope="module")
 def whole(drawn, tmp_path_factory):
-    "A configuration, and the folder of its run that was left alone."
+    """A configuration, and the folder of its run that was left alone."""
     folder = tmp_path_factory.mktemp("whole")
-    config = tiny_config(drawn, folder / "tiny.yaml", {"Global.epochs": 4, "Global.save_steps": 3,
-                                                       "Global.print_batch_step": 1, "EMA": {"decay": 0.9}})
+    config = tiny_config(
+        drawn,
+        folder / "tiny.yaml",
+        {"Global.epochs": 4, "Global.save_steps": 3, "Global.print_batch_step": 1, "EMA": {"decay": 0.9}},
+    )
     assert ended(start(folder / "log", train, config, folder / "run")) == 0, (folder / "log").read_text()
     return config, folder / "run"
 
@@ -211,7 +237,7 @@ def same(one: Path, other: Path) -> None:
 
 
 def wait_for_line(run: Path, text: str, process) -> None:
-    "None; returns once train.log holds the text."
+    """None; returns once train.log holds the text."""
     log = run / "train.log"
     while not (log.exists() and text in log.read_text()):
         assert process.is_alive(), "the run ended too early"

@@ -1,4 +1,5 @@
 """The schedule of a configuration: what is written, what is kept, how it goes on, what it says when it cannot."""
+
 import json
 import math
 import multiprocessing
@@ -169,12 +170,19 @@ def test_the_resolved_configuration_gives_the_same_run(config_file, tmp_path):
 def test_metrics_json_has_before_after_and_gain(tmp_path):
     save_metrics(tmp_path, {"mAP": 0.25}, {"mAP": 0.75})
     assert json.loads((tmp_path / "metrics.json").read_text()) == {
-        "mAP": 0.75, "before": {"mAP": 0.25}, "gain": {"mAP": 0.5}}
+        "mAP": 0.75,
+        "before": {"mAP": 0.25},
+        "gain": {"mAP": 0.5},
+    }
 
 
-CENTRES = {"Loss.Train": [{"CELoss": {}}, {"CenterLoss": {"weight": 0.01, "feature_from": "features"}}],
-           "Optimizer": [{"Adam": {"scope": "RecModel", "lr": {"name": "Cosine", "learning_rate": 0.002}}},
-                         {"SGD": {"scope": "CenterLoss", "lr": {"name": "Constant", "learning_rate": 50.0}}}]}
+CENTRES = {
+    "Loss.Train": [{"CELoss": {}}, {"CenterLoss": {"weight": 0.01, "feature_from": "features"}}],
+    "Optimizer": [
+        {"Adam": {"scope": "RecModel", "lr": {"name": "Cosine", "learning_rate": 0.002}}},
+        {"SGD": {"scope": "CenterLoss", "lr": {"name": "Constant", "learning_rate": 50.0}}},
+    ],
+}
 
 
 def test_centres_are_trained_at_their_own_rate(config_file, tmp_path):
@@ -204,9 +212,13 @@ def test_the_moving_average_is_what_is_judged_and_kept(config_file, tmp_path):
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch(config_file, tmp_path):
-    plain = {"Loss.Train": [{"CELoss": {}}], "Optimizer": {"name": "SGD", "lr": {"name": "ConstLR",
-                                                                                       "learning_rate": 0.1}},
-             "DataLoader.Train.sampler": {"batch_size": 45}, "Global.epochs": 1, "Arch.freeze": ["backbone"]}
+    plain = {
+        "Loss.Train": [{"CELoss": {}}],
+        "Optimizer": {"name": "SGD", "lr": {"name": "ConstLR", "learning_rate": 0.1}},
+        "DataLoader.Train.sampler": {"batch_size": 45},
+        "Global.epochs": 1,
+        "Arch.freeze": ["backbone"],
+    }
     make(config_file, tmp_path / "whole", plain).fit_config()
     parts = {**plain, "DataLoader.Train.sampler": {"batch_size": 15}, "Global.update_freq": 3}
     make(config_file, tmp_path / "parts", parts).fit_config()
@@ -229,24 +241,30 @@ def test_a_frozen_backbone_stays_as_it_is(config_file, tmp_path):
     learn = make(config_file, tmp_path, {"Arch.freeze": ["backbone.model.layer[12]", "backbone.model.*1"]})
     before = {key: value.clone() for key, value in learn.model.state_dict().items()}
     learn.fit_config()
-    changed = {key.split(".")[2] for key, value in learn.model.state_dict().items()
-               if key.startswith("backbone") and not torch.equal(value, before[key])}
+    changed = {
+        key.split(".")[2]
+        for key, value in learn.model.state_dict().items()
+        if key.startswith("backbone") and not torch.equal(value, before[key])
+    }
     assert changed == {"layer3", "layer4"}  # batch statistics do not move either
     with pytest.raises(ConfigError, match=r"Arch.freeze: no part is called 'backbone.model.layer9'; did you mean"):
         make(config_file, tmp_path, {"Arch.freeze": ["backbone.model.layer9"]})
 
 
 def known_classes(config_file) -> dict:
-    "The changes that judge the training images themselves as a classifier does."
+    """The changes that judge the training images themselves as a classifier does."""
     train = load_config(config_file())["DataLoader"]["Train"]["dataset"]
     plain = {**train, "transform_ops": [{"ResizeImage": {"size": 32}}, {"NormalizeImage": {}}]}
-    return {"Global.eval_mode": "classification", "Metric.Eval": [{"TopkAcc": {"topk": [1, 3]}}],
-            "DataLoader.Eval": {"dataset": plain, "sampler": {"batch_size": 20}, "loader": {"num_workers": 0}}}
+    return {
+        "Global.eval_mode": "classification",
+        "Metric.Eval": [{"TopkAcc": {"topk": [1, 3]}}],
+        "DataLoader.Eval": {"dataset": plain, "sampler": {"batch_size": 20}, "loader": {"num_workers": 0}},
+    }
 
 
 @torch.inference_mode()
 def accuracy(learn, part: str) -> dict[str, float]:
-    "Top 1 and top 3 by the cosines of one part's output with the head's weights, image by image."
+    """Top 1 and top 3 by the cosines of one part's output with the head's weights, image by image."""
     model, images, hits = learn.model.eval(), learn.loaders.query.dataset, []
     for x, label in images:
         maps = model.backbone(x[None])
@@ -264,18 +282,27 @@ def test_classification_is_judged_by_the_head(config_file, drawn, tmp_path):
     assert scores == pytest.approx(accuracy(learn, "neck"))
     assert scores["top1"] > 0.2
     assert (tmp_path / "run" / "labels.csv").read_text().splitlines()[:2] == ["label,name", "0,0"]
-    unknown = {**known, "DataLoader.Eval": {**known["DataLoader.Eval"], "dataset": {
-        **known["DataLoader.Eval"]["dataset"], "cls_label_path": str(drawn / "query.txt")}}}
+    unknown = {
+        **known,
+        "DataLoader.Eval": {
+            **known["DataLoader.Eval"],
+            "dataset": {**known["DataLoader.Eval"]["dataset"], "cls_label_path": str(drawn / "query.txt")},
+        },
+    }
     with pytest.raises(DataError, match="is none of the training classes"):
         make(config_file, tmp_path / "other", unknown)
     with pytest.raises(ConfigError, match=r"Recallk does not belong to Global\.eval_mode classification"):
         make(config_file, tmp_path / "other", {**known, "Metric.Eval": [{"Recallk": {}}]})
 
 
-@pytest.mark.parametrize("part, changes", [
-    ("backbone", {"Arch.head_feature_from": "backbone"}),
-    ("backbone", {"Arch.head_feature_from": "backbone", "Arch.Neck": {"name": "BNNeck"}}),  # both of one size
-    ("neck", {"Global.retrieval_feature_from": "backbone"})])
+@pytest.mark.parametrize(
+    "part, changes",
+    [
+        ("backbone", {"Arch.head_feature_from": "backbone"}),
+        ("backbone", {"Arch.head_feature_from": "backbone", "Arch.Neck": {"name": "BNNeck"}}),  # both of one size
+        ("neck", {"Global.retrieval_feature_from": "backbone"}),
+    ],
+)
 def test_the_head_is_judged_on_what_it_was_trained_on(config_file, tmp_path, part, changes):
     learn = make(config_file, tmp_path, {**known_classes(config_file), "Global.epochs": 2, **changes})
     learn.fit_config()
