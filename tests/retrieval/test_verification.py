@@ -125,6 +125,23 @@ def test_paired_difference_agrees_with_all_sign_changes():
     assert found["low"] < found["difference"] < found["high"]
 
 
+def test_intervals_of_clusters_are_those_of_a_plain_loop():
+    rng = np.random.default_rng(1)
+    clusters = rng.integers(0, 12, 100)
+    values = rng.normal(size=12)[clusters] + rng.normal(size=100)
+    groups = [values[clusters == c] for c in range(12)]
+    means = [np.concatenate([groups[c] for c in rng.integers(0, 12, 12)]).mean() for _ in range(4000)]
+    found = bootstrap_interval(values, [f"identity {c}" for c in clusters], confidence=0.9, samples=4000)
+    assert (found["low"], found["high"]) == pytest.approx(np.quantile(means, [0.05, 0.95]), abs=0.03)
+    assert found["mean"] == pytest.approx(values.mean())
+
+
+def test_one_identity_shows_nothing():
+    found = paired_difference([0.1, 0.2, 0.3], [0.8, 0.9, 0.9], clusters=[7, 7, 7])
+    assert found["difference"] == pytest.approx(2 / 3) and found["p_value"] == 1
+    assert np.isnan([found["low"], found["high"]]).all()
+
+
 def test_a_small_steady_gain_is_seen_although_the_two_intervals_overlap():
     rng = np.random.default_rng(0)
     first = rng.random(1000)
@@ -132,6 +149,10 @@ def test_a_small_steady_gain_is_seen_although_the_two_intervals_overlap():
     assert bootstrap_interval(second)["low"] < bootstrap_interval(first)["high"]
     assert paired_difference(first, second)["p_value"] < 0.01
     assert paired_difference(first, first) == {"difference": 0, "low": 0, "high": 0, "p_value": 1}
+    clusters = np.arange(1000) // 10
+    found, swapped = paired_difference(first, second, clusters), paired_difference(second, first, clusters)
+    assert 0 < found["low"] < found["difference"] < found["high"]
+    assert (found["low"], found["high"]) == pytest.approx((-swapped["high"], -swapped["low"]))
     with pytest.raises(ValueError, match="same queries"):
         paired_difference(first, second[1:])
     with pytest.raises(ValueError, match="finite"):
