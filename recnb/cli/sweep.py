@@ -26,7 +26,6 @@ import pandas as pd
 
 from recnb.cli.notebook import papermill_command
 from recnb.data.images import DataError
-from recnb.demo.marks import draw_marks
 from recnb.recipe.reading import read_yaml
 from recnb.recipe.resolved import compare, resolved
 from recnb.recipe.schema import load_config, lookup
@@ -217,8 +216,6 @@ def main() -> int:
             end="",
         )
         return 0
-    if any("data/demo/" in job.cfg["DataLoader"]["Train"]["dataset"]["image_root"] for job in pending):
-        draw_marks(resolve("data/demo"))  # here, once: the notebooks would each draw it, at the same time
     print(f"{len(jobs)} runs, {len(jobs) - len(pending)} of them done before", flush=True)
     for number in (signal.SIGINT, signal.SIGTERM):  # a scheduler's end is a Ctrl-C; in the background, that is ignored
         signal.signal(number, signal.default_int_handler)

@@ -22,6 +22,7 @@ from PIL import Image
 
 from recnb.data.images import DataError
 from recnb.data.lists import DATASETS, EXTENSIONS, ImageList, below, integer, numbered_lines, read_list
+from recnb.demo.marks import draw_marks
 from recnb.registry import suggest
 from recnb.storage import resolve
 
@@ -210,6 +211,26 @@ def LogoDataset(
         raise DataError(f"{path}: the list is empty")
     paths, labels, lines = zip(*rows, strict=True)
     return ImageList(list(paths), np.array(labels, np.int64), source=str(path), lines=np.array(lines))
+
+
+# ---- the demo --------------------------------------------------------------------------------------------------------
+
+
+@DATASETS.register
+def DrawnMarks(image_root: str, cls_label_path: str, relabel: bool | None = None) -> ImageList:
+    """The demo's drawn marks, `path label camera`; they are drawn where they are missing.
+
+    Args:
+        image_root: `images` in the folder of the set.
+        cls_label_path: `train.txt`, `query.txt` or `gallery.txt` in the folder of the set.
+        relabel: Whether the identities of the training list are numbered anew.
+    """
+    folder = resolve(cls_label_path).parent
+    try:
+        draw_marks(folder)
+    except OSError as error:
+        raise DataError(f"the drawn marks cannot be written to {folder}: {error.strerror}") from None
+    return read_list(image_root, cls_label_path, None, (3,))
 
 
 # ---- torchvision's sets ----------------------------------------------------------------------------------------------

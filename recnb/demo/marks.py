@@ -12,10 +12,12 @@ import json
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from filelock import FileLock
 from PIL import Image, ImageDraw, ImageFont
 
 from recnb.demo.photographs import CAMERAS, photograph
@@ -175,15 +177,19 @@ def draw_marks(root, identities: int = 120, renderings: int = 24, size: int = 96
     _check("renderings", renderings, len(CAMERAS), 999)
     _check("size", size, 32, 512)
     made = {"drawn by": __name__, "version": VERSION, "identities": identities, "renderings": renderings, "size": size}
-    made, found, lists = {**made, "seed": seed, "complete": True}, _manifest(root), _lists(marks, renderings)
-    if found != made or not _whole(root, lists):
-        _clear(root, found)
-        _write(root / MANIFEST, json.dumps({**made, "complete": False}))
-        for name, lines in lists.items():
-            _write(root / f"{name}.txt", "".join(f"{line}\n" for line in lines))
-        with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow and numpy work outside the interpreter's lock
-            list(pool.map(lambda i: _draw_identity(root, marks[i], i, renderings, size, seed), range(identities)))
-        _write(root / MANIFEST, json.dumps(made))
+    made, lists = {**made, "seed": seed, "complete": True}, _lists(marks, renderings)
+    if not _there(root, made, lists):
+        root.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(root.with_name(f".{root.name}.lock")):  # another process may be drawing it
+            if not _there(root, made, lists):
+                _clear(root)
+                _write(root / MANIFEST, json.dumps({**made, "complete": False}))
+                for name, lines in lists.items():
+                    _write(root / f"{name}.txt", "".join(f"{line}\n" for line in lines))
+                with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow and numpy work outside the interpreter's lock
+                    draw = partial(_draw_identity, root, renderings=renderings, size=size, seed=seed)
+                    list(pool.map(draw, marks, range(identities)))
+                _write(root / MANIFEST, json.dumps(made))
     return {"images": root / "images", **{name: root / f"{name}.txt" for name in lists}}
 
 
@@ -223,15 +229,18 @@ def _manifest(root: Path) -> dict | None:
     return found if isinstance(found, dict) and found.get("drawn by") == __name__ else None
 
 
-def _whole(root: Path, lists: dict[str, list[str]]) -> bool:
+def _there(root: Path, made: dict, lists: dict[str, list[str]]) -> bool:
+    """Return whether the very set is there and complete."""
+    if _manifest(root) != made:
+        return False
     files = {name: root / f"{name}.txt" for name in lists}
     same = all(file.is_file() and file.read_text().splitlines() == lists[name] for name, file in files.items())
     return same and all((root / "images" / line.split()[0]).is_file() for lines in lists.values() for line in lines)
 
 
-def _clear(root: Path, found: dict | None) -> None:
-    """Removes an earlier set; a folder that is not marked as ours is refused, because this deletes."""
-    if found is None and root.exists() and (not root.is_dir() or any(root.iterdir())):
+def _clear(root: Path) -> None:
+    """Remove an earlier set; a folder that is not marked as ours is refused, because this deletes."""
+    if _manifest(root) is None and root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise ValueError(f"{root} holds something other than a drawn set; name a new or an empty folder")
     shutil.rmtree(root / "images", ignore_errors=True)
 

@@ -9,14 +9,12 @@ from pathlib import Path
 
 import pandas as pd
 
-from recnb.demo.marks import draw_marks
 from recnb.distributed.processes import first_does
 from recnb.recipe.data import build_loaders
 from recnb.recipe.learner import build_learner
 from recnb.recipe.lint import lint, stop
 from recnb.recipe.model import build_model
 from recnb.runs.folder import open_run, resolve_run, save_embeddings, save_metrics
-from recnb.storage import resolve
 
 
 def train(cfg: dict, run_dir: str | Path) -> dict:
@@ -24,9 +22,6 @@ def train(cfg: dict, run_dir: str | Path) -> dict:
 
     A strict finding of the lint is a ConfigError.
     """
-    image_root = cfg["DataLoader"]["Train"]["dataset"].get("image_root") or ""
-    if "data/demo/" in image_root:  # the demo draws its own images
-        first_does(draw_marks, resolve("data/demo"))
     run = resolve_run(run_dir)
     first_does(open_run, run, cfg)
     loaders = build_loaders(cfg)

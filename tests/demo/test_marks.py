@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 
@@ -9,8 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from recnb.data import layouts
+from recnb.data.lists import DATASETS, VeriWild
+from recnb.demo import marks
 from recnb.demo.marks import VARIED, design_marks, draw_mark, draw_marks
 from recnb.demo.photographs import CAMERAS, photograph
+from recnb.registry import ConfigError
 
 SMALL = {"identities": 12, "renderings": 6, "size": 32}
 
@@ -158,3 +164,42 @@ def test_wrong_arguments_are_named_in_one_sentence(tmp_path, name, value):
     with pytest.raises(ValueError, match=rf"^{name} must be a whole number from \d+ to \d+, not {value!r}$"):
         draw_marks(tmp_path / "set", **{**SMALL, name: value})
     assert not (tmp_path / "set").exists()
+
+
+@pytest.fixture
+def small_demo(monkeypatch):
+    """The data set draws a small set, and counts its pictures."""
+    pictures = []
+
+    def counted(*args):
+        pictures.append(args)
+        return photograph(*args)
+
+    monkeypatch.setattr(marks, "photograph", counted)
+    monkeypatch.setattr(layouts, "draw_marks", partial(draw_marks, **SMALL))
+    return pictures
+
+
+def test_the_data_set_draws_itself_where_it_is_missing(tmp_path, small_demo):
+    files = {"image_root": str(tmp_path / "set/images"), "cls_label_path": str(tmp_path / "set/query.txt")}
+    found = DATASETS.build({"name": "DrawnMarks", **files}, "here")
+    drawn = len(small_demo)
+    as_listed, again = VeriWild(**files), DATASETS.build({"name": "DrawnMarks", **files}, "here")
+    for images in (as_listed, again):
+        assert images.paths == found.paths
+        assert all(map(np.array_equal, (images.labels, images.cameras), (found.labels, found.cameras)))
+    assert drawn == len(small_demo) == SMALL["identities"] * SMALL["renderings"]
+
+
+def test_two_who_need_the_set_at_once_draw_it_once(tmp_path, small_demo):
+    with ThreadPoolExecutor(2) as pool:
+        paths = list(pool.map(lambda _: draw_marks(tmp_path / "set", **SMALL), range(2)))
+    assert paths[0] == paths[1]
+    assert len(small_demo) == SMALL["identities"] * SMALL["renderings"]
+
+
+def test_a_folder_of_something_else_is_not_drawn_into(tmp_path, small_demo):
+    (tmp_path / "holiday.jpg").touch()
+    section = {"name": "DrawnMarks", "image_root": str(tmp_path), "cls_label_path": str(tmp_path / "train.txt")}
+    with pytest.raises(ConfigError, match=r"^here: .* holds something other than a drawn set"):
+        DATASETS.build(section, "here")
