@@ -34,8 +34,7 @@ from safetensors.torch import save_file
 from recnb import build_loaders, build_model, load_config
 from recnb.data.images import DataError, faults
 from recnb.data.lists import ImageList
-from recnb.gallery.page import gallery_html
-from recnb.gallery.static import gallery_static
+from recnb.gallery.page import gallery_html, gallery_static
 from recnb.models.weights import load_weights
 from recnb.registry import ConfigError, Registry
 from recnb.retrieval.lists import rank

@@ -9,8 +9,7 @@ __getattr__, __dir__, __all__ = lazily(
     __name__,
     {
         "figure": "gallery_figure",
-        "page": "gallery_html",
-        "static": "gallery_static",
+        "page": "gallery_html gallery_static",
         "widget": "gallery_widget GalleryWidget",
         "curves": "history_figure curves_figure histogram_figure map_figure samples_figure",
     },

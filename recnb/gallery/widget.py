@@ -6,7 +6,6 @@ can tell Python that it was clicked; thumbnails are made when first looked at, s
 
 from __future__ import annotations
 
-import base64
 import io
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -21,26 +20,17 @@ from PIL import Image
 
 from recnb.data.images import printable
 from recnb.gallery.figure import gallery_figure
-from recnb.gallery.page import PATHS, STYLE, Pages, gallery_html, wrapped
+from recnb.gallery.page import ORDERS, PATHS, Pages, as_uri, gallery_html, source, wrapped
 from recnb.gallery.pictures import Names, Picture, read_picture
 from recnb.retrieval.lists import END, RIGHT, WRONG, Ranking, changed
 from recnb.retrieval.search import knn
 
-ORDERS = [("worst AP first", "worst"), ("best AP first", "best"), ("by number", "index")]
 ANY, NONE, SIDES = "any", "none", ("the query", "the hit")
 SIGN = (
     "<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 20 20'><circle cx='10' cy='10' r='10' fill='{colour}'/>"
     "<path d='{path}' fill='none' stroke='white' stroke-width='2.2' stroke-linecap='round'/></svg>"
 )
 FILL = {RIGHT: "%230072B2", WRONG: "%23D55E00", "excluded": "%23767676"}  # '#' escaped, as a URI wants it
-TILES = """
-.recnb .recnb-hit { width: 104px; height: 104px; margin: 4px; padding: 0; border-radius: 6px; opacity: 1;
-  background-color: var(--mat); background-repeat: no-repeat; }
-.recnb .recnb-hit:focus-visible { outline: 3px solid var(--right); outline-offset: 2px; }
-.recnb .recnb-note { width: 112px; line-height: 1.25; text-align: center; font-size: 12px; overflow-wrap: anywhere; }
-.recnb .recnb-note small { display: block; font-size: 11px; opacity: .75; }
-.recnb .recnb-heat { display: flex; flex-wrap: wrap; gap: 12px; } .recnb .recnb-heat figure { width: 224px; }
-"""
 
 
 def gallery_widget(
@@ -149,7 +139,7 @@ class GalleryWidget(widgets.VBox):
         line = {"layout": widgets.Layout(flex_flow="row wrap", align_items="center", grid_gap="4px 12px")}
         super().__init__(
             [
-                widgets.HTML(f"<style>{STYLE}{TILES}</style>"),
+                widgets.HTML(f"<style>{source('gallery.css')}{source('widget.css')}</style>"),
                 widgets.HBox([self.place, self.where, self.next_failure, self.random, self.failures], **line),
                 widgets.HBox([self.k, self.order, self.find, self.ranking, self.compare], **line),
                 self._panels(),
@@ -183,7 +173,9 @@ class GalleryWidget(widgets.VBox):
             style=plain,
             layout=widgets.Layout(width="220px"),
         )
-        self.order = widgets.Dropdown(options=ORDERS, value=order, layout=wide)
+        self.order = widgets.Dropdown(
+            options=[(text, value) for value, text in ORDERS.items()], value=order, layout=wide
+        )
         self.find = widgets.Text(placeholder="find a name or file", layout=widgets.Layout(width="170px"))
         several = widgets.Layout(width="auto", display="flex" if len(names) > 1 else "none")
         self.ranking = widgets.Dropdown(options=names, description="shown", style=plain, layout=several)
@@ -339,7 +331,7 @@ class GalleryWidget(widgets.VBox):
             labels = self.pages.ranking.gallery_labels
             self._show_found(
                 self.features[item],
-                self.pages.picture("item", item, "the query"),
+                self.pages.show("picture", "item", item, "the query"),
                 self.pages.identity("item", item),
                 np.where(labels == labels[item], RIGHT, WRONG),
                 item,
@@ -354,10 +346,10 @@ class GalleryWidget(widgets.VBox):
         with self.place.hold_trait_notifications():  # one by one, a smaller max would move the slider and the query
             self.place.max, self.place.value = max(len(self.rows) - 1, 0), place
         self.where.value = f"{place + 1:,} of {len(self.rows):,}" if self.rows else "no query is left by the filters"
-        self.about.value = self.pages.article(self.query, self.k.value, hits=False)
+        self.about.value = self.pages.show("article", self.query, self.k.value, hits=False)
         beside = None if self.compare.value == NONE else self.pages_of[self.compare.value]
         self._show_hits(self.hits, self.pages, self.ranking.value if beside else "")
-        self.later.value = f'<div class="found">{self.pages.missed(self.query, self.k.value)}</div>'
+        self.later.value = f'<div class="found">{self.pages.show("missed", self.query, self.k.value)}</div>'
         self.others.layout.display = "flex" if beside else "none"
         if beside:
             self._show_hits(self.others, beside, self.compare.value)
@@ -460,10 +452,3 @@ def overlaid(picture: Picture, heat: np.ndarray) -> Image.Image:
     heat = np.asarray(Image.fromarray(np.asarray(heat, np.float32)).resize(image.size, Image.Resampling.BILINEAR))
     colour, share = mpl.colormaps["inferno"](heat)[..., :3] * 255, 0.75 * heat[..., None]
     return Image.fromarray(((1 - share) * np.asarray(image) + share * colour).round().astype(np.uint8))
-
-
-def as_uri(image: Image.Image) -> str:
-    """A JPEG in a data URI."""
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=85)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

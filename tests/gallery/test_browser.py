@@ -210,7 +210,7 @@ def executed(folder):
     path = write_notebook(
         folder / "saved.ipynb",
         "gallery.gallery_figure(ranking, paths, paths, k=5)",
-        "from recnb.gallery.static import gallery_static\ngallery_static(ranking, paths, paths)",
+        "from recnb.gallery.page import gallery_static\ngallery_static(ranking, paths, paths)",
         "gallery_static(ranking, paths, paths, rows=[3, 1])",
     )
     environment = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}
@@ -411,7 +411,7 @@ def test_the_gallery_notebook_in_jupyterlab(browser, lab, folder, trained_run):
 def test_the_static_gallery_pages_in_jupyterlab(browser, lab, folder):
     notebook = write_notebook(
         folder / "static.ipynb",
-        "from recnb.gallery.static import gallery_static",
+        "from recnb.gallery.page import gallery_static",
         "gallery_static(ranking, paths, paths)",
     )
     with in_lab(browser, lab, notebook) as page:

@@ -12,9 +12,8 @@ from PIL import Image, ImageDraw
 
 from recnb.gallery import figure as gallery
 from recnb.gallery.figure import gallery_figure
-from recnb.gallery.page import gallery_html
+from recnb.gallery.page import gallery_html, gallery_static
 from recnb.gallery.pictures import read_picture
-from recnb.gallery.static import gallery_static
 from recnb.gallery.widget import gallery_widget
 from recnb.retrieval.lists import choose_rows, rank
 from recnb.retrieval.metrics import ranking_metrics, retrieval_metrics

@@ -31,8 +31,7 @@ from recnb.data.lists import ImageNetDataset, VeriWild
 from recnb.data.prepare import read_table, split, write_lists
 from recnb.gallery.curves import map_figure, samples_figure
 from recnb.gallery.figure import gallery_figure
-from recnb.gallery.page import gallery_html
-from recnb.gallery.static import gallery_static
+from recnb.gallery.page import gallery_html, gallery_static
 from recnb.gallery.widget import gallery_widget
 from recnb.models.weights import load_weights
 from recnb.recipe.model import build_model
