@@ -227,3 +227,28 @@ def history_figure(run: Path) -> plt.Figure:
     axes[1].set_ylim(0, 1)
     plt.close(figure)
     return figure
+
+
+def before_after_figure(table: pd.DataFrame) -> Figure:
+    """Bars of each metric before and after training, with 95 % intervals, and above them the difference.
+
+    Args:
+        table: a row per metric with before, before_low, before_high, the same of after, difference, low, high and
+            verdict, which begins with "better" or "worse" where that is sure.
+    """
+    figure, (ax,) = _panels(1, max(4.5, 1.9 * len(table) + 1))
+    places, tops = np.arange(len(table)), table[["before", "after", "before_high", "after_high"]].max(axis=1)
+    for shift, name, colour in ((-0.2, "before", "#BDBDBD"), (0.2, "after", COLOURS[RIGHT])):
+        ends = [(table[name] - table[f"{name}_low"]).clip(0), (table[f"{name}_high"] - table[name]).clip(0)]
+        whiskers = {"yerr": ends, "ecolor": INK, "capsize": 4, "error_kw": {"elinewidth": 1.2}}
+        ax.bar(places + shift, table[name], 0.38, color=colour, label=name, **whiskers)
+    for place, top, row in zip(places, tops, table.itertuples(), strict=True):
+        colour = {"better": COLOURS[RIGHT], "worse:": COLOURS[WRONG]}.get(row.verdict.split()[0], SOFT)
+        said = f"{row.difference:+.3f}" + (f"\n({row.low:+.3f} to {row.high:+.3f})" if np.isfinite(row.low) else "")
+        ax.annotate(said, (place, top), (0, 5), textcoords="offset points", ha="center", color=colour, fontsize=9)
+    ticks = [f"{row.Index}\n{row.before:.3f} → {row.after:.3f}" for row in table.itertuples()]
+    ax.set_xticks(places, ticks, fontsize=10)
+    ax.set(ylim=(0, 1.25 * max(tops.max(), 0.1)))
+    ax.grid(axis="x", visible=False)
+    figure.legend(frameon=False, fontsize=9, loc="outside upper left", ncols=2)
+    return figure

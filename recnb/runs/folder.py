@@ -1,7 +1,7 @@
 """The run folder: what was run, on what, with what result.
 
 config.yaml  the resolved configuration: loading it gives the same run      env.json  versions, device, seed, commit
-history.csv  one row an epoch        metrics.json  before, after, best; no times, so that two runs compare by bytes
+history.csv  one row an epoch     metrics.json  before, after, gain, intervals     queries.csv  what each query scored
 model.safetensors, checkpoints/, gallery.html, train.log, and the executed notebook itself
 """
 
@@ -35,6 +35,7 @@ from recnb.recipe.schema import LOADERS, architectures, load_config, lookup
 from recnb.registry import ConfigError
 from recnb.retrieval.lists import Ranking, rank
 from recnb.retrieval.rerank import k_reciprocal
+from recnb.runs.verdict import verdict
 from recnb.storage import ROOT, replacing, resolve, write_json, write_text
 
 PACKAGES = ("recnb", "torch", "torchvision", "fastai", "timm", "faiss-cpu", "numpy", "pillow", "papermill")
@@ -107,8 +108,14 @@ def save_embeddings(run: Path, **embeddings: torch.Tensor) -> None:
 
 
 def save_metrics(run: Path, before: dict, after: dict) -> dict:
-    """The content of metrics.json, written: the final metrics, and those before training and their gain."""
+    """Write metrics.json and return its content.
+
+    It holds the final metrics, those before training, their gain and, where the run has a queries.csv, the 95 %
+    intervals of all three. There are no times in it, so that two runs compare by bytes.
+    """
     content = {**after, "before": before, "gain": {k: after[k] - before[k] for k in after if k in before}}
+    if (run / "queries.csv").is_file():
+        content["intervals"] = verdict(run).intervals
     write_json(run / "metrics.json", content)
     return content
 
