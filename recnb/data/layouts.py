@@ -128,8 +128,8 @@ def listed_persons(path: Path) -> ImageList:
             f"{images.place(found.index(None))}: the third number of a file's name is its camera, as in "
             f"0000_000_01_0303morning_0008_0.jpg, and {images.paths[found.index(None)]} has none"
         )
-    images.labels, images.cameras = named(images.labels), np.array([int(match[1]) for match in found])
-    return images
+    cameras = np.array([int(match[1]) for match in found])
+    return ImageList(images.paths, named(images.labels), cameras, images.source, images.lines)
 
 
 def named(numbers: Iterable[int]) -> np.ndarray:

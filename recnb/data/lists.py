@@ -1,10 +1,11 @@
 """List files and folders become tables of (path, label, camera).
 
-A list file has one image a line, `path label` or `path label camera`, paths relative to `image_root`. Everything that
-can be wrong with one is found here, before training: each error names the file and the line. Every image is decoded
-once before training too, and one that cannot be is an error, or is left out (`Global.on_bad_image`), and never another
-image. Identities of the training list are numbered 0..N-1 in sorted order unless the file gives `class_num` (then
-labels are taken literally) or says `relabel: False`.
+A list file has one image a line, `path label` or `path label camera`, paths relative to `image_root`. Labels are whole
+numbers or names, one kind in a file: where all are plain digits, they are numbers, unless the data set's section says
+`names: True`. Everything that can be wrong with a list is found here, before training: each error names the file and
+the line. Every image is decoded once before training too, and one that cannot be is an error, or is left out
+(`Global.on_bad_image`), and never another image. Identities of the training list are numbered 0..N-1 in sorted order
+unless they are numbers and the file gives `class_num` (then labels are taken literally) or says `relabel: False`.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ DATASETS = Registry("dataset", "DataLoader.*.dataset", beside={"transform_ops": 
 EXTENSIONS = tuple(Image.registered_extensions())
 MOST = 10**8  # classes, more than any head has room for
 REPORTED = 20  # how many images a report names
+DIGITS = re.compile("[0-9]{1,19}")
+NUMERIC = re.compile(r"[-+]?[\d.,_]+(?:[eE][-+]?\d+)?")  # what is meant as a number, be it one or not
 ODD = re.compile(r"^/|\.\.|\0")  # what a path may hold that does not simply lead down
 
 
@@ -40,13 +43,14 @@ ODD = re.compile(r"^/|\.\.|\0")  # what a path may hold that does not simply lea
 class ImageList(Dataset):
     """Images with an identity each and, where known, a camera: item i is (transformed image (3, H, W), label).
 
-    `names[label]` is what an identity is called in the list file or on disk. With `boxes`, an image is the part of its
-    file within (left, top, right, bottom), in pixels. An item may also be asked for as `(index, seed)`: its random
-    transforms are then drawn from that seed alone.
+    `names[label]` is what an identity is called in the list file or on disk; None where labels are the list's own
+    numbers. Labels given as text are numbered in sorted order; `number_alike` gives several tables the same numbers.
+    With `boxes`, an image is the part of its file within (left, top, right, bottom), in pixels. An item may also be
+    asked for as `(index, seed)`: its random transforms are then drawn from that seed alone.
     """
 
     paths: list[str]
-    labels: np.ndarray  # (N,) int64
+    labels: np.ndarray  # (N,) int64, or text when it is built
     cameras: np.ndarray | None = None  # (N,) int64
     source: str = ""
     lines: np.ndarray | None = None  # (N,) line numbers in `source`
@@ -57,6 +61,10 @@ class ImageList(Dataset):
     dropped: list[tuple] = field(default_factory=list, repr=False)  # (list, line, path, reason) of what was left out
     kept: object = field(default=None, repr=False)  # `recnb.data.cache.Kept`: images that need not be decoded again
 
+    def __post_init__(self):
+        if self.labels.dtype.kind == "U":
+            self.names, self.labels = np.unique(self.labels, return_inverse=True)
+
     def __len__(self) -> int:
         return len(self.paths)
 
@@ -64,6 +72,10 @@ class ImageList(Dataset):
     def pictures(self) -> list[str]:
         """The paths, each with its box where there are boxes, as galleries show them."""
         return self.paths if self.boxes is None else [*map(Cropped, self.paths, self.boxes.tolist())]
+
+    def name(self, label: int) -> str:
+        """Return what an identity is called: its name, or its number where it has none."""
+        return str(label if self.names is None else self.names[label])
 
     def place(self, index: int) -> str:
         """Where an item was declared: `train.txt line 7`, or its path."""
@@ -142,14 +154,29 @@ def seeded(seed: int | None):
 
 
 def read_list(
-    image_root: str, cls_label_path: str, delimiter: str | None, columns: tuple[int, ...], allow_outside: bool = False
+    image_root: str,
+    cls_label_path: str,
+    delimiter: str | None,
+    columns: tuple[int, ...],
+    allow_outside: bool = False,
+    names: bool | None = None,
 ) -> ImageList:
-    """The table of a list file; raises DataError with file and line for whatever is not `path label [camera]`.
+    """Return the table of a list file.
 
-    A path that leaves `image_root`, absolute or by `..`, is such an error too unless `allow_outside`; links are fine.
+    Args:
+        image_root: the folder that the paths start from.
+        cls_label_path: the list file.
+        delimiter: what separates the columns, counted from the right; None is white space, however much.
+        columns: how many columns a list may have; all its lines have equally many.
+        allow_outside: whether a path may leave `image_root`, being absolute or by `..`; links are fine in any case.
+        names: whether labels are names, also where they look like numbers; None is as the first line has it.
+
+    Raises:
+        DataError: A line is not `path label [camera]`, with its file and number.
     """
     root, path = str(resolve(image_root)), resolve(cls_label_path)
-    paths, cells, lines, width, most = [], array("q"), array("q"), 0, max(columns) - 1
+    paths, cells, cameras, lines, width, most = [], [], array("q"), array("q"), 0, max(columns) - 1
+    forced, known = bool(names), {}  # one text for each name, however many lines it stands on
     for number, line in numbered_lines(path):
         row = line.split() if delimiter is None else line.strip().rsplit(delimiter, most)
         if len(row) != width:
@@ -158,13 +185,28 @@ def read_list(
                 raise DataError(f"{path} line {number}: {len(row)} columns, not {wanted} (path label [camera])")
             width = len(row)
         paths.append(below(root, row[0], allow_outside, path, number))
-        for cell in row[1:]:
-            cells.append(integer(cell, path, number))
+        label = row[1].strip()
+        names = not NUMERIC.fullmatch(label) if names is None else names
+        if names:
+            check_name(label, path, number, forced)
+        cells.append(known.setdefault(label, label) if names else integer(label, path, number))
+        cameras.extend(integer(camera, path, number) for camera in row[2:])
         lines.append(number)
     if not paths:
         raise DataError(f"{path}: the list is empty")
-    labels, *cameras = np.array(cells).reshape(len(paths), -1).T.copy()
-    return ImageList(paths, labels, cameras[0] if cameras else None, str(path), np.array(lines))
+    labels = np.array(cells) if names else np.array(cells, np.int64)
+    return ImageList(paths, labels, np.array(cameras) if cameras else None, str(path), np.array(lines))
+
+
+def check_name(label: str, path: Path, number: int, forced: bool) -> None:
+    """Raise DataError, with file and line, unless a label can be a name beside the names on the lines before."""
+    if not label or printable(label) != label:
+        raise DataError(f"{path} line {number}: '{printable(label)}' is no name, which is text without control signs")
+    if not forced and NUMERIC.fullmatch(label):
+        raise DataError(
+            f"{path} line {number}: the label '{label}' is a number, and those before it are names; correct it, or "
+            "write names: True in the data set's section, where it is a name too"
+        )
 
 
 def below(root: str, name: str, allow_outside: bool, path: Path, number: int) -> str:
@@ -204,22 +246,31 @@ def undecodable(path: Path) -> int:
 
 
 def integer(cell: str, path: Path, number: int) -> int:
-    """The label or camera in a cell of a list; raises DataError with file and line where it is none."""
-    try:
-        value = int(cell)
-    except ValueError:
-        value = -1
-    if not 0 <= value < 2**63:
-        raise DataError(f"{path} line {number}: '{cell}' is not a label; labels and cameras are whole numbers from 0")
-    return value
+    """Return the label or camera in a cell of a list; raise DataError with file and line where it is none."""
+    if DIGITS.fullmatch(cell.strip()) and int(cell) < 2**63:
+        return int(cell)
+    raise DataError(
+        f"{path} line {number}: '{printable(cell)}' is not a label; labels and cameras are whole numbers from 0, and "
+        "labels may all be names instead (names: True in the data set's section says so)"
+    )
 
 
 @DATASETS.register
 def VeriWild(
-    image_root: str, cls_label_path: str, relabel: bool | None = None, backend: str = "cv2", allow_outside: bool = False
+    image_root: str,
+    cls_label_path: str,
+    relabel: bool | None = None,
+    backend: str = "cv2",
+    allow_outside: bool = False,
+    names: bool | None = None,
+    delimiter: str | None = None,
 ) -> ImageList:
-    """The images of a list `path label [camera]`, columns separated by white space; `backend` changes nothing."""
-    return read_list(image_root, cls_label_path, None, (2, 3), allow_outside)
+    """The images of a list `path label [camera]`, columns separated by white space or by `delimiter`.
+
+    With a delimiter such as a tab, paths and names may hold blanks. `names: True` takes all labels as names; `backend`
+    changes nothing.
+    """
+    return read_list(image_root, cls_label_path, delimiter, (2, 3), allow_outside, names)
 
 
 @DATASETS.register
@@ -229,9 +280,10 @@ def ImageNetDataset(
     delimiter: str | None = " ",
     relabel: bool | None = None,
     allow_outside: bool = False,
+    names: bool | None = None,
 ) -> ImageList:
     """The images of a list `path label`; with the default delimiter, paths may hold spaces."""
-    return read_list(image_root, cls_label_path, delimiter or " ", (2,), allow_outside)
+    return read_list(image_root, cls_label_path, delimiter or " ", (2,), allow_outside, names)
 
 
 @DATASETS.register
@@ -296,6 +348,34 @@ def write_csv(rows: Iterable[tuple], path: str | Path) -> None:
 def save_label_map(images: ImageList, path: str | Path) -> None:
     """Write which label each identity has as CSV, `label,name`, in the order of the labels."""
     write_csv([("label", "name"), *enumerate(images.names.tolist())], path)
+
+
+def number_alike(*tables: ImageList, first: np.ndarray | None = None) -> None:
+    """Give equal names equal numbers in several tables, in place.
+
+    Args:
+        tables: lists that are compared with one another, such as query and gallery.
+        first: (N,) the names of the training identities, which keep their numbers 0..N-1; other names follow in sorted
+            order.
+
+    Raises:
+        DataError: The labels of one table are names and those of another are numbers.
+    """
+    known = [np.unique(table.labels) if table.names is None else table.names for table in tables]
+    for table, names in zip(tables, known, strict=True):
+        if names.dtype.kind != known[0].dtype.kind:
+            raise DataError(
+                f"the labels of {tables[0].source} and of {table.source} are numbers in one and names in the other; "
+                "write them alike, or names: True in the data set's section of both"
+            )
+    names = np.unique(np.concatenate(known))
+    if first is not None and first.dtype.kind == names.dtype.kind:
+        names = np.concatenate([first, np.setdiff1d(names, first)])
+    order = np.argsort(names, kind="stable")
+    for table, own in zip(tables, known, strict=True):
+        numbers = order[np.searchsorted(names, own, sorter=order)]
+        table.labels = numbers[table.labels if table.names is not None else np.searchsorted(own, table.labels)]
+        table.names = names
 
 
 def same_list(one: ImageList, other: ImageList) -> bool:

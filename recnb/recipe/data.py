@@ -12,7 +12,7 @@ from torchvision.transforms import v2
 from recnb.data.augment import BATCH_TRANSFORMS, COUNTED, MIXING
 from recnb.data.cache import keep
 from recnb.data.images import DataError
-from recnb.data.lists import DATASETS, MOST, ImageList, check_images, drop_faults, positives, same_list
+from recnb.data.lists import DATASETS, MOST, ImageList, check_images, drop_faults, number_alike, positives, same_list
 from recnb.data.loaders import ImageLoader, Loaders
 from recnb.data.pipeline import Pipeline, output_shape
 from recnb.data.samplers import SAMPLERS
@@ -65,10 +65,10 @@ def training_images(cfg: dict) -> ImageList:
     """
     images = read_split(cfg, "DataLoader.Train")
     (where, classes), relabel = class_num(cfg), lookup(cfg, "DataLoader.Train.dataset.relabel")
-    ids, labels = np.unique(images.labels, return_inverse=True)
-    literal = ids.dtype.kind != "U" and not (classes is None if relabel is None else relabel)
+    literal = images.names is None and not (classes is None if relabel is None else relabel)
+    ids = np.unique(images.labels) if images.names is None else images.names
     if not literal:
-        images.labels = labels.reshape(-1)
+        number_alike(images)
     if literal and not classes and ids[-1] >= MOST:
         raise DataError(
             f"{images.place(int(images.labels.argmax()))}: label {ids[-1]} would make as many classes; "
@@ -80,7 +80,8 @@ def training_images(cfg: dict) -> ImageList:
             f"{images.place(first)}: label {images.labels[first]} is out of range: {where} is {classes}, "
             f"the list has {len(ids)} identities up to {ids[-1]}; correct {where} or leave it out"
         )
-    images.names = np.arange(ids[-1] + 1) if literal else ids
+    if literal:
+        images.names = np.arange(ids[-1] + 1)
     return images
 
 
@@ -90,23 +91,25 @@ def evaluation_places(cfg: dict) -> tuple[str, str]:
     return ("DataLoader.Eval",) * 2 if single else ("DataLoader.Eval.Query", "DataLoader.Eval.Gallery")
 
 
-def evaluation_images(cfg: dict) -> tuple[ImageList, ImageList]:
+def evaluation_images(cfg: dict, classes: np.ndarray | None = None) -> tuple[ImageList, ImageList]:
     """The query and the gallery tables, labelled alike; in classification one table, labelled as in training, twice.
 
-    Where Global.on_bad_image is drop, what cannot be decoded is left out; the identities keep their numbers.
+    `classes` are the names of the training identities in the order of their numbers: these are theirs here too, where
+    the caller knows them. Where Global.on_bad_image is drop, what cannot be decoded is left out; the identities keep
+    their numbers.
     Raises DataError where no query has anything to find, where only one of the lists has cameras, or where a class is
     none of the training's.
     """
     if cfg["Global"]["eval_mode"] == "classification":
-        images, classes = read_split(cfg, "DataLoader.Eval"), training_images(cfg).names
-        known = {name: i for i, name in enumerate(classes.tolist())}
-        unknown = [i for i, label in enumerate(images.labels.tolist()) if label not in known]
-        if unknown:
+        images, classes = read_split(cfg, "DataLoader.Eval"), training_images(cfg).names if classes is None else classes
+        number_alike(images, first=classes)
+        unknown = images.labels >= len(classes)
+        if unknown.any() or images.names.dtype.kind != classes.dtype.kind:
+            first = int(unknown.argmax())
             raise DataError(
-                f"{images.place(unknown[0])}: {images.labels[unknown[0]]} is none of the training classes; "
+                f"{images.place(first)}: {images.name(images.labels[first])} is none of the training classes; "
                 "correct the list, or judge unseen identities with Global.eval_mode: retrieval"
             )
-        images.names, images.labels = classes, np.array([known[label] for label in images.labels.tolist()])
         if cfg["Global"]["on_bad_image"] == "drop":
             drop_faults(images)
         return images, images
@@ -117,11 +120,10 @@ def evaluation_images(cfg: dict) -> tuple[ImageList, ImageList]:
             f"{with_cameras.source} has a third column, the camera, and {without.source} has none: give "
             "it in both lists or in neither"
         )
-    names = np.unique(np.concatenate([query.labels, gallery.labels]))
-    for images in (query, gallery):
-        images.names, images.labels = names, np.searchsorted(names, images.labels)
-        if cfg["Global"]["on_bad_image"] == "drop":
-            drop_faults(images)
+    number_alike(query, gallery, first=classes)
+    if cfg["Global"]["on_bad_image"] == "drop":
+        drop_faults(query)
+        drop_faults(gallery)
     if not positives(query, gallery).any():
         raise DataError(
             f"{query.source}: no query has an image of its identity in {gallery.source} "
@@ -148,7 +150,7 @@ def build_loaders(cfg: dict) -> Loaders:
     if drop:
         drop_faults(images["DataLoader.Train"])
     if cfg["Global"]["eval_during_train"] or lookup(cfg, "DataLoader.Eval"):
-        images |= zip(evaluation_places(cfg), evaluation_images(cfg), strict=True)
+        images |= zip(evaluation_places(cfg), evaluation_images(cfg, images["DataLoader.Train"].names), strict=True)
     loaders = {}
     for where, table in images.items():
         table.transform = build_transform(cfg, f"{where}.dataset")

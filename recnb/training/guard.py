@@ -48,9 +48,8 @@ class Guard(Callback):
 
     def fail(self, what: str) -> None:
         terms = ", ".join(f"{name} {value.item():.4g}" for name, value in self.loss_func.train_loss.terms.items())
-        names = self.dls.train.dataset.names
         labels = self.yb[0] if self.yb[0].dim() == 1 else self.yb[0].argmax(1)
-        identities = [str(names[label]) for label in sorted(set(labels.tolist()))]
+        identities = [self.dls.train.dataset.name(label) for label in sorted(set(labels.tolist()))]
         where = (
             f"epoch {self.epoch + 1} step {self.iter + 1}: the {what} is not finite ({terms}) at learning "
             f"rate {self.opt.hypers[-1]['lr']:.4g}, in a batch of the identities {', '.join(identities[:20])}"

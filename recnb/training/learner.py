@@ -91,7 +91,7 @@ class FastaiLoader:
             ax.set_axis_off()
         for ax, image, label in zip(np.ravel(axes)[:max_n], images.cpu(), labels.tolist(), strict=False):
             ax.imshow(display_image(image, self.dataset.transform))
-            ax.set_title(f"identity {self.dataset.names[label]}", fontsize=8, color="black")
+            ax.set_title(f"identity {self.dataset.name(label)}", fontsize=8, color="black")
         figure.tight_layout(pad=0.4)
         plt.close(figure)
         return figure

@@ -73,6 +73,22 @@ def test_paths_with_spaces(tmp_path, text, arguments):
     assert (images.paths, images.labels.tolist()) == (["/images/my cat 1.jpg"], [4])
 
 
+@pytest.mark.parametrize(
+    ("text", "arguments", "names"),
+    [
+        ("a.jpg Pear\nb.jpg Äpfel\nc.jpg Pear\n", {}, ["Pear", "Äpfel", "Pear"]),
+        ("a.jpg 7-Up 3\nb.jpg 100% 0\n", {}, ["7-Up", "100%"]),
+        ("a.jpg 7\nb.jpg Pear\n", {"names": True}, ["7", "Pear"]),
+        ("a.jpg 007\nb.jpg 7\n", {"names": True}, ["007", "7"]),
+        ("my a.jpg\tRed, ripe\t3\nb.jpg\t洋葱 2\t0\n", {"delimiter": "\t"}, ["Red, ripe", "洋葱 2"]),
+    ],
+)
+def test_labels_may_be_names(tmp_path, text, arguments, names):
+    images = VeriWild("/images", str(listed(tmp_path, text)), **arguments)
+    assert [images.name(label) for label in images.labels] == names and images.names.tolist() == sorted(set(names))
+    assert images.labels.dtype == np.int64
+
+
 def test_line_ends_blank_lines_and_other_scripts(tmp_path):
     text = b"\xef\xbb\xbf" + "车/红旗.jpg 1\r\n\r\n   \r\nnaïve/é.jpg 2".encode()
     images = VeriWild("/images", str(listed(tmp_path, text)))
@@ -105,6 +121,13 @@ def test_absolute_paths_stay_where_they_are_allowed(tmp_path):
         ("a.jpg 1 2 3\n", " line 1: 4 columns, not 2 or 3 "),
         ("a.jpg 1 0\n\nb.jpg 1\n", " line 3: 2 columns, not 3 as on the lines before"),
         ("a.jpg 1\nb.jpg one\n", " line 2: 'one' is not a label; labels and cameras are whole numbers from 0"),
+        (
+            "a.jpg 1\nb.jpg Pear\n",
+            " line 2: 'Pear' is not a label; labels and cameras are whole numbers from 0, and labels",
+        ),
+        ("a.jpg Pear\nb.jpg 7\n", " line 2: the label '7' is a number, and those before it are names; correct it, or"),
+        ("a.jpg ٣\n", " line 1: '٣' is not a label"),
+        ("a.jpg Pe\x07ar\n", r" line 1: 'Pe\x07ar' is no name, which is text without control signs"),
         ("a.jpg 1.5\n", " line 1: '1.5' is not a label"),
         ("a.jpg -1\n", " line 1: '-1' is not a label"),
         ("a.jpg 99999999999999999999\n", " line 1: '99999999999999999999' is not a label"),
@@ -130,7 +153,7 @@ def test_a_list_that_is_not_there(tmp_path):
 
 
 def test_errors_name_the_section_of_the_file(config_file, tmp_path):
-    path = listed(tmp_path, "a.jpg x\n")
+    path = listed(tmp_path, "a.jpg -1\n")
     cfg = load_config(config_file({f"{TRAIN}.cls_label_path": str(path)}))
     with pytest.raises(DataError, match=f"^{re.escape(f'{TRAIN}: {path} line 1: ')}"):
         build_loaders(cfg)
@@ -145,7 +168,8 @@ def test_one_folder_per_identity(tmp_path):
     (tmp_path / "cat" / "notes.txt").write_text("no image")
     (tmp_path / "loose.txt").write_text("no identity")
     images = ImageFolder(str(tmp_path))
-    assert sorted(zip((p.removeprefix(f"{tmp_path}/") for p in images.paths), images.labels, strict=True)) == [
+    called = images.names[images.labels]
+    assert sorted(zip((p.removeprefix(f"{tmp_path}/") for p in images.paths), called, strict=True)) == [
         ("cat/1.jpg", "cat"),
         ("cat/more/2.PNG", "cat"),
         ("dog/4.webp", "dog"),
@@ -354,6 +378,25 @@ def test_evaluation_lists_are_labelled_alike(config_file, tmp_path):
     query, gallery = evaluation_images(evaluated(config_file, tmp_path, "a.jpg 90\n", "b.jpg 7\nc.jpg 90\n"))
     assert (query.labels.tolist(), gallery.labels.tolist()) == ([1], [0, 1])
     assert query.names.tolist() == gallery.names.tolist() == [7, 90]
+
+
+def test_a_name_has_one_number_in_all_lists(config_file, tmp_path):
+    changes = {f"{TRAIN}.cls_label_path": str(listed(tmp_path, "a.jpg Pear\nb.jpg Leek\n", "train.txt"))}
+    for part, text in {
+        "Query": "c.jpg Apple\nd.jpg Pear\n",
+        "Gallery": "e.jpg Apple\nf.jpg Zander\ng.jpg Pear\n",
+    }.items():
+        changes[f"DataLoader.Eval.{part}.dataset.cls_label_path"] = str(listed(tmp_path, text, f"{part}.txt"))
+    cfg = load_config(config_file({"Global.class_num": None, **changes}))
+    train = training_images(cfg)
+    lists = [train, *evaluation_images(cfg, train.names)]
+    assert [images.labels.tolist() for images in lists] == [[1, 0], [2, 1], [2, 3, 1]]
+    assert lists[1].names.tolist() == lists[2].names.tolist() == ["Leek", "Pear", "Apple", "Zander"]
+
+
+def test_numbers_in_one_list_and_names_in_the_other(config_file, tmp_path):
+    with pytest.raises(DataError, match=r"query\.txt and of .*gallery\.txt are numbers in one and names in the other"):
+        evaluation_images(evaluated(config_file, tmp_path, "a.jpg 1\n", "b.jpg Pear\n"))
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,11 @@ def names_of(images) -> list[str]:
 # --- Persons ----------------------------------------------------------------------------------------------------------
 
 
+def called(images) -> list[str]:
+    """What the identity of each image is called."""
+    return images.names[images.labels].tolist()
+
+
 @pytest.fixture
 def market(tmp_path):
     folders = {
@@ -76,17 +81,13 @@ def market(tmp_path):
 def test_persons_and_cameras_are_parsed_from_names(market):
     images = Market1501(str(market), "bounding_box_train", backend="pil")
     assert names_of(images) == ["0002_c1s1_000451_03.jpg", "0002_c6s2_000801_01.jpg", "0007_c3s1_000451_03.jpg"]
-    assert images.labels.tolist() == ["0002", "0002", "0007"]
+    assert called(images) == ["0002", "0002", "0007"]
     assert images.cameras.tolist() == [1, 6, 3] and images.cameras.dtype == np.int64
 
 
 def test_junk_is_left_out_and_distractors_stay(market):
     gallery, query = (Market1501(str(market), part) for part in ("bounding_box_test", "query"))
-    assert list(zip(gallery.labels.tolist(), gallery.cameras.tolist(), strict=True)) == [
-        ("0000", 2),
-        ("0001", 1),
-        ("0001", 4),
-    ]
+    assert list(zip(called(gallery), gallery.cameras.tolist(), strict=True)) == [("0000", 2), ("0001", 1), ("0001", 4)]
     assert positives(query, gallery).tolist() == [1]
 
 
@@ -126,7 +127,7 @@ def test_names_of_duke(tmp_path):
     for name in ("0005_c2_f0046985.jpg", "0005_c8_f0051341.jpg", "0012_c10_f0051341.jpg"):
         picture(tmp_path / "dukemtmc" / "DukeMTMC-reID" / "query" / name)
     images = DukeMTMC(str(tmp_path), "query")
-    assert images.labels.tolist() == ["0005", "0005", "0012"] and images.cameras.tolist() == [2, 8, 10]
+    assert called(images) == ["0005", "0005", "0012"] and images.cameras.tolist() == [2, 8, 10]
 
 
 MSMT = {"train": "0000/0000_000_01_0303morning_0008_0.jpg", "test": "0003/0003_007_15_0303noon_0008_0.jpg"}
@@ -141,7 +142,7 @@ def test_lists_of_msmt(tmp_path, name, part, prefix, suffix):
     (tmp_path / f"{name}.txt").write_text(f"{MSMT[part]} {int(MSMT[part][:4])}\n")
     images = MSMT17(str(tmp_path), f"{name}.txt")
     assert images.paths == [str(file)]
-    assert (images.labels.tolist(), images.cameras.tolist()) == ([MSMT[part][:4]], [int(MSMT[part][14:16])])
+    assert (called(images), images.cameras.tolist()) == ([MSMT[part][:4]], [int(MSMT[part][14:16])])
     check_images(images)
 
 
@@ -154,7 +155,7 @@ def test_a_file_of_msmt_without_a_camera(tmp_path):
 def test_folders_of_msmt_are_named_as_those_of_market(tmp_path):
     picture(tmp_path / "msmt17" / "MSMT17_V1" / "query" / "0004_c12_0001.jpg")
     images = MSMT17(str(tmp_path), "query")
-    assert (images.labels.tolist(), images.cameras.tolist()) == (["0004"], [12])
+    assert (called(images), images.cameras.tolist()) == (["0004"], [12])
 
 
 # --- Vehicles, faces, logos -------------------------------------------------------------------------------------------
@@ -288,10 +289,10 @@ def cifar(tmp_path, monkeypatch):
 def test_pixels_and_classes_of_cifar(cifar):
     images, original = Cifar10(str(cifar)), torchvision.datasets.CIFAR10(cifar, train=True)
     assert len(images) == 20 and len(Cifar10(str(cifar), mode="test")) == 4
-    assert sorted(images.labels.tolist()) == sorted(original.classes[label] for label in original.targets)
+    assert sorted(called(images)) == sorted(original.classes[label] for label in original.targets)
     for i, path in enumerate(images.paths):
         number = int(Path(path).stem)
-        assert path == str(cifar / "recnb_png/CIFAR10/train" / images.labels[i] / f"{number:05d}.png")
+        assert path == str(cifar / "recnb_png/CIFAR10/train" / images.name(images.labels[i]) / f"{number:05d}.png")
         assert torch.equal(images.image(i), torch.from_numpy(original.data[number]).permute(2, 0, 1))
     check_images(images)
 
@@ -316,8 +317,8 @@ def test_files_are_written_once_and_whole(cifar, monkeypatch):
 
 def test_classes_are_divided_and_not_shared(cifar):
     train, test = (Torchvision(str(cifar), "CIFAR100", part) for part in ("train", "test"))
-    assert sorted(set(train.labels.tolist())) == ["class 000", "class 001"]  # five classes occur, two are their half
-    assert sorted(set(test.labels.tolist())) == ["class 097", "class 098", "class 099"]
+    assert train.names.tolist() == ["class 000", "class 001"]  # five classes occur, two are their half
+    assert test.names.tolist() == ["class 097", "class 098", "class 099"]
     assert len(train) == 6 and len(test) == 6
     assert len(Torchvision(str(cifar), "CIFAR100", "train", 0.8, "test")) == 5
     assert DATASETS["CIFAR100"](str(cifar), "test").paths == test.paths
@@ -338,7 +339,7 @@ def aircraft(root: Path) -> Path:
 def test_files_that_a_set_keeps_stay_where_they_are(tmp_path):
     folder = aircraft(tmp_path)
     train, test = (Torchvision(str(tmp_path), "FGVCAircraft", part) for part in ("train", "test"))
-    found = [list(zip(names_of(images), images.labels.tolist(), strict=True)) for images in (train, test)]
+    found = [list(zip(names_of(images), called(images), strict=True)) for images in (train, test)]
     assert found == [
         [("02.jpg", "Boeing 707"), ("03.jpg", "A300"), ("05.jpg", "Boeing 707")],
         [("01.jpg", "Concorde"), ("04.jpg", "Il-76")],
@@ -356,7 +357,7 @@ def test_paths_are_taken_where_only_the_set_knows_them(tmp_path):
         (data / "annotations" / f"{part}.txt").write_text("\n".join(names) + "\n")
     images = Torchvision(str(tmp_path), "OxfordIIITPet", train_share=1)
     assert images.paths == [str(data / "images" / f"{name}.jpg") for name in ("Bengal_7", "pug_1", "Bengal_9", "pug_2")]
-    assert images.labels.tolist() == ["Bengal", "Pug", "Bengal", "Pug"] and not (tmp_path / "recnb_png").exists()
+    assert called(images) == ["Bengal", "Pug", "Bengal", "Pug"] and not (tmp_path / "recnb_png").exists()
 
 
 def test_all_flowers_of_a_class_are_on_one_side(tmp_path, monkeypatch):
@@ -424,7 +425,7 @@ def test_characters_of_omniglot(tmp_path, monkeypatch):
     (root / "images_evaluation").mkdir()
     (root / "images_background" / "Greek").rename(root / "images_evaluation" / "Greek")
     images = Torchvision(str(tmp_path), "Omniglot", train_share=1.0)
-    names = list(dict.fromkeys(images.labels.tolist()))
+    names = list(dict.fromkeys(called(images)))
     assert names == [
         f"{alphabet}/character{number:02d}"
         for alphabet, count in (("Latin", 26), ("Greek", 24))
@@ -432,6 +433,6 @@ def test_characters_of_omniglot(tmp_path, monkeypatch):
     ]
     assert len(images) == 20 * len(names) and images.image(0).shape == (3, 105, 105)
     parts = [Torchvision(str(tmp_path), "Omniglot", part, 0.52) for part in ("train", "test")]
-    assert [np.unique(part.labels).tolist() for part in parts] == [names[:26], sorted(names[26:])]
+    assert [part.names.tolist() for part in parts] == [names[:26], sorted(names[26:])]
     official = Torchvision(str(tmp_path), "Omniglot", "test", 0, "evaluation")
     assert official.paths == parts[1].paths == sorted(map(str, root.glob("images_evaluation/*/*/*.png")))
