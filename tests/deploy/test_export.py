@@ -16,6 +16,7 @@ import timm
 import torch
 import yaml
 from conftest import ROOT, run_notebook
+from huggingface_hub import ModelCard
 from PIL import Image
 from torch import nn
 from torchvision.transforms import v2
@@ -195,10 +196,15 @@ def test_the_model_card_says_what_the_run_knows(folder, run, report):
         "These weights: **fill in**",
     ):
         assert part in text, part
+    assert ModelCard(text).data.to_dict().items() >= {"license": "other", "library_name": "onnx"}.items()
     info = deploy.Recognizer(folder).index.info
     row = info["metrics"]["mAP"]
     assert row["low"] <= row["mean"] <= row["high"] and f"{row['low']:.3f} to {row['high']:.3f}" in text
     assert row["mean"] == pytest.approx(report["trained"]["mAP"], abs=1e-3)
+
+
+def test_no_text_ends_a_cell_of_the_model_card():
+    assert [modelcard.cell(value) for value in ("a|b", 0.5, 3)] == [r"a\|b", "0.500", "3"]
 
 
 def test_the_model_card_names_what_the_export_leaves_out(run):
