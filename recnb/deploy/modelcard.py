@@ -145,6 +145,11 @@ def proofs(report: dict) -> list[tuple]:
     ]
 
 
+def proof_section(report: dict) -> str:
+    """Return the table of `proofs` in Markdown, as the card shows it."""
+    return TEMPLATES.get_template("tables.md").module.proof(report, proofs(report))
+
+
 def config(run: Run) -> str:
     """Return the parts of the configuration that make the model, as YAML."""
     kept = {
