@@ -17,8 +17,8 @@ import nbformat
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "runs" / "demo" / "metrics.json"  # written at the end of a run
-SECOND = """python -m recnb.cli.notebook notebooks/02_train.ipynb runs/demo-no-margin/train.ipynb \
-    -p config configs/demo.yaml -p run_dir runs/demo-no-margin -y '{overrides: {Arch.Head.margin: 0.0}}'"""  # for 06
+SECOND = """recnb run 02_train -p config configs/demo.yaml \
+    -p run_dir runs/demo-no-margin -y '{overrides: {Arch.Head.margin: 0.0}}'"""  # for 06
 
 
 def main() -> None:

@@ -1,1 +1,1 @@
-"""The commands: `python -m recnb.cli.train`, `python -m recnb.cli.notebook`, `python -m recnb.cli.sweep`."""
+"""The command `recnb`: one module a subcommand. What these do is imported once they are called."""

@@ -1,101 +1,166 @@
-"""Runs a notebook with papermill, after a look at what it is given:
+"""A notebook is checked, run by papermill, and followed in the terminal.
 
-    python -m recnb.cli.notebook notebooks/02_train.ipynb runs/first/train.ipynb -p run_dir runs/first
-    python -m recnb.cli.notebook notebooks/06_compare.ipynb runs/compare/compare.ipynb -y "{pattern: 'runs/demo*'}"
-
-A parameter that the notebook does not have, or a value of another type, is an error here; papermill would warn and go
-on. The folder of the executed notebook is made. Paths are taken from the folder that this is called in.
+What can be known to be wrong is said before a kernel starts: a parameter that the notebook does not have, a value of
+another type, a config or an override that cannot be meant, a run folder that holds no run.
 """
 
-import argparse
-import subprocess
-import sys
+from __future__ import annotations
+
+import ast
+import json
+import re
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
-import papermill
 import yaml
 
+from recnb.cli.progress import epochs_shown
 from recnb.recipe.reading import parse
+from recnb.recipe.schema import load_config
 from recnb.registry import ConfigError, fits, suggest
 from recnb.storage import resolve
 
 KINDS = {kind.__name__: kind for kind in (str, int, float, bool, dict, list)}
+OWN = ("ConfigError", "DataError", "ExportError", "LockedError", "TrainingError")  # their messages need no name
+KERNEL = ["--IPKernelApp.log_level=ERROR"]  # a kernel warns that it talks to this process over TCP, as all do
 
 
-def kinds(notebook: str | Path) -> dict[str, type]:
-    """The type of each parameter of a notebook; `object` where the notebook does not tell."""
+class FailedError(RuntimeError):
+    """A notebook has not been run to its end."""
+
+
+def find(notebook: str | Path) -> Path:
+    """Return the file of a notebook that is given as a path, or by the name of one in notebooks/.
+
+    Raises:
+        ConfigError: There is none; the message offers the nearest name.
+    """
     path = resolve(notebook)
-    if not path.is_file():
-        raise ConfigError(
-            f"{notebook}: there is no such notebook; "
-            f"{suggest(path.name, [other.name for other in path.parent.glob('*.ipynb')])}"
-        )
-    return {
-        name: KINDS.get(entry["inferred_type_name"], object)
-        for name, entry in papermill.inspect_notebook(str(path)).items()
-    }
+    if path.is_file():
+        return path
+    folder = path.parent if path.suffix else resolve("notebooks")
+    named = folder / f"{path.stem}.ipynb"
+    if named.is_file():
+        return named
+    known = [other.stem for other in folder.glob("*.ipynb")]
+    raise ConfigError(f"{notebook}: there is no such notebook; {suggest(path.stem, known)}")
 
 
-def check(notebook: str | Path, parameters: dict) -> None:
-    """Raise ConfigError for a parameter that the notebook does not have, or a value of the wrong type."""
-    known = kinds(notebook)
+@dataclass
+class Parameter:
+    """What a notebook says of one of its parameters."""
+
+    kind: type
+    default: object
+
+
+def known(notebook: Path) -> dict[str, Parameter]:
+    """Return the parameters of a notebook by name; `object` is the kind of one without an annotation."""
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    source = ["".join(cell["source"]) for cell in cells if "parameters" in cell["metadata"].get("tags", ())]
+    found = {}
+    for node in ast.parse(source[0]).body if source else ():
+        if isinstance(node, ast.AnnAssign):
+            found[ast.unparse(node.target)] = KINDS.get(ast.unparse(node.annotation), object), node.value
+        elif isinstance(node, ast.Assign):
+            found[ast.unparse(node.targets[0])] = object, node.value
+    return {name: Parameter(kind, ast.literal_eval(value)) for name, (kind, value) in found.items()}
+
+
+def values_of(notebook: Path, parameters: dict) -> dict:
+    """Return all parameters of a notebook: those that are given, and the others as the notebook has them."""
+    return {**{name: parameter.default for name, parameter in known(notebook).items()}, **parameters}
+
+
+def parameters_of(notebook: Path, pairs: list[tuple[str, str]], text: str = "") -> dict:
+    """Return the checked parameters that `-p` and `-y` give.
+
+    A value of `-p` is read as the notebook's type asks, so that a str stays as it is written.
+
+    Raises:
+        ConfigError: The text is no YAML mapping, or `check` finds something.
+    """
+    try:
+        kinds = {name: parameter.kind for name, parameter in known(notebook).items()}
+        given = parse(text) or {}
+        if not isinstance(given, dict):
+            raise ConfigError(f"-y: {text!r} is not a mapping of names to values")
+        given |= {name: value if kinds.get(name) is str else parse(value) for name, value in pairs}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"a parameter is no YAML: {' '.join(str(error).split())}") from None
+    check(notebook, given)
+    return given
+
+
+def check(notebook: Path, parameters: dict) -> None:
+    """Raise ConfigError for parameters that a notebook cannot be run with, as far as that shows without running it."""
+    expected = known(notebook)
     for name, value in parameters.items():
-        if name not in known:
-            raise ConfigError(f"{notebook}: there is no parameter '{name}'; {suggest(name, known)}")
-        if not fits(value, known[name]):
-            raise ConfigError(f"{notebook}: {name}: {value!r} is a {type(value).__name__}, not {known[name].__name__}")
+        if name not in expected:
+            raise ConfigError(f"{notebook.name}: there is no parameter '{name}'; {suggest(name, expected)}")
+        if not fits(value, kind := expected[name].kind):
+            raise ConfigError(f"{notebook.name}: {name}: {value!r} is a {type(value).__name__}, not {kind.__name__}")
+    values = values_of(notebook, parameters)
+    if values.get("config") not in (None, "", "auto"):
+        load_config(values["config"], values.get("overrides"))
+    run = values.get("run")
+    if run and not values.get("embeddings") and not (resolve(run) / "metrics.json").is_file():
+        raise ConfigError(f"run: {run} holds no finished run; 02_train makes one, or goes on with it")
 
 
-def papermill_command(notebook: str | Path, output: str | Path, parameters: dict) -> list[str]:
-    """The words of the papermill call, the same from every folder; the parameters are checked."""
-    check(notebook, parameters)
-    # YAML as yaml writes it: of `1e-05`, which other writers may choose, papermill's YAML would make a string
-    text = yaml.safe_dump(parameters, default_flow_style=True, sort_keys=False, width=float("inf")).strip()
-    return [
-        sys.executable,
-        "-m",
-        "papermill",
-        str(resolve(notebook).absolute()),
-        str(Path(output).absolute()),
-        "-k",
-        "python3",
-        "-l",
-        "python",
-        "--cwd",
-        str(Path.cwd()),
-        "--autosave-cell-every",
-        "30",
-        "-y",
-        text,
+def output_of(notebook: Path, parameters: dict) -> Path:
+    """Return where an executed notebook goes by default: into the folder that the notebook writes to."""
+    values, name = values_of(notebook, parameters), re.sub(r"^\d+_", "", notebook.stem)
+    folder = next((values[key] for key in ("run_dir", "out_dir", "run") if values.get(key)), None)
+    if "run_dir" in values:
+        return training_of(values)[0] / f"{name}.ipynb"
+    return resolve(folder or f"runs/{name}") / f"{name}.ipynb"
+
+
+def training_of(values: dict) -> tuple[Path, int]:
+    """Return the run folder and the number of epochs of the training that parameters of 02_train ask for."""
+    settings = load_config(values["config"], values["overrides"])["Global"]
+    return resolve(values["run_dir"] or settings["output_dir"] or f"runs/{Path(values['config']).stem}"), settings[
+        "epochs"
     ]
 
 
-def parameters_of(notebook: str | Path, pairs: list[list[str]], text: str) -> dict:
-    """The parameters that -p and -y give.
+def execute(notebook: Path, output: str | Path, parameters: dict) -> None:
+    """Run a notebook with checked parameters; a training prints a line an epoch.
 
-    -p is read as the notebook's type asks, so that a str stays as it is written.
+    Args:
+        notebook: the notebook.
+        output: the file of the executed notebook, whose folder is made.
+        parameters: its parameters.
+
+    Raises:
+        FailedError: A cell has ended with an error, or the kernel has ended.
     """
-    known, given = kinds(notebook), parse(text) or {}
-    if not isinstance(given, dict):
-        raise ConfigError(f"-y: {text!r} is not a mapping of names to values")
-    return {**given, **{name: value if known.get(name) is str else parse(value) for name, value in pairs}}
+    import papermill  # seconds, which a mistake need not wait for
+    from nbclient.exceptions import DeadKernelError
 
-
-def main() -> int:
-    """Run the command and return its exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("notebook")
-    parser.add_argument("output", type=Path)
-    parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), dest="pairs")
-    parser.add_argument("-y", default="", metavar="YAML", dest="text", help="parameters as a YAML mapping")
-    args = parser.parse_args()
+    output, values = Path(output), values_of(notebook, parameters)
+    if output.suffix != ".ipynb":
+        raise ConfigError(f"--to {output}: is not the name of a notebook, NAME.ipynb")
+    output.parent.mkdir(parents=True, exist_ok=True)
     try:
-        command = papermill_command(args.notebook, args.output, parameters_of(args.notebook, args.pairs, args.text))
-    except (ConfigError, yaml.YAMLError) as error:
-        sys.exit(f"error: {error}")
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    return subprocess.call(command)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        with epochs_shown(*training_of(values)) if "run_dir" in values else nullcontext():
+            papermill.execute_notebook(
+                str(notebook),
+                str(output),
+                parameters,
+                kernel_name="python3",
+                language="python",
+                cwd=str(Path.cwd()),
+                progress_bar=False,
+                autosave_cell_every=30,
+                extra_arguments=KERNEL,
+            )
+    except papermill.PapermillExecutionError as error:
+        name = "" if error.ename in OWN else f"{error.ename}: "
+        raise FailedError(f"{name}{error.evalue}\n  see {output}") from None
+    except (DeadKernelError, KeyboardInterrupt):
+        raise FailedError(
+            f"{output}: stopped, for its kernel has ended; the same command goes on from the last checkpoint"
+        ) from None

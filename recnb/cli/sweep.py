@@ -1,231 +1,28 @@
-"""Trains a batch of configurations, each through notebooks/02_train.ipynb into a folder of its own:
+"""`recnb sweep`: many configurations, each a run of its own."""
 
-    python -m recnb.cli.sweep configs/sweeps/demo_margin.yaml --jobs 2
-    python -m recnb.cli.sweep configs/sweeps/demo_margin.yaml --print > jobs.txt      for a scheduler's array job
+from __future__ import annotations
 
-The file names a `config`, `overrides` for all runs, and what differs: `grid` (key: values, every combination) and
-`list` (mappings of overrides, each with every combination). All are checked before the first one starts. Called again,
-it leaves out what is done and goes on with what was interrupted. A run that fails does not stop the others.
-"""
+from typing import Annotated
 
-import argparse
-import itertools
-import json
-import os
-import re
-import shlex
-import signal
-import subprocess
-import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
-
-import pandas as pd
-
-from recnb.cli.notebook import papermill_command
-from recnb.data.images import DataError
-from recnb.recipe.reading import read_yaml
-from recnb.recipe.resolved import compare, resolved
-from recnb.recipe.schema import load_config, lookup
-from recnb.registry import ConfigError, suggest
-from recnb.runs.compare import short_names
-from recnb.storage import ROOT, resolve
-
-NOTEBOOK = resolve("notebooks/02_train.ipynb")
-KEYS = ("config", "run_dir", "overrides", "grid", "list")
+import typer
 
 
-@dataclass
-class Job:
-    """One run of a batch: its name, folder, checked configuration and the words that start it."""
+def sweep(
+    batch: Annotated[str, typer.Argument(help="The YAML file of the batch.")],
+    run_dir: Annotated[
+        str, typer.Option(help="The folder of the runs' folders; by default runs and the file's name.")
+    ] = "",
+    jobs: Annotated[int, typer.Option(metavar="N", min=1, help="How many runs at once.")] = 1,
+    printed: Annotated[
+        bool, typer.Option("--print", help="Print a command for each run still to be done; run nothing.")
+    ] = False,
+) -> None:
+    """Train a batch of configurations, each through 02_train into a folder of its own.
 
-    name: str
-    folder: Path
-    cfg: dict
-    command: list[str]
-    state: str = ""
-    seconds: float | None = None
-
-
-def expand(batch: dict) -> dict[str, dict]:
-    """The overrides of every run by its name, which says what differs.
-
-    Raises ConfigError where two runs are the same.
+    The file names a config, `overrides` for all runs, and what differs: `grid` (key: values, every combination) and
+    `list` (mappings of overrides). All are checked before the first one starts. Called again, it leaves out what is
+    done and goes on with what was interrupted. A run that fails does not stop the others.
     """
-    common, grid, points = (batch.get(key) or kind for key, kind in (("overrides", {}), ("grid", {}), ("list", [{}])))
-    for section, kind in ((common, dict), (grid, dict), (points, list), *((point, dict) for point in points)):
-        if not isinstance(section, kind):
-            raise ConfigError(f"{section!r} is a {type(section).__name__}, not a {kind.__name__}")
-    for key, values in grid.items():
-        if not isinstance(values, list) or not values:
-            raise ConfigError(f"grid: {key}: {values!r} is not a list of values")
-        if key in common or any(key in point for point in points):
-            raise ConfigError(f"{key} stands in grid and in overrides or list: which of the values is meant?")
-    runs = [
-        dict(zip(grid, values, strict=True)) | point for point in points for values in itertools.product(*grid.values())
-    ]
-    keys = list(dict.fromkeys(key for run in runs for key in run))
-    short = dict(zip(keys, short_names((key.split(".") for key in keys), "."), strict=True))
-    varying = [key for key in keys if any(key not in run or run[key] != runs[0].get(key) for run in runs)]
-    named = {}
-    for run in runs:
-        name = "_".join(f"{short[key]}-{word(run[key])}" for key in varying if key in run) or "base"
-        if name in named:
-            raise ConfigError(f"two runs are named {name}: {named[name]} and {run}; leave one out")
-        named[name] = run
-    return {name: common | run for name, run in named.items()}
+    from recnb.cli.batch import run_all
 
-
-def word(value) -> str:
-    """A value as a part of a folder's name; of a path, its last step."""
-    text = json.dumps(value) if isinstance(value, dict | list) else str(value).rpartition("/")[2]
-    return re.sub(r"[^\w.+-]+", "-", text).strip("-")
-
-
-def plan(path: str, run_dir: str | None) -> list[Job]:
-    """Every run of a batch, checked and with its state.
-
-    Raises ConfigError naming run and key before anything is run.
-    """
-    batch = read_yaml(path)
-    for key in batch:
-        if key not in KEYS:
-            raise ConfigError(f"{path}: {key}: there is no such key; {suggest(key, KEYS)}")
-    if "config" not in batch:
-        raise ConfigError(f"{path}: config: the file does not say which configuration to vary")
-    target, jobs = ROOT / (run_dir or batch.get("run_dir") or f"runs/{Path(path).stem}"), []
-    config = str(resolve(batch["config"]).absolute())
-    for name, overrides in expand(batch).items():
-        folder = target / name
-        parameters = {"config": config, "run_dir": str(folder), "overrides": overrides}
-        try:
-            job = Job(
-                name,
-                folder,
-                load_config(config, overrides),
-                papermill_command(NOTEBOOK, folder / "train.ipynb", parameters),
-            )
-            job.state = state(job)
-        except (ConfigError, DataError) as error:
-            raise ConfigError(f"{name}: {error}") from None
-        same = next((other.name for other in jobs if other.cfg == job.cfg), None)
-        if same:
-            raise ConfigError(f"{same} and {name} are the same configuration; leave one out")
-        jobs.append(job)
-    return jobs
-
-
-def state(job: Job) -> str:
-    """'done', 'interrupted' or 'new'; raises ConfigError where the folder belongs to another configuration."""
-    if not (job.folder / "config.yaml").is_file():
-        return "new"
-    differing = compare(load_config(job.folder / "config.yaml"), resolved(job.cfg))
-    if differing:
-        raise ConfigError(
-            f"{job.folder} holds a run of another configuration ({'; '.join(differing)}); "
-            "delete it, or choose another folder with --run-dir"
-        )
-    last = "gallery.html" if lookup(job.cfg, "DataLoader.Eval") else "model.safetensors"  # what 02 writes at its end
-    return "done" if (job.folder / "metrics.json").is_file() and (job.folder / last).is_file() else "interrupted"
-
-
-class Batch:
-    """Runs jobs, each a child process; `stop` ends those that run and starts no more."""
-
-    def __init__(self, jobs: list[Job], at_once: int):
-        self.jobs, self.at_once, self.children, self.stopped = jobs, at_once, [], False
-        self.threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // at_once))
-
-    def run(self) -> None:
-        with ThreadPoolExecutor(self.at_once) as pool:
-            waiting = [pool.submit(self.run_one, job) for job in self.jobs]
-            try:
-                for future in waiting:
-                    future.result()
-            except BaseException:
-                self.stop()
-                raise
-
-    def run_one(self, job: Job) -> None:
-        if self.stopped:
-            return
-        job.folder.mkdir(parents=True, exist_ok=True)
-        started = time.perf_counter()
-        with (job.folder / "papermill.log").open("w") as log:  # a session of its own: Ctrl-C reaches it through `stop`
-            child = subprocess.Popen(
-                job.command,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                env={**os.environ, "OMP_NUM_THREADS": self.threads},
-            )
-            self.children.append(child)
-            if self.stopped:  # meanwhile
-                child.terminate()
-            code = child.wait()
-        job.seconds = time.perf_counter() - started
-        job.state = "done" if code == 0 else "stopped" if self.stopped else "failed"
-        print(f"{job.name}: {job.state} after {job.seconds:.0f} s", flush=True)
-        if job.state == "failed":
-            reason = (job.folder / "papermill.log").read_text().strip().rpartition("\n")[2]
-            print(f"    {reason}\n    see {job.folder}", flush=True)
-
-    def stop(self) -> None:
-        self.stopped = True
-        for sent, patience in ((signal.SIGINT, 10), (signal.SIGTERM, 5), (signal.SIGKILL, 5)):
-            running = [child for child in self.children if child.poll() is None]
-            for child in running:
-                child.send_signal(sent)  # papermill ends its kernel on the first
-            ends = time.monotonic() + patience
-            while any(child.poll() is None for child in running) and time.monotonic() < ends:
-                time.sleep(0.1)
-
-
-def table(jobs: list[Job]) -> pd.DataFrame:
-    """A row per run: state, seconds, and the metrics of those that have any."""
-    rows = {}
-    for job in jobs:
-        path = job.folder / "metrics.json"
-        metrics = json.loads(path.read_text()) if job.state == "done" and path.is_file() else {}
-        rows[job.name] = {
-            "state": job.state,
-            "seconds": "" if job.seconds is None else f"{job.seconds:.0f}",
-            **{key: value for key, value in metrics.items() if not isinstance(value, dict)},
-        }
-    return pd.DataFrame.from_dict(rows, orient="index")
-
-
-def main() -> int:
-    """Run the command and return its exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("batch", help="the YAML file of the batch")
-    parser.add_argument("--run-dir", help="the folder of the runs' folders, by default runs and the file's name")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="how many runs at once")
-    parser.add_argument("--print", action="store_true", help="write a command per run still to be done; run nothing")
-    args = parser.parse_args()
-    try:
-        jobs = plan(args.batch, args.run_dir)
-    except ConfigError as error:
-        sys.exit(f"error: {error}")
-    pending = [job for job in jobs if job.state != "done"]
-    if args.print:
-        print(
-            "".join(f"mkdir -p {shlex.quote(str(job.folder))} && {shlex.join(job.command)}\n" for job in pending),
-            end="",
-        )
-        return 0
-    print(f"{len(jobs)} runs, {len(jobs) - len(pending)} of them done before", flush=True)
-    for number in (signal.SIGINT, signal.SIGTERM):  # a scheduler's end is a Ctrl-C; in the background, that is ignored
-        signal.signal(number, signal.default_int_handler)
-    try:
-        Batch(pending, max(1, args.jobs)).run()
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from the last whole epoch of each run")
-    print(table(jobs).to_string(float_format="{:.3f}".format, na_rep=""))
-    return int(any(job.state != "done" for job in jobs))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    raise typer.Exit(run_all(batch, run_dir, jobs, printed))

@@ -1,59 +1,71 @@
-"""Training without a notebook: `python -m recnb.cli.train configs/demo.yaml --run-dir runs/demo -o Global.epochs=2`.
+"""`recnb train`: training without a notebook, with the same run folder as its result.
 
-What notebooks/02_train.ipynb runs, with the same run folder as its result. Called again it goes on where it stopped.
 `torchrun --nproc-per-node 2 -m recnb.cli.train ...` trains in several processes, on one machine or more.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
-from recnb.data.images import DataError
-from recnb.distributed.processes import processes
-from recnb.recipe.reading import as_yaml, parse
-from recnb.recipe.resolved import resolved
-from recnb.recipe.schema import load_config
-from recnb.registry import ConfigError
-from recnb.runs.experiment import train
-from recnb.storage import LockedError
-from recnb.training.guard import TrainingError
+import typer
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("-o", metavar="KEY=VALUE", help="A dotted key of the config and another value; may be repeated."),
+]
 
 
-def main(words: list[str] | None = None) -> int:
-    """The exit code of the command: 0, or 1 behind one line of what is wrong, 130 where it was asked to stop."""
-    parser = argparse.ArgumentParser(prog="python -m recnb.cli.train", description=__doc__.splitlines()[0])
-    parser.add_argument("config", help="the YAML file")
-    parser.add_argument("--run-dir", help="where to write; by default Global.output_dir, else runs and the name")
-    parser.add_argument(
-        "-o",
-        dest="overrides",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="a dotted key and the value to use instead, e.g. Global.epochs=2; may be repeated",
-    )
-    parser.add_argument("--print", action="store_true", help="only print the configuration that would be run")
-    given = parser.parse_args(words)
+def train(
+    config: Annotated[str, typer.Argument(help="The YAML file.")],
+    run_dir: Annotated[
+        str, typer.Option(help="The folder to write to; by default Global.output_dir, else runs and the name.")
+    ] = "",
+    overrides: Overrides = None,
+    printed: Annotated[bool, typer.Option("--print", help="Only print the configuration that would be run.")] = False,
+) -> None:
+    """Train a configuration without a notebook.
+
+    Called again, it goes on where it stopped. `torchrun -m recnb.cli.train` takes the same words, for many devices.
+    """
+    from recnb.distributed.processes import processes
+    from recnb.recipe.reading import as_yaml
+    from recnb.recipe.resolved import resolved
+    from recnb.recipe.schema import load_config
+    from recnb.runs.experiment import train as trained
+
+    cfg = load_config(config, overrides_of(overrides))
+    if printed:
+        print(as_yaml(resolved(cfg)))
+        return
     try:
-        pairs = [text.partition("=") for text in given.overrides]
-        if bad := [key for key, equals, _ in pairs if not equals]:
-            raise ConfigError(f"-o {bad[0]}: is not of the form KEY=VALUE")
-        cfg = load_config(given.config, {key: parse(value) for key, _, value in pairs})
-        if given.print:
-            print(as_yaml(resolved(cfg)))
-            return 0
         with processes(cfg["Global"]["device"]):
-            result = train(cfg, given.run_dir or cfg["Global"]["output_dir"] or f"runs/{Path(given.config).stem}")
-    except (ConfigError, DataError, TrainingError, LockedError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
+            result = trained(cfg, run_dir or cfg["Global"]["output_dir"] or f"runs/{Path(config).stem}")
     except KeyboardInterrupt as wish:
         print(wish, file=sys.stderr)
-        return 130
-    print("\n".join(f"{name:>12}  {result['before'][name]:.4f} -> {result[name]:.4f}" for name in result["before"]))
-    return 0
+        raise typer.Exit(130) from None
+    before = result["before"]
+    print("\n".join(f"{name:>12}  {value:.3f} -> {result[name]:.3f}" for name, value in before.items()))
+
+
+def overrides_of(pairs: Sequence[str] | None) -> dict:
+    """Return what `-o KEY=VALUE` gives; raise ConfigError for a word of another form."""
+    from recnb.recipe.reading import parse
+    from recnb.registry import ConfigError
+
+    parts = [text.partition("=") for text in pairs or ()]
+    for key in (key for key, equals, _ in parts if not equals):
+        raise ConfigError(f"-o {key}: is not of the form KEY=VALUE")
+    return {key: parse(value) for key, _, value in parts}
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run `recnb train` and return its exit code: what torchrun starts."""
+    from recnb.cli.main import main as recnb
+
+    return recnb(["train", *(sys.argv[1:] if words is None else words)])
 
 
 if __name__ == "__main__":

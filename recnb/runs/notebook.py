@@ -1,0 +1,42 @@
+"""How an error of the kit looks in a notebook: its sentence, with the traceback folded behind a click.
+
+A notebook asks for it in its first cell: `%load_ext recnb.runs.notebook`.
+"""
+
+from __future__ import annotations
+
+import html
+import traceback
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from IPython.core.interactiveshell import InteractiveShell
+
+
+def is_own(error: BaseException | type[BaseException]) -> bool:
+    """Return whether an error, or its class, is one of the kit's, whose message is written for its user."""
+    kind = error if isinstance(error, type) else type(error)
+    return kind.__module__.partition(".")[0] == "recnb"
+
+
+def load_ipython_extension(shell: InteractiveShell) -> None:
+    """Show the kit's errors in this kernel as sentences."""
+    shell.set_custom_exc((Exception,), show)
+
+
+def show(
+    shell: InteractiveShell,
+    kind: type[BaseException],
+    error: BaseException,
+    trace: TracebackType,
+    tb_offset: int | None = None,
+) -> None:
+    """Show an error of the kit as its sentence, with its traceback folded, and any other as ever."""
+    if not is_own(kind):
+        shell.showtraceback((kind, error, trace), tb_offset=tb_offset)
+        return
+    text = "".join(traceback.format_exception(kind, error, trace))
+    folded = f"<details><summary>Traceback</summary><pre>{html.escape(text)}</pre></details>"
+    shell.display_pub.publish({"text/html": folded, "text/plain": "the traceback is folded away"})
+    shell._showtraceback(kind, error, [f"{kind.__name__}: {error}"])  # what kernels send is replaced by nothing public
