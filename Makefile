@@ -21,10 +21,9 @@ endif
 .PHONY: demo test test-browser lab pictures docs lint types format wheel clean
 
 demo: .venv/installed
-	@rm -rf runs/demo && mkdir -p runs/demo
+	@rm -rf runs/demo
 	@# One thread: the demo's network is so small that more would spend their time waiting for each other.
-	OMP_NUM_THREADS=1 $(BIN)/papermill notebooks/02_train.ipynb runs/demo/train.ipynb -k python3 -l python \
-	    -p config configs/demo.yaml -p run_dir runs/demo --autosave-cell-every 30
+	OMP_NUM_THREADS=1 $(BIN)/recnb run 02_train -p config configs/demo.yaml -p run_dir runs/demo
 	@$(BIN)/python -c "import json; m = json.load(open('runs/demo/metrics.json')); b = m['before']; \
 	    print('\n'.join(f'{k:>8}  {b[k]:.3f} -> {m[k]:.3f}' for k in b))"
 	@echo "executed notebook: runs/demo/train.ipynb    gallery: runs/demo/gallery.html"

@@ -13,10 +13,13 @@ from functools import cache
 
 import nbformat
 import pytest
+import typer
 import yaml
 from conftest import ROOT
 
 from recnb import load_config
+from recnb.cli import main, train
+from recnb.cli import notebook as notebooks
 
 try:
     import tomllib
@@ -52,7 +55,7 @@ def commands() -> list[tuple[str, str]]:
     found = []
     for place, text in texts().items():
         blocks = [block for language, block in FENCE.findall(text) if language in ("", "bash", "sh", "console")]
-        inline = re.findall(r"`((?:make|pip|python|conda|\.venv/bin/\S+) [^`]+)`", FENCE.sub("", text))
+        inline = re.findall(r"`((?:make|pip|python|conda|recnb|\.venv/bin/\S+) [^`]+)`", FENCE.sub("", text))
         lines = "\n".join(blocks).replace("\\\n", " ").splitlines() + inline
         found += [(place, line.strip()) for line in lines if line.strip()]
     for path in CONFIGS:
@@ -82,6 +85,8 @@ def check(words: list[str]) -> None:
         check_python(rest)
     elif program == "torchrun":
         check_python(rest[rest.index("-m") :])
+    elif program == "recnb":
+        check_recnb(rest)
     elif program == "pip":
         (package,) = rest[1:]
         assert rest[0] == "install" and package[:6] == "recnb[" and package[6:-1] in extras()
@@ -102,11 +107,7 @@ def check_python(words: list[str]) -> None:
         for path in (word for word in words[2:] if word.startswith("tests")):
             assert (ROOT / path).exists()
     elif words[0] == "-m" and words[1] == "recnb.cli.train":
-        check_training(words[2:])
-    elif words[:2] == ["-m", "recnb.cli.notebook"]:
-        check_notebook(words[2:])
-    elif words[:2] == ["-m", "recnb.cli.sweep"]:
-        check_batch(words[2:])
+        check_recnb(["train", *words[2:]])
     else:
         assert (ROOT / words[0]).is_file()
         source = (ROOT / words[0]).read_text(encoding="utf-8")
@@ -117,41 +118,41 @@ def check_python(words: list[str]) -> None:
                 assert (ROOT / word).exists(), word
 
 
-def check_notebook(words: list[str]) -> None:
-    """Fail unless the notebook has these parameters, and its config these overrides."""
-    module = importlib.import_module("recnb.cli.notebook")
-    notebook, output, *options = words
-    pairs = [[options[i + 1], options[i + 2]] for i, word in enumerate(options) if word == "-p"]
-    text = next((options[i + 1] for i, word in enumerate(options) if word == "-y"), "")
-    given = module.parameters_of(ROOT / notebook, pairs, text)
-    module.check(ROOT / notebook, given)
-    assert output.endswith(".ipynb")
-    if "config" in given and (ROOT / given["config"]).is_file():
-        load_config(ROOT / given["config"], given.get("overrides"))
-    else:
-        assert given.get("config", "").startswith(("", "data/prepared/"))
-
-
-def check_batch(words: list[str]) -> None:
-    batch = yaml.safe_load((ROOT / words[0]).read_text(encoding="utf-8"))
-    load_config(ROOT / batch["config"], batch.get("overrides"))
-    assert {word for word in words[1:] if word.startswith("-")} <= {"--jobs", "--print", "--run-dir"}
-
-
-def check_training(words: list[str]) -> None:
-    overrides = [words[i + 1].partition("=") for i, word in enumerate(words) if word == "-o"]
-    load_config(ROOT / words[0], {key: yaml.safe_load(value) for key, _, value in overrides})
-    assert set(words[1::2]) <= {"--run-dir", "-o"}
+def check_recnb(words: list[str]) -> None:
+    """Fail unless `recnb` has this subcommand with these options, and what a config or notebook is given fits it."""
+    command, *rest = main.joined(words)
+    parser = typer.main.get_command(main.app).commands[command]
+    given = parser.make_context(command, rest).params
+    if command == "run":
+        notebook = notebooks.find(given["notebook"])
+        pairs = [pair.partition("=")[::2] for pair in given["pairs"] or ()]
+        values = dict(pairs) | (yaml.safe_load(given["text"]) or {})
+        if values.get("config", "").startswith("data/"):  # 01 writes it
+            pairs = [(name, value) for name, value in pairs if name != "config"]
+        if str(values.get("run", "runs/demo")).startswith("runs/"):
+            pairs += [("run", "")] * ("run" in notebooks.known(notebook))
+        notebooks.parameters_of(notebook, [pair for pair in pairs if pair != ("run", "runs/demo")], given["text"])
+    elif command == "sweep":
+        batch = yaml.safe_load((ROOT / given["batch"]).read_text(encoding="utf-8"))
+        load_config(ROOT / batch["config"], batch.get("overrides"))
+    elif "config" in given:
+        load_config(ROOT / given["config"], train.overrides_of(given["overrides"]))
 
 
 def lines_of(*places: str) -> list[str]:
-    """The different commands in Python of some pages, in their order."""
-    return list(dict.fromkeys(line for place, line in commands() if place in places and words_of(line)[0] == "python"))
+    """The different commands of some pages, in their order."""
+    return list(
+        dict.fromkeys(
+            line for place, line in commands() if place in places and words_of(line)[0] in ("python", "recnb")
+        )
+    )
 
 
 def run(line: str) -> str:
     """What a command of the documentation prints; it must end without an error."""
-    result = subprocess.run([sys.executable, *words_of(line)[1:]], cwd=ROOT, capture_output=True, text=True)
+    program, *rest = words_of(line)
+    words = ["-m", "recnb", *rest] if program == "recnb" else rest
+    result = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, f"{line}\n{result.stdout}\n{result.stderr}"
     return result.stdout
 

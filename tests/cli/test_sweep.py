@@ -1,10 +1,9 @@
-"""Batches of runs, and the notebook that compares them: recnb/cli/sweep.py, recnb/cli/notebook.py, 06_compare."""
+"""Batches of runs, and the notebook that compares them: recnb/cli/batch.py, recnb/cli/notebook.py, 06_compare."""
 
 import json
 import shlex
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import nbformat
@@ -13,7 +12,8 @@ import pytest
 import yaml
 from conftest import tiny_config
 
-from recnb.cli import notebook, sweep, train
+from recnb.cli import batch, notebook
+from recnb.cli.main import main
 from recnb.registry import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,16 +21,12 @@ TRAIN, COMPARE = ROOT / "notebooks" / "02_train.ipynb", ROOT / "notebooks" / "06
 
 
 @pytest.fixture
-def called(monkeypatch, capfd):
-    """A function that calls a script as the command line does: its exit code or message, and what it printed."""
+def called(capfd):
+    """A function that calls the command as a terminal does: its exit code, and what it printed."""
 
-    def call(module, *args):
-        monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, args)])
-        try:
-            code = module.main()
-        except SystemExit as end:
-            code = end.code
-        return code, capfd.readouterr().out
+    def call(*words):
+        code = main([*map(str, words)])
+        return code, "".join(capfd.readouterr())
 
     return call
 
@@ -47,12 +43,12 @@ def second_run(drawn, tmp_path_factory):
     """A run like the trained one with another margin, made without a notebook."""
     folder = tmp_path_factory.mktemp("second")
     config = tiny_config(drawn, folder / "tiny.yaml", {"Arch.Head.margin": 0.3})
-    assert train.main([str(config), "--run-dir", str(folder / "second")]) == 0
+    assert main(["train", str(config), "--run-dir", str(folder / "second")]) == 0
     return folder / "second"
 
 
 def test_grid_and_list_are_combined():
-    runs = sweep.expand(
+    runs = batch.expand(
         {
             "overrides": {"Global.epochs": 3},
             "grid": {"Arch.Head.margin": [0.1, 0.3], "Arch.Head.scale": [16]},
@@ -66,9 +62,9 @@ def test_grid_and_list_are_combined():
         "margin-0.3_learning_rate-0.001_image_shape-3-64-64",
     ]  # scale is the same in all
     assert runs["margin-0.3"] == {"Global.epochs": 3, "Arch.Head.margin": 0.3, "Arch.Head.scale": 16}
-    assert sweep.expand({}) == {"base": {}}
+    assert batch.expand({}) == {"base": {}}
     assert list(
-        sweep.expand(
+        batch.expand(
             {
                 "grid": {"Arch.Head.name": ["A", "B"], "Arch.Neck.name": ["C"]},
                 "list": [{"Arch.Backbone.name": "x/y"}, {}],
@@ -89,20 +85,20 @@ def test_grid_and_list_are_combined():
 )
 def test_what_cannot_be_meant_is_refused(content, message):
     with pytest.raises(ConfigError, match=message):
-        sweep.expand(content)
+        batch.expand(content)
 
 
 def test_the_example_is_sound_and_print_runs_nothing(called, tmp_path):
-    code, printed = called(sweep, "configs/sweeps/demo_margin.yaml", "--run-dir", tmp_path / "runs", "--print")
+    code, printed = called("sweep", "configs/sweeps/demo_margin.yaml", "--run-dir", tmp_path / "runs", "--print")
     lines = printed.splitlines()
     assert code == 0 and len(lines) == 6 and not (tmp_path / "runs").exists()
     for line in lines:
-        before, command = line.split(" && ")
-        assert shlex.split(before)[:2] == ["mkdir", "-p"] and subprocess.run(["bash", "-nc", line]).returncode == 0
-        words = shlex.split(command)
-        assert words[1:3] == ["-m", "papermill"] and Path(words[3]) == TRAIN
-        assert set(yaml.safe_load(words[words.index("-y") + 1])) == {"config", "run_dir", "overrides"}
-        assert Path(words[4]).parent == Path(shlex.split(before)[2])
+        words = shlex.split(line)
+        assert subprocess.run(["bash", "-nc", line]).returncode == 0
+        assert words[1:4] == ["-m", "recnb", "run"] and Path(words[4]) == TRAIN
+        given = yaml.safe_load(words[words.index("-y") + 1])
+        assert set(given) == {"config", "run_dir", "overrides"}
+        assert Path(words[words.index("--to") + 1]).parent == Path(given["run_dir"])
 
 
 @pytest.mark.parametrize(
@@ -116,16 +112,16 @@ def test_the_example_is_sound_and_print_runs_nothing(called, tmp_path):
 def test_a_batch_is_checked_before_anything_starts(drawn, tmp_path, content, message):
     path = batch_file(drawn, tmp_path, **content)
     with pytest.raises(ConfigError, match=message):
-        sweep.plan(str(path), None)
+        batch.plan(str(path))
     assert not (tmp_path / "runs").exists()
 
 
 def test_a_command_that_fails_stops_no_other(tmp_path, capfd):
     jobs = [
-        sweep.Job(name, tmp_path / name, {}, ["sh", "-c", text])
+        batch.Job(name, tmp_path / name, {}, ["sh", "-c", text])
         for name, text in (("first", "true"), ("second", "echo this is why; exit 3"), ("third", "true"))
     ]
-    sweep.Batch(jobs, 2).run()
+    batch.Batch(jobs, 2).run()
     assert [job.state for job in jobs] == ["done", "failed", "done"] and "this is why" in capfd.readouterr().out
 
 
@@ -140,7 +136,7 @@ def test_a_failing_run_keeps_its_notebook_and_the_others_go_on(called, drawn, tm
             {"DataLoader.Train.dataset.cls_label_path": str(tmp_path / "none.txt")},
         ],
     )
-    code, printed = called(sweep, path, "--jobs", 2)
+    code, printed = called("sweep", path, "--jobs", 2)
     assert code == 1
     states = {folder.name[:10]: (folder / "metrics.json").exists() for folder in (tmp_path / "runs").iterdir()}
     assert states == {"margin-0.1": True, "margin-0.3": True, "cls_label_": False}
@@ -161,24 +157,25 @@ def test_what_is_done_is_skipped_and_another_config_refused(
     first, second = tmp_path / "runs" / "margin-0.2", tmp_path / "runs" / "margin-0.3"
     shutil.copytree(trained_run, first)
     shutil.copytree(second_run, second)
-    assert [job.state for job in sweep.plan(str(path), None)] == ["done", "interrupted"]
+    assert [job.state for job in batch.plan(str(path))] == ["done", "interrupted"]
     (second / "gallery.html").touch()  # what the notebook writes last
-    monkeypatch.setattr(sweep.Batch, "run_one", lambda self, job: pytest.fail(f"{job.name} is run again"))
-    code, printed = called(sweep, path)
+    monkeypatch.setattr(batch.Batch, "run_one", lambda self, job: pytest.fail(f"{job.name} is run again"))
+    code, printed = called("sweep", path)
     assert code == 0 and "2 runs, 2 of them done before" in printed
     (first / "metrics.json").unlink()
-    assert [job.state for job in sweep.plan(str(path), None)] == ["interrupted", "done"]
+    assert [job.state for job in batch.plan(str(path))] == ["interrupted", "done"]
     content = yaml.safe_load(path.read_text())
     path.write_text(yaml.safe_dump({**content, "overrides": {"Global.epochs": 2, "Arch.Head.scale": 8}}))
     with pytest.raises(ConfigError, match=r"0.2 holds a run of another configuration \(Arch.Head.scale: 16 -> 8"):
-        sweep.plan(str(path), None)
+        batch.plan(str(path))
 
 
 def test_the_runs_are_compared(called, trained_run, second_run, tmp_path):
     executed, pair = tmp_path / "new" / "compare.ipynb", {"run": trained_run, "second": second_run}
     code, _ = called(
-        notebook,
+        "run",
         COMPARE,
+        "--to",
         executed,
         "-p",
         "run_dirs",
@@ -204,8 +201,9 @@ def test_the_runs_are_compared(called, trained_run, second_run, tmp_path):
 @pytest.mark.slow
 def test_a_single_run_is_a_leaderboard_of_one(called, trained_run, tmp_path):
     code, _ = called(
-        notebook,
+        "run",
         COMPARE,
+        "--to",
         tmp_path / "compare.ipynb",
         "-y",
         json.dumps({"run_dirs": [str(trained_run)], "pattern": "", "out_dir": str(tmp_path)}),
@@ -214,17 +212,22 @@ def test_a_single_run_is_a_leaderboard_of_one(called, trained_run, tmp_path):
 
 
 def test_unknown_parameters_and_wrong_types_are_refused(called, tmp_path):
-    code, _ = called(notebook, TRAIN, tmp_path / "x" / "out.ipynb", "-p", "overide", "{}")
-    assert "there is no parameter 'overide'; did you mean 'overrides'?" in code
+    for words, message in (
+        (["-p", "overide", "{}"], "there is no parameter 'overide'; did you mean 'overrides'?"),
+        (["-p", "overrides", "[1]"], "overrides: [1] is a list, not dict"),
+        (["-y", "{overrides: {Global.epoch: 1}}"], "Global.epoch: there is no such key; did you mean 'epochs'?"),
+        (["-p", "config", "configs/dmo.yaml"], "there is no such file; did you mean 'demo.yaml'?"),
+        (["-p", "overrides", "{"], "a parameter is no YAML"),
+    ):
+        code, printed = called("run", "02_train", "--to", tmp_path / "x" / "out.ipynb", *words)
+        assert code == 2 and message in printed and printed.startswith("error: ") and printed.count("\n") == 1
     assert not (tmp_path / "x").exists()
-    code, _ = called(notebook, TRAIN, tmp_path / "out.ipynb", "-p", "overrides", "[1]")
-    assert "overrides: [1] is a list, not dict" in code
-    with pytest.raises(ConfigError, match=r"there is no such notebook; did you mean '02_train.ipynb'"):
-        notebook.check(ROOT / "notebooks" / "02_trian.ipynb", {})
+    with pytest.raises(ConfigError, match=r"there is no such notebook; did you mean '02_train'"):
+        notebook.find(ROOT / "notebooks" / "02_trian.ipynb")
 
 
 def test_values_arrive_as_they_were_meant(tmp_path):
-    given = notebook.parameters_of(TRAIN, [["run_dir", "1e-3"], ["overrides", "{a.b: 1e-5, c.d: 'yes'}"]], "")
-    assert given == {"run_dir": "1e-3", "overrides": {"a.b": 1e-5, "c.d": "yes"}}
-    words = notebook.papermill_command(TRAIN, tmp_path / "out.ipynb", given)
+    given = notebook.parameters_of(TRAIN, [("run_dir", "1e-3"), ("overrides", "{Optimizer.lr.learning_rate: 1e-5}")])
+    assert given == {"run_dir": "1e-3", "overrides": {"Optimizer.lr.learning_rate": 1e-5}}
+    words = batch.command_of(tmp_path, given)
     assert yaml.safe_load(words[words.index("-y") + 1]) == given
