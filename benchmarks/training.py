@@ -39,7 +39,7 @@ from recnb.recipe.learner import build_learner
 from recnb.recipe.model import build_model
 from recnb.recipe.optimizer import build_optimizer
 from recnb.recipe.schema import load_config
-from recnb.training.learner import FastaiLoader
+from recnb.training.adaptor import FastaiLoader
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 MODEL = {

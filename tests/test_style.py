@@ -29,7 +29,7 @@ ROWS = [
 ]  # a folder imports those in lower rows only
 READS_YAML = {"recipe", "runs", "deploy", "cli"}
 ONLY = {
-    "fastai": {"learner"},
+    "fastai": {"adaptor"},
     "timm": {"backbones", "cutting"},
     "faiss": {"search"},
     "ipywidgets": {"figure", "page", "widget"},

@@ -22,9 +22,8 @@ from recnb.recipe.resolved import check_same, resolved
 from recnb.recipe.schema import EMA, architectures, items, lookup
 from recnb.registry import ConfigError
 from recnb.storage import resolve
-from recnb.training.callbacks import Plan
-from recnb.training.fit import fit_config
 from recnb.training.learner import RetrievalLearner
+from recnb.training.plan import Keeping, Plan, Schedule, Watching
 
 
 def build_learner(cfg: dict, model: nn.Module, loaders: Loaders, run_dir: str | Path) -> RetrievalLearner:
@@ -53,9 +52,9 @@ def build_learner(cfg: dict, model: nn.Module, loaders: Loaders, run_dir: str | 
         path=run_dir,
         splitter=partial(parameter_groups, cfg),
         mix=mix,
+        plan=plan,
     )
     learn.create_opt()  # what no optimizer would train is found now
-    learn.fit_config = partial(fit_config, learn, plan)
     return learn
 
 
@@ -83,25 +82,29 @@ def build_plan(cfg: dict, loaders: Loaders, folder: Path) -> Plan:
     steps = -(-len(loaders.train) // settings["update_freq"])
     config = json.dumps(resolved(cfg))
     return Plan(
-        settings["epochs"],
-        build_schedules(cfg, steps),
-        folder,
-        config,
-        partial(check_same, json.loads(config)),
-        checkpoint,
-        settings["eval_interval"] if settings["eval_during_train"] else 0,
-        settings["save_interval"],
-        settings["print_batch_step"],
-        settings["use_visualdl"],
-        settings["start_eval_epoch"],
-        settings["update_freq"],
-        None if ema is None else ema.get("decay", EMA["decay"]),
-        half,
-        settings["save_steps"],
-        settings["keep_checkpoints"],
-        settings["on_nonfinite"] == "skip",
-        settings["seed"],
-        device_count(settings["devices"]),
+        folder=folder,
+        schedule=Schedule(
+            epochs=settings["epochs"],
+            rates=build_schedules(cfg, steps),
+            update_freq=settings["update_freq"],
+            decay=None if ema is None else ema.get("decay", EMA["decay"]),
+            half=half,
+            skip_nonfinite=settings["on_nonfinite"] == "skip",
+        ),
+        keeping=Keeping(
+            config=config,
+            check_same=partial(check_same, json.loads(config)),
+            checkpoint=checkpoint,
+            **{key: settings[key] for key in ("save_interval", "save_steps", "keep_checkpoints")},
+        ),
+        evaluation=Watching(
+            interval=settings["eval_interval"] if settings["eval_during_train"] else 0,
+            first=settings["start_eval_epoch"],
+        ),
+        log_interval=settings["print_batch_step"],
+        scalars=settings["use_visualdl"],
+        seed=settings["seed"],
+        devices=device_count(settings["devices"]),
     )
 
 

@@ -6,7 +6,8 @@ __getattr__, __dir__, __all__ = lazily(
     __name__,
     {
         "learner": "RetrievalLearner",
-        "callbacks": "Plan History",
+        "plan": "Plan Schedule Keeping Watching FitState",
+        "callbacks": "RetrievalEvaluation History",
         "fit": "fit_config",
         "optim": "OPTIMIZERS",
         "schedules": "SCHEDULES",

@@ -1,44 +1,82 @@
-"""The callbacks of a schedule: learning rates, the history, the pace and its bottleneck, scalars for a dashboard."""
+"""The callbacks of a learner and of a plan: labels for the head, evaluation, learning rates, the history, the pace."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 
 import pandas as pd
 import torch
+from torch import Tensor
 
-from recnb.distributed.processes import averaged, first_does, ranks
+from recnb.data.loaders import Loaders, over
+from recnb.distributed.processes import averaged, first_does, joined, ranks
 from recnb.storage import replacing
-from recnb.training.learner import Callback, CancelValidException, ValueMetric
+from recnb.training.adaptor import Callback, CancelValidException, ValueMetric
+from recnb.training.evaluation import embed
+from recnb.training.plan import FitState, Plan
 
 
-@dataclass
-class Plan:
-    """What `fit_config` does: how long, at which learning rates, and what it evaluates and keeps, where."""
+class PassLabels(Callback):
+    """Gives the head its labels while training (or where a loss needs logits), and each epoch its draw."""
 
-    epochs: int
-    schedules: list[Callable]  # one for each optimizer, from the optimizer's steps so far and the metric's values
-    folder: Path
-    config: str = "{}"  # the configuration as JSON text, kept in the checkpoint
-    check_same: Callable = lambda theirs, path: None  # raises ConfigError for a checkpoint of another configuration
-    checkpoint: Path | None = None  # to resume from where the folder holds none
-    eval_interval: int = 1  # 0: no evaluation while training
-    save_interval: int = 1
-    log_interval: int = 10
-    scalars: bool = False
-    first_evaluation: int = 0  # the epochs before it are not evaluated
-    update_freq: int = 1  # batches to one step of the optimizer
-    decay: float | None = None  # of the moving average of the weights
-    half: torch.dtype | None = None  # with float16, losses are scaled
-    save_steps: int | None = None
-    keep_checkpoints: int | None = None
-    skip_nonfinite: bool = False
-    seed: int = 0
-    devices: int = 1
+    def before_train(self):
+        self.loss_func.train()
+        sampler = getattr(self.dl.loader, "batch_sampler", None)
+        if hasattr(sampler, "set_epoch"):
+            sampler.set_epoch(self.epoch)
+
+    def before_validate(self):
+        self.loss_func.eval()
+
+    def before_batch(self):
+        if self.training and self.learn.mix is not None:
+            x, y = self.learn.mix(*self.xb, *self.yb)
+            self.learn.xb, self.learn.yb = (x,), (y,)
+        if self.training or getattr(self.loss_func.eval_loss, "needs_logits", False):
+            self.learn.xb = (*self.xb, *self.yb)
+
+    def after_loss(self):
+        if hasattr(self.learn, "gather_preds"):  # get_preds gives embeddings
+            self.learn.pred = self.pred["features"]
+
+
+class RetrievalEvaluation(Callback):
+    """Gathers the features of the validation loader, or what else is judged, and leaves the metrics as `result`."""
+
+    result: dict[str, float]
+
+    def __init__(self, loaders: Loaders, judged: Callable):
+        self.query, self.gallery, self.judged, self.result = loaders.query.dataset, loaders.gallery.dataset, judged, {}
+        self.reads = getattr(judged, "reads", itemgetter("features"))
+
+    def before_validate(self):
+        self.features, self.result = [], {}
+
+    def after_pred(self):
+        if not self.training:
+            self.features.append(self.reads(self.pred).detach().float().cpu())
+
+    def after_validate(self):
+        features = joined(torch.cat(self.features)) if self.features else torch.empty(0)
+        self.features = []
+        if len(features) == len(self.query) + (self.query is not self.gallery) * len(self.gallery):
+            self.result = self.judged(
+                features[: len(self.query)],
+                features[-len(self.gallery) :],
+                self.query,
+                self.gallery,
+                self.training_features,
+            )
+
+    def training_features(self) -> Tensor:
+        """The features (N, D) of the training images, seen as queries are, for post-processing fitted on them."""
+        images = replace(self.dls.train.dataset, transform=self.query.transform)
+        return embed(self.learn.model, over(self.learn.loaders.query, images))
 
 
 def write_row(write: Callable, row: list) -> None:
@@ -56,10 +94,8 @@ def write_row(write: Callable, row: list) -> None:
 class FollowPlan(Callback):
     """Sets the learning rate of every step, leaves out evaluations between intervals, writes a line each few steps."""
 
-    order = 70  # behind the progress bar's callback, whose table is written to
-
-    def __init__(self, plan: Plan):
-        self.plan = plan
+    def __init__(self, plan: Plan, state: FitState):
+        self.plan, self.state = plan, state
 
     def before_fit(self):
         self.learn.train_iter = self.first_epoch * len(self.dls.train) + self.first_batch
@@ -70,19 +106,20 @@ class FollowPlan(Callback):
 
     def before_batch(self):
         if self.training:
-            steps = -(-self.n_iter // self.plan.update_freq)
-            self.rates = self.at(self.epoch * steps + self.iter // self.plan.update_freq)
+            batches = self.plan.schedule.update_freq
+            steps = -(-self.n_iter // batches)
+            self.state.rates = self.at(self.epoch * steps + self.iter // batches)
             for group in self.opt.opt.param_groups:
-                group["lr"] = self.rates[group["entry"]] * group["lr_scale"]
+                group["lr"] = self.state.rates[group["entry"]] * group["lr_scale"]
 
     def at(self, step: int) -> list[float]:
         """The learning rate of each optimizer."""
-        values = [row[self.learn.names[0]] for row in self.history.rows if self.learn.names[0] in row]
-        return [schedule(step, values) for schedule in self.plan.schedules]
+        values = [row[self.learn.names[0]] for row in self.state.rows if self.learn.names[0] in row]
+        return [rate(step, values) for rate in self.plan.schedule.rates]
 
     def before_validate(self):
-        interval, epoch = self.plan.eval_interval, self.epoch + 1
-        due = interval and epoch % interval == 0 and epoch >= self.plan.first_evaluation
+        interval, epoch = self.plan.evaluation.interval, self.epoch + 1
+        due = interval and epoch % interval == 0 and epoch >= self.plan.evaluation.first
         if not due and not (interval and epoch == self.n_epoch):
             raise CancelValidException
 
@@ -98,17 +135,21 @@ class FollowPlan(Callback):
         with (self.plan.folder / "train.log").open("a") as log:
             log.write(
                 f"{time.strftime('%H:%M:%S')} epoch {self.epoch + 1}/{self.n_epoch} step {self.iter + 1}/"
-                f"{self.n_iter} lr {self.rates[0]:.6g} loss {loss:.5f} ({words})\n"
+                f"{self.n_iter} lr {self.state.rates[0]:.6g} loss {loss:.5f} ({words})\n"
             )
 
 
 class History(Callback):
     """One row an epoch: learning rate, training loss and its terms, evaluation loss, metrics; kept as history.csv."""
 
-    order = 45
-
-    def __init__(self, plan: Plan, on_epoch: Callable[[], object] | None = None):
-        self.plan, self.on_epoch, self.rows, self.best, self.sums = plan, on_epoch, [], {}, {}
+    def __init__(
+        self,
+        folder: Path,
+        state: FitState,
+        evaluation: RetrievalEvaluation | None,
+        on_epoch: Callable[[], object] | None = None,
+    ):
+        self.folder, self.state, self.evaluation, self.on_epoch = folder, state, evaluation, on_epoch
 
     def before_fit(self):  # so that the live table has a column for each term
         self.shown = [ValueMetric(partial(self.mean, name), name) for name in self.loss_func.train_loss.names]
@@ -118,44 +159,40 @@ class History(Callback):
         self.learn.metrics = [metric for metric in self.learn.metrics if metric not in self.shown]
 
     def mean(self, name: str) -> float:
-        return (self.sums[name] / self.count).item() if self.count else float("nan")
+        return (self.state.sums[name] / self.state.count).item() if self.state.count else float("nan")
 
     def before_train(self):
-        self.sums, self.count = {}, 0
+        self.state.sums, self.state.count = {}, 0
 
     def after_train(self):
-        self.join()
-
-    def join(self):
-        """The sums become those of all processes, whose losses of single images are of their own."""
-        if self.sums and ranks()[1] > 1:
-            self.sums = dict(zip(self.sums, averaged(torch.stack([*self.sums.values()])).unbind(), strict=True))
+        self.state.join()
 
     def after_batch(self):
-        if self.training and not self.guard.skipped:
-            self.count += 1
+        if self.training and not self.state.skipped:
+            self.state.count += 1
             for name, value in (("train_loss", self.loss.detach()), *self.loss_func.train_loss.terms.items()):
-                self.sums[name] = self.sums.get(name, 0) + value
+                self.state.sums[name] = self.state.sums.get(name, 0) + value
 
     def after_epoch(self):
         if self.recorder.cancel_valid:  # keeps the columns of the live table in step
             self.recorder.log += [float("nan"), *(metric.value for metric in self.learn.metrics)]
-        row = {"epoch": self.epoch + 1, "lr": self.follow_plan.rates[0], **{k: self.mean(k) for k in self.sums}}
-        evaluation = getattr(self.learn, "retrieval_evaluation", None)
-        if evaluation and evaluation.result:
+        state, metrics = self.state, self.evaluation.result if self.evaluation else {}
+        row = {"epoch": self.epoch + 1, "lr": state.rates[0], **{name: self.mean(name) for name in state.sums}}
+        if metrics:
             loss = self.recorder.loss.value
             row |= {"valid_loss": loss.item()} if loss is not None and loss.isfinite() else {}
-            row |= evaluation.result
-            if not self.best or row[self.learn.names[0]] >= self.best["value"]:
-                self.best = {"epoch": self.epoch + 1, "value": row[self.learn.names[0]]}
-        self.rows.append(row)
+            row |= metrics
+            value = metrics[self.learn.names[0]]
+            if not state.best or value >= state.best["value"]:
+                state.best = {"epoch": self.epoch + 1, "value": value}
+        state.rows.append(row)
         first_does(self.write)
         if self.on_epoch:
             self.on_epoch()
 
     def write(self):
-        with replacing(self.plan.folder / "history.csv") as path:
-            pd.DataFrame(self.rows).to_csv(path, index=False)
+        with replacing(self.folder / "history.csv") as path:
+            pd.DataFrame(self.state.rows).to_csv(path, index=False)
 
 
 class Pace(Callback):
@@ -163,8 +200,6 @@ class Pace(Callback):
 
     A loader that is faster than the model has its next batch ready: the model waits only where the loader is slower.
     """
-
-    order = 80
 
     def __init__(self):
         self.images, self.seconds, self.waited = 0, 0.0, 0.0
@@ -197,12 +232,10 @@ class Pace(Callback):
 class Scalars(Callback):
     """Writes each step's loss terms and each epoch's metrics for visualdl."""
 
-    order = 95
-
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, state: FitState):
         from visualdl import LogWriter
 
-        self.writer = LogWriter(logdir=str(folder))
+        self.writer, self.state = LogWriter(logdir=str(folder)), state
 
     def after_batch(self):
         if self.training:
@@ -210,5 +243,5 @@ class Scalars(Callback):
                 self.writer.add_scalar(f"train_{name}", value.item(), self.train_iter)
 
     def after_epoch(self):
-        for name, value in self.history.rows[-1].items():
+        for name, value in self.state.rows[-1].items():
             self.writer.add_scalar(f"epoch_{name}", value, self.epoch + 1)

@@ -20,35 +20,36 @@ from recnb.distributed.processes import anywhere, ranks
 from recnb.distributed.rows import collect, sharded_weights, split
 from recnb.registry import ConfigError
 from recnb.storage import link_or_copy, replacing
-from recnb.training.guard import TrainingError
-from recnb.training.learner import Callback, RetrievalLearner
+from recnb.training.adaptor import Callback, Learner
+from recnb.training.guard import TrainingError, Wish
+from recnb.training.plan import FitState, Keeping
 
 
 class Checkpoints(Callback):
     """Everything needed to go on, after each epoch and every `save_steps` batches, and apart the best epoch's weights.
 
-    `epoch_N.pt` is kept every `save_interval` epochs, the last `keep` of them. `wish` says when to save and stop.
+    `epoch_N.pt` is kept every `save_interval` epochs, the last `keep_checkpoints` of them.
+
+    Args:
+        folder: Where they are kept.
+        keeping: What is kept, and how often.
+        update_freq: How many batches a step of the optimizer has: nothing is saved in the middle of one.
+        state: What the callbacks of this fit share.
+        judged: The module that is evaluated, whose weights are the best epoch's.
+        wish: Says when to save and stop.
     """
 
-    order = 90  # behind everything whose state is kept
-
     def __init__(
-        self,
-        folder: Path,
-        recipe: str,
-        save_interval: int = 1,
-        save_steps: int | None = None,
-        keep: int | None = None,
-        wish=None,
+        self, folder: Path, keeping: Keeping, update_freq: int, state: FitState, judged: nn.Module, wish: Wish
     ):
-        self.folder, self.recipe, self.save_interval, self.keep = folder, recipe, save_interval, keep
-        self.save_steps, self.wish, self.restored = save_steps, wish, None
+        self.folder, self.keeping, self.update_freq = folder, keeping, update_freq
+        self.state, self.judged, self.wish, self.restored = state, judged, wish, None
 
     def before_train(self):
         self.since = 0
         if self.restored:  # only now, since whatever ran before may have drawn on the generators
             if self.restored["batch"]:
-                self.history.sums, self.history.count = self.restored["sums"], self.restored["count"]
+                self.state.sums, self.state.count = self.restored["sums"], self.restored["count"]
             set_random_state(self.restored["rng"])
             self.restored = None
 
@@ -56,23 +57,23 @@ class Checkpoints(Callback):
         if not self.training:
             return
         self.since, step = self.since + 1, self.iter + 1
-        whole = step % self.history.plan.update_freq == 0 or step == self.n_iter  # no gradients are waiting
+        whole = step % self.update_freq == 0 or step == self.n_iter  # no gradients are waiting
         asked = anywhere(self.wish.asked, self.loss.device)
-        if whole and (asked or (self.save_steps and self.since >= self.save_steps)):
+        if whole and (asked or (self.keeping.save_steps and self.since >= self.keeping.save_steps)):
             self.since = 0
             self.save(self.epoch, step)
             self.stop_if(asked, f"epoch {self.epoch + 1} step {step}")
 
     def after_epoch(self):
-        epoch = self.epoch + 1
+        epoch, interval, last = self.epoch + 1, self.keeping.save_interval, self.keeping.keep_checkpoints
         self.save(epoch, 0)
-        if self.history.best.get("epoch") == epoch:
+        if self.state.best.get("epoch") == epoch:
             self.save_best()
-        if self.save_interval > 0 and epoch % self.save_interval == 0 and ranks()[0] == 0:
+        if interval > 0 and epoch % interval == 0 and ranks()[0] == 0:
             kept = self.folder / f"epoch_{epoch}.pt"
             link_or_copy(self.folder / "latest.pt", kept)  # `latest` is replaced, never rewritten: a link is a copy
             numbered = sorted(self.folder.glob("epoch_*.pt"), key=lambda path: int(path.stem.split("_")[1]))
-            for path in numbered[: -self.keep] if self.keep else ():
+            for path in numbered[:-last] if last else ():
                 path.unlink()
         if epoch < self.n_epoch:
             self.stop_if(anywhere(self.wish.asked, self.dls.device), f"epoch {epoch}")
@@ -84,19 +85,19 @@ class Checkpoints(Callback):
     def save(self, epoch: int, batch: int) -> None:
         """Write latest.pt: `epoch` epochs are done, and `batch` batches of the next."""
         model, optimizer = whole_states(self.model, self.opt)
-        self.history.join()  # every process goes on from the first one's
+        self.state.join()  # every process goes on from the first one's
         state = {
             "model": model,
             "loss": self.loss_func.train_loss.state_dict(),
             "optimizer": optimizer,
             "epoch": epoch,
             "batch": batch,
-            "history": self.history.rows,
-            "best": self.history.best,
-            "config": self.recipe,
+            "history": self.state.rows,
+            "best": self.state.best,
+            "config": self.keeping.config,
             "rng": random_states(),
-            "sums": self.history.sums,
-            "count": self.history.count,
+            "sums": self.state.sums,
+            "count": self.state.count,
             "callbacks": {cb.name: cb.state_dict() for cb in self.learn.cbs if hasattr(type(cb), "state_dict")},
         }
         path = self.folder / "latest.pt"
@@ -110,9 +111,7 @@ class Checkpoints(Callback):
             raise TrainingError(f"{path}: the checkpoint cannot be written, {intact} ({error})") from error
 
     def save_best(self) -> None:
-        average = getattr(self.learn, "moving_average", None)
-        judged = self.model if average is None else average.average.module
-        save_weights(whole_states(judged)[0], self.folder / "best.safetensors")
+        save_weights(whole_states(self.judged)[0], self.folder / "best.safetensors")
 
 
 def save_weights(state: dict[str, torch.Tensor], path: Path) -> None:
@@ -148,18 +147,19 @@ def set_random_state(states: list[dict] | dict) -> None:
         torch.cuda.set_rng_state_all(states[rank]["cuda"])
 
 
-def resume(learn: RetrievalLearner, callbacks: list[Callback], path: Path, check_same: Callable) -> None:
-    """Give the learner and the callbacks the state of the checkpoint `path`, to go on from there.
+def resume(learn: Learner, callbacks: list[Callback], checkpoints: Checkpoints, path: Path) -> None:
+    """Give the learner, the callbacks and their common state what the checkpoint `path` holds, to go on from there.
 
-    `check_same(theirs, path)` raises ConfigError where the checkpoint's configuration is another than this run's.
+    Raises:
+        ConfigError: The file is no checkpoint, is damaged, or belongs to another configuration.
     """
-    history, checkpoints = (next(cb for cb in callbacks if cb.name == name) for name in ("history", "checkpoints"))
+    ours = checkpoints.state
     try:
         state = torch.load(path, "cpu", weights_only=True)
         theirs = json.loads(state["config"])
     except Exception as error:  # torch raises whatever its unpickler meets
         raise ConfigError(f"{path} is not a checkpoint of a run: {error}") from error
-    check_same(theirs, path)
+    checkpoints.keeping.check_same(theirs, path)
     try:
         learn.model.load_state_dict(split(state["model"], sharded_weights(learn.model)))
         learn.loss_func.train_loss.load_state_dict(state["loss"])
@@ -171,15 +171,14 @@ def resume(learn: RetrievalLearner, callbacks: list[Callback], path: Path, check
             f"{path}: its content does not fit its own configuration, so it has been changed or is "
             f"damaged ({error}); take an earlier checkpoint, or delete it to begin anew"
         ) from error
-    history.rows, history.best, checkpoints.restored = state["history"], state["best"], state
+    ours.rows, ours.best, checkpoints.restored = state["history"], state["best"], state
     learn.first_epoch, learn.first_batch = state["epoch"], state["batch"]
-    best, kept = history.best.get("epoch"), checkpoints.folder / "best.safetensors"
+    best = ours.best.get("epoch")
     if best == state["epoch"] and not state["batch"]:  # the process may have ended before they were written
-        average = next((cb.average.module for cb in callbacks if cb.name == "moving_average"), learn.model)
-        save_weights(whole_states(average)[0], kept)
-    elif best and not kept.exists():  # a checkpoint from another folder
+        checkpoints.save_best()
+    elif best and not (checkpoints.folder / "best.safetensors").exists():  # a checkpoint from another folder
         print(f"the best epoch so far, {best}, is not in {checkpoints.folder}: the best is found anew")
-        history.best = {}
+        ours.best = {}
 
 
 def whole_states(model: nn.Module, optimizer=None) -> tuple[dict, dict | None]:
@@ -188,7 +187,7 @@ def whole_states(model: nn.Module, optimizer=None) -> tuple[dict, dict | None]:
     return state, optimizer and with_rows(model, optimizer.opt, optimizer.state_dict(), collect)
 
 
-def load_optimizer(learn: RetrievalLearner, state: dict) -> None:
+def load_optimizer(learn: Learner, state: dict) -> None:
     """The learner's optimizer goes on from a state, of which sharded weights take their share."""
     learn.opt.load_state_dict(with_rows(learn.model, learn.opt.opt, state, split))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file
@@ -16,50 +17,62 @@ from recnb.data.lists import save_dropped, save_label_map
 from recnb.distributed.processes import first_does, launch, ranks
 from recnb.distributed.rows import sharded_weights, split
 from recnb.storage import locked
-from recnb.training.callbacks import FollowPlan, History, Pace, Plan, Scalars
+from recnb.training.adaptor import Callback, ProgressCallback, in_order
+from recnb.training.callbacks import FollowPlan, History, Pace, Scalars
 from recnb.training.checkpoints import Checkpoints, resume, save_weights, whole_states
 from recnb.training.guard import Guard, Wish, explained, stoppable
-from recnb.training.learner import Callback, RetrievalLearner
+from recnb.training.plan import FitState, Plan
 from recnb.training.steps import Accumulate, MovingAverage, ScaleLoss, Together
+
+if TYPE_CHECKING:
+    from recnb.training.learner import RetrievalLearner
 
 
 def fit_config(learn: RetrievalLearner, plan: Plan, on_epoch: Callable[[], object] | None = None) -> None:
-    """Run the plan, going on behind the last checkpoint where the run folder holds one.
-
-    `on_epoch()` is called after each epoch, when its row stands in history.csv: to draw the curves anew.
-    """
+    """Do what `learn.fit_config` says: run the plan here, or have it run by as many processes as it asks for."""
     if plan.devices > 1 and ranks()[1] == 1:
         return fit_elsewhere(learn, plan, on_epoch)
-    first = ranks()[0] == 0
+    first, state = ranks()[0] == 0, FitState()
     with locked(plan.folder) if first else contextlib.nullcontext(), stoppable() as wish, explained(learn):
         first_does(save_label_map, learn.loaders.train.dataset, plan.folder / "labels.csv")
         if learn.loaders.dropped:
             first_does(save_dropped, learn.loaders.dropped, plan.folder / "dropped.csv")
-        history, kept, pace = History(plan, on_epoch), plan.folder / "checkpoints", Pace()
-        callbacks = build_callbacks(learn, plan, history, pace, wish)
+        callbacks = build_callbacks(learn, plan, state, wish, on_epoch)
         learn.create_opt()
-        latest = kept / "latest.pt" if (kept / "latest.pt").exists() else plan.checkpoint
-        if latest:
-            resume(learn, callbacks, latest, plan.check_same)
-            inside = f" and step {learn.first_batch} of the next" * bool(learn.first_batch)
-            print(f"resuming behind epoch {learn.first_epoch} of {plan.epochs}{inside}")
-        else:
-            torch.manual_seed(plan.seed + ranks()[0])  # of dropout and of blended batches
+        begin(learn, plan, callbacks)
         try:
-            learn.fit(plan.epochs, lr=plan.schedules[0](0), cbs=callbacks)
+            learn.fit(plan.schedule.epochs, lr=plan.schedule.rates[0](0), cbs=callbacks)
         finally:
             learn.first_epoch = learn.first_batch = 0
             learn.loaders.stop_workers()
-        if history.best:
-            first_does(len, "")  # the file is whole
-            learn.model.load_state_dict(split(load_file(kept / "best.safetensors"), sharded_weights(learn.model)))
-            name, value = learn.names[0], history.best["value"]
-            print(f"the model holds the weights of epoch {history.best['epoch']}, the best by {name} ({value:.4f})")
-        elif plan.decay:
-            next(cb for cb in callbacks if isinstance(cb, MovingAverage)).swap()
-        save_weights(whole_states(learn.model)[0], plan.folder / "model.safetensors")
-        if pace.images:
+        keep(learn, plan, state, first_of(MovingAverage, callbacks))
+        if (pace := first_of(Pace, callbacks)).images:
             print(pace)
+
+
+def begin(learn: RetrievalLearner, plan: Plan, callbacks: list[Callback]) -> None:
+    """Go on from the last checkpoint, of the run folder or else of the plan, or begin at the plan's seed."""
+    latest = plan.folder / "checkpoints" / "latest.pt"
+    latest = latest if latest.exists() else plan.keeping.checkpoint
+    if latest:
+        resume(learn, callbacks, first_of(Checkpoints, callbacks), latest)
+        inside = f" and step {learn.first_batch} of the next" if learn.first_batch else ""
+        print(f"resuming behind epoch {learn.first_epoch} of {plan.schedule.epochs}{inside}")
+    else:
+        torch.manual_seed(plan.seed + ranks()[0])  # of dropout and of blended batches
+
+
+def keep(learn: RetrievalLearner, plan: Plan, state: FitState, average: MovingAverage | None) -> None:
+    """Give the model the weights of the best epoch, or where none was evaluated the last ones, and save it."""
+    if state.best:
+        first_does(len, "")  # the file is whole
+        best = load_file(plan.folder / "checkpoints" / "best.safetensors")
+        learn.model.load_state_dict(split(best, sharded_weights(learn.model)))
+        name, value = learn.names[0], state.best["value"]
+        print(f"the model holds the weights of epoch {state.best['epoch']}, the best by {name} ({value:.4f})")
+    elif average:
+        average.swap()
+    save_weights(whole_states(learn.model)[0], plan.folder / "model.safetensors")
 
 
 def fit_elsewhere(learn: RetrievalLearner, plan: Plan, on_epoch: Callable[[], object] | None) -> None:
@@ -74,14 +87,35 @@ def fit_elsewhere(learn: RetrievalLearner, plan: Plan, on_epoch: Callable[[], ob
     learn.model.load_state_dict(load_file(plan.folder / "model.safetensors"))
 
 
-def build_callbacks(learn: RetrievalLearner, plan: Plan, history: History, pace: Pace, wish: Wish) -> list[Callback]:
-    """What fit_config adds to the learner while it runs."""
-    folder = plan.folder / "checkpoints"
-    kept = Checkpoints(folder, plan.config, plan.save_interval, plan.save_steps, plan.keep_checkpoints, wish)
-    callbacks = [FollowPlan(plan), history, pace, kept, Guard(plan.skip_nonfinite, plan.half != torch.float16)]
-    callbacks += [Together()] if ranks()[1] > 1 else []
-    callbacks += [Accumulate(plan.update_freq)] if plan.update_freq > 1 else []
-    callbacks += [ScaleLoss(learn.dls.device)] if plan.half == torch.float16 else []
-    callbacks += [MovingAverage(learn.model, plan.decay)] if plan.decay else []
-    callbacks += [Scalars(plan.folder / "vdl")] if plan.scalars else []
-    return callbacks
+def build_callbacks(
+    learn: RetrievalLearner, plan: Plan, state: FitState, wish: Wish, on_epoch: Callable[[], object] | None
+) -> list[Callback]:
+    """Return what a fit adds to the learner, in the order in which every event reaches it.
+
+    Behind a batch gradients are summed, averaged over processes, looked through for what has no value, scaled back and
+    used, and then the weights are averaged. Checkpoints come behind everything whose state they keep.
+    """
+    schedule = plan.schedule
+    several, scaled = ranks()[1] > 1, schedule.half == torch.float16
+    average = MovingAverage(learn.model, schedule.decay) if schedule.decay else None
+    judged = average.average.module if average else learn.model
+    before_recorder = [
+        Accumulate(schedule.update_freq) if schedule.update_freq > 1 else None,
+        Together() if several else None,
+        Guard(schedule.skip_nonfinite, not scaled, state),  # ScaleLoss looks for gradients that overflow itself
+        ScaleLoss(learn.dls.device) if scaled else None,
+        average,
+        History(plan.folder, state, learn.evaluation, on_epoch),  # adds columns to the recorder's table
+    ]
+    behind_progress = [  # whose table FollowPlan writes to
+        FollowPlan(plan, state),
+        Pace(),
+        Checkpoints(plan.folder / "checkpoints", plan.keeping, schedule.update_freq, state, judged, wish),
+        Scalars(plan.folder / "vdl", state) if plan.scalars else None,
+    ]
+    return in_order(before_recorder, 0) + in_order(behind_progress, ProgressCallback.order + 1)
+
+
+def first_of(kind: type, callbacks: list[Callback]):
+    """Return the callback of a kind, None where there is none."""
+    return next((callback for callback in callbacks if isinstance(callback, kind)), None)

@@ -14,7 +14,8 @@ from contextlib import contextmanager
 import torch
 
 from recnb.distributed.processes import anywhere
-from recnb.training.learner import Callback, CancelBatchException, RetrievalLearner
+from recnb.training.adaptor import Callback, CancelBatchException, Learner
+from recnb.training.plan import FitState
 
 NO_MEMORY = re.compile(r"out of memory|can't allocate memory|Cannot allocate memory", re.IGNORECASE)
 
@@ -26,13 +27,11 @@ class TrainingError(RuntimeError):
 class Guard(Callback):
     """Stops before the step that a loss or a gradient without a value would make, or leaves that step out."""
 
-    order = 9  # behind Accumulate, before ScaleLoss, which looks for gradients that overflow itself
-
-    def __init__(self, skip: bool, check_gradients: bool):
-        self.skip, self.check_gradients, self.skipped, self.count = skip, check_gradients, False, 0
+    def __init__(self, skip: bool, check_gradients: bool, state: FitState):
+        self.skip, self.check_gradients, self.state = skip, check_gradients, state
 
     def before_batch(self):
-        self.skipped = False
+        self.state.skipped = False
 
     def after_loss(self):
         if self.training and anywhere(not self.loss.isfinite(), self.loss.device):
@@ -62,14 +61,14 @@ class Guard(Callback):
                 f"{where}{why}. The last checkpoint is as it was. Lower the learning rate, lengthen "
                 "the warm-up, clip with Optimizer.clip_norm, or set Global.on_nonfinite: skip"
             )
-        self.count, self.skipped = self.count + 1, True
+        self.state.skipped = True
         print(f"{where}: step left out")
         self.opt.zero_grad()
         raise CancelBatchException
 
 
 @contextmanager
-def explained(learn: RetrievalLearner) -> Iterator[None]:
+def explained(learn: Learner) -> Iterator[None]:
     """Errors of memory and of dead workers leave the block as a TrainingError that says what to change."""
     try:
         yield

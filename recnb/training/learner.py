@@ -1,100 +1,36 @@
 """The fastai Learner for retrieval: labels reach the head, evaluation retrieves, and everything of fastai still works.
 
-Data loaders are plain torch ones behind a small adaptor, since fastai's own would drop the P x K batches. The head's
+The head's
 weights live in the model, so they are optimised, frozen, saved and distributed with it. `learn.fit`, `fit_one_cycle`,
-`lr_find`, `freeze`, `validate`, `get_preds` are fastai's; `recnb.training` adds the schedule of a configuration.
+`lr_find`, `freeze`, `validate`, `get_preds` are fastai's; `learn.fit_config` follows the plan of a configuration.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
-from itertools import islice
-from operator import itemgetter
 from pathlib import Path
 
-import matplotlib.pyplot as plt
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader
 
-from recnb.data.loaders import Loaders, batches_on, divided, over
-from recnb.data.pipeline import display_image
-from recnb.data.samplers import EpochSampler
-from recnb.distributed.processes import joined
+from recnb.data.loaders import Loaders, divided, over
+from recnb.training.adaptor import (
+    Callback,
+    CancelEpochException,
+    DataLoaders,
+    FastaiLoader,
+    Learner,
+    OptimWrapper,
+    TrainEvalCallback,
+    ValueMetric,
+    in_order,
+)
+from recnb.training.callbacks import PassLabels, RetrievalEvaluation
 from recnb.training.evaluation import DEFAULT_METRICS, embed, judge
-
-with warnings.catch_warnings():  # fastai's import warns of torch's and pandas' futures
-    warnings.simplefilter("ignore")
-    from fastai.callback.core import (  # noqa: F401
-        Callback,
-        CancelBatchException,
-        CancelEpochException,
-        CancelStepException,
-        CancelValidException,
-    )
-    from fastai.callback.progress import ProgressCallback  # noqa: F401 (its import gives the progress bars)
-    from fastai.callback.schedule import ParamScheduler  # noqa: F401 (its import gives fit_one_cycle and lr_find)
-    from fastai.data.core import DataLoaders
-    from fastai.learner import Learner, ValueMetric
-    from fastai.optimizer import OptimWrapper
-
-
-class FastaiLoader:
-    """A torch DataLoader with the attributes that fastai asks of its own."""
-
-    n_inp, after_batch, drop_last = 1, None, False
-
-    def __init__(self, loader: DataLoader, device: torch.device | None = None):
-        self.loader, self.device, self.dataset = loader, device, loader.dataset
-        self.bs = loader.batch_size or loader.batch_sampler.batch_size
-
-    def __len__(self) -> int:
-        return len(self.loader)
-
-    def __iter__(self):
-        return batches_on(self.loader, self.device)
-
-    def begin_at(self, batch: int):
-        """An iterator that begins behind the first batches; those of this kit's samplers are not even read."""
-        sampler = getattr(self.loader, "batch_sampler", None)
-        if not batch or not isinstance(sampler, EpochSampler):
-            return islice(self, batch, None)
-        sampler.first = batch
-        try:  # torch may ask for the sampler's iterator twice, and does it here and now
-            return iter(self)
-        finally:
-            sampler.first = 0
-
-    def to(self, device) -> FastaiLoader:
-        self.device = device
-        return self
-
-    def new(self, shuffle: bool | None = None, **_) -> FastaiLoader:
-        """Itself; with `shuffle=False` a loader of every image once, in the order of the list."""
-        if shuffle is False and self.loader.batch_size is None:
-            return FastaiLoader(over(self.loader, self.dataset), self.device)
-        return self
-
-    def one_batch(self) -> tuple[Tensor, Tensor]:
-        return next(iter(self))
-
-    def show_batch(self, max_n: int = 16, columns: int = 8) -> plt.Figure:
-        """A figure of the first images of a batch as the model gets them, each with its identity."""
-        images, labels = self.one_batch()
-        rows = -(-min(max_n, len(images)) // columns)
-        figure, axes = plt.subplots(rows, columns, figsize=(1.3 * columns, 1.55 * rows), facecolor="white", dpi=72)
-        for ax in np.ravel(axes):
-            ax.set_axis_off()
-        for ax, image, label in zip(np.ravel(axes)[:max_n], images.cpu(), labels.tolist(), strict=False):
-            ax.imshow(display_image(image, self.dataset.transform))
-            ax.set_title(f"identity {self.dataset.name(label)}", fontsize=8, color="black")
-        figure.tight_layout(pad=0.4)
-        plt.close(figure)
-        return figure
+from recnb.training.fit import fit_config
+from recnb.training.plan import Plan
 
 
 class RunLoss(nn.Module):
@@ -110,67 +46,6 @@ class RunLoss(nn.Module):
         return self.eval_loss(out, y) if self.eval_loss is not None else out["features"].new_tensor(torch.nan)
 
 
-class PassLabels(Callback):
-    """Gives the head its labels while training (or where a loss needs logits), and each epoch its draw."""
-
-    order = -5
-
-    def before_train(self):
-        self.loss_func.train()
-        sampler = getattr(self.dl.loader, "batch_sampler", None)
-        if hasattr(sampler, "set_epoch"):
-            sampler.set_epoch(self.epoch)
-
-    def before_validate(self):
-        self.loss_func.eval()
-
-    def before_batch(self):
-        if self.training and self.learn.mix is not None:
-            x, y = self.learn.mix(*self.xb, *self.yb)
-            self.learn.xb, self.learn.yb = (x,), (y,)
-        if self.training or getattr(self.loss_func.eval_loss, "needs_logits", False):
-            self.learn.xb = (*self.xb, *self.yb)
-
-    def after_loss(self):
-        if hasattr(self.learn, "gather_preds"):  # get_preds gives embeddings
-            self.learn.pred = self.pred["features"]
-
-
-class RetrievalEvaluation(Callback):
-    """Gathers the features of the validation loader, or what else is judged, and leaves the metrics as `result`."""
-
-    order = 40
-    result: dict[str, float]
-
-    def __init__(self, loaders: Loaders, judged: Callable):
-        self.query, self.gallery, self.judged, self.result = loaders.query.dataset, loaders.gallery.dataset, judged, {}
-        self.reads = getattr(judged, "reads", itemgetter("features"))
-
-    def before_validate(self):
-        self.features, self.result = [], {}
-
-    def after_pred(self):
-        if not self.training:
-            self.features.append(self.reads(self.pred).detach().float().cpu())
-
-    def after_validate(self):
-        features = joined(torch.cat(self.features)) if self.features else torch.empty(0)
-        self.features = []
-        if len(features) == len(self.query) + (self.query is not self.gallery) * len(self.gallery):
-            self.result = self.judged(
-                features[: len(self.query)],
-                features[-len(self.gallery) :],
-                self.query,
-                self.gallery,
-                self.training_features,
-            )
-
-    def training_features(self) -> Tensor:
-        """The features (N, D) of the training images, seen as queries are, for post-processing fitted on them."""
-        images = replace(self.dls.train.dataset, transform=self.query.transform)
-        return embed(self.learn.model, over(self.learn.loaders.query, images))
-
-
 class RetrievalLearner(Learner):
     """A fastai Learner over `Loaders`, a RecModel and a loss `(out, y) -> scalar`.
 
@@ -178,7 +53,7 @@ class RetrievalLearner(Learner):
     backbone's, then the others', so that `freeze()` trains the latter and `slice(lr)` spreads over both. `metrics` are
     keys of `retrieval_metrics`, or a function like `judge` that computes them, with their `names`, and with
     `reads(out)` where it takes something else of the model's outputs than the features. `mix` is a batch transform
-    `(x, y) -> (x, soft labels)` for training.
+    `(x, y) -> (x, soft labels)` for training. `plan` is what `fit_config` follows.
     """
 
     first_epoch, first_batch = 0, 0  # where a resumed fit begins
@@ -196,6 +71,7 @@ class RetrievalLearner(Learner):
         cbs: Sequence[Callback] = (),
         splitter: Callable | None = None,
         mix: Callable | None = None,
+        plan: Plan | None = None,
         **kwargs,
     ):
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -203,8 +79,8 @@ class RetrievalLearner(Learner):
         adapted = [FastaiLoader(dl, device) for dl in (loaders.train, evaluated and divided(evaluated)) if dl]
         self.names = list(getattr(metrics, "names", metrics))
         judged = metrics if callable(metrics) else partial(named, metrics)
-        evaluation = [RetrievalEvaluation(loaders, judged)] if loaders.query else []
-        shown = [ValueMetric(partial(self.score, name), name) for name in self.names] if evaluation else []
+        self.evaluation = RetrievalEvaluation(loaders, judged) if loaders.query else None
+        shown = [ValueMetric(partial(self.score, name), name) for name in self.names] if self.evaluation else []
         super().__init__(
             DataLoaders(*adapted, path=path),
             model.to(device),
@@ -213,10 +89,23 @@ class RetrievalLearner(Learner):
             metrics=shown,
             path=path,
             splitter=lambda model: (splitter or backbone_and_rest)(model, loss),
-            cbs=[PassLabels(), *evaluation, *cbs],
+            cbs=[*in_order([PassLabels(), self.evaluation], TrainEvalCallback.order + 1), *cbs],
             **kwargs,
         )
-        self.loaders, self.mix = loaders, mix
+        self.loaders, self.mix, self.plan = loaders, mix, plan
+
+    def fit_config(self, on_epoch: Callable[[], object] | None = None) -> None:
+        """Train as the plan says, going on behind the last checkpoint where the run folder holds one.
+
+        Args:
+            on_epoch: Called after each epoch, when its row stands in history.csv: to draw the curves anew.
+
+        Raises:
+            ValueError: The learner has no plan.
+        """
+        if self.plan is None:
+            raise ValueError("fit_config: this learner has no plan; give it one (plan=Plan(...)), or call fit")
+        fit_config(self, self.plan, on_epoch)
 
     def freeze(self):
         """From now on only what does not belong to the backbone is trained."""
@@ -225,14 +114,14 @@ class RetrievalLearner(Learner):
         self.freeze_to(sum(group["backbone"] for group in self.opt.opt.param_groups))
 
     def score(self, name: str) -> float | None:
-        return self.retrieval_evaluation.result.get(name)
+        return self.evaluation.result.get(name)
 
     def scores(self) -> dict[str, float]:
         """The retrieval metrics of the model as it is now."""
         if self.loaders.query is None:
             return {}
         self.validate()
-        return dict(self.retrieval_evaluation.result)
+        return dict(self.evaluation.result)
 
     def embeddings(self) -> tuple[Tensor, Tensor]:
         """The features (Q, D) of the query and (G, D) of the gallery images, by the model as it is now."""

@@ -2,8 +2,7 @@
 
 A step may use the gradients of several batches (`Accumulate`) and of several processes (`Together`), may need losses
 that are scaled while they are followed in half precision (`ScaleLoss`), and moves an average of the weights
-(`MovingAverage`). Behind a batch they act in this order: sum, average over processes, look for what has no value
-(`recnb.guard`), scale back and step, average the weights.
+(`MovingAverage`). `fit.build_callbacks` says in which order they act.
 """
 
 from __future__ import annotations
@@ -16,14 +15,12 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from recnb.distributed.gradients import average_gradients, copy_from_first
 from recnb.distributed.processes import ranks
 from recnb.distributed.rows import sharded_weights, split
+from recnb.training.adaptor import Callback, CancelBatchException, CancelStepException
 from recnb.training.checkpoints import whole_states
-from recnb.training.learner import Callback, CancelBatchException, CancelStepException
 
 
 class Together(Callback):
     """Keeps several processes at one: the first one's weights to begin with and its buffers, averaged gradients."""
-
-    order = 8  # behind Accumulate, before the gradients are looked at and used
 
     def own(self) -> list[nn.Parameter]:
         """The parameters that every process holds."""
@@ -62,8 +59,6 @@ class ScaleLoss(Callback):
     processes leave out the same steps, also where one alone sees the overflow in its share of a sharded head.
     """
 
-    order = 10  # behind Accumulate
-
     def __init__(self, device: torch.device):
         kind = ShardedGradScaler if ranks()[1] > 1 else torch.amp.GradScaler
         self.scaler = kind(device.type)
@@ -91,8 +86,6 @@ class MovingAverage(Callback):
 
     `decay` a step; training goes on with the weights themselves.
     """
-
-    order = 30
 
     def __init__(self, model: nn.Module, decay: float):
         self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)

@@ -34,8 +34,8 @@ from recnb.recipe.model import build_model
 from recnb.recipe.optimizer import build_optimizer
 from recnb.recipe.schema import load_config
 from recnb.registry import ConfigError
+from recnb.training.adaptor import Callback
 from recnb.training.evaluation import embed
-from recnb.training.learner import Callback
 
 ROOT = Path(__file__).resolve().parents[2]
 

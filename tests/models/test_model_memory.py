@@ -11,7 +11,7 @@ from recnb.models.backbones import create_backbone
 from recnb.models.chunks import recompute_blocks
 from recnb.models.recmodel import RecModel
 from recnb.registry import ConfigError
-from recnb.training.learner import Callback
+from recnb.training.adaptor import Callback
 
 CASES = [
     ("test_resnet", None, 32, {}),

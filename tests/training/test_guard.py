@@ -13,8 +13,8 @@ from recnb.recipe.data import build_loaders
 from recnb.recipe.learner import build_learner
 from recnb.recipe.model import build_model
 from recnb.recipe.schema import load_config
+from recnb.training.adaptor import Callback
 from recnb.training.guard import TrainingError
-from recnb.training.learner import Callback
 
 
 class Spoil(Callback):

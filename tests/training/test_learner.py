@@ -57,6 +57,12 @@ def test_composed_by_hand_without_yaml(config_file, tmp_path):
     assert set(learn.scores()) == {"recall1", "recall5", "mAP"}
 
 
+def test_a_learner_without_a_plan_says_what_to_do(learn):
+    learn.plan = None
+    with pytest.raises(ValueError, match=r"this learner has no plan; give it one \(plan=Plan\(\.\.\.\)\), or call fit"):
+        learn.fit_config()
+
+
 def test_head_neck_and_backbone_all_learn(learn):
     before = {name: weights(getattr(learn.model, name)) for name in ("backbone", "neck", "head")}
     learn.fit(1, 1e-2)

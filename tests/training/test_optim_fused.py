@@ -10,7 +10,7 @@ from processes import in_processes
 from torch import nn
 
 from recnb.recipe.optimizer import build_optimizer
-from recnb.training.learner import CancelStepException
+from recnb.training.adaptor import CancelStepException
 from recnb.training.steps import ScaleLoss
 
 SECTIONS = {

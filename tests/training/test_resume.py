@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from recnb.cli.train import main
 from recnb.registry import ConfigError
 from recnb.storage import owner
+from recnb.training.adaptor import Callback
 from recnb.training.guard import TrainingError
-from recnb.training.learner import Callback
 
 RESULTS = ("history.csv", "model.safetensors")
 SECTIONS = {

@@ -26,7 +26,7 @@ from recnb.runs.experiment import train
 from recnb.runs.folder import embed_picture, load_run, open_run, save_metrics
 from recnb.storage import replacing
 from recnb.training import fit as training
-from recnb.training.learner import Callback
+from recnb.training.adaptor import Callback
 
 
 def test_a_run_leaves_history_weights_and_checkpoints(config_file, tmp_path):
@@ -307,6 +307,13 @@ def test_the_head_is_judged_on_what_it_was_trained_on(config_file, tmp_path, par
     learn = make(config_file, tmp_path, {**known_classes(config_file), "Global.epochs": 2, **changes})
     learn.fit_config()
     assert learn.scores() == pytest.approx(accuracy(learn, part))
+
+
+def test_the_head_is_judged_with_the_averaged_weights(config_file, tmp_path):
+    learn = make(config_file, tmp_path, {**known_classes(config_file), "Global.epochs": 3, "EMA": {"decay": 0.9}})
+    learn.fit_config()
+    best = pd.read_csv(tmp_path / "history.csv").top1[::-1].idxmax()
+    assert pd.read_csv(tmp_path / "history.csv").top1[best] == pytest.approx(accuracy(learn, "neck")["top1"])
 
 
 @pytest.mark.parametrize("key", ["channels_last", "grad_cache"])
