@@ -32,7 +32,7 @@ ONLY = {
     "fastai": {"adaptor"},
     "timm": {"backbones", "cutting"},
     "faiss": {"search"},
-    "ipywidgets": {"figure", "page", "widget"},
+    "ipywidgets": {"grid", "hits", "widget"},
     "papermill": {"notebook"},
 }
 FRAMEWORK = ("Module", "Dataset", "Sampler", "Callback")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import count
@@ -36,8 +37,12 @@ CALLS = count()
 
 
 def wrapped(text: str) -> Markup:
-    """Return the text escaped, free to break behind the signs that join words in a name."""
-    return escape(text).replace("/", Markup("/<wbr>")).replace("_", Markup("_<wbr>"))
+    """Return the text escaped, free to break behind signs that join words, and with a hyphen in long words."""
+    return (
+        escape(re.sub(r"([^\W\d_]{11})(?=[^\W\d_]{4})", "\\1\u00ad", text))
+        .replace("/", Markup("/<wbr>"))
+        .replace("_", Markup("_<wbr>"))
+    )
 
 
 TEMPLATES = Environment(
@@ -129,6 +134,13 @@ class Pages:
         """Return a line about the item's camera, where cameras are known."""
         cameras = self.ranking.gallery_cameras
         return [] if cameras is None else [printable(f"camera {cameras[item]}")]
+
+    @property
+    def scale(self) -> str:
+        """A sentence on what the scores mean where they are not similarities."""
+        scores = self.ranking.scores
+        distances = (scores < 0).any() and not (scores > 0).any()
+        return "Scores are minus a distance: the nearer to 0, the more alike." if distances else ""
 
     def hits(self, q: int, k: int) -> list[Hit]:
         """Return the first k hits of a query; fewer where its list ends."""

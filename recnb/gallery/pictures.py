@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from recnb.data.images import printable, to_rgb
+from recnb.data.images import printable, reason, to_rgb
 
 Picture = str | Path | Image.Image | np.ndarray  # an array is uint8, (H, W) or (H, W, 3)
 Names = Sequence[str] | Mapping | None  # identity -> text
@@ -35,7 +35,7 @@ def _read_file(path: Path, size: int, box: tuple | None) -> Image.Image:
     except FileNotFoundError:
         raise FileNotFoundError(f"the picture '{path}' does not exist (working directory: {Path.cwd()})") from None
     except Exception as error:  # decoders raise whatever a broken file leads them to
-        raise ValueError(f"the picture '{path}' cannot be read: {error}") from None
+        raise ValueError(f"the picture '{path}' cannot be read: it {reason(error)}") from None
 
 
 def _from_array(array: np.ndarray) -> Image.Image:

@@ -1,7 +1,7 @@
 """The gallery as a widget: live in a notebook, one query at a time.
 
-What is shown is what a `Ranking` says, so it agrees with the metrics to the item. Hits are buttons, since only a widget
-can tell Python that it was clicked; thumbnails are made when first looked at, so that any size of gallery will do.
+What is shown is what a `Ranking` says, so it agrees with the metrics to the item. Thumbnails are made when first looked
+at, so that any size of gallery will do.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import io
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from html import escape
+from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 
 import ipywidgets as widgets
@@ -18,19 +19,16 @@ import numpy as np
 import traitlets
 from PIL import Image
 
-from recnb.data.images import printable
+from recnb.data.images import printable, reason
 from recnb.gallery.figure import gallery_figure
-from recnb.gallery.page import ORDERS, PATHS, Pages, as_uri, gallery_html, source, wrapped
+from recnb.gallery.hits import Hits
+from recnb.gallery.page import ORDERS, TEMPLATES, Hit, Pages, as_uri, gallery_html, source
 from recnb.gallery.pictures import Names, Picture, read_picture
 from recnb.retrieval.lists import END, RIGHT, WRONG, Ranking, changed
 from recnb.retrieval.search import knn
 
 ANY, NONE, SIDES = "any", "none", ("the query", "the hit")
-SIGN = (
-    "<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 20 20'><circle cx='10' cy='10' r='10' fill='{colour}'/>"
-    "<path d='{path}' fill='none' stroke='white' stroke-width='2.2' stroke-linecap='round'/></svg>"
-)
-FILL = {RIGHT: "%230072B2", WRONG: "%23D55E00", "excluded": "%23767676"}  # '#' escaped, as a URI wants it
+OWN, AGREE = "an image of your own", "where two pictures agree"
 
 
 def gallery_widget(
@@ -46,11 +44,22 @@ def gallery_widget(
     regions: Callable | None = None,
     export_folder: str | Path = ".",
 ) -> GalleryWidget:
-    """A widget over one ranking, or over several of the same queries and gallery by name, of which two can be compared.
+    """Return a widget over one ranking, or over several of the same queries and gallery, of which two can be compared.
 
-    gallery_features (G, D): any gallery item can be made the query. embed: picture -> (D,), for images of one's own.
-    regions: (picture, picture) -> two heats (H, W) in [0, 1], as `recnb.gallery.regions.agreement` makes them. Without
-    a kernel a notebook shows no more of this than its last page: `gallery_static` is the form that lives on.
+    Without a kernel a notebook shows no more of this than its last page: `gallery_static` is the form that lives on.
+
+    Args:
+        rankings: one ranking, or several by name.
+        query_images: a file, image or array for each query.
+        gallery_images: the same for each gallery item.
+        k: how many hits are shown at first.
+        label_names: from identity to text, a list or a mapping.
+        order: "worst" or "best" AP first, or "index".
+        size: the largest width and height of a thumbnail in pixels.
+        embed: picture -> (D,), to search with images of one's own.
+        gallery_features: (G, D), so that any gallery item can be made the query.
+        regions: (picture, picture) -> two heats (H, W) in [0, 1], as `recnb.gallery.regions.agreement` makes them.
+        export_folder: where a view is saved.
     """
     named = {"ranking": rankings} if isinstance(rankings, Ranking) else dict(rankings)
     pages = {name: Pages(ranking, query_images, gallery_images, label_names, size) for name, ranking in named.items()}
@@ -60,57 +69,9 @@ def gallery_widget(
     return GalleryWidget(pages, k, order, embed, gallery_features, regions, Path(export_folder))
 
 
-class Hits(widgets.VBox):
-    """A heading and a row of tiles, each a button with a picture and a note.
-
-    `pick(item)` is called for the one clicked.
-    """
-
-    def __init__(self, pages: Pages, pick: Callable[[int], None]):
-        self.pages, self.pick, self.items, self.tiles = pages, pick, [], []
-        self.title, self.style_sheet = widgets.HTML(), widgets.HTML()
-        self.row = widgets.Box(layout=widgets.Layout(flex_flow="row wrap"))
-        self.key = f"recnb-{id(self)}"
-        super().__init__([self.style_sheet, self.title, self.row], layout=widgets.Layout(flex="1 1 320px"))
-        self.add_class(self.key)
-
-    def show(self, title: str, tiles: list[tuple[int, str, str]], pickable: Callable[[int], bool]) -> None:
-        """Show (gallery row, state, caption) tiles, whose buttons are used again for the next query."""
-        self.items = [item for item, _, _ in tiles]
-        while len(self.tiles) < len(tiles):
-            self._add_tile()
-        rules = []
-        for i, (item, state, caption) in enumerate(tiles):
-            button, note = self.tiles[i].children
-            identity, name = self.pages.identity("item", item), self.pages.name("item", item)
-            button.disabled = not pickable(item)
-            button.tooltip = f"{name}: {'make it the query' if pickable(item) else 'not among the queries'}"
-            cameras = self.pages.ranking.gallery_cameras
-            camera = "" if cameras is None else f"<small>{escape(printable(f'camera {cameras[item]}'))}</small>"
-            note.value = f'<div class="recnb-note"><b>{caption}</b><small>{wrapped(identity)}</small>{camera}</div>'
-            rules.append(self._rule(i, item, state))
-        self.row.children = self.tiles[: len(tiles)]
-        self.title.value = f"<h3>{escape(title)}</h3>"
-        self.style_sheet.value = f"<style>{''.join(rules)}</style>"
-
-    def _rule(self, i: int, item: int, state: str) -> str:
-        """The style of a tile's button: its sign over its picture, framed in the colour of its state."""
-        layers = [(f"url({self.pages.uri('item', item)})", "contain", "center")]
-        if state:
-            sign = SIGN.format(colour=FILL[state], path=PATHS[state]).replace("<", "%3C").replace(">", "%3E")
-            layers.insert(0, (f'url("data:image/svg+xml,{sign}")', "22px", "right 2px top 2px"))
-        pictures, sizes, places = (", ".join(values) for values in zip(*layers, strict=True))
-        frame = f"3px {'dashed' if state == 'excluded' else 'solid'} var(--{state or 'line'})"
-        return (
-            f".{self.key} .h{i}.h{i} {{ background-image: {pictures}; background-size: {sizes}; "
-            f"background-position: {places}; border: {frame}; }}\n"
-        )
-
-    def _add_tile(self) -> None:
-        i, button = len(self.tiles), widgets.Button()
-        button.add_class("recnb-hit").add_class(f"h{i}")
-        button.on_click(lambda _: self.pick(self.items[i]))
-        self.tiles.append(widgets.VBox([button, widgets.HTML()], layout=widgets.Layout(width="116px")))
+def line(*controls: widgets.Widget) -> widgets.Box:
+    """Return a row of controls that wraps."""
+    return widgets.Box(controls).add_class("recnb-line")
 
 
 class GalleryWidget(widgets.VBox):
@@ -129,24 +90,19 @@ class GalleryWidget(widgets.VBox):
         export_folder: Path,
     ):
         self.pages_of, self.embed, self.features, self.regions = pages, embed, gallery_features, regions
-        self.export_folder, self.rows, self.rng = export_folder, [], np.random.default_rng(0)
+        self.export_folder, self.rng = export_folder, np.random.default_rng(0)
+        self.rows: list[int] = []
         self._make_controls(k, order)
-        self.about, self.later = widgets.HTML(layout=widgets.Layout(flex="1 1 190px")), widgets.HTML()
-        self.hits, self.others = (Hits(self.pages, self.pick) for _ in range(2))
-        room = {"flex": "999 1 320px"}
-        own = widgets.VBox([self.hits, self.later], layout=widgets.Layout(**room))
-        found = widgets.Box([own, self.others], layout=widgets.Layout(flex_flow="row wrap", **room))
-        line = {"layout": widgets.Layout(flex_flow="row wrap", align_items="center", grid_gap="4px 12px")}
+        self.about, self.later = widgets.HTML(), widgets.HTML()
+        self.hits = Hits(self.pages, self.pick)
+        found = widgets.VBox([self.hits, self.later]).add_class("recnb-found")
         super().__init__(
             [
                 widgets.HTML(f"<style>{source('gallery.css')}{source('widget.css')}</style>"),
-                widgets.HBox([self.place, self.where, self.next_failure, self.random, self.failures], **line),
-                widgets.HBox([self.k, self.order, self.find, self.ranking, self.compare], **line),
-                self._panels(),
-                widgets.Box(
-                    [self.about, found],
-                    layout=widgets.Layout(flex_flow="row wrap", grid_gap="8px 24px", margin="10px 0 0 0"),
-                ),
+                line(self.place, self.where, self.next_failure, self.random, self.failures),
+                line(self.k, self.order, self.find, self.ranking, self.compare),
+                *self._panels(),
+                widgets.Box([self.about, found]).add_class("recnb-view"),
             ]
         )
         self.add_class("recnb")
@@ -156,55 +112,61 @@ class GalleryWidget(widgets.VBox):
     # ---- controls ----
 
     def _make_controls(self, k: int, order: str) -> None:
-        ranking, names, plain = self.pages.ranking, list(self.pages_of), {"description_width": "initial"}
-        wide, depth = widgets.Layout(width="auto"), ranking.ids.shape[1]
-        self.place = widgets.IntSlider(
-            description="query", readout=False, style=plain, layout=widgets.Layout(width="300px")
-        )
-        self.where, self.random = widgets.Label(), widgets.Button(description="random", icon="random", layout=wide)
-        self.next_failure = widgets.Button(description="next failure", icon="forward", layout=wide)
-        self.failures = widgets.Checkbox(description="failures only", indent=False, layout=wide)
-        self.k = widgets.IntSlider(
-            min(k, depth),
-            1,
-            depth,
-            description="k",
-            continuous_update=False,
-            style=plain,
-            layout=widgets.Layout(width="220px"),
-        )
-        self.order = widgets.Dropdown(
-            options=[(text, value) for value, text in ORDERS.items()], value=order, layout=wide
-        )
-        self.find = widgets.Text(placeholder="find a name or file", layout=widgets.Layout(width="170px"))
-        several = widgets.Layout(width="auto", display="flex" if len(names) > 1 else "none")
-        self.ranking = widgets.Dropdown(options=names, description="shown", style=plain, layout=several)
-        self.compare = widgets.Dropdown(options=[NONE, *names], description="beside it", style=plain, layout=several)
-        identities = sorted({self.pages.identity("query", q) for q in range(len(ranking))})
-        self.identity = widgets.Combobox(
-            options=identities[:2000], placeholder=ANY, style=plain, description="identity"
-        )
-        self.confused = widgets.Dropdown(options=[(ANY, ANY)], description="confused", style=plain, layout=wide)
-        cameras = [] if ranking.query_cameras is None else np.unique(ranking.query_cameras).tolist()
-        self.camera = widgets.Dropdown(options=[ANY, *cameras], description="camera", style=plain, layout=wide)
-        self.change = widgets.Dropdown(options=[("all", "all")], description="changed", style=plain, layout=wide)
+        ranking, names = self.pages.ranking, list(self.pages_of)
+        depth = ranking.ids.shape[1]
 
-    def _panels(self) -> widgets.Accordion:
-        """What is looked at now and then: filters, an image of one's own, the heat map, the export."""
-        row = {"layout": widgets.Layout(flex_flow="row wrap", grid_gap="4px 12px")}
-        panels = {"filters": widgets.HBox([self.identity, self.confused, self.camera, self.change], **row)}
+        def made(kind, width: str = "auto", shown: bool = True, **options):
+            layout = widgets.Layout(width=width, display=None if shown else "none")
+            style = {} if kind is widgets.Button else {"style": {"description_width": "initial"}}
+            return kind(layout=layout, **style, **options)
+
+        self.place = made(widgets.IntSlider, "300px", description="query", readout=False)
+        self.where, self.random = widgets.Label(), made(widgets.Button, description="random", icon="random")
+        self.next_failure = made(widgets.Button, description="next failure", icon="forward")
+        self.failures = made(widgets.Checkbox, description="failures only", indent=False)
+        self.k = made(
+            widgets.IntSlider, "220px", value=min(k, depth), min=1, max=depth, description="k", continuous_update=False
+        )
+        self.order = made(widgets.Dropdown, options=[(text, value) for value, text in ORDERS.items()], value=order)
+        self.find = made(widgets.Text, "170px", placeholder="find a name or file")
+        several = len(names) > 1
+        self.ranking = made(widgets.Dropdown, shown=several, options=names, description="shown")
+        self.compare = made(widgets.Dropdown, shown=several, options=[NONE, *names], description="beside it")
+        identities = sorted({self.pages.identity("query", q) for q in range(len(ranking))})
+        self.identity = made(
+            widgets.Combobox, "220px", options=identities[:2000], placeholder=ANY, description="identity"
+        )
+        self.confused = made(widgets.Dropdown, "260px", options=[(ANY, ANY)], description="confused")
+        cameras = [] if ranking.query_cameras is None else np.unique(ranking.query_cameras).tolist()
+        self.camera = made(widgets.Dropdown, shown=bool(cameras), options=[ANY, *cameras], description="camera")
+        self.change = made(widgets.Dropdown, shown=several, options=[("all", "all")], description="changed")
+
+    def _panels(self) -> tuple[widgets.Box, widgets.Stack]:
+        """Return what is looked at now and then, one panel at most open, below a row of buttons that open them."""
+        panels = {"filters": line(self.identity, self.confused, self.camera, self.change)}
         self.upload, self.path = widgets.FileUpload(accept="image/*"), widgets.Text(placeholder="path of an image")
         self.hit, self.heat = widgets.Dropdown(description="hit", layout=widgets.Layout(width="auto")), widgets.HTML()
         self.as_html, self.as_png = (widgets.Button(description=text, icon="download") for text in ("HTML", "PNG"))
-        self.said = widgets.HTML()
-        if self.embed and self.features is not None:
-            panels["an image of your own"] = widgets.HBox([self.upload, self.path, self.said], **row)
-        if self.regions:
-            panels["where two pictures agree"] = widgets.VBox([self.hit, self.heat])
         self.saved = widgets.Label()
-        panels["save this view"] = widgets.HBox([self.as_html, self.as_png, self.saved], **row)
-        self.panels = widgets.Accordion(list(panels.values()), titles=tuple(panels), selected_index=None)
-        return self.panels
+        if self.embed and self.features is not None:
+            panels[OWN] = line(self.upload, self.path)
+        if self.regions:
+            panels[AGREE] = widgets.VBox([self.hit, self.heat])
+        panels["save this view"] = line(self.as_html, self.as_png, self.saved)
+        boxes = [panel.add_class("recnb-panel") for panel in panels.values()]
+        self.panels = widgets.Stack(boxes, titles=tuple(panels), selected_index=None)
+        self.tabs = [widgets.ToggleButton(description=title) for title in panels]
+        for i, tab in enumerate(self.tabs):
+            tab.observe(partial(self._open, i), "value")
+        return line(*self.tabs).add_class("recnb-tabs"), self.panels
+
+    def _open(self, i: int, change: dict) -> None:
+        if change["new"]:
+            self.panels.selected_index = i
+            for tab in self.tabs[:i] + self.tabs[i + 1 :]:
+                tab.value = False
+        elif self.panels.selected_index == i:
+            self.panels.selected_index = None
 
     def _observe(self) -> None:
         for control in (self.order, self.failures, self.find, self.identity, self.confused, self.camera, self.change):
@@ -218,8 +180,8 @@ class GalleryWidget(widgets.VBox):
         self.random.on_click(lambda _: self._go(int(self.rng.integers(max(len(self.rows), 1)))))
         self.hit.observe(self._show_heat, "value")
         self.panels.observe(self._show_heat, "selected_index")
-        self.upload.observe(lambda change: self._search(*(io.BytesIO(f["content"]) for f in change["new"])), "value")
-        self.path.observe(lambda change: self._search(*filter(None, [change["new"]])), "value")
+        self.upload.observe(self._uploaded, "value")
+        self.path.observe(lambda change: change["new"] and self._search(change["new"], change["new"]), "value")
         self.as_html.on_click(lambda _: self.save_html())
         self.as_png.on_click(lambda _: self.save_png())
 
@@ -228,10 +190,16 @@ class GalleryWidget(widgets.VBox):
         """The articles of the ranking shown."""
         return self.pages_of[self.ranking.value] if hasattr(self, "ranking") else next(iter(self.pages_of.values()))
 
+    @property
+    def shown(self) -> dict[str, Pages]:
+        """The ranking shown and, where there is one, the ranking beside it."""
+        names = [self.ranking.value, *([] if self.compare.value == NONE else [self.compare.value])]
+        return {name: self.pages_of[name] for name in names}
+
     # ---- which queries ----
 
     def _choose(self, _=None, first: bool = False) -> None:
-        """Brings the filters in step with the rankings chosen."""
+        """Bring the filters in step with the rankings chosen."""
         confusions = self._confusions()
         example = {pair: q for q, pair in confusions.items()}
         self.confused.options = [
@@ -254,7 +222,7 @@ class GalleryWidget(widgets.VBox):
         self._list(first=first)
 
     def _confusions(self) -> dict[int, tuple]:
-        """Each failed query's own identity and that of its first hit."""
+        """Return each failed query's own identity and that of its first hit."""
         ranking = self.pages.ranking
         failed = np.flatnonzero(ranking.failed)
         first = ranking.ids[failed, (ranking.position[failed] == 1).argmax(1)]
@@ -262,7 +230,7 @@ class GalleryWidget(widgets.VBox):
         return dict(zip(failed.tolist(), labels, strict=True))
 
     def _texts(self, q: int) -> list[str]:
-        """What a failed query's identity and that of its first hit are called."""
+        """Return what a failed query's identity and that of its first hit are called."""
         ranking = self.pages.ranking
         return [
             self.pages.identity("query", q),
@@ -270,13 +238,14 @@ class GalleryWidget(widgets.VBox):
         ]
 
     def changed(self) -> tuple[list[int], list[int]]:
-        """The queries whose first hit the ranking beside has right and this one wrong, and the other way round."""
+        """Return the queries whose first hit only the ranking beside has right, and those where only this one has."""
         if self.compare.value == NONE:
             return [], []
-        return tuple(rows.tolist() for rows in changed(self.pages.ranking, self.pages_of[self.compare.value].ranking))
+        fixed, broken = changed(self.pages.ranking, self.pages_of[self.compare.value].ranking)
+        return fixed.tolist(), broken.tolist()
 
     def _list(self, _=None, first: bool = False) -> None:
-        """The rows to walk, after a change of order or filter; the query shown stays where it is one of them."""
+        """Find the rows to walk after a change of order or filter; the query shown stays where it is one of them."""
         ranking, keep = self.pages.ranking, np.ones(len(self.pages.ranking), bool)
         if self.failures.value:
             keep &= ranking.failed
@@ -317,21 +286,21 @@ class GalleryWidget(widgets.VBox):
             self.query = self.rows[place]
 
     def _seek_failure(self) -> None:
-        """Goes to the next failure behind the query shown, from the end on to the first."""
+        """Go to the next failure behind the query shown, from the end on to the first."""
         here = self.rows.index(self.query) + 1 if self.query in self.rows else 0
         failures = [q for q in self.rows[here:] + self.rows[:here] if self.pages.ranking.failed[q]]
         if failures:
             self.query = failures[0]
 
     def pick(self, item: int) -> None:
-        """Makes a gallery item the query: one of the queries where it is one, otherwise by a search of its own."""
+        """Make a gallery item the query: one of the queries where it is one, otherwise by a search of its own."""
         if item in self.pages.query_of:
             self.query = self.pages.query_of[item]
         elif self.features is not None:
             labels = self.pages.ranking.gallery_labels
             self._show_found(
                 self.features[item],
-                self.pages.show("picture", "item", item, "the query"),
+                self.pages.uri("item", item),
                 self.pages.identity("item", item),
                 np.where(labels == labels[item], RIGHT, WRONG),
                 item,
@@ -347,80 +316,63 @@ class GalleryWidget(widgets.VBox):
             self.place.max, self.place.value = max(len(self.rows) - 1, 0), place
         self.where.value = f"{place + 1:,} of {len(self.rows):,}" if self.rows else "no query is left by the filters"
         self.about.value = self.pages.show("article", self.query, self.k.value, hits=False)
-        beside = None if self.compare.value == NONE else self.pages_of[self.compare.value]
-        self._show_hits(self.hits, self.pages, self.ranking.value if beside else "")
+        hits = [pages.hits(self.query, self.k.value) for pages in self.shown.values()]
+        places = [[hit for hit in place if hit] for place in zip_longest(*hits)]
+        self.hits.show(self.pages.show("heading", self.shown, self.query, len(hits[0])), places, self._pickable)
         self.later.value = f'<div class="found">{self.pages.show("missed", self.query, self.k.value)}</div>'
-        self.others.layout.display = "flex" if beside else "none"
-        if beside:
-            self._show_hits(self.others, beside, self.compare.value)
-        shown = self.hits.items
-        self.hit.options = [(f"{i + 1}. {self.pages.name('item', item)}", item) for i, item in enumerate(shown)]
-        self.hit.value = shown[0] if shown else None
+        self.hit.options = [(f"{i}. {self.pages.name('item', hit.item)}", hit.item) for i, hit in enumerate(hits[0], 1)]
+        self.hit.value = hits[0][0].item if hits[0] else None
         self._show_heat()
-
-    def _show_hits(self, hits: Hits, pages: Pages, name: str) -> None:
-        r, q = pages.ranking, self.query
-        tiles = [
-            (int(item), str(state), f"{position or '-'} · {score:.3f}")
-            for item, state, position, score in zip(r.ids[q], r.state[q], r.position[q], r.scores[q], strict=True)
-            if item >= 0
-        ][: self.k.value]
-        ap = f"{name}, AP {r.AP[q]:.3f}: " if name and r.valid[q] else f"{name}: " if name else ""
-        hits.show(f"{ap}first {len(tiles)}", tiles, self._pickable)
 
     def _pickable(self, item: int) -> bool:
         return item in self.pages.query_of or self.features is not None
 
-    def _search(self, picture: str | io.BytesIO | None = None) -> None:
-        """Shows what an image of one's own finds; a sentence where it cannot be read."""
-        if picture is None:  # the field was emptied
-            return
-        try:
-            image = read_picture(Image.open(picture) if isinstance(picture, io.BytesIO) else picture, 512)
-        except Exception as error:  # decoders raise whatever a broken file leads them to
-            self.said.value = escape(f"{error}")
-            return
-        self.said.value = ""
-        states = np.full(len(self.pages.ranking.gallery_labels), END)
-        self._show_found(
-            np.asarray(self.embed(image)), f'<img src="{as_uri(image)}" alt="your image">', "your image", states
-        )
+    def _uploaded(self, change: dict) -> None:
+        for file in change["new"]:
+            self._search(io.BytesIO(file["content"]), file["name"])
 
-    def _show_found(self, feature, picture: str, name: str, states: np.ndarray, own: int | None = None) -> None:
-        """A query that is none of the ranking's: its nearest gallery items, with neither rank nor AP."""
+    def _search(self, picture: str | io.BytesIO, name: str) -> None:
+        """Show what an image of one's own finds; in its place a sentence where it cannot be read."""
+        try:
+            with Image.open(picture) as image:
+                image = read_picture(image, 512)
+        except Exception as error:  # decoders raise whatever a broken file leads them to
+            self._show_own(name, note=f"{printable(name)} cannot be searched: it {reason(error)}.")
+            self.hits.show("", [], self._pickable)
+            return
+        states = np.full(len(self.pages.ranking.gallery_labels), END)
+        self._show_found(np.asarray(self.embed(image)), as_uri(image), name, states)
+
+    def _show_own(self, name: str, uri: str = "", note: str = "") -> None:
+        self.about.value = TEMPLATES.get_template("own.html").render(name=printable(name), uri=uri, note=note)
+        self.later.value = ""
+
+    def _show_found(self, feature, uri: str, name: str, states: np.ndarray, own: int | None = None) -> None:
+        """Show a query that is none of the ranking's: its nearest gallery items, with neither rank nor AP."""
         exclude = None if own is None else np.array([own])
         scores, ids = knn(np.asarray(feature, np.float32)[None], self.features, self.k.value, exclude=exclude)
-        self.about.value = (
-            f'<article><div class="about"><h2>{wrapped(name)}</h2><figure>{picture}</figure>'
-            "<p>Searched by cosine; counts in no metric.</p></div></article>"
-        )
+        self._show_own(name, uri, "Searched by cosine; counts in no metric.")
         found = enumerate(zip(ids[0].tolist(), scores[0].tolist(), strict=True), 1)
-        tiles = [(item, str(states[item]), f"{n} · {score:.3f}") for n, (item, score) in found]
-        self.hits.show(f"first {len(tiles)}", tiles, self._pickable)
-        self.later.value, self.others.layout.display = "", "none"
+        hits = [Hit(item, str(states[item]), f"{n} · {score:.3f}", f"hit {n}") for n, (item, score) in found]
+        self.hits.show(f"<h3>First {len(hits)}</h3>", [[hit] for hit in hits], self._pickable)
 
     def _show_heat(self, _=None) -> None:
-        """The picture of the query and of the hit chosen, each with the regions that agree with the other."""
+        """Show the picture of the query and of the hit chosen, each with the regions that agree with the other."""
         opened = self.panels.selected_index
-        if opened is None or self.panels.titles[opened] != "where two pictures agree" or self.hit.value is None:
+        if opened is None or self.panels.titles[opened] != AGREE or self.hit.value is None:
             return
         pair = [self.pages.images["query"][self.query], self.pages.images["item"][self.hit.value]]
         heats = self.regions(*pair)
         low, high = min(map(np.min, heats)), max(map(np.max, heats))
-        figures = "".join(
-            f'<figure><img src="{as_uri(overlaid(picture, (heat - low) / max(high - low, 1e-6)))}" alt="agreement">'
-            f"<figcaption>{side}</figcaption></figure>"
-            for picture, heat, side in zip(pair, heats, SIDES, strict=True)
-        )
-        self.heat.value = (
-            f'<div class="recnb-heat">{figures}</div><p>cosine with the other picture as a whole: '
-            f"{low:.2f} where darkest, {high:.2f} where brightest</p>"
+        uris = [as_uri(overlaid(x, (heat - low) / max(high - low, 1e-6))) for x, heat in zip(pair, heats, strict=True)]
+        self.heat.value = TEMPLATES.get_template("heat.html").render(
+            low=low, high=high, pictures=dict(zip(SIDES, uris, strict=True))
         )
 
     # ---- what is kept ----
 
     def save_html(self) -> Path:
-        """The file of the queries listed, up to a hundred, as a page that stands alone."""
+        """Return the file of the queries listed, up to a hundred, as a page that stands alone."""
         path, pages = self.export_folder / "gallery_view.html", self.pages
         gallery_html(
             pages.ranking,
@@ -436,7 +388,7 @@ class GalleryWidget(widgets.VBox):
         return path
 
     def save_png(self) -> Path:
-        """The file of the query shown, as a figure."""
+        """Return the file of the query shown, as a figure."""
         path, pages = self.export_folder / f"query_{self.query}.png", self.pages
         path.parent.mkdir(parents=True, exist_ok=True)
         gallery_figure(
@@ -447,7 +399,7 @@ class GalleryWidget(widgets.VBox):
 
 
 def overlaid(picture: Picture, heat: np.ndarray) -> Image.Image:
-    """The picture under its heat (H, W) in [0, 1]: the hotter, the more of the colour is seen."""
+    """Return the picture under its heat (H, W) in [0, 1]: the hotter, the more of the colour is seen."""
     image = read_picture(picture, 224)
     heat = np.asarray(Image.fromarray(np.asarray(heat, np.float32)).resize(image.size, Image.Resampling.BILINEAR))
     colour, share = mpl.colormaps["inferno"](heat)[..., :3] * 255, 0.75 * heat[..., None]

@@ -398,10 +398,10 @@ def test_the_gallery_notebook_in_jupyterlab(browser, lab, folder, trained_run):
         run_all(page)
         page.locator("select", has_text="re-ranked").last.select_option(index=2)
         page.get_by_text("re-ranked, AP").wait_for()
-        page.get_by_text("filters", exact=True).click()
+        page.get_by_role("button", name="filters").click()
         page.locator("select", has_text="fixed by").wait_for()
         screenshot(page, "lab-compare", page.locator(".widget-slider").first)
-        page.get_by_text("where two pictures agree", exact=True).click()
+        page.get_by_role("button", name="where two pictures agree").click()
         heats = page.locator(".recnb-heat img")
         heats.nth(1).wait_for()
         assert heats.count() == 2 and unseen(page.locator(".recnb")) == []

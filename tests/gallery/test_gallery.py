@@ -279,6 +279,12 @@ def test_pictures_must_be_as_many_as_items(ranking, paths):
         gallery_html(ranking, paths[:1], paths)
 
 
+def test_long_names_break_with_a_sign(ranking, paths):
+    names = dict.fromkeys(range(100, 112), "Landwirtschaftsministerium_of_Schleswig")
+    page = gallery_html(ranking, paths, paths, label_names=names)
+    assert "<h2>Landwirtsch\u00adaftsministe\u00adrium_<wbr>of_<wbr>Schleswig</h2>" in page
+
+
 # ---- the widget ------------------------------------------------------------------------------------------------------
 
 

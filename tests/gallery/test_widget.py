@@ -1,5 +1,6 @@
 """The widget's filters, comparison, searches and files, through its traits; and the heat map."""
 
+from dataclasses import replace
 from datetime import datetime, timezone
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from PIL import Image
 
 from recnb.gallery import figure as gallery
+from recnb.gallery.page import gallery_html
 from recnb.gallery.regions import agreement, as_map, heat
 from recnb.gallery.widget import gallery_widget
 from recnb.models.backbones import create_backbone
@@ -123,7 +125,11 @@ def test_filters_leave_the_queries_they_name(widget, rankings, pictures):
 
 def test_two_rankings_side_by_side(widget, rankings):
     first, second = rankings.values()
-    assert widget.others.layout.display == "none"
+
+    def beside(k: int) -> list[int]:
+        return [place[k].item for place in widget.hits.places]
+
+    assert all(len(place) == 1 for place in widget.hits.places)
     widget.compare.value = "second"
     fixed, broken = (np.flatnonzero(a.failed & ~b.failed).tolist() for a, b in ((first, second), (second, first)))
     assert [text for text, _ in widget.change.options] == [
@@ -135,11 +141,16 @@ def test_two_rankings_side_by_side(widget, rankings):
         widget.change.value = value
         assert sorted(widget.rows) == rows
     widget.query = widget.rows[0]
-    assert widget.others.items == second.ids[widget.query, :5].tolist() and widget.others.layout.display == "flex"
+    assert beside(0) == first.ids[widget.query, :5].tolist() and beside(1) == second.ids[widget.query, :5].tolist()
+    assert [len(cell.children) for cell in widget.hits.row.children] == [2] * 5  # a rank is a cell, both in it
+    assert "above: first, AP" in widget.hits.title.value and "below: second, AP" in widget.hits.title.value
+    target = int(second.ids[widget.query, 3])
+    widget.hits.row.children[3].children[1].children[0].click()
+    assert f"id {second.gallery_labels[target]}" in widget.about.value and target not in widget.hits.items
     widget.change.value, widget.ranking.value = "all", "second"
     assert widget.hits.items == second.ids[widget.query, :5].tolist()
     widget.compare.value = "none"
-    assert widget.others.layout.display == "none" and len(widget.change.options) == 1
+    assert all(len(place) == 1 for place in widget.hits.places) and len(widget.change.options) == 1
 
 
 def test_any_item_and_any_image_can_be_the_query(widget, pictures, tmp_path):
@@ -149,19 +160,47 @@ def test_any_item_and_any_image_can_be_the_query(widget, pictures, tmp_path):
     path = tmp_path / "own.png"
     Image.new("RGB", (20, 30), "red").save(path)
     widget.path.value = str(path)
-    assert widget.hits.items[0] == 4 and "your image" in widget.about.value and widget.said.value == ""
+    assert widget.hits.items[0] == 4 and "counts in no metric" in widget.about.value
     widget.path.value = str(tmp_path / "missing.png")
-    assert "does not exist" in widget.said.value
-    widget.upload.value = (
-        {
-            "name": "own.png",
-            "type": "image/png",
-            "size": 1,
-            "content": memoryview(path.read_bytes()),
-            "last_modified": datetime.now(timezone.utc),
-        },
-    )
-    assert widget.said.value == "" and widget.hits.items[0] == 4
+    assert "missing.png cannot be searched: it is not there." in widget.about.value
+    assert widget.hits.places == [] and "<img" not in widget.about.value
+    upload(widget, "own.png", path.read_bytes())
+    assert widget.hits.items[0] == 4 and "<img" in widget.about.value
+
+
+def upload(widget, name: str, content: bytes) -> None:
+    now = datetime.now(timezone.utc)
+    file = {"name": name, "type": "image/png", "size": 1, "content": memoryview(content), "last_modified": now}
+    widget.upload.value = (file,)
+
+
+def test_a_failed_upload_clears_the_picture_and_says_why(widget):
+    upload(widget, "holiday.heic", b"no image at all")
+    said = "holiday.heic cannot be searched: it is empty or of no known image format."
+    assert said in widget.about.value and "<img" not in widget.about.value + widget.later.value
+    assert widget.hits.row.children == () and "BytesIO" not in widget.about.value
+    widget.place.value = 1
+    assert "<article" in widget.about.value and len(widget.hits.places) == 5
+
+
+def test_one_panel_is_open_at_a_time(widget):
+    filters, own, *_ = widget.tabs
+    filters.value = True
+    assert widget.panels.selected_index == 0
+    own.value = True
+    assert widget.panels.selected_index == 1 and not filters.value
+    own.value = False
+    assert widget.panels.selected_index is None
+
+
+def test_scores_below_zero_are_explained(widget, rankings, pictures):
+    distances = replace(rankings["second"], scores=-np.abs(rankings["second"].scores))
+    named = {"cosine": rankings["first"], "re-ranked": distances}
+    both = gallery_widget(named, pictures[0][0], pictures[1][0], k=5)
+    assert "minus a distance" not in both.hits.title.value + widget.hits.title.value
+    both.compare.value = "re-ranked"
+    assert both.hits.title.value.count("minus a distance") == 1
+    assert "minus a distance" in gallery_html(distances, pictures[0][0], pictures[1][0])
 
 
 def test_without_features_only_queries_can_be_clicked(rankings, pictures):
