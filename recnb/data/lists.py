@@ -104,6 +104,13 @@ class ImageList(Dataset):
             if getattr(self, name) is not None:
                 setattr(self, name, getattr(self, name)[kept])
 
+    def subset(self, kept: np.ndarray) -> ImageList:
+        """Return the items of a mask as a table of their own, with the names of its own identities."""
+        parts = {name: getattr(self, name) for name in ("cameras", "lines", "boxes")}
+        parts = {name: part if part is None else part[kept] for name, part in parts.items()}
+        labels = self.labels[kept] if self.names is None else self.names[self.labels[kept]]
+        return ImageList([self.paths[i] for i in np.flatnonzero(kept)], labels, source=self.source, **parts)
+
     def being_read(self) -> list[str]:
         """The files that worker processes have begun to read last, one a worker."""
         return [self.paths[i] for i in self.begun.tolist() if i >= 0]
@@ -313,6 +320,34 @@ def check_images(*tables: ImageList) -> None:
             f"{len(bad)} of {sum(map(len, tables))} images cannot be used; mend them, take them out of "
             f"their lists, or leave them out with Global.on_bad_image: drop\n{lines}"
         )
+
+
+def hold_out(images: ImageList, share: float, seed: int) -> tuple[ImageList, ImageList]:
+    """Return (those to train on, those to validate on): a share of the identities, drawn by a seed, is held out.
+
+    Args:
+        images: A training list.
+        share: How many of its identities are held out, between 0 and 1.
+        seed: The same seed holds out the same identities.
+
+    Raises:
+        DataError: Fewer than two of the identities held out have two images to find each other, or fewer than two are
+            left to train on.
+    """
+    identities = np.unique(images.labels)
+    count = round(share * len(identities))
+    chosen = np.random.default_rng(seed).permutation(identities)[:count]
+    out = np.isin(images.labels, chosen)
+    held = images.subset(out)
+    usable = len(set(held.labels[positives(held, held) > 0].tolist())) if count else 0
+    left = len(identities) - count
+    if min(usable, left) < 2:
+        raise DataError(
+            f"{images.source} has {len(identities)} identities, and {share} of them leaves {left} to train on and "
+            f"{usable} with two images (of different cameras, if there are any) to validate on; both need two: "
+            "take another share or more images, or leave DataLoader.Validation out"
+        )
+    return images.subset(~out), held
 
 
 def drop_faults(images: ImageList) -> None:

@@ -114,28 +114,47 @@ def images_per_second(loader: ImageLoader, seconds: float = 2.0) -> float:
 
 
 @dataclass
+class Pair:
+    """The loaders of a list of queries and of the gallery in which they search; one loader twice where it is one list.
+
+    In classification mode the one list stands as both.
+    """
+
+    query: ImageLoader
+    gallery: ImageLoader
+
+
+@dataclass
 class Loaders:
     """The data loaders of a run; query and gallery are None where nothing is evaluated.
 
-    Where both have one data set, its images are embedded once.
+    Where both have one data set, its images are embedded once. `validation` has the images by which an epoch is chosen,
+    whose identities are neither trained on nor tested on; None where the file has no `DataLoader.Validation`.
     """
 
     train: ImageLoader
     query: ImageLoader | None = None
     gallery: ImageLoader | None = None
+    validation: Pair | None = None
+
+    @property
+    def parts(self) -> dict[str, ImageLoader]:
+        """Every loader that there is by its name, such as `query` and `validation gallery`."""
+        own = {name: getattr(self, name) for name in ("train", "query", "gallery")}
+        held = {f"validation {name}": part for name, part in vars(self.validation).items()} if self.validation else {}
+        return {name: part for name, part in {**own, **held}.items() if part is not None}
 
     @property
     def dropped(self) -> list[tuple]:
         """(list, line, path, reason) of each image that was left out, once, whatever lists it stands in."""
-        parts = (part for part in (self.train, self.query, self.gallery) if part is not None)
-        return list(dict.fromkeys(row for part in parts for row in part.dataset.dropped))
+        return list(dict.fromkeys(row for part in self.parts.values() for row in part.dataset.dropped))
 
     def stop_workers(self) -> None:
         """End the worker processes; the next batch starts others.
 
         Python's collector of cycles takes the queues before the loader, which then waits five seconds for each worker.
         """
-        for loader in (self.train, self.query, self.gallery):
-            if loader is not None and loader._iterator is not None:  # torch has no public way
+        for loader in self.parts.values():
+            if loader._iterator is not None:  # torch has no public way
                 loader._iterator._shutdown_workers()
                 loader._iterator = None

@@ -12,13 +12,23 @@ from torchvision.transforms import v2
 from recnb.data.augment import BATCH_TRANSFORMS, COUNTED, MIXING
 from recnb.data.cache import keep
 from recnb.data.images import DataError
-from recnb.data.lists import DATASETS, MOST, ImageList, check_images, drop_faults, number_alike, positives, same_list
-from recnb.data.loaders import ImageLoader, Loaders
+from recnb.data.lists import (
+    DATASETS,
+    MOST,
+    ImageList,
+    check_images,
+    drop_faults,
+    hold_out,
+    number_alike,
+    positives,
+    same_list,
+)
+from recnb.data.loaders import ImageLoader, Loaders, Pair
 from recnb.data.pipeline import Pipeline, output_shape
 from recnb.data.samplers import SAMPLERS
 from recnb.data.transforms import TRANSFORMS
 from recnb.distributed.processes import ranks
-from recnb.recipe.schema import class_num, items, lookup
+from recnb.recipe.schema import LISTS, class_num, items, lookup
 from recnb.registry import ConfigError
 from recnb.storage import resolve
 
@@ -58,12 +68,27 @@ def read_split(cfg: dict, where: str) -> ImageList:
         raise DataError(f"{where}.dataset: {error}") from None
 
 
+def training_split(cfg: dict) -> tuple[ImageList, ImageList | None]:
+    """Return the training table and what DataLoader.Validation.share holds out of it, labels as the list gives them."""
+    images, section = read_split(cfg, "DataLoader.Train"), lookup(cfg, "DataLoader.Validation") or {}
+    if not section.get("share"):
+        return images, None
+    try:
+        return hold_out(images, section["share"], section.get("seed", 0))
+    except DataError as error:
+        raise DataError(f"DataLoader.Validation.share: {error}") from None
+
+
 def training_images(cfg: dict) -> ImageList:
-    """The training table, with labels 0..N-1 and their names.
+    """The training table, without what is held out for validation, with labels 0..N-1 and their names.
 
     Raises DataError where a label is not below the class_num that the file gives, naming both and their places.
     """
-    images = read_split(cfg, "DataLoader.Train")
+    return numbered(cfg, training_split(cfg)[0])
+
+
+def numbered(cfg: dict, images: ImageList) -> ImageList:
+    """Return the training table with its labels as numbers 0..N-1 and their names, changed in place."""
     (where, classes), relabel = class_num(cfg), lookup(cfg, "DataLoader.Train.dataset.relabel")
     literal = images.names is None and not (classes is None if relabel is None else relabel)
     ids = np.unique(images.labels) if images.names is None else images.names
@@ -85,23 +110,25 @@ def training_images(cfg: dict) -> ImageList:
     return images
 
 
-def evaluation_places(cfg: dict) -> tuple[str, str]:
-    """Where a configuration declares its query and its gallery images."""
+def evaluation_places(cfg: dict, part: str = "Eval") -> tuple[str, str]:
+    """Where a configuration declares the query and the gallery images of `Eval` or `Validation`."""
     single = cfg["Global"]["eval_mode"] == "classification"
-    return ("DataLoader.Eval",) * 2 if single else ("DataLoader.Eval.Query", "DataLoader.Eval.Gallery")
+    return (f"DataLoader.{part}",) * 2 if single else (f"DataLoader.{part}.Query", f"DataLoader.{part}.Gallery")
 
 
-def evaluation_images(cfg: dict, classes: np.ndarray | None = None) -> tuple[ImageList, ImageList]:
+def evaluation_images(cfg: dict, classes: np.ndarray | None = None, part: str = "Eval") -> tuple[ImageList, ImageList]:
     """The query and the gallery tables, labelled alike; in classification one table, labelled as in training, twice.
 
     `classes` are the names of the training identities in the order of their numbers: these are theirs here too, where
-    the caller knows them. Where Global.on_bad_image is drop, what cannot be decoded is left out; the identities keep
-    their numbers.
+    the caller knows them. `part` is `Eval` or `Validation`. Where Global.on_bad_image is drop, what cannot be decoded
+    is left out; the identities keep their numbers.
+
     Raises DataError where no query has anything to find, where only one of the lists has cameras, or where a class is
     none of the training's.
     """
     if cfg["Global"]["eval_mode"] == "classification":
-        images, classes = read_split(cfg, "DataLoader.Eval"), training_images(cfg).names if classes is None else classes
+        images = read_split(cfg, f"DataLoader.{part}")
+        classes = training_images(cfg).names if classes is None else classes
         number_alike(images, first=classes)
         unknown = images.labels >= len(classes)
         if unknown.any() or images.names.dtype.kind != classes.dtype.kind:
@@ -113,17 +140,24 @@ def evaluation_images(cfg: dict, classes: np.ndarray | None = None) -> tuple[Ima
         if cfg["Global"]["on_bad_image"] == "drop":
             drop_faults(images)
         return images, images
-    query, gallery = (read_split(cfg, where) for where in evaluation_places(cfg))
+    return labelled_alike(cfg, *(read_split(cfg, where) for where in evaluation_places(cfg, part)), classes)
+
+
+def labelled_alike(
+    cfg: dict, query: ImageList, gallery: ImageList, classes: np.ndarray | None = None
+) -> tuple[ImageList, ImageList]:
+    """Return a query and a gallery table, changed in place so that a number is the same identity in both."""
     if (query.cameras is None) != (gallery.cameras is None):
         with_cameras, without = (query, gallery) if gallery.cameras is None else (gallery, query)
         raise DataError(
             f"{with_cameras.source} has a third column, the camera, and {without.source} has none: give "
             "it in both lists or in neither"
         )
-    number_alike(query, gallery, first=classes)
+    tables = [query] if query is gallery else [query, gallery]
+    number_alike(*tables, first=classes)
     if cfg["Global"]["on_bad_image"] == "drop":
-        drop_faults(query)
-        drop_faults(gallery)
+        for images in tables:
+            drop_faults(images)
     if not positives(query, gallery).any():
         raise DataError(
             f"{query.source}: no query has an image of its identity in {gallery.source} "
@@ -143,30 +177,45 @@ def build_loaders(cfg: dict) -> Loaders:
 
     Raises ConfigError or DataError, before anything is trained, for whatever would fail or mislead later.
     """
-    images, drop = {"DataLoader.Train": training_images(cfg)}, cfg["Global"]["on_bad_image"] == "drop"
-    given, listed = class_num(cfg)[1], len(images["DataLoader.Train"].names)
-    if given and given > listed:
-        print(f"class_num is {given}, the training list has {listed} identities: the others will never be seen")
+    train, held_out = training_split(cfg)
+    images, drop = {"DataLoader.Train": numbered(cfg, train)}, cfg["Global"]["on_bad_image"] == "drop"
+    given, names = class_num(cfg)[1], images["DataLoader.Train"].names
+    if given and given > len(names):
+        print(f"class_num is {given}, the training list has {len(names)} identities: the others will never be seen")
     if drop:
         drop_faults(images["DataLoader.Train"])
     if cfg["Global"]["eval_during_train"] or lookup(cfg, "DataLoader.Eval"):
-        images |= zip(evaluation_places(cfg), evaluation_images(cfg, images["DataLoader.Train"].names), strict=True)
+        images |= zip(evaluation_places(cfg), evaluation_images(cfg, names), strict=True)
+    if held_out is not None:
+        images["DataLoader.Validation"] = labelled_alike(cfg, held_out, held_out, names)[0]
+    elif lookup(cfg, "DataLoader.Validation"):
+        images |= zip(evaluation_places(cfg, "Validation"), evaluation_images(cfg, names, "Validation"), strict=True)
     loaders = {}
     for where, table in images.items():
-        table.transform = build_transform(cfg, f"{where}.dataset")
-        shape, wanted = output_shape(table.transform, where), tuple(cfg["Global"]["image_shape"])
+        read_as = "DataLoader.Eval.Query" if table is held_out else where
+        table.transform = build_transform(cfg, f"{read_as}.dataset")
+        shape, wanted = output_shape(table.transform, read_as), tuple(cfg["Global"]["image_shape"])
         if where != "DataLoader.Train" and shape != wanted:
-            raise ConfigError(f"{where}.dataset.transform_ops make images of {shape}, Global.image_shape is {wanted}")
-        loaders[where] = build_loader(cfg, where, table)
+            raise ConfigError(f"{read_as}.dataset.transform_ops make images of {shape}, Global.image_shape is {wanted}")
+        loaders[where] = build_loader(cfg, read_as, table)
     if not drop:
         check_images(*{(t.source, t.paths[0]): t for t in images.values()}.values())
     if cfg["Global"]["cache_images"]:
         for where, table in images.items():
             keep(table, resolve(cfg["Global"]["cache_images"]), where)
-    train, *evaluation = loaders.values()
-    if len(evaluation) == 2 and same_list(*(loader.dataset for loader in evaluation)):
-        evaluation.pop()  # one loader serves as both, so that its images are embedded once
-    return Loaders(train, *evaluation * (2 // max(1, len(evaluation))))
+    test, validation = (searched(loaders, part) for part in LISTS)
+    return Loaders(loaders["DataLoader.Train"], *(vars(test).values() if test else (None, None)), validation)
+
+
+def searched(loaders: dict[str, ImageLoader], part: str) -> Pair | None:
+    """Return the query and the gallery loader of `Eval` or `Validation`, None where there are none.
+
+    One loader serves as both where these are the same list, so that its images are embedded once.
+    """
+    found = [loader for where, loader in loaders.items() if where.startswith(f"DataLoader.{part}")]
+    if len(found) == 2 and same_list(*(loader.dataset for loader in found)):
+        found.pop()
+    return Pair(found[0], found[-1]) if found else None
 
 
 def build_loader(cfg: dict, where: str, images: ImageList) -> ImageLoader:

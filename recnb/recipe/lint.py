@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from recnb.data.lists import ImageList
 from recnb.data.loaders import Loaders
 from recnb.data.pipeline import output_shape
 from recnb.recipe.schema import LOADERS, WITHOUT_EFFECT, adds_softmax, architectures, items, lookup, optimizers
@@ -42,7 +43,10 @@ def lint(cfg: dict, loaders: Loaders | None = None) -> list[Finding]:
     """The findings of a checked configuration; with its loaders, those of the lists too."""
     checks = [losses, augmentation, inference, schedule, processes, without_effect]
     findings = [finding for check in checks for finding in check(cfg)]
-    return findings + ([*identities(loaders), *shapes(cfg, loaders)] if loaders else [])
+    if loaders is None:
+        return findings
+    judged = identities(loaders) if cfg["Global"]["eval_mode"] == "retrieval" else ()
+    return [*findings, *judged, *shapes(cfg, loaders)]
 
 
 def stop(findings: list[Finding]) -> None:
@@ -196,14 +200,20 @@ def shapes(cfg: dict, loaders: Loaders) -> Iterator[Finding]:
 
 
 def identities(loaders: Loaders) -> Iterator[Finding]:
-    """Evaluation identities that occur in training: by their names, which are numbers in a list."""
-    if loaders.query is not None:
-        trained = set(loaders.train.dataset.names.tolist())
-        tested = {loaders.query.dataset.names[i] for i in loaders.query.dataset.labels.tolist()}
-        if shared := trained & tested:
+    """Identities that stand in two of the training, validation and test lists: by their names, numbers in a list."""
+    sets = {name: seen(part.dataset) for name, part in loaders.parts.items() if "gallery" not in name}
+    places = {"query": "DataLoader.Eval.Query", "validation query": "DataLoader.Validation"}
+    for name, other in (("query", "train"), ("validation query", "train"), ("validation query", "query")):
+        where = "training" if other == "train" else "Eval"
+        if shared := sets.get(name, set()) & sets.get(other, set()):
             yield Finding(
-                "DataLoader.Eval.Query",
-                f"{len(shared)} of {len(tested)} identities are in training too",
+                places[name],
+                f"{len(shared)} of {len(sets[name])} identities are in {where} too",
                 "retrieval is judged on identities never seen, and lists that count from 0 again look shared",
                 "split by identity (notebook 01_prepare), or number the lists once over all",
             )
+
+
+def seen(images: ImageList) -> set:
+    """The names of the identities that a table has images of."""
+    return {images.names[label] for label in images.labels.tolist()}

@@ -110,6 +110,9 @@ AMP = {
 }
 EMA = {"decay": 0.9999}
 LOADER = {"num_workers": int, "use_shared_memory": bool, "prefetch_factor": int}  # torch always shares memory
+ONE_LIST = ("dataset", "sampler", "loader")
+LISTS = ("Eval", "Validation")  # judged: by a query and a gallery list or, in classification, by one list
+LOADERS = ("Train", *(f"{part}{each}" for part in LISTS for each in (".Query", ".Gallery", "")))
 KEYS = {  # the keys of the sections that are not constructor calls
     "the file": (
         "Global",
@@ -127,15 +130,12 @@ KEYS = {  # the keys of the sections that are not constructor calls
     "Global": (*GLOBAL, *WITHOUT_EFFECT),
     "AMP": tuple(AMP),
     "EMA": tuple(EMA),
-    "DataLoader": ("Train", "Eval"),
-    "DataLoader.Train": ("dataset", "sampler", "loader"),
-    "DataLoader.Eval": ("Query", "Gallery", "dataset", "sampler", "loader"),
-    "DataLoader.Eval.Query": ("dataset", "sampler", "loader"),
-    "DataLoader.Eval.Gallery": ("dataset", "sampler", "loader"),
-    "DataLoader.Train.loader": tuple(LOADER),
-    "DataLoader.Eval.loader": tuple(LOADER),
-    "DataLoader.Eval.Query.loader": tuple(LOADER),
-    "DataLoader.Eval.Gallery.loader": tuple(LOADER),
+    "DataLoader": ("Train", *LISTS),
+    "DataLoader.Train": ONE_LIST,
+    "DataLoader.Eval": ("Query", "Gallery", *ONE_LIST),
+    "DataLoader.Validation": ("share", "seed", "Query", "Gallery", *ONE_LIST),
+    **{f"DataLoader.{part}.{each}": ONE_LIST for part in LISTS for each in ("Query", "Gallery")},
+    **{f"DataLoader.{part}.loader": tuple(LOADER) for part in LOADERS},
     "Loss": ("Train", "Eval"),
     "Metric": ("Train", "Eval"),
 }
@@ -163,7 +163,6 @@ DISTILLATION = (
     "freeze_params_list",
     "pretrained_list",
 )
-LOADERS = ("Train", "Eval.Query", "Eval.Gallery", "Eval")
 REQUIRED = ("DataLoader.Train.dataset", "Arch", "Loss.Train", "Optimizer")
 PARTS = (
     "data.lists",
@@ -221,8 +220,9 @@ def fill_loaders(cfg: dict) -> None:
     for section in (lookup(cfg, f"DataLoader.{part}.sampler") for part in LOADERS):
         if isinstance(section, dict):
             section.setdefault("name", "DistributedBatchSampler")
-    lists = lookup(cfg, "DataLoader.Eval")
-    if isinstance(lists, dict) and cfg["Global"]["eval_mode"] == "retrieval":
+    for lists in (lookup(cfg, f"DataLoader.{part}") for part in LISTS):
+        if not isinstance(lists, dict) or cfg["Global"]["eval_mode"] != "retrieval":
+            continue
         for one, other in (("Query", "Gallery"), ("Gallery", "Query")):
             if lists.get(other) and not lists.get(one):
                 lists[one] = unshared(lists[other])
@@ -258,6 +258,7 @@ def check(cfg: dict) -> None:
         check_arch(section, where)
     check_class_num(cfg)
     check_evaluation(cfg)
+    check_validation(cfg)
     for where, section in optimizers(cfg):
         if not section.get("lr"):
             raise ConfigError(f"{where}.lr: the file has no such section, and nothing can be trained without it")
@@ -382,14 +383,17 @@ def class_num(cfg: dict) -> tuple[str, int | None]:
 
 
 def check_evaluation(cfg: dict) -> None:
-    """Raise ConfigError where evaluation is asked for and its list is missing, or is one of another mode."""
-    lists, wanted = lookup(cfg, "DataLoader.Eval") or {}, cfg["Global"]["eval_during_train"]
-    single = cfg["Global"]["eval_mode"] == "classification"
-    for key in (key for key in lists if (key in ("Query", "Gallery")) == single):
-        raise ConfigError(
-            f"DataLoader.Eval.{key}: does not belong to Global.eval_mode {cfg['Global']['eval_mode']}, "
-            f"which is evaluated with DataLoader.Eval.{'dataset' if single else 'Query and .Gallery'}"
-        )
+    """Raise ConfigError where lists are asked for and missing, or are those of another mode."""
+    mode, wanted = cfg["Global"]["eval_mode"], cfg["Global"]["eval_during_train"]
+    single = mode == "classification"
+    for part in LISTS:
+        lists = lookup(cfg, f"DataLoader.{part}") or {}
+        for key in (key for key in lists if key in ("Query", "Gallery", *ONE_LIST) and (key not in ONE_LIST) == single):
+            raise ConfigError(
+                f"DataLoader.{part}.{key}: does not belong to Global.eval_mode {mode}, "
+                f"which is evaluated with DataLoader.{part}.{'dataset' if single else 'Query and .Gallery'}"
+            )
+    lists = lookup(cfg, "DataLoader.Eval") or {}
     if single and not lists.get("dataset") and (wanted or lists):
         raise ConfigError(
             "DataLoader.Eval.dataset: there is no such section; add it, or leave DataLoader.Eval out and "
@@ -400,6 +404,31 @@ def check_evaluation(cfg: dict) -> None:
             "DataLoader.Eval.Query: there is no such section; retrieval is evaluated with "
             "DataLoader.Eval.Query and DataLoader.Eval.Gallery (one alone serves as both): add it, or "
             "leave DataLoader.Eval out and set Global.eval_during_train: False"
+        )
+
+
+def check_validation(cfg: dict) -> None:
+    """Raise ConfigError where DataLoader.Validation gives no images, or a share that cannot be held out."""
+    where, section = "DataLoader.Validation", lookup(cfg, "DataLoader.Validation")
+    single = cfg["Global"]["eval_mode"] == "classification"
+    if section is None or (section.get("dataset" if single else "Query") and "share" not in section):
+        return
+    share, seed = section.get("share"), section.get("seed", 0)
+    if single:
+        raise ConfigError(f"{where}: classification is validated with a list of its own; add {where}.dataset")
+    for key in (key for key in section if key not in ("share", "seed")):
+        raise ConfigError(f"{where}.{key}: with a share, the images are those of training; keep one of the two")
+    if not fits(share, float) or not 0 < share < 1:
+        raise ConfigError(
+            f"{where}.share: {share!r} is not a share of the training identities, between 0 and 1, such as 0.15; "
+            f"without a share, give the lists {where}.Query and {where}.Gallery"
+        )
+    if not fits(seed, int) or seed < 0:
+        raise ConfigError(f"{where}.seed: {seed!r} is not a whole number from 0")
+    if not lookup(cfg, "DataLoader.Eval.Query"):
+        raise ConfigError(
+            f"{where}.share: its images are read as those of DataLoader.Eval.Query, and there is no such section; add "
+            f"it, or give the lists {where}.Query and {where}.Gallery"
         )
 
 

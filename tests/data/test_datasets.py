@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from recnb import build_loaders, load_config
+from recnb import build_loaders, build_model, load_config
 from recnb.data.images import DataError
 from recnb.data.lists import (
     ImageFolder,
@@ -21,6 +21,9 @@ from recnb.data.lists import (
     save_label_map,
 )
 from recnb.recipe.data import evaluation_images, training_images
+from recnb.recipe.lint import seen
+from recnb.recipe.resolved import resolved
+from recnb.recipe.schema import lookup
 from recnb.registry import ConfigError
 
 TRAIN = "DataLoader.Train.dataset"
@@ -431,6 +434,60 @@ def test_loaders_of_a_configuration(config_file):
 def test_loaders_without_evaluation(config_file):
     loaders = build_loaders(load_config(config_file({"DataLoader.Eval": ..., "Global.eval_during_train": False})))
     assert loaders.query is None and loaders.gallery is None
+
+
+def test_a_share_of_the_training_identities_is_held_out_for_validation(config_file):
+    def loaders(seed=0):
+        return build_loaders(load_config(config_file({"DataLoader.Validation": {"share": 0.2, "seed": seed}})))
+
+    found = loaders()
+    train, held = (seen(loader.dataset) for loader in (found.train, found.validation.query))
+    assert (len(train), len(held)) == (12, 3) and not train & held
+    assert train | held == seen(build_loaders(load_config(config_file())).train.dataset)
+    assert found.train.dataset.labels.max() == 11, "the classes that are left are numbered anew"
+    assert found.validation.query is found.validation.gallery, "one list: its images are embedded once"
+    assert positives(*[found.validation.query.dataset] * 2).all()
+    assert str(found.validation.query.dataset.transform) == str(found.query.dataset.transform)
+    assert loaders().validation.query.dataset.paths == found.validation.query.dataset.paths
+    assert loaders(1).validation.query.dataset.paths != found.validation.query.dataset.paths
+    cfg = load_config(config_file({"DataLoader.Validation": {"share": 0.2}}))
+    assert build_model(cfg).head.class_num == resolved(cfg)["Arch"]["Head"]["class_num"] == 12
+
+
+def test_validation_lists_of_their_own(config_file, drawn):
+    lists = lookup(load_config(config_file()), "DataLoader.Eval")
+    found = build_loaders(load_config(config_file({"DataLoader.Validation": lists})))
+    assert len(found.validation.query.dataset) == 18 and len(found.validation.gallery.dataset) == 36
+    assert [*found.parts] == ["train", "query", "gallery", "validation query", "validation gallery"]
+    one = build_loaders(load_config(config_file({"DataLoader.Validation": {"Gallery": lists["Gallery"]}})))
+    assert one.validation.query is one.validation.gallery
+    assert build_loaders(load_config(config_file())).validation is None
+
+
+def test_a_classifier_is_validated_with_a_list(config_file):
+    train = lookup(load_config(config_file()), "DataLoader.Train")
+    one = {"dataset": train["dataset"], "sampler": {"batch_size": 8}, "loader": {"num_workers": 0}}
+    found = build_loaders(
+        load_config(
+            config_file({"DataLoader.Eval": one, "DataLoader.Validation": one, "Metric.Eval": [{"TopkAcc": {}}]})
+        )
+    )
+    assert found.validation.query is found.validation.gallery and len(found.validation.query.dataset) == 90
+
+
+@pytest.mark.parametrize(
+    ("lines", "share", "leaves"),
+    [
+        ("a.jpg 1\nb.jpg 1\nc.jpg 2\nd.jpg 2\ne.jpg 3\nf.jpg 3\n", 0.3, "2 to train on and 1 with"),
+        ("a.jpg 1\nb.jpg 1\nc.jpg 2\nd.jpg 2\ne.jpg 3\nf.jpg 3\n", 0.7, "1 to train on and 2 with"),
+        ("a.jpg 1\nb.jpg 2\nc.jpg 3\nd.jpg 4\ne.jpg 5\nf.jpg 6\n", 0.5, "3 to train on and 0 with"),
+        ("a.jpg 1\nb.jpg 2\n", 0.1, "2 to train on and 0 with"),
+    ],
+)
+def test_too_few_identities_to_hold_any_out(config_file, tmp_path, lines, share, leaves):
+    changes = {f"{TRAIN}.cls_label_path": str(listed(tmp_path, lines)), "DataLoader.Validation": {"share": share}}
+    with pytest.raises(DataError, match=rf"DataLoader\.Validation\.share: .*{leaves}.*; both need two"):
+        build_loaders(load_config(config_file(changes)))
 
 
 def test_settings_for_workers_are_left_out_where_there_are_none(config_file):

@@ -273,7 +273,7 @@ def test_the_lists_and_the_config_are_read_by_the_loaders(table, tmp_path):
     assert positives(query, gallery).min() >= 1
     assert cfg["DataLoader"]["Train"]["sampler"]["batch_size"] == 4 * training_images(cfg).labels.max() + 4 < 64
     loaders = build_loaders(cfg)
-    for name, part in vars(loaders).items():
+    for name, part in loaders.parts.items():
         assert sorted(part.dataset.paths) == splits.path[splits["split"] == name].tolist()
     assert len(next(iter(loaders.train))[0]) == cfg["DataLoader"]["Train"]["sampler"]["batch_size"]
 

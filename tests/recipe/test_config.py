@@ -294,6 +294,30 @@ def test_the_newer_sections_are_checked(config, changes, message):
     assert re.match(message, refused(config(changes)))
 
 
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({}, "DataLoader.Validation.share: None is not a share of the training identities, between 0 and 1"),
+        ({"share": 1.5}, "DataLoader.Validation.share: 1.5 is not a share"),
+        ({"share": "half"}, "DataLoader.Validation.share: 'half' is not a share"),
+        ({"share": 0.1, "seed": -1}, "DataLoader.Validation.seed: -1 is not a whole number from 0"),
+        (
+            {"share": 0.1, "Query": {"dataset": {}}},
+            "DataLoader.Validation.Query: with a share, the images are those of",
+        ),
+        ({"shrae": 0.1}, "DataLoader.Validation.shrae: there is no such key; did you mean 'share'?"),
+        ({"dataset": {}}, "DataLoader.Validation.dataset: does not belong to Global.eval_mode retrieval"),
+    ],
+)
+def test_validation_lists_that_cannot_be(config, section, message):
+    assert message in refused(config({"DataLoader.Validation": section}))
+
+
+def test_validation_needs_to_know_how_images_are_read(config):
+    changes = {"DataLoader.Eval": ..., "Global.eval_during_train": False, "DataLoader.Validation": {"share": 0.2}}
+    assert "its images are read as those of DataLoader.Eval.Query, and there is no such" in refused(config(changes))
+
+
 def test_nothing_to_evaluate_has_to_be_said(config):
     assert "set Global.eval_during_train: False" in refused(config({"DataLoader.Eval": ...}))
     assert load_config(config({"DataLoader.Eval": ..., "Global.eval_during_train": False}))["DataLoader"].keys() == {

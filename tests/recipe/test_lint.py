@@ -59,6 +59,19 @@ def test_test_identities_that_are_trained_on_are_counted(config_file, drawn):
     assert "9 of 9 identities" in lint(cfg, build_loaders(cfg))[0].what
 
 
+def test_validation_identities_that_are_trained_or_tested_on_are_counted(config_file):
+    lists = load_config(config_file())["DataLoader"]
+    for part, where in (("Train", "training"), ("Eval", "Eval")):
+        given = lists["Eval"] if part == "Eval" else {"Query": lists["Train"]}
+        cfg = load_config(config_file({"DataLoader.Validation": given}))
+        found = [finding for finding in lint(cfg, build_loaders(cfg)) if finding.place == "DataLoader.Validation"]
+        assert [finding.what.split(" of ")[1] for finding in found] == [
+            f"{9 if part == 'Eval' else 15} identities are in {where} too"
+        ]
+    cfg = load_config(config_file({"DataLoader.Validation": {"share": 0.2}}))
+    assert lint(cfg, build_loaders(cfg)) == []
+
+
 @pytest.mark.parametrize("name", ["demo", "grocery", "omniglot"])
 def test_the_shipped_configurations_have_no_finding(name):
     assert mends(f"configs/{name}.yaml") == []
