@@ -41,7 +41,7 @@ from recnb.registry import ConfigError, suggest
 from recnb.retrieval.search import knn
 from recnb.runs.folder import Run
 from recnb.storage import resolve, write_json, write_text
-from recnb.training.evaluation import judge
+from recnb.training.evaluation import Judge
 
 EXACT = ("model.onnx", "model.pt2", "example.py")  # must agree with the trained model; fp16 and int8 are measured
 LEAST_COSINE, METRIC_TOLERANCE = 0.9999, 5e-4  # near-ties may swap; a share of less than that is no difference
@@ -101,9 +101,8 @@ def agreement(trained: tuple, exported: tuple, query: ImageList, gallery: ImageL
     cosine, difference = (ours * theirs).sum(1) / np.maximum(length, 1e-12), np.abs(ours - theirs)
     own = own_index(query, gallery)
     first = [knn(*pair, 1, distance, exclude=own)[1][:, 0] for pair in (trained, exported)]
-    scores = [
-        judge(*pair, query, gallery, ("recall1", "mAP"), normalize=distance == "cosine") for pair in (trained, exported)
-    ]
+    judge = Judge(("recall1", "mAP"), normalize=distance == "cosine")
+    scores = [judge(*pair, query, gallery).metrics for pair in (trained, exported)]
     return {
         "cosine_least": float(cosine.min()),
         "cosine_mean": float(cosine.mean()),
@@ -132,7 +131,7 @@ def prove(
     report = {
         "images": {"query": len(query), "gallery": len(gallery), "of": [len(part) for part in parts]},
         "required": {"cosine_least": LEAST_COSINE, "metric_tolerance": METRIC_TOLERANCE},
-        "trained": judge(*reference, query, gallery, ("recall1", "mAP"), normalize=distance == "cosine"),
+        "trained": Judge(("recall1", "mAP"), normalize=distance == "cosine")(*reference, query, gallery).metrics,
         "model_parity": {
             name: {f"batch_{size}": compared((asked[size][name], items[name])) for size in (BATCH, 1)}
             for name in runners

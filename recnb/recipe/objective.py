@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from torch import nn
 
-from torch import Tensor, nn
-
-from recnb.data.lists import ImageList
 from recnb.losses.combined import LOSSES, CombinedLoss
 from recnb.recipe.schema import check_logits, items
 from recnb.registry import ConfigError
-from recnb.training.evaluation import DEFAULT_METRICS, METRICS, POST_PROCESS, TopkAcc, binarized, classified, judge
+from recnb.training.evaluation import DEFAULT_METRICS, METRICS, POST_PROCESS, Accuracy, Judge, TopkAcc, binarized
 
 
 def build_metrics(cfg: dict) -> list[str]:
@@ -29,37 +26,19 @@ def build_metrics(cfg: dict) -> list[str]:
     return names or (TopkAcc() if single else list(DEFAULT_METRICS))
 
 
-def build_judge(cfg: dict, model: nn.Module | None = None) -> Callable:
-    """`judge` with the metrics, the post-processing and the re-ranking of a configuration.
+def build_judge(cfg: dict, model: nn.Module | None = None) -> Judge | Accuracy:
+    """Return what judges features: the metrics, the post-processing and the re-ranking of a configuration.
 
     In classification it is the accuracy of `model`'s head, and takes what the head reads in place of features.
     """
+    settings, names = cfg["Global"], build_metrics(cfg)
     steps = [POST_PROCESS.build({"name": name, **args}, place) for place, name, args in items(cfg, "PostProcess")]
-    names, re_ranking = build_metrics(cfg), cfg["Global"]["re_ranking"]
-    normalize = cfg["Global"]["feature_normalize"]
-    if cfg["Global"]["feature_binarize"]:
-        steps.insert(0, binarized(cfg["Global"]["feature_binarize"]))
-    if cfg["Global"]["eval_mode"] == "classification":
-
-        def judged(query_features, gallery_features, query, gallery, train=None):
-            return classified(names, model, query_features, query)
-
-        judged.names = names
-        if getattr(model, "head", None) is not None:
-            judged.reads = model.head_input
-        return judged
-
-    def judged(
-        query_features: Tensor,
-        gallery_features: Tensor,
-        query: ImageList,
-        gallery: ImageList,
-        train: Callable | None = None,
-    ) -> dict[str, float]:
-        return judge(query_features, gallery_features, query, gallery, names, steps, re_ranking, train, normalize)
-
-    judged.names = names
-    return judged
+    if settings["eval_mode"] == "classification":
+        head = getattr(model, "head", None)
+        return Accuracy(names) if head is None else Accuracy(names, head, model.head_input)
+    if settings["feature_binarize"]:
+        steps.insert(0, binarized(settings["feature_binarize"]))
+    return Judge(names, steps, settings["re_ranking"], settings["feature_normalize"])
 
 
 def build_loss(

@@ -7,14 +7,19 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
+from recnb.data.lists import ImageList
 from recnb.distributed.processes import first_does
 from recnb.recipe.data import build_loaders
 from recnb.recipe.learner import build_learner
 from recnb.recipe.lint import lint, stop
 from recnb.recipe.model import build_model
 from recnb.runs.folder import open_run, resolve_run, save_embeddings, save_metrics
+from recnb.storage import replacing
+from recnb.training.evaluation import Evaluation
+from recnb.training.learner import RetrievalLearner
 
 
 def train(cfg: dict, run_dir: str | Path) -> dict:
@@ -35,14 +40,55 @@ def train(cfg: dict, run_dir: str | Path) -> dict:
         if not sys.stdout.isatty():  # bars are redrawn, lines stay
             quiet.enter_context(learn.no_bar())
             quiet.enter_context(learn.no_logging())
-        before = learn.scores()
+        before = evaluate_start(run, learn)
         learn.fit_config(on_epoch=None if sys.stdout.isatty() else partial(print_epoch, run, cfg["Global"]["epochs"]))
-        after = learn.scores()
-    if loaders.query:
-        query, gallery = learn.embeddings()
-        first_does(partial(save_embeddings, run, query=query, gallery=gallery))
-    first_does(save_metrics, run, before, after)
-    return {**after, "before": before}
+        after = learn.evaluate()
+    first_does(save_results, run, learn, before, after)
+    return {**after.metrics, "before": before.metrics}
+
+
+def evaluate_start(run: Path, learn: RetrievalLearner) -> Evaluation:
+    """Return the evaluation of the model before training, and keep each query's values in queries.csv.
+
+    Where a run goes on, the metrics and the values are those that it kept, and there are no features.
+    """
+    path, columns = run / "queries.csv", {f"{name}_before": name for name in learn.names}
+    if (run / "checkpoints" / "latest.pt").exists() and path.exists():
+        table = pd.read_csv(path, float_precision="round_trip")
+        if set(columns) <= set(table) and len(table) == len(learn.loaders.query.dataset):
+            values = {name: table[column].to_numpy(float) for column, name in columns.items()}
+            return Evaluation(metrics={name: mean_of_valid(v) for name, v in values.items()}, per_query=values)
+    start = learn.evaluate()
+    if start.per_query:
+        first_does(save_queries, path, learn.loaders.query.dataset, start)
+    return start
+
+
+def mean_of_valid(values: np.ndarray) -> float:
+    """Return the mean over the queries that have something to find."""
+    return float(values[~np.isnan(values)].mean())
+
+
+def save_queries(path: Path, images: ImageList, before: Evaluation, after: Evaluation | None = None) -> None:
+    """Write a row for each query: its path, its identity, and each metric's value before and after training.
+
+    A query that has nothing to find has no value.
+    """
+    columns = {"path": images.paths, "label": [images.name(label) for label in images.labels.tolist()]}
+    for name, values in before.per_query.items():
+        columns[f"{name}_before"] = values
+        if after is not None:
+            columns[f"{name}_after"] = after.per_query[name]
+    with replacing(path) as temporary:
+        pd.DataFrame(columns).to_csv(temporary, index=False, errors="backslashreplace")
+
+
+def save_results(run: Path, learn: RetrievalLearner, before: Evaluation, after: Evaluation) -> None:
+    """Write metrics.json, and where there are evaluation lists queries.csv and the embeddings."""
+    if after.per_query:
+        save_queries(run / "queries.csv", learn.loaders.query.dataset, before, after)
+        save_embeddings(run, query=after.query, gallery=after.gallery)
+    save_metrics(run, before.metrics, after.metrics)
 
 
 def print_epoch(run: Path, epochs: int) -> None:

@@ -11,7 +11,7 @@ __getattr__, __dir__, __all__ = lazily(
         "fit": "fit_config",
         "optim": "OPTIMIZERS",
         "schedules": "SCHEDULES",
-        "evaluation": "METRICS POST_PROCESS embed judge",
+        "evaluation": "METRICS POST_PROCESS Evaluation Judge embed",
         "checkpoints": "Checkpoints resume",
         "guard": "TrainingError",
     },

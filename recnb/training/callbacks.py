@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from operator import itemgetter
 from pathlib import Path
 
 import pandas as pd
@@ -17,7 +16,7 @@ from recnb.data.loaders import Loaders, over
 from recnb.distributed.processes import averaged, first_does, joined, ranks
 from recnb.storage import replacing
 from recnb.training.adaptor import Callback, CancelValidException, ValueMetric
-from recnb.training.evaluation import embed
+from recnb.training.evaluation import Evaluation, embed
 from recnb.training.plan import FitState, Plan
 
 
@@ -46,32 +45,41 @@ class PassLabels(Callback):
 
 
 class RetrievalEvaluation(Callback):
-    """Gathers the features of the validation loader, or what else is judged, and leaves the metrics as `result`."""
+    """Has the outputs for the validation loader's images judged, and leaves the `result` until the next training.
 
-    result: dict[str, float]
+    Args:
+        loaders: The query and the gallery loader.
+        judge: As `Judge`: called with what it `reads` of the outputs, or else the features, of query and gallery.
+    """
 
-    def __init__(self, loaders: Loaders, judged: Callable):
-        self.query, self.gallery, self.judged, self.result = loaders.query.dataset, loaders.gallery.dataset, judged, {}
-        self.reads = getattr(judged, "reads", itemgetter("features"))
+    def __init__(self, loaders: Loaders, judge: Callable[..., Evaluation]):
+        self.query, self.gallery, self.judge = loaders.query.dataset, loaders.gallery.dataset, judge
+        self.result: Evaluation | None = None
+
+    def before_train(self):
+        self.result = None  # memory
 
     def before_validate(self):
-        self.features, self.result = [], {}
+        self.features, self.read, self.result = [], [], None
 
     def after_pred(self):
         if not self.training:
-            self.features.append(self.reads(self.pred).detach().float().cpu())
+            self.features.append(self.pred["features"].detach().float().cpu())
+            if self.judge.reads:
+                self.read.append(self.judge.reads(self.pred).detach().float().cpu())
 
     def after_validate(self):
         features = joined(torch.cat(self.features)) if self.features else torch.empty(0)
-        self.features = []
+        read = joined(torch.cat(self.read)) if self.read else features
+        self.features, self.read = [], []
         if len(features) == len(self.query) + (self.query is not self.gallery) * len(self.gallery):
-            self.result = self.judged(
-                features[: len(self.query)],
-                features[-len(self.gallery) :],
-                self.query,
-                self.gallery,
-                self.training_features,
-            )
+            judged = self.judge(*self.parts(read), self.query, self.gallery, self.training_features)
+            query, gallery = self.parts(features)
+            self.result = replace(judged, query=query, gallery=gallery)
+
+    def parts(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows of the query and of the gallery images."""
+        return rows[: len(self.query)], rows[-len(self.gallery) :]
 
     def training_features(self) -> Tensor:
         """The features (N, D) of the training images, seen as queries are, for post-processing fitted on them."""
@@ -176,13 +184,13 @@ class History(Callback):
     def after_epoch(self):
         if self.recorder.cancel_valid:  # keeps the columns of the live table in step
             self.recorder.log += [float("nan"), *(metric.value for metric in self.learn.metrics)]
-        state, metrics = self.state, self.evaluation.result if self.evaluation else {}
+        state, result = self.state, self.evaluation and self.evaluation.result
         row = {"epoch": self.epoch + 1, "lr": state.rates[0], **{name: self.mean(name) for name in state.sums}}
-        if metrics:
+        if result:
             loss = self.recorder.loss.value
             row |= {"valid_loss": loss.item()} if loss is not None and loss.isfinite() else {}
-            row |= metrics
-            value = metrics[self.learn.names[0]]
+            row |= result.metrics
+            value = result.metrics[self.learn.names[0]]
             if not state.best or value >= state.best["value"]:
                 state.best = {"epoch": self.epoch + 1, "value": value}
         state.rows.append(row)

@@ -1,6 +1,6 @@
 """From a model and lists of images to numbers: embedding, post-processing, retrieval metrics.
 
-`embed` makes the features of a list, `judge` what they retrieve. Between the two stand the steps of the section
+`embed` makes the features of a list, a `Judge` says what they retrieve. Between the two stand the steps of the section
 PostProcess and, with `Global.re_ranking: True`, k-reciprocal re-ranking.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -88,48 +89,86 @@ def binarized(kind: str) -> Callable:
     return step
 
 
-def classified(names: Sequence[str], model: nn.Module, features: Tensor, images: ImageList) -> dict[str, float]:
-    """top{k} of images by the logits of the model's head for its inputs (N, D), or by the features without a head."""
-    head = getattr(model, "head", None)
-    with torch.inference_mode():
-        logits = features if head is None else head(features.to(next(model.parameters()).device)).float().cpu()
-    own = logits.gather(1, torch.from_numpy(images.labels)[:, None])
-    place = (logits >= own).sum(1) - 1  # how many classes come before, one that is as likely among them
-    return {name: (place < int(name[3:])).float().mean().item() for name in names}
+@dataclass
+class Evaluation:
+    """What a model makes of query and gallery images: their features, and what these retrieve.
 
-
-def judge(
-    query_features,
-    gallery_features,
-    query: ImageList,
-    gallery: ImageList,
-    names: Sequence[str] = DEFAULT_METRICS,
-    steps: Sequence[Callable] = (),
-    re_ranking: bool = False,
-    train: Callable | None = None,
-    normalize: bool = True,
-) -> dict[str, float]:
-    """The metrics `names` of query features (Q, D) against gallery features (G, D), which belong to the two lists.
-
-    `steps` change the features in turn; `train()` gives the training images' where a step asks for them. The order is
-    by cosine, or by k-reciprocal distance. An image never retrieves itself, nor its identity's images of its camera.
+    `per_query` has the values whose mean is the metric, nan for a query that has nothing to find.
     """
-    for step in steps:
-        query_features, gallery_features = step(query_features, gallery_features, train)
-    lists = (query.labels, gallery.labels, query.cameras, gallery.cameras)
-    kinds = list(dict.fromkeys(re.sub(r"\d+$", "{k}", name) for name in names))  # one order in all processes
-    options = {
-        "exclude_self": own_index(query, gallery),
-        "metrics": kinds,
-        "topk": sorted({int(name) for key in names for name in re.findall(r"\d+$", key)}) or (1,),
-    }
-    if re_ranking:
-        same = query is gallery
-        scores = ranking_metrics(KReciprocal(query_features, None if same else gallery_features), *lists, **options)
-    else:
-        options["distance"] = "cosine" if normalize else "dot"
-        scores = retrieval_metrics(query_features, gallery_features, *lists, **options)
-    return {name: scores[name] for name in names}
+
+    query: Tensor = field(default_factory=lambda: torch.empty(0, 0))  # (Q, D) float32, before any post-processing
+    gallery: Tensor = field(default_factory=lambda: torch.empty(0, 0))  # (G, D)
+    metrics: dict[str, float] = field(default_factory=dict)
+    per_query: dict[str, np.ndarray] = field(default_factory=dict)  # (Q,) float64
+
+
+@dataclass
+class Judge:
+    """The metrics `names` of query features (Q, D) against gallery features (G, D), which belong to two lists.
+
+    The order is by cosine, or by k-reciprocal distance. An image never retrieves itself, nor its identity's images of
+    its camera.
+
+    Args:
+        names: Keys of `retrieval_metrics`.
+        steps: They change the features in turn: `(query, gallery, train) -> (query, gallery)`, where `train()` gives
+            the features of the training images.
+        re_ranking: Whether the order is by k-reciprocal distance.
+        normalize: Whether features are compared by their cosine; otherwise by their dot product.
+    """
+
+    names: Sequence[str] = DEFAULT_METRICS
+    steps: Sequence[Callable] = ()
+    re_ranking: bool = False
+    normalize: bool = True
+    reads = None  # the features
+
+    def __call__(
+        self, query: Tensor, gallery: Tensor, asked: ImageList, items: ImageList, train: Callable | None = None
+    ) -> Evaluation:
+        first, second = query, gallery
+        for step in self.steps:
+            first, second = step(first, second, train)
+        lists = (asked.labels, items.labels, asked.cameras, items.cameras)
+        options = {
+            "exclude_self": own_index(asked, items),
+            "metrics": list(dict.fromkeys(re.sub(r"\d+$", "{k}", name) for name in self.names)),
+            "topk": sorted({int(name) for key in self.names for name in re.findall(r"\d+$", key)}) or (1,),
+            "per_query": True,
+        }
+        if self.re_ranking:
+            distances = KReciprocal(first, None if asked is items else second)
+            scores, arrays = ranking_metrics(distances, *lists, **options)
+        else:
+            distance = "cosine" if self.normalize else "dot"
+            scores, arrays = retrieval_metrics(first, second, *lists, distance=distance, **options)
+        values = {name: np.where(arrays["valid"], arrays[name], np.nan) for name in self.names}
+        return Evaluation(query, gallery, {name: scores[name] for name in self.names}, values)
+
+
+@dataclass
+class Accuracy:
+    """The metrics top{k}: the share of images with their class among the k most likely.
+
+    Args:
+        names: Such as `top1`.
+        head: Makes logits (N, classes) of what `reads` takes; None where the features are logits.
+        reads: What the head takes of the model's outputs.
+    """
+
+    names: Sequence[str]
+    head: nn.Module | None = None
+    reads: Callable | None = None
+
+    def __call__(self, query: Tensor, gallery: Tensor, asked: ImageList, *_) -> Evaluation:
+        with torch.inference_mode():
+            device = next((p.device for p in self.head.parameters()), query.device) if self.head else query.device
+            logits = self.head(query.to(device)).float().cpu() if self.head else query
+        own = logits.gather(1, torch.from_numpy(asked.labels)[:, None])
+        place = (logits >= own).sum(1) - 1  # how many classes come before, one that is as likely among them
+        hits = {name: (place < int(name[3:])).float() for name in self.names}
+        metrics = {name: values.mean().item() for name, values in hits.items()}
+        return Evaluation(query, gallery, metrics, {name: values.double().numpy() for name, values in hits.items()})
 
 
 def embed(

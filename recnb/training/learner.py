@@ -28,7 +28,7 @@ from recnb.training.adaptor import (
     in_order,
 )
 from recnb.training.callbacks import PassLabels, RetrievalEvaluation
-from recnb.training.evaluation import DEFAULT_METRICS, embed, judge
+from recnb.training.evaluation import DEFAULT_METRICS, Evaluation, Judge
 from recnb.training.fit import fit_config
 from recnb.training.plan import Plan
 
@@ -51,8 +51,7 @@ class RetrievalLearner(Learner):
 
     `optimizer` makes a torch optimizer from `(groups, lr)`, the groups being those of `splitter(model, loss)`: the
     backbone's, then the others', so that `freeze()` trains the latter and `slice(lr)` spreads over both. `metrics` are
-    keys of `retrieval_metrics`, or a function like `judge` that computes them, with their `names`, and with
-    `reads(out)` where it takes something else of the model's outputs than the features. `mix` is a batch transform
+    keys of `retrieval_metrics`, or a `Judge` or what is called like one. `mix` is a batch transform
     `(x, y) -> (x, soft labels)` for training. `plan` is what `fit_config` follows.
     """
 
@@ -77,10 +76,10 @@ class RetrievalLearner(Learner):
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         evaluated = evaluation_loader(loaders)
         adapted = [FastaiLoader(dl, device) for dl in (loaders.train, evaluated and divided(evaluated)) if dl]
-        self.names = list(getattr(metrics, "names", metrics))
-        judged = metrics if callable(metrics) else partial(named, metrics)
-        self.evaluation = RetrievalEvaluation(loaders, judged) if loaders.query else None
-        shown = [ValueMetric(partial(self.score, name), name) for name in self.names] if self.evaluation else []
+        judge = metrics if callable(metrics) else Judge(metrics)
+        self.names = list(judge.names)
+        self.evaluation = RetrievalEvaluation(loaders, judge) if loaders.query else None
+        shown = [ValueMetric(partial(self.shown, name), name) for name in self.names] if self.evaluation else []
         super().__init__(
             DataLoaders(*adapted, path=path),
             model.to(device),
@@ -113,21 +112,21 @@ class RetrievalLearner(Learner):
             self.create_opt()
         self.freeze_to(sum(group["backbone"] for group in self.opt.opt.param_groups))
 
-    def score(self, name: str) -> float | None:
-        return self.evaluation.result.get(name)
+    def shown(self, name: str) -> float | None:
+        """Return a metric of the evaluation that has just been made, for the live table."""
+        result = self.evaluation and self.evaluation.result
+        return result.metrics[name] if result else None
 
-    def scores(self) -> dict[str, float]:
-        """The retrieval metrics of the model as it is now."""
-        if self.loaders.query is None:
-            return {}
+    def evaluate(self) -> Evaluation:
+        """Return what the model as it is now makes of the query and the gallery images; each is embedded once.
+
+        Without evaluation lists it is empty.
+        """
+        if self.evaluation is None:
+            return Evaluation()
         self.validate()
-        return dict(self.evaluation.result)
-
-    def embeddings(self) -> tuple[Tensor, Tensor]:
-        """The features (Q, D) of the query and (G, D) of the gallery images, by the model as it is now."""
-        query = embed(self.model, self.loaders.query)
-        same = self.loaders.gallery.dataset is self.loaders.query.dataset
-        return query, query if same else embed(self.model, self.loaders.gallery)
+        result, self.evaluation.result = self.evaluation.result, None
+        return result
 
     def _do_epoch_validate(self, ds_idx: int = 1, dl=None):
         if dl is not None or len(self.dls.loaders) > 1:  # nothing to evaluate: train only
@@ -144,11 +143,6 @@ class RetrievalLearner(Learner):
         for epoch in range(self.first_epoch, self.n_epoch):
             self.epoch = epoch
             self._with_events(self._do_epoch, "epoch", CancelEpochException)
-
-
-def named(names: Sequence[str], query_features, gallery_features, query, gallery, train=None) -> dict[str, float]:
-    """`judge` with these metrics and nothing else."""
-    return judge(query_features, gallery_features, query, gallery, names)
 
 
 def backbone_and_rest(model: nn.Module, loss: nn.Module) -> list[dict]:

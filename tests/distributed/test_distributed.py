@@ -279,7 +279,7 @@ def test_two_processes_end_near_one_with_the_same_global_batch(config_file, tmp_
     alone = load_config(tmp_path / "two" / "config.yaml")
     learn = build_learner(alone, build_model(alone), build_loaders(alone), tmp_path / "alone")
     learn.model.load_state_dict(load_file(tmp_path / "two" / "model.safetensors"))
-    for name, value in learn.scores().items():  # what two processes evaluated together, one evaluates alone
+    for name, value in learn.evaluate().metrics.items():  # what two processes evaluated together, one evaluates alone
         assert metrics[name] == pytest.approx(value, abs=1e-6) == two[name][best]
     kept = torch.load(tmp_path / "two" / "checkpoints" / "latest.pt", weights_only=True)
     assert len(kept["model"]["head.weight"]) == 15

@@ -236,8 +236,8 @@ def test_it_trains_evaluates_and_saves(literal, veri_wild, capsys):
     history = pd.read_csv(run / "history.csv")
     assert history["epoch"].tolist() == [1, 2] and (history["lr"] == 0.01).all()
     assert history[["train_loss", "CELoss", "SupConLoss", "recall1", "recall5", "mAP"]].notna().all(axis=None)
-    assert learn.scores().keys() == {"recall1", "recall5", "mAP"}
-    assert learn.embeddings()[0].shape == (18, 512)
+    result = learn.evaluate()
+    assert result.metrics.keys() == {"recall1", "recall5", "mAP"} and result.query.shape == (18, 512)
     assert {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()} >= {
         "model.safetensors",
         "checkpoints/latest.pt",

@@ -16,7 +16,7 @@ from recnb.recipe.schema import load_config
 from recnb.registry import ConfigError
 from recnb.retrieval.metrics import ranking_metrics
 from recnb.retrieval.rerank import fit_whitening, k_reciprocal
-from recnb.training.evaluation import embed, judge
+from recnb.training.evaluation import Judge, embed
 
 
 @pytest.fixture
@@ -72,30 +72,33 @@ def test_re_ranking_is_k_reciprocal(parts, features, config_file):
         gallery.cameras,
         exclude_self=own_index(query, gallery),
     )
-    judged = build_judge(load_config(config_file({"Global.re_ranking": True})))
-    assert judged(*features, query, gallery) == pytest.approx({k: expected[k] for k in judged.names}, abs=1e-6)
+    judge = build_judge(load_config(config_file({"Global.re_ranking": True})))
+    wanted = {name: expected[name] for name in judge.names}
+    assert judge(*features, query, gallery).metrics == pytest.approx(wanted, abs=1e-6)
 
 
 def test_steps_of_post_process_run_in_order(parts, features, config_file):
     _, loaders = parts
     query, gallery = loaders.query.dataset, loaders.gallery.dataset
     steps = [{"Whitening": {"dimensions": 8}}, {"AlphaQueryExpansion": {"k": 2}}, {"DatabaseAugmentation": {"k": 2}}]
-    judged = build_judge(load_config(config_file({"PostProcess": steps})))
+    judge = build_judge(load_config(config_file({"PostProcess": steps})))
     train = torch.randn(40, 16, generator=torch.Generator().manual_seed(0))
-    plain = judge(*features, query, gallery)
-    whitened = judge(*map(fit_whitening(train, 8), features), query, gallery)
-    assert judged(*features, query, gallery, lambda: train) != whitened != plain
+    plain = Judge()(*features, query, gallery).metrics
+    whitened = Judge()(*map(fit_whitening(train, 8), features), query, gallery).metrics
+    result = judge(*features, query, gallery, lambda: train)
+    assert result.metrics != whitened != plain and result.query is features[0]
 
 
 def test_a_learner_scores_with_post_process(config_file, tmp_path):
     cfg = load_config(config_file({"PostProcess": [{"Whitening": {"dimensions": 3, "whiten": False}}]}))
     learn = build_learner(cfg, build_model(cfg), build_loaders(cfg), tmp_path)
-    query, gallery = learn.embeddings()
+    result = learn.evaluate()
     images = replace(learn.loaders.train.dataset, transform=learn.loaders.query.dataset.transform)
     train = embed(learn.model, DataLoader(images, 32))
     project = fit_whitening(train, 3, whiten=False)
     lists = (learn.loaders.query.dataset, learn.loaders.gallery.dataset)
-    assert learn.scores() == pytest.approx(judge(project(query), project(gallery), *lists), abs=1e-5)
+    direct = Judge()(project(result.query), project(result.gallery), *lists)
+    assert result.metrics == pytest.approx(direct.metrics, abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +117,7 @@ def test_misspelt_post_processing_is_refused(config_file, changes, message):
 def test_only_the_metrics_asked_for_are_returned_in_their_order(parts, features):
     _, loaders = parts
     names = ["mINP", "recall3", "precision@2", "mAP"]
-    scores = judge(*features, loaders.query.dataset, loaders.gallery.dataset, names)
+    scores = Judge(names)(*features, loaders.query.dataset, loaders.gallery.dataset).metrics
     assert list(scores) == names and all(np.isfinite(list(scores.values())))
 
 
@@ -122,8 +125,8 @@ def test_codes_are_made_before_anything_else(parts, features, config_file):
     _, loaders = parts
     query, gallery = loaders.query.dataset, loaders.gallery.dataset
     for kind, codes in (("sign", [x.sign() for x in features]), ("round", [(x >= 0.5) * 2.0 - 1 for x in features])):
-        judged = build_judge(load_config(config_file({"Global.feature_binarize": kind})))
-        assert judged(*features, query, gallery) == judge(*codes, query, gallery)
+        judge = build_judge(load_config(config_file({"Global.feature_binarize": kind})))
+        assert judge(*features, query, gallery).metrics == Judge()(*codes, query, gallery).metrics
 
 
 def test_features_may_be_compared_as_they_are(parts, features, config_file):
@@ -132,8 +135,9 @@ def test_features_may_be_compared_as_they_are(parts, features, config_file):
     stretched = features[1] * torch.linspace(0.1, 10, len(gallery))[:, None]
     plain = build_judge(load_config(config_file({"Global.feature_normalize": False})))
     wanted = ranking_values(features[0] @ stretched.T, query, gallery)
-    assert plain(features[0], stretched, query, gallery) == pytest.approx(wanted)
-    assert judge(features[0], stretched, query, gallery) == pytest.approx(judge(*features, query, gallery))
+    assert plain(features[0], stretched, query, gallery).metrics == pytest.approx(wanted)
+    cosine = Judge()(features[0], stretched, query, gallery).metrics
+    assert cosine == pytest.approx(Judge()(*features, query, gallery).metrics)
 
 
 def ranking_values(scores, query, gallery):

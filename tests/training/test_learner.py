@@ -54,7 +54,7 @@ def test_composed_by_hand_without_yaml(config_file, tmp_path):
     model = RecModel(pooled, FC(backbone.out_channels, 16), ArcMargin(16, len(train.names)))
     learn = RetrievalLearner(loaders, model, CombinedLoss([(1.0, CELoss()), (0.5, SupConLoss())]), path=tmp_path)
     learn.fit_one_cycle(1, 1e-3)
-    assert set(learn.scores()) == {"recall1", "recall5", "mAP"}
+    assert set(learn.evaluate().metrics) == {"recall1", "recall5", "mAP"}
 
 
 def test_a_learner_without_a_plan_says_what_to_do(learn):
@@ -108,7 +108,7 @@ def test_freeze_trains_neck_and_head_only_and_sliced_rates_spread(learn):
 def test_validate_and_get_preds(learn):
     record = learn.validate()
     names = learn.recorder.metric_names[2:-1]
-    assert dict(zip(names, record, strict=True))["mAP"] == learn.scores()["mAP"]
+    assert dict(zip(names, record, strict=True))["mAP"] == learn.evaluate().metrics["mAP"]
     embeddings, labels = learn.get_preds()
     query, gallery = learn.loaders.query.dataset, learn.loaders.gallery.dataset
     assert embeddings.shape == (len(query) + len(gallery), 16)
@@ -120,17 +120,29 @@ def test_validate_and_get_preds(learn):
 
 def test_scores_are_those_of_the_embeddings(learn):
     query, gallery = learn.loaders.query.dataset, learn.loaders.gallery.dataset
-    ours, theirs = learn.embeddings()
-    direct = retrieval_metrics(
-        ours,
-        theirs,
+    result = learn.evaluate()
+    direct, arrays = retrieval_metrics(
+        result.query,
+        result.gallery,
         query.labels,
         gallery.labels,
         query.cameras,
         gallery.cameras,
         exclude_self=own_index(query, gallery),
+        per_query=True,
     )
-    assert learn.scores() == pytest.approx({k: direct[k] for k in ("recall1", "recall5", "mAP")}, abs=1e-6)
+    assert result.metrics == {k: direct[k] for k in ("recall1", "recall5", "mAP")}
+    assert {k: v.tolist() for k, v in result.per_query.items()} == {k: arrays[k].tolist() for k in result.metrics}
+    torch.testing.assert_close(result.query, embed(learn.model, learn.loaders.query), rtol=1e-4, atol=1e-5)
+
+
+def test_a_query_without_a_positive_has_no_value(learn):
+    query = learn.loaders.query.dataset
+    query.labels[0] = 10**6
+    result = learn.evaluate()
+    for name, values in result.per_query.items():
+        assert np.isnan(values).tolist() == [True, *[False] * (len(query) - 1)]
+        assert result.metrics[name] == pytest.approx(np.nanmean(values))
 
 
 def test_one_list_as_query_and_gallery_is_embedded_once(config_file, tmp_path, drawn):
@@ -140,7 +152,7 @@ def test_one_list_as_query_and_gallery_is_embedded_once(config_file, tmp_path, d
     embeddings, _ = learn.get_preds()
     labels, cameras = learn.loaders.gallery.dataset.labels, learn.loaders.gallery.dataset.cameras
     direct = retrieval_metrics(embeddings, None, labels, query_cameras=cameras)
-    assert learn.scores()["mAP"] == pytest.approx(direct["mAP"], abs=1e-6)
+    assert learn.evaluate().metrics["mAP"] == pytest.approx(direct["mAP"], abs=1e-6)
 
 
 @pytest.mark.parametrize("column", [1, 2])  # of labels and of cameras
@@ -156,15 +168,17 @@ def test_the_same_images_with_other_labels_or_cameras_are_another_list(config_fi
     cfg = load_config(config_file(lists))
     learn = build_learner(cfg, build_model(cfg), build_loaders(cfg), tmp_path)
     query, gallery = evaluation_images(cfg)
+    result = learn.evaluate()
     direct = retrieval_metrics(
-        *learn.embeddings(),
+        result.query,
+        result.gallery,
         query.labels,
         gallery.labels,
         query.cameras,
         gallery.cameras,
         exclude_self=np.arange(len(query)),
     )
-    assert learn.scores()["mAP"] == pytest.approx(direct["mAP"], abs=1e-6)
+    assert result.metrics["mAP"] == pytest.approx(direct["mAP"], abs=1e-6)
 
 
 def test_the_loaders_of_the_caller_stay_as_they_are(config_file, tmp_path):

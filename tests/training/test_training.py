@@ -39,7 +39,7 @@ def test_a_run_leaves_history_weights_and_checkpoints(config_file, tmp_path):
     names = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
     assert names == {"latest.pt", "best.safetensors", "epoch_2.pt"}
     best = history.recall1[::-1].idxmax()
-    assert learn.scores()["recall1"] == pytest.approx(history.recall1[best])
+    assert learn.evaluate().metrics["recall1"] == pytest.approx(history.recall1[best])
     kept = load_file(tmp_path / "run" / "model.safetensors")
     assert all(torch.equal(kept[k], v) for k, v in learn.model.state_dict().items())
     assert len(history_figure(tmp_path / "run").axes) == 2
@@ -278,7 +278,7 @@ def test_classification_is_judged_by_the_head(config_file, drawn, tmp_path):
     known = {**known_classes(config_file), "Global.epochs": 6}
     learn = make(config_file, tmp_path / "run", known)
     learn.fit_config()
-    scores = learn.scores()
+    scores = learn.evaluate().metrics
     assert scores == pytest.approx(accuracy(learn, "neck"))
     assert scores["top1"] > 0.2
     assert (tmp_path / "run" / "labels.csv").read_text().splitlines()[:2] == ["label,name", "0,0"]
@@ -306,7 +306,7 @@ def test_classification_is_judged_by_the_head(config_file, drawn, tmp_path):
 def test_the_head_is_judged_on_what_it_was_trained_on(config_file, tmp_path, part, changes):
     learn = make(config_file, tmp_path, {**known_classes(config_file), "Global.epochs": 2, **changes})
     learn.fit_config()
-    assert learn.scores() == pytest.approx(accuracy(learn, part))
+    assert learn.evaluate().metrics == pytest.approx(accuracy(learn, part))
 
 
 def test_the_head_is_judged_with_the_averaged_weights(config_file, tmp_path):
