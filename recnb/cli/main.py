@@ -8,13 +8,17 @@ from typing import Annotated
 
 import typer
 
+from recnb.cli.check import check
+from recnb.cli.identify import identify
+from recnb.cli.report import report
 from recnb.cli.run import joined, run
+from recnb.cli.start import start
 from recnb.cli.sweep import sweep
 from recnb.cli.train import train
 from recnb.runs.notebook import is_own
 
 app = typer.Typer(name="recnb", no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
-for command in (run, train, sweep):
+for command in (start, identify, report, run, train, sweep, check):
     app.command()(command)
 
 

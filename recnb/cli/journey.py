@@ -1,0 +1,246 @@
+"""The way from photos to a recogniser: which steps there are, which are done, and what came out of them.
+
+`start.json` in the run folder remembers what each step was given: its parameters, and a fingerprint of what it read. A
+step is done where that is still so. It is written after a step has ended well, so a step that was interrupted is run
+again, and finds what it had written itself.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from recnb.cli.notebook import FailedError, execute, find
+from recnb.cli.progress import duration
+from recnb.registry import ConfigError, suggest
+from recnb.storage import ROOT, locked, write_json
+
+LEAST = 200_000_000  # bytes that have to be free
+METRICS = ("recall1", "mAP")
+ALSO = "the same command goes on from here"
+
+
+@dataclass(frozen=True)
+class Step:
+    """A notebook with its parameters: `reads` is what its result depends on, `makes` the last file that it writes."""
+
+    notebook: str
+    says: str
+    parameters: dict
+    reads: tuple[Path, ...]
+    makes: Path
+
+
+def steps(source: Path, to: Path, options: dict) -> list[Step]:
+    """Return the steps from a folder of photos to a recogniser, all of whose results lie in `to`."""
+    data, run = to / "data", {"run": word(to)}
+    trained = (to / "config.yaml", to / "metrics.json", to / "model.safetensors")
+    prepare = {"source": word(source), "out_dir": word(data), "config": "auto", "options": options}
+    train = {"config": word(data / "config.yaml"), "run_dir": word(to)}
+    return [
+        Step("01_prepare", "your photos become lists and a config", prepare, (source,), data / "config.yaml"),
+        Step("02_train", "the model learns", train, (data,), to / "gallery.html"),
+        Step("03_evaluate", "how good it is", run, trained, to / "evaluation" / "evaluation.json"),
+        Step("04_gallery", "what it finds", run, trained, to / "04_gallery.ipynb"),
+        Step("05_export", "a recogniser for other photos", run, trained, to / "export" / "index" / "index.json"),
+    ]
+
+
+def word(path: Path) -> str:
+    """Return a path as notebooks are given it: from the project where it lies in that, so that both may move."""
+    inside = Path.cwd() == ROOT and path.is_relative_to(ROOT)
+    return path.relative_to(ROOT).as_posix() if inside else str(path)
+
+
+@dataclass
+class Journey:
+    """A folder of photos, the run folder that it leads to, and the options of 01_prepare."""
+
+    source: Path
+    to: Path
+    options: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        self.source, self.to = (Path(os.path.normpath(path.absolute())) for path in (self.source, self.to))
+
+    def go(self) -> None:
+        """Run every step that is not done.
+
+        Raises:
+            ConfigError: Photos, options or the folder to write to are not what they have to be; nothing was written.
+            DataError: The photos cannot be split.
+            FailedError: A step has not been run to its end.
+        """
+        done, todo = self.kept(), steps(self.source, self.to, self.options)
+        if done.get("01_prepare") != record(todo[0]):
+            self.check(done)
+        with locked(self.to / "data"):
+            for number, step in enumerate(todo, 1):
+                said = f"[{number}/{len(todo)}] {step.notebook}: {step.says}"
+                if done.get(step.notebook) == record(step) and step.makes.exists():
+                    print(f"{said}: done before")
+                    continue
+                print(said, flush=True)
+                self.run(step)
+                done[step.notebook] = record(step)
+                write_json(self.to / "start.json", done)
+
+    def run(self, step: Step) -> None:
+        """Run one step into an executed notebook of the run folder."""
+        began, given = time.monotonic(), record(step)
+        try:
+            execute(find(step.notebook), self.to / f"{step.notebook}.ipynb", step.parameters)
+        except FailedError as error:
+            raise FailedError(f"{error}\n  what was made before is whole; {ALSO}") from None
+        if step.notebook == "01_prepare" and record(step) != given:
+            raise FailedError(f"{self.source}: has changed while it was read; {ALSO}")
+        print(f"  done after {duration(time.monotonic() - began)}", flush=True)
+
+    def kept(self) -> dict:
+        """Return what is remembered of earlier calls."""
+        try:
+            return json.loads((self.to / "start.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{self.to / 'start.json'}: cannot be read ({error}); delete {self.to}") from None
+
+    def check(self, done: dict) -> None:
+        """Raise ConfigError or DataError for what would stop 01_prepare; make the folder where nothing does."""
+        if not self.source.exists():
+            raise ConfigError(f"{self.source}: there is no such folder")
+        if (self.to / "config.yaml").exists():
+            raise ConfigError(
+                f"--to {self.to}: holds a training on other photos or options{self.differing(done)}; "
+                "take another folder with --to, or delete this one"
+            )
+        check_options(self.options)
+        check_photos(self.source, self.to, self.options)
+        check_folder(self.to)
+
+    def differing(self, done: dict) -> str:
+        """Return in brackets what differs from the options of an earlier call."""
+        before = done.get("01_prepare", {}).get("parameters", {}).get("options", {})
+        names = [name for name in {**before, **self.options} if before.get(name) != self.options.get(name)]
+        changes = (f"{name} {before.get(name)} -> {self.options.get(name)}" for name in names)
+        return f" ({', '.join(changes)})" if names and done else ""
+
+
+def record(step: Step) -> dict:
+    """Return what a step is given, as start.json keeps it."""
+    return {"parameters": step.parameters, "reads": fingerprint(step.reads, step.notebook != "01_prepare")}
+
+
+def fingerprint(paths: tuple[Path, ...], content: bool) -> str:
+    """Return a fingerprint of files, and of all files of folders: of their content, or of sizes and times alone."""
+    found = hashlib.sha256()
+    for path in paths:
+        for file in sorted(files_of(path)):
+            state = file.stat()
+            what = hashlib.sha256(file.read_bytes()).hexdigest() if content else (state.st_size, state.st_mtime_ns)
+            found.update(f"{file.relative_to(path)} {what}\n".encode("utf-8", "surrogateescape"))
+    return found.hexdigest()[:32]
+
+
+def files_of(path: Path) -> Iterator[Path]:
+    """Yield a file, or the files of a folder but for hidden ones; nothing where there is none."""
+    if path.is_file():
+        yield path
+    for folder, _, names in os.walk(path):
+        yield from (Path(folder, name) for name in names if not name.startswith("."))
+
+
+# --- What is checked before anything is written ---------------------------------------------------------------------
+
+
+def check_options(options: dict) -> None:
+    """Raise ConfigError for weights or a backbone that do not exist, or a package that the last step needs."""
+    weights, backbone = options.get("weights"), options.get("backbone")
+    if isinstance(weights, str) and not Path(weights).is_file():
+        raise ConfigError(f"--weights {weights}: there is no such file; give a FILE, True for the hub's or False")
+    if backbone:
+        from recnb.models.backbones import list_backbones
+
+        if backbone not in (known := list_backbones()):
+            raise ConfigError(f"--backbone: there is no network '{backbone}'; {suggest(backbone, known)}")
+    if not all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime")):
+        raise ConfigError("05_export needs packages that are not installed: pip install 'recnb[export]'")
+
+
+def check_photos(source: Path, to: Path, options: dict) -> None:
+    """Raise DataError for photos that cannot be split, ConfigError where they and the results would mix."""
+    from recnb.data import prepare, splits
+
+    if to == source or to.is_relative_to(source):
+        raise ConfigError(f"--to {to}: lies among the photos of {source}; choose a folder outside")
+    chosen = prepare.read_options(options)
+    table, _ = prepare.read_source(source)
+    splits.split(table, chosen.test_share, chosen.query_share, chosen.validation, chosen.seed)
+
+
+def check_folder(to: Path) -> None:
+    """Make a folder; raise ConfigError where it cannot be written to, or its disk is full."""
+    try:
+        to.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=to):
+            pass
+    except OSError as error:
+        raise ConfigError(f"--to {to}: cannot be written to ({error.strerror}); choose another folder") from None
+    if (free := shutil.disk_usage(to).free) < LEAST:
+        raise ConfigError(f"--to {to}: its disk has {free / 1e6:.0f} MB left, and {LEAST / 1e6:.0f} are needed")
+
+
+# --- What came out of it ----------------------------------------------------------------------------------------------
+
+
+def summary(to: Path) -> list[str]:
+    """Return what a person wants to know at the end, in ten lines."""
+    from recnb.runs.verdict import spoken, verdict
+
+    counts = {name: list_counts(to / "data" / f"{name}.txt") for name in ("train", "validation", "query", "gallery")}
+    judged = verdict(to)
+    measured = [name for name in METRICS if name in judged.rows.index]
+    lines = {
+        "photos": f"{sum(images for images, _ in counts.values()):,} used; "
+        + ", ".join(f"{name} {images:,} of {names:,}" for name, (images, names) in counts.items() if images),
+        "left out": left_out(to / "data" / "left_out.csv"),
+        "recipe": (to / "data" / "config.yaml").read_text(encoding="utf-8").partition("\n")[0].removeprefix("# "),
+        **{spoken(name): before_after(judged.rows.loc[name]) for name in measured},
+        "verdict": str(judged).partition(":")[0],
+        "look": f"{word(to / 'gallery.html')} in a browser, {word(to / '04_gallery.ipynb')} in Jupyter",
+        "recogniser": word(to / "export"),
+        "next": f"recnb identify {word(to / 'export')} PHOTO",
+    }
+    return ["", *(f"{name:>10}  {text}" for name, text in lines.items())]
+
+
+def before_after(row) -> str:
+    """Return a row of a verdict as text, with its intervals of 95 %."""
+    parts = (f"{row[name]:.3f} ({row[f'{name}_low']:.3f} to {row[f'{name}_high']:.3f})" for name in ("before", "after"))
+    return f"{' -> '.join(parts)}: {row.verdict}"
+
+
+def list_counts(path: Path) -> tuple[int, int]:
+    """Return how many images and identities a list file names; none where there is no such file."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return len(lines), len({line.split("\t")[1] for line in lines})
+
+
+def left_out(path: Path) -> str:
+    """Return what 01_prepare did not use and why, the commonest reasons first."""
+    with path.open(encoding="utf-8", newline="") as file:
+        reasons = Counter(row["reason"] for row in csv.DictReader(file))
+    if not reasons:
+        return "nothing"
+    most = "; ".join(f"{number} {reason}" for reason, number in reasons.most_common(3))
+    return f"{reasons.total():,}: {most}{'; ...' * (len(reasons) > 3)} ({word(path)})"

@@ -1,0 +1,15 @@
+"""`recnb report`: a run on one page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def report(run: Annotated[Path, typer.Argument(help="The folder of a finished run.")]) -> None:
+    """Write a run as one HTML page: verdict, curves, gallery, worst identities, environment."""
+    from recnb.runs.report import report as page
+
+    print(page(run))
