@@ -11,6 +11,9 @@ __getattr__, __dir__, __all__ = lazily(
         "figure": "gallery_figure",
         "page": "gallery_html gallery_static",
         "widget": "gallery_widget GalleryWidget",
-        "curves": "history_figure before_after_figure curves_figure histogram_figure map_figure samples_figure",
+        "curves": (
+            "history_figure before_after_figure confusion_figure curves_figure histogram_figure map_figure "
+            "samples_figure"
+        ),
     },
 )

@@ -9,6 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 from matplotlib.ticker import MaxNLocator, PercentFormatter
@@ -106,6 +107,35 @@ def draw_ap(ax: Axes, arrays: dict) -> None:
     ax.set(title="Average precision of the queries", xlabel="AP", ylabel="queries", xlim=(0, 1))
 
 
+def confusion_figure(table: pd.DataFrame) -> Figure:
+    """Draw how often queries of each identity (rows) have each identity (columns) as their first hit.
+
+    Args:
+        table: counts, identities by name; what is right stands where a row meets the column of its own name.
+    """
+    rows, columns = table.shape
+    figure, (ax,) = _panels(1, 2.2 + 0.42 * columns, 1.6 + 0.42 * rows)
+    share = table.to_numpy() / np.maximum(table.to_numpy().sum(1, keepdims=True), 1)
+    right = np.array(table.index)[:, None] == np.array(table.columns)[None]
+    for mask, colour in ((right, COLOURS[RIGHT]), (~right, COLOURS[WRONG])):
+        ax.imshow(
+            np.where(mask, share, np.nan), LinearSegmentedColormap.from_list("", ["white", colour]), vmin=0, vmax=1
+        )
+    for (row, column), count in np.ndenumerate(table.to_numpy()):
+        if count:
+            ink = "white" if share[row, column] > 0.6 else INK
+            ax.text(column, row, str(count), ha="center", va="center", fontsize=9, color=ink)
+    named = [[shorten(name, 22).replace("$", r"\$") for name in names] for names in (table.columns, table.index)]
+    ax.set_xticks(range(columns), named[0], rotation=45, ha="left", fontsize=9)
+    ax.set_yticks(range(rows), named[1], fontsize=9)
+    ax.xaxis.tick_top()
+    ax.tick_params(length=0)
+    ax.grid(visible=False)
+    ax.spines[:].set_visible(False)
+    ax.set(xlabel="first hit", ylabel="query")
+    return figure
+
+
 def map_figure(
     points: np.ndarray,
     labels,
@@ -152,11 +182,11 @@ def _apart(points: np.ndarray, first: np.ndarray, most: int) -> list[int]:
     return taken
 
 
-def _panels(count: int, width: float | None = None) -> tuple[Figure, np.ndarray]:
+def _panels(count: int, width: float | None = None, height: float = 3.4) -> tuple[Figure, np.ndarray]:
     figure, axes = plt.subplots(
         1,
         count,
-        figsize=(width or (10 if count == 2 else 12), 3.4),
+        figsize=(width or (10 if count == 2 else 12), height),
         dpi=100,
         facecolor="white",
         layout="constrained",

@@ -7,6 +7,7 @@ made: ranks are counted and pairs put into bins block by block, and yet exactly,
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -16,6 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from torch.utils.data import DataLoader
 
 from recnb.data.lists import own_index
 from recnb.gallery.curves import _panels, draw_ap, draw_cmc, draw_pairs
@@ -28,9 +30,10 @@ from recnb.retrieval.protocol import Protocol, make_protocol
 from recnb.retrieval.ranking import TIE, embedding_ranks
 from recnb.retrieval.rerank import KReciprocal, alpha_query_expansion, database_augmentation
 from recnb.retrieval.scores import MEMORY, exact, pair
-from recnb.retrieval.search import knn
 from recnb.retrieval.stats import bootstrap_interval, paired_difference
+from recnb.runs.folder import Run, image_root
 from recnb.storage import resolve
+from recnb.training.evaluation import embed
 
 FILES = (
     "query",
@@ -55,6 +58,7 @@ class Embeddings:
     query_paths: Sequence | None = None
     gallery_paths: Sequence | None = None
     names: Sequence | Mapping | None = None
+    root: str = ""  # the folder below which the paths are named
 
     @property
     def lists(self) -> tuple:
@@ -82,6 +86,11 @@ class Embeddings:
             [*self.gallery_paths, *(self.query_paths[i] for i in new)] if known else None,
         )
 
+    def short(self, path) -> str:
+        """Return a path as it stands below the root, or whole where it lies elsewhere."""
+        inside = os.path.relpath(path, self.root) if self.root else os.fspath(path)
+        return os.fspath(path) if inside.startswith("..") else Path(inside).as_posix()
+
     def text(self, labels) -> list[str]:
         """What the identities are called."""
         return [label_text(label, self.names) for label in np.asarray(labels).tolist()]
@@ -95,8 +104,8 @@ def chosen(given: Mapping) -> dict:
     return {**OPTIONS, **given}
 
 
-def of_run(run) -> Embeddings:
-    """The embeddings of a `recnb.runs.folder.Run`."""
+def of_run(run: Run) -> Embeddings:
+    """Return the embeddings of a run."""
     return Embeddings(
         run.query_features,
         run.gallery_features,
@@ -105,9 +114,10 @@ def of_run(run) -> Embeddings:
         run.query.cameras,
         run.gallery.cameras,
         run.exclude_self,
-        run.query.paths,
-        run.gallery.paths,
+        run.query.pictures,
+        run.gallery.pictures,
         run.query.names,
+        image_root(run.cfg),
     )
 
 
@@ -221,10 +231,8 @@ def confused(data: Embeddings, ranking: Ranking | None = None) -> pd.DataFrame:
 
     `share` is of the identity's queries that have a positive; `back` counts the other way round.
     """
-    ranking = ranking or rank(data.query, data.gallery, *data.lists, k=1, show_excluded=0)
-    labels, found = (pd.Series(x) for x in (data.query_labels, np.asarray(data.gallery_labels)[ranking.ids[:, 0]]))
-    pairs = pd.DataFrame({"identity": labels, "taken_for": found})[ranking.valid]
-    table = pairs[ranking.failed[ranking.valid]].value_counts().rename("queries").reset_index()
+    pairs = _first_hits(data, ranking)
+    table = pairs[pairs.identity != pairs.taken_for].value_counts().rename("queries").reset_index()
     back = {(a, b): n for a, b, n in table.itertuples(index=False)}
     table["share"] = table.queries / table.identity.map(pairs.identity.value_counts())
     table["back"] = [back.get((b, a), 0) for a, b in zip(table.identity, table.taken_for, strict=True)]
@@ -232,35 +240,23 @@ def confused(data: Embeddings, ranking: Ranking | None = None) -> pd.DataFrame:
     return table.reset_index(drop=True)
 
 
-def label_errors(features, labels, k: int = 5, agreement: float = 1.0) -> pd.DataFrame:
-    """The items whose k nearest neighbours agree on an identity that is not theirs: a row each, surest first.
+def _first_hits(data: Embeddings, ranking: Ranking | None) -> pd.DataFrame:
+    """Return the identity of each query that has a positive, and of the first image it finds that counts."""
+    ranking = ranking or rank(data.query, data.gallery, *data.lists, k=1, show_excluded=0)
+    found = np.asarray(data.gallery_labels)[ranking.ids[:, 0]]
+    return pd.DataFrame({"identity": np.asarray(data.query_labels), "taken_for": found})[ranking.valid]
 
-    agreement: the least share of the neighbours with that identity. `similarity` is the mean cosine with them,
-    `own_similarity` the best with an item of the item's own label (nan where it is the only one).
+
+def confusion(data: Embeddings, ranking: Ranking | None = None) -> pd.DataFrame:
+    """Return how often queries of each identity (rows) have each identity (columns) as their first hit.
+
+    Queries without a positive do not count, as in the metrics; both sides are in the order of the labels.
     """
-    labels = np.asarray(labels)
-    scores, ids = knn(features, None, k)
-    names, codes = np.unique(labels, return_inverse=True)
-    near = codes[ids]
-    votes = (near[:, :, None] == near[:, None, :]).sum(2)
-    suggested = near[np.arange(len(near)), votes.argmax(1)]  # the first of equals is the nearest
-    items = np.flatnonzero((suggested != codes) & (votes.max(1) / ids.shape[1] >= agreement - 1e-9))
-    rows = []
-    for i in items:
-        mine = np.flatnonzero((codes == codes[i]) & (np.arange(len(codes)) != i))
-        own = knn(features[i : i + 1], features[mine], 1)[0][0, 0] if len(mine) else np.nan
-        rows.append(
-            (
-                i,
-                labels[i],
-                names[suggested[i]],
-                votes[i].max() / ids.shape[1],
-                scores[i][near[i] == suggested[i]].mean(),
-                own,
-            )
-        )
-    table = pd.DataFrame(rows, columns=["item", "label", "suggested", "agreement", "similarity", "own_similarity"])
-    return table.sort_values(["agreement", "similarity"], ascending=False, kind="stable").reset_index(drop=True)
+    found = _first_hits(data, ranking)
+    names = np.unique(np.concatenate([found.identity, found.taken_for]))
+    table = pd.crosstab(found.identity, found.taken_for).reindex(index=np.unique(found.identity), columns=names)
+    table = table.fillna(0).astype(int)
+    return table.set_axis(data.text(table.index), axis=0).set_axis(data.text(names), axis=1)
 
 
 def effects(data: Embeddings, others: Mapping[str, tuple] | None = None) -> pd.DataFrame:
@@ -295,6 +291,14 @@ def effects(data: Embeddings, others: Mapping[str, tuple] | None = None) -> pd.D
             "high": gain["high"],
         }
     return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def mirrored(run: Run) -> tuple[np.ndarray, np.ndarray]:
+    """Return query and gallery vectors of a run, each image's averaged with those of its mirror image."""
+    model = run.model()
+    loaders = [DataLoader(images, batch_size=64) for images in (run.query, run.gallery)]
+    query, gallery = (embed(model, loader, flip=True, progress=False).numpy() for loader in loaders)
+    return query, gallery
 
 
 def project(features, seed: int = 0) -> tuple[np.ndarray, str]:

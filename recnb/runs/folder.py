@@ -184,6 +184,11 @@ class Run:
         return model.eval()
 
 
+def image_root(cfg: dict) -> str:
+    """Return the folder that the paths of the query list start from."""
+    return str(resolve(lookup(cfg, f"{evaluation_places(cfg)[0]}.dataset.image_root") or ""))
+
+
 def model_input(run: Run, picture) -> torch.Tensor:
     """(3, H, W): a picture (path, PIL image or array) as the run's evaluation shows it to the model."""
     transform = build_transform(run.cfg, f"{evaluation_places(run.cfg)[0]}.dataset")

@@ -12,7 +12,7 @@ from PIL import Image
 
 from recnb import gallery, retrieval
 from recnb.registry import ConfigError
-from recnb.runs import analysis
+from recnb.runs import analysis, suspects, tables
 
 
 def synthetic(seed=0, identities=6, each=5, noise=0.6, cameras=True):
@@ -119,12 +119,12 @@ def test_nobody_is_confused_where_all_is_right():
 
 def test_planted_label_errors_are_found_and_clean_data_has_none():
     vectors, labels, _ = synthetic(noise=0.05, each=8, cameras=False).union()
-    assert analysis.label_errors(vectors, labels).empty
+    assert suspects.label_errors(vectors, labels).empty
     wrong = labels.copy()
     planted = {3: 4, 20: 1, 47: 0}
     for item, label in planted.items():
         wrong[item] = label
-    table = analysis.label_errors(vectors, wrong)
+    table = suspects.label_errors(vectors, wrong)
     assert dict(zip(table["item"], table.suggested, strict=True)) == {i: labels[i] for i in planted}
     assert (table.agreement == 1).all() and (table.similarity > table.own_similarity).all()
 
@@ -133,8 +133,72 @@ def test_labels_may_be_strings_and_the_agreement_lower():
     vectors, labels, _ = synthetic(noise=0.05, each=8, cameras=False).union()
     names = np.array([f"thing {label}" for label in labels])
     names[0] = names[1] = "alone"
-    table = analysis.label_errors(vectors, names, k=5, agreement=0.6)
+    table = suspects.label_errors(vectors, names, k=5, agreement=0.6)
     assert set(table["item"]) == {0, 1} and set(table.suggested) == {f"thing {labels[0]}"}
+
+
+def labelled_pictures(tmp_path):
+    """A set of named drawings in which one of each of three is labelled as another, and what those are."""
+    data = synthetic(noise=0.05, each=8, cameras=False)
+    labels, planted = data.gallery_labels.copy(), {2: 4, 21: 1, 40: 0}
+    for item, label in planted.items():
+        labels[item] = label
+    paths = [str(tmp_path / "images" / f"{i}.png") for i in range(len(labels))]
+    (tmp_path / "images").mkdir()
+    for i, path in enumerate(paths):
+        Image.new("RGB", (12, 12), (5 * i, 90, 90)).save(path)
+    names = [f"Lait entier {i} $" for i in range(6)]
+    vectors = data.gallery
+    one = analysis.Embeddings(
+        vectors, vectors, labels, labels, None, None, True, paths, paths, names, str(tmp_path / "images")
+    )
+    return one, {f"{item}.png": names[data.gallery_labels[item]] for item in planted}
+
+
+def test_suspects_have_names_and_paths_and_become_corrections(tmp_path):
+    data, planted = labelled_pictures(tmp_path)
+    table = suspects.suspects(data)
+    assert dict(zip(table.path, table.suggested, strict=True)) == planted
+    assert set(table.label) == {data.names[i] for i in (4, 1, 0)}
+    tags = suspects.corrections(table)
+    assert tags.columns.tolist() == ["path", "action", "label"] and set(tags.action) == {"relabel"}
+    assert dict(zip(tags.path, tags.label, strict=True)) == planted
+
+
+def test_suspects_are_shown_with_their_neighbours(tmp_path):
+    data, _ = labelled_pictures(tmp_path)
+    table = suspects.suspects(data)
+    figure = suspects.suspects_figure(data, table)
+    figure.savefig(tmp_path / "suspects.png")
+    texts = " ".join(text.get_text() for ax in figure.axes for text in ax.texts)
+    assert all(name in texts for name in table.label) and sum("hit" in ax.get_label() for ax in figure.axes) == 18
+
+
+def test_the_confusion_counts_first_hits(tmp_path):
+    data = synthetic(noise=1.0)
+    data.names = [f"thing {i}" for i in range(6)]
+    table, pairs = analysis.confusion(data), analysis.confused(data)
+    assert table.to_numpy().sum() == analysis.judge(data)[1]["valid"].sum()
+    for row in pairs.itertuples():
+        assert table.loc[f"thing {row.identity}", f"thing {row.taken_for}"] == row.queries
+    wrong = sum(table.loc[a, b] for a in table.index for b in table.columns if a != b)
+    assert wrong == pairs.queries.sum() > 0
+    gallery.confusion_figure(table).savefig(tmp_path / "confusion.png")
+
+
+def test_tables_are_escaped_and_read_from_the_left():
+    table = pd.DataFrame({"name": ["<b>", "b"], "value": [1 / 3, np.nan]})
+    page = tables.shown(table, 1).to_html()
+    assert "&lt;b&gt;" in page and "0.333" in page and page.count("<tr>") == 2
+    assert "col0" in page.split("</style>")[0] and "text-align: left" in page
+    assert "nan" not in tables.shown(table).to_html()
+
+
+def test_paths_are_shown_from_the_project_on(tmp_path):
+    assert tables.short(tables.ROOT / "runs" / "a") == "runs/a" and tables.short(tmp_path) == str(tmp_path)
+    (tmp_path / "a.csv").write_text("12345")
+    (tmp_path / "a.ipynb").write_text("{}")
+    assert tables.files(tmp_path).split() == ["5", str(tmp_path / "a.csv")]
 
 
 def test_effects_compare_with_the_plain_search():
@@ -255,7 +319,8 @@ def check_results(folder, notebook):
     assert {"threshold", "TPR", "rate", "EER"} <= set(report["verification"])
     assert pd.read_csv(folder / "ap_per_identity.csv").AP.is_monotonic_increasing
     assert "taken_for" in pd.read_csv(folder / "confused.csv")
-    assert "suggested" in pd.read_csv(folder / "label_errors.csv")
+    errors = pd.read_csv(folder / "label_errors.csv")
+    assert "suggested" in errors and (folder / "suspects.csv").exists() == ("path" in errors)
     shown = [output for cell in nbformat.read(notebook, 4).cells for output in cell.get("outputs", [])]
     assert sum("image/png" in output.get("data", {}) for output in shown) == 3  # the curves, the pairs, the map
     assert [output.text for output in shown if output.get("name") == "stderr"] == []
