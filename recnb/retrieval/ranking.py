@@ -7,6 +7,8 @@ are computed, counted and forgotten, at little more than the cost of the matrix 
 Ties are pessimistic: a negative that scores as high as a positive is ranked before it. Scores closer than `tie` times
 the product of the norms (by default TIE, about what float32 sums can tell apart) count as equal. So the order of the
 gallery changes nothing, and a model that gives every image the same embedding gets the worst ranking, not a lucky one.
+
+On CPUs numba counts: torch alone takes two to four times as long (docs/performance.md, `benchmarks/kernels.py`).
 """
 
 from __future__ import annotations
@@ -91,7 +93,7 @@ def score_ranks(scores, protocol, share, tie, memory):
 
 def tile_shape(gallery, memory, counted=True):
     """Queries and gallery rows of one block of scores."""
-    queries, columns = CPU_TILE if counted and gallery.device.type == "cpu" and njit else LARGE_TILE
+    queries, columns = CPU_TILE if counted and gallery.device.type == "cpu" else LARGE_TILE
     return queries, max(64, min(columns, memory // (32 * max(gallery.width, queries))))
 
 
@@ -213,7 +215,7 @@ class Block:
 
 if njit is not None:
 
-    @njit(nogil=True)
+    @njit(nogil=True, cache=True)
     def _count_rows(
         offset, tile, thresholds, ahead, sizes, own, order, first, last, group_order, group_first, group_last
     ):
@@ -227,7 +229,7 @@ if njit is not None:
             else:
                 _count_many(tile[i], thresholds[i, : sizes[i]], ahead[i])
 
-    @njit(nogil=True)
+    @njit(nogil=True, cache=True)
     def _strike(scores, offset, order, first, last):
         start = first + np.searchsorted(order[first:last], offset)
         for position in range(start, last):
@@ -235,7 +237,7 @@ if njit is not None:
                 break
             scores[order[position] - offset] = -np.inf
 
-    @njit(nogil=True)
+    @njit(nogil=True, cache=True)
     def _count_few(scores, thresholds, ahead):
         for j in range(len(thresholds) - 1, -1, -1):
             threshold, count = thresholds[j], 0
@@ -246,7 +248,7 @@ if njit is not None:
                 break  # the thresholds before this one are higher
             ahead[j] += count
 
-    @njit(nogil=True)
+    @njit(nogil=True, cache=True)
     def _count_many(scores, thresholds, ahead):
         lowest, reached = thresholds[-1], np.zeros(len(thresholds), np.int64)
         for x in scores:

@@ -183,7 +183,7 @@ def _subtract_shared_slowly(starts, columns, values, item_starts, items, item_va
 
 if njit is not None:
 
-    @njit(nogil=True)
+    @njit(nogil=True, cache=True)
     def _subtract_shared(starts, columns, values, item_starts, items, item_values, weight, result):
         """Turns a Jaccard distance of 1, times weight, into 1 - shared / (2 - shared)."""
         for i in range(len(result)):
