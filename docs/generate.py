@@ -194,6 +194,7 @@ GLOBAL_KEYS = {
     "start_eval_epoch": "evaluate from this epoch on",
     "save_interval": "keep a checkpoint of every so many epochs; 0 for none",
     "save_steps": "save every so many steps too, so that no more are repeated after a kill",
+    "patience": "stop behind so many epochs without a better first metric; never where it is left out",
     "keep_checkpoints": "how many `epoch_N.pt` are kept; all where it is left out",
     "checkpoints": "a checkpoint to go on from",
     "pretrained_model": "weights of the whole model to start from: `.safetensors`, `.pth` or a run's checkpoint",

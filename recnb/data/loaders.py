@@ -138,6 +138,11 @@ class Loaders:
     validation: Pair | None = None
 
     @property
+    def test(self) -> Pair | None:
+        """The lists that a run is judged by."""
+        return Pair(self.query, self.gallery) if self.query and self.gallery else None
+
+    @property
     def parts(self) -> dict[str, ImageLoader]:
         """Every loader that there is by its name, such as `query` and `validation gallery`."""
         own = {name: getattr(self, name) for name in ("train", "query", "gallery")}

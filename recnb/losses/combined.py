@@ -123,7 +123,7 @@ class CombinedLoss(nn.Module):
 
     `names` tells the terms apart (a second SupConLoss is SupConLoss_2) and `terms` holds the last value of each,
     before weighting, detached. Of several processes, each averages the losses `of_each_image` over its own batch; the
-    others see the images of all.
+    others see the images of all. `needs_logits` says whether any term does; a term that says nothing does not.
     """
 
     def __init__(self, weighted: list[tuple[float, nn.Module]], kinds: list[str] | None = None):
@@ -134,6 +134,7 @@ class CombinedLoss(nn.Module):
         seen = [kinds[: i + 1].count(kind) for i, kind in enumerate(kinds)]
         self.names = [kind if n == 1 else f"{kind}_{n}" for kind, n in zip(kinds, seen, strict=True)]
         self.terms: dict[str, Tensor] = {}
+        self.needs_logits = any(getattr(loss, "needs_logits", False) for loss in self.losses)
 
     def forward(self, out: dict[str, Tensor], y: Tensor) -> Tensor:
         together = everyone(out, y) if self.training and ranks()[1] > 1 else (out, y)

@@ -7,7 +7,6 @@ import json
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -45,7 +44,7 @@ def build_learner(cfg: dict, model: nn.Module, loaders: Loaders, run_dir: str | 
         loaders,
         model,
         loss,
-        evaluation_loss(cfg, loaders) if loaders.query else None,
+        evaluation_loss(cfg, loaders),
         build_optimizer(cfg),
         build_judge(cfg, model),
         pick_device(cfg["Global"]["device"]),
@@ -80,7 +79,7 @@ def build_plan(cfg: dict, loaders: Loaders, folder: Path) -> Plan:
     amp, ema = cfg.get("AMP"), cfg.get("EMA")
     half = precision(amp, settings["device"]) if amp is not None and amp.get("use_amp", True) else None
     steps = -(-len(loaders.train) // settings["update_freq"])
-    config = json.dumps(resolved(cfg))
+    config = json.dumps(resolved(cfg, len(loaders.train.dataset.names)))
     return Plan(
         folder=folder,
         schedule=Schedule(
@@ -100,6 +99,7 @@ def build_plan(cfg: dict, loaders: Loaders, folder: Path) -> Plan:
         evaluation=Watching(
             interval=settings["eval_interval"] if settings["eval_during_train"] else 0,
             first=settings["start_eval_epoch"],
+            patience=settings["patience"],
         ),
         log_interval=settings["print_batch_step"],
         scalars=settings["use_visualdl"],
@@ -121,19 +121,12 @@ def pick_device(name: str) -> torch.device:
 
 
 def evaluation_loss(cfg: dict, loaders: Loaders) -> CombinedLoss | None:
-    """Loss.Eval where it has a meaning: a term on logits needs evaluation labels that are training classes.
-
-    Where they are, the evaluation lists are renumbered to those classes; where not, a line says so.
-    """
-    loss, train = build_loss(cfg, "Loss.Eval"), loaders.train.dataset
-    lists = (loaders.query.dataset, loaders.gallery.dataset)
-    loss.needs_logits = any(term.needs_logits for term in loss.losses)
-    if loss.needs_logits:
-        number = {name: i for i, name in enumerate(train.names.tolist())}
-        wanted = [[number.get(images.names[label], -1) for label in images.labels.tolist()] for images in lists]
-        if min(map(min, wanted)) < 0:
-            print("Loss.Eval has no value: it needs logits, and the evaluation identities are not training classes")
-            return None
-        for images, labels in zip(lists, wanted, strict=True):
-            images.labels, images.names = np.array(labels), train.names
-    return loss if len(loss.losses) else None
+    """Return Loss.Eval where it has a meaning; where a term needs logits and has no such class, a line says so."""
+    loss, watched = build_loss(cfg, "Loss.Eval"), loaders.validation or loaders.test
+    if watched is None or not len(loss.losses):
+        return None
+    identities = max(part.dataset.labels.max() for part in (watched.query, watched.gallery))
+    if loss.needs_logits and identities >= len(loaders.train.dataset.names):
+        print("Loss.Eval has no value: it needs logits, and the evaluation identities are not training classes")
+        return None
+    return loss

@@ -55,7 +55,7 @@ def build_loss(
         if size:
             known |= dict.fromkeys(("feat_dim", "embedding_size"), (size, "the model gives features of size"))
         loss = LOSSES.build({"name": name, **args}, place, **known)
-        if loss.needs_logits:
+        if getattr(loss, "needs_logits", False):
             check_logits(cfg, place, name)
         weighted.append((float(args.get("weight", 1.0)), loss))
         kinds.append(name)

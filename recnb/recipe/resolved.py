@@ -19,6 +19,7 @@ FREE = (
             "checkpoints",
             "save_steps",
             "keep_checkpoints",
+            "patience",
             "save_interval",
             "output_dir",
             "save_inference_dir",
@@ -40,12 +41,15 @@ PATHS = {
 }
 
 
-def resolved(cfg: dict) -> dict:
-    """The configuration with what the run derived: absolute paths, the number of classes, relabelling."""
+def resolved(cfg: dict, classes: int | None = None) -> dict:
+    """The configuration with what the run derived: absolute paths, the number of classes, relabelling.
+
+    `classes` is the number of training identities; without it, and where the file does not say, their list is read.
+    """
     cfg = copy.deepcopy(cfg)
     heads = [section["Head"] for _, section in architectures(cfg) if section.get("Head")]
     if heads and not class_num(cfg)[1]:
-        classes = len(training_images(cfg).names)
+        classes = classes or len(training_images(cfg).names)
         for head in heads:
             head["class_num"] = classes
         cfg["DataLoader"]["Train"]["dataset"].setdefault("relabel", True)

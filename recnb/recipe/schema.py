@@ -41,6 +41,7 @@ GLOBAL = {
     "grad_checkpointing": False,
     "save_steps": None,
     "keep_checkpoints": None,
+    "patience": None,
     "cache_images": None,
     "on_nonfinite": "stop",
     "on_bad_image": "stop",
@@ -68,6 +69,7 @@ NULLABLE = {
     "feature_binarize": str,
     "save_steps": int,
     "keep_checkpoints": int,
+    "patience": int,
     "cache_images": str,
     "grad_cache": int,
 }
@@ -90,6 +92,7 @@ LEAST = {
     "grad_cache": 1,
     "save_steps": 1,
     "keep_checkpoints": 1,
+    "patience": 1,
 }
 # What the original has and this has not, with the reason.
 UNSUPPORTED = {

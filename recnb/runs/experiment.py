@@ -27,14 +27,14 @@ def train(cfg: dict, run_dir: str | Path) -> dict:
 
     A strict finding of the lint is a ConfigError.
     """
-    run = resolve_run(run_dir)
-    first_does(open_run, run, cfg)
-    loaders = build_loaders(cfg)
+    loaders, run = build_loaders(cfg), resolve_run(run_dir)
+    classes = len(loaders.train.dataset.names)
+    first_does(open_run, run, cfg, classes)
     findings = lint(cfg, loaders)
     for finding in findings:
         print(f"{finding.place}: {finding.what}: {finding.why}; {finding.mend}")
     stop(findings)
-    learn = build_learner(cfg, build_model(cfg), loaders, run)
+    learn = build_learner(cfg, build_model(cfg, classes), loaders, run)
     print(learn.model.describe())
     with contextlib.ExitStack() as quiet:
         if not sys.stdout.isatty():  # bars are redrawn, lines stay

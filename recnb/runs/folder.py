@@ -41,14 +41,17 @@ from recnb.storage import ROOT, replacing, resolve, write_json, write_text
 PACKAGES = ("recnb", "torch", "torchvision", "fastai", "timm", "faiss-cpu", "numpy", "pillow", "papermill")
 
 
-def open_run(run_dir: str | Path, cfg: dict) -> Path:
-    """The run folder, made where it is missing, with config.yaml and env.json written."""
+def open_run(run_dir: str | Path, cfg: dict, classes: int | None = None) -> Path:
+    """The run folder, made where it is missing, with config.yaml and env.json written.
+
+    `classes` is the number of training identities, for config.yaml; where it is not known their list is read.
+    """
     run = resolve_run(run_dir)
     try:
         run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"run_dir: {run} cannot be made: {error}") from error
-    write_text(run / "config.yaml", as_yaml(resolved(cfg)))
+    write_text(run / "config.yaml", as_yaml(resolved(cfg, classes)))
     write_json(run / "env.json", environment(cfg))
     return run
 

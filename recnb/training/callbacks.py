@@ -12,10 +12,10 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from recnb.data.loaders import Loaders, over
+from recnb.data.loaders import Pair, over
 from recnb.distributed.processes import averaged, first_does, joined, ranks
 from recnb.storage import replacing
-from recnb.training.adaptor import Callback, CancelValidException, ValueMetric
+from recnb.training.adaptor import Callback, CancelFitException, CancelValidException, ValueMetric
 from recnb.training.evaluation import Evaluation, embed
 from recnb.training.plan import FitState, Plan
 
@@ -45,15 +45,15 @@ class PassLabels(Callback):
 
 
 class RetrievalEvaluation(Callback):
-    """Has the outputs for the validation loader's images judged, and leaves the `result` until the next training.
+    """Has the outputs for a pair of lists judged, and leaves the `result` until the next training.
 
     Args:
-        loaders: The query and the gallery loader.
+        pair: The loaders of the query and of the gallery images.
         judge: As `Judge`: called with what it `reads` of the outputs, or else the features, of query and gallery.
     """
 
-    def __init__(self, loaders: Loaders, judge: Callable[..., Evaluation]):
-        self.query, self.gallery, self.judge = loaders.query.dataset, loaders.gallery.dataset, judge
+    def __init__(self, pair: Pair, judge: Callable[..., Evaluation]):
+        self.pair, self.query, self.gallery, self.judge = pair, pair.query.dataset, pair.gallery.dataset, judge
         self.result: Evaluation | None = None
 
     def before_train(self):
@@ -84,7 +84,7 @@ class RetrievalEvaluation(Callback):
     def training_features(self) -> Tensor:
         """The features (N, D) of the training images, seen as queries are, for post-processing fitted on them."""
         images = replace(self.dls.train.dataset, transform=self.query.transform)
-        return embed(self.learn.model, over(self.learn.loaders.query, images))
+        return embed(self.learn.model, over(self.pair.query, images))
 
 
 def write_row(write: Callable, row: list) -> None:
@@ -132,7 +132,7 @@ class FollowPlan(Callback):
             raise CancelValidException
 
     def after_batch(self):
-        if self.training and (self.iter + 1) % self.plan.log_interval == 0:
+        if self.training and (self.iter + 1) % min(self.plan.log_interval, self.n_iter) == 0:
             terms = self.loss_func.train_loss.terms
             loss, *values = averaged(torch.stack([self.loss.detach(), *terms.values()]).float()).tolist()
             if ranks()[0] == 0:
@@ -154,10 +154,10 @@ class History(Callback):
         self,
         folder: Path,
         state: FitState,
-        evaluation: RetrievalEvaluation | None,
+        watched: RetrievalEvaluation | None,
         on_epoch: Callable[[], object] | None = None,
     ):
-        self.folder, self.state, self.evaluation, self.on_epoch = folder, state, evaluation, on_epoch
+        self.folder, self.state, self.watched, self.on_epoch = folder, state, watched, on_epoch
 
     def before_fit(self):  # so that the live table has a column for each term
         self.shown = [ValueMetric(partial(self.mean, name), name) for name in self.loss_func.train_loss.names]
@@ -184,7 +184,7 @@ class History(Callback):
     def after_epoch(self):
         if self.recorder.cancel_valid:  # keeps the columns of the live table in step
             self.recorder.log += [float("nan"), *(metric.value for metric in self.learn.metrics)]
-        state, result = self.state, self.evaluation and self.evaluation.result
+        state, result = self.state, self.watched and self.watched.result
         row = {"epoch": self.epoch + 1, "lr": state.rates[0], **{name: self.mean(name) for name in state.sums}}
         if result:
             loss = self.recorder.loss.value
@@ -201,6 +201,26 @@ class History(Callback):
     def write(self):
         with replacing(self.folder / "history.csv") as path:
             pd.DataFrame(self.state.rows).to_csv(path, index=False)
+
+
+class StopEarly(Callback):
+    """Ends training behind `patience` epochs without a better value of the first metric, also where a run goes on."""
+
+    def __init__(self, patience: int, state: FitState):
+        self.patience, self.state = patience, state
+
+    def before_fit(self):
+        self.look()
+
+    def after_epoch(self):
+        self.look()
+
+    def look(self):
+        name, last = self.learn.names[0], len(self.state.rows)
+        values = {row["epoch"]: row[name] for row in self.state.rows if name in row}
+        if values and last - max(values, key=values.get) >= self.patience:
+            print(f"stopped behind epoch {last}: {self.patience} epochs without a better {name}")
+            raise CancelFitException
 
 
 class Pace(Callback):

@@ -18,7 +18,7 @@ from recnb.distributed.processes import first_does, launch, ranks
 from recnb.distributed.rows import sharded_weights, split
 from recnb.storage import locked
 from recnb.training.adaptor import Callback, ProgressCallback, in_order
-from recnb.training.callbacks import FollowPlan, History, Pace, Scalars
+from recnb.training.callbacks import FollowPlan, History, Pace, Scalars, StopEarly
 from recnb.training.checkpoints import Checkpoints, resume, save_weights, whole_states
 from recnb.training.guard import Guard, Wish, explained, stoppable
 from recnb.training.plan import FitState, Plan
@@ -69,7 +69,9 @@ def keep(learn: RetrievalLearner, plan: Plan, state: FitState, average: MovingAv
         best = load_file(plan.folder / "checkpoints" / "best.safetensors")
         learn.model.load_state_dict(split(best, sharded_weights(learn.model)))
         name, value = learn.names[0], state.best["value"]
-        print(f"the model holds the weights of epoch {state.best['epoch']}, the best by {name} ({value:.4f})")
+        saw = "; the choice saw the test lists, so their metrics flatter it (DataLoader.Validation would not)"
+        how = ", chosen on validation" if learn.loaders.validation else saw
+        print(f"the model holds the weights of epoch {state.best['epoch']}, the best by {name} ({value:.4f}){how}")
     elif average:
         average.swap()
     save_weights(whole_states(learn.model)[0], plan.folder / "model.safetensors")
@@ -105,13 +107,14 @@ def build_callbacks(
         Guard(schedule.skip_nonfinite, not scaled, state),  # ScaleLoss looks for gradients that overflow itself
         ScaleLoss(learn.dls.device) if scaled else None,
         average,
-        History(plan.folder, state, learn.evaluation, on_epoch),  # adds columns to the recorder's table
+        History(plan.folder, state, learn.watched, on_epoch),  # adds columns to the recorder's table
     ]
     behind_progress = [  # whose table FollowPlan writes to
         FollowPlan(plan, state),
         Pace(),
         Checkpoints(plan.folder / "checkpoints", plan.keeping, schedule.update_freq, state, judged, wish),
         Scalars(plan.folder / "vdl", state) if plan.scalars else None,
+        StopEarly(plan.evaluation.patience, state) if plan.evaluation.patience else None,
     ]
     return in_order(before_recorder, 0) + in_order(behind_progress, ProgressCallback.order + 1)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader
 
-from recnb.data.loaders import Loaders, divided, over
+from recnb.data.loaders import Loaders, Pair, divided, over
 from recnb.training.adaptor import (
     Callback,
     CancelEpochException,
@@ -52,7 +52,8 @@ class RetrievalLearner(Learner):
     `optimizer` makes a torch optimizer from `(groups, lr)`, the groups being those of `splitter(model, loss)`: the
     backbone's, then the others', so that `freeze()` trains the latter and `slice(lr)` spreads over both. `metrics` are
     keys of `retrieval_metrics`, or a `Judge` or what is called like one. `mix` is a batch transform
-    `(x, y) -> (x, soft labels)` for training. `plan` is what `fit_config` follows.
+    `(x, y) -> (x, soft labels)` for training. `plan` is what `fit_config` follows. Epochs are evaluated on the
+    validation lists where the loaders have any, and otherwise on the test lists, which `evaluate` always takes.
     """
 
     first_epoch, first_batch = 0, 0  # where a resumed fit begins
@@ -74,24 +75,25 @@ class RetrievalLearner(Learner):
         **kwargs,
     ):
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        evaluated = evaluation_loader(loaders)
-        adapted = [FastaiLoader(dl, device) for dl in (loaders.train, evaluated and divided(evaluated)) if dl]
         judge = metrics if callable(metrics) else Judge(metrics)
         self.names = list(judge.names)
-        self.evaluation = RetrievalEvaluation(loaders, judge) if loaders.query else None
-        shown = [ValueMetric(partial(self.shown, name), name) for name in self.names] if self.evaluation else []
+        self.tested = RetrievalEvaluation(loaders.test, judge) if loaders.test else None
+        self.watched = RetrievalEvaluation(loaders.validation, judge) if loaders.validation else self.tested
+        pairs = {part.pair.query: part.pair for part in (self.watched, self.tested) if part}
+        held = [FastaiLoader(evaluation_loader(pair), device) for pair in pairs.values()]
+        shown = [ValueMetric(partial(self.shown, name), name) for name in self.names] if self.watched else []
         super().__init__(
-            DataLoaders(*adapted, path=path),
+            DataLoaders(FastaiLoader(loaders.train, device), *held[:1], path=path),
             model.to(device),
             RunLoss(loss, eval_loss).to(device),
             opt_func=partial(OptimWrapper, opt=optimizer),
             metrics=shown,
             path=path,
             splitter=lambda model: (splitter or backbone_and_rest)(model, loss),
-            cbs=[*in_order([PassLabels(), self.evaluation], TrainEvalCallback.order + 1), *cbs],
+            cbs=[*in_order([PassLabels(), self.watched], TrainEvalCallback.order + 1), *cbs],
             **kwargs,
         )
-        self.loaders, self.mix, self.plan = loaders, mix, plan
+        self.loaders, self.mix, self.plan, self.test_loader = loaders, mix, plan, held[-1] if self.tested else None
 
     def fit_config(self, on_epoch: Callable[[], object] | None = None) -> None:
         """Train as the plan says, going on behind the last checkpoint where the run folder holds one.
@@ -114,18 +116,19 @@ class RetrievalLearner(Learner):
 
     def shown(self, name: str) -> float | None:
         """Return a metric of the evaluation that has just been made, for the live table."""
-        result = self.evaluation and self.evaluation.result
+        result = self.watched and self.watched.result
         return result.metrics[name] if result else None
 
     def evaluate(self) -> Evaluation:
-        """Return what the model as it is now makes of the query and the gallery images; each is embedded once.
+        """Return what the model as it is now makes of the test lists' query and gallery images; each is embedded once.
 
-        Without evaluation lists it is empty.
+        Without test lists it is empty.
         """
-        if self.evaluation is None:
+        if self.tested is None:
             return Evaluation()
-        self.validate()
-        result, self.evaluation.result = self.evaluation.result, None
+        with self.removed_cbs(self.watched), self.added_cbs(self.tested):
+            self.validate(dl=self.test_loader)
+        result, self.tested.result = self.tested.result, None
         return result
 
     def _do_epoch_validate(self, ds_idx: int = 1, dl=None):
@@ -153,9 +156,7 @@ def backbone_and_rest(model: nn.Module, loss: nn.Module) -> list[dict]:
     return [group for group in groups if group["params"]]
 
 
-def evaluation_loader(loaders: Loaders) -> DataLoader | None:
-    """One loader over the query and then the gallery images, or over the one data set that serves as both."""
-    if loaders.query is None:
-        return None
-    query, gallery = loaders.query.dataset, loaders.gallery.dataset
-    return loaders.query if query is gallery else over(loaders.query, ConcatDataset([query, gallery]))
+def evaluation_loader(pair: Pair) -> DataLoader:
+    """Return this process's share of the query and then the gallery images, or of the one list that serves as both."""
+    query, gallery = pair.query.dataset, pair.gallery.dataset
+    return divided(pair.query if query is gallery else over(pair.query, ConcatDataset([query, gallery])))

@@ -42,6 +42,7 @@ class Watching:
 
     interval: int = 1  # epochs; 0: never
     first: int = 0  # the epochs before it are not evaluated
+    patience: int | None = None  # epochs without a better value of the first metric, behind which training ends
 
 
 @dataclass(kw_only=True)

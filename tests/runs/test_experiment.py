@@ -8,6 +8,7 @@ import pytest
 from conftest import make
 
 from recnb.data.lists import ImageList
+from recnb.recipe import data
 from recnb.recipe.schema import load_config
 from recnb.runs.experiment import evaluate_start, save_results, train
 from recnb.runs.folder import load_run
@@ -31,6 +32,18 @@ def test_evaluation_images_are_read_once_before_each_epoch_and_at_the_end(config
     train(load_config(config_file({"Global.epochs": 1})), tmp_path / "run")
     run = load_run(tmp_path / "run")
     assert read["query.txt"] == 3 * len(run.query) and read["gallery.txt"] == 3 * len(run.gallery)
+
+
+def test_with_validation_the_test_lists_are_read_before_and_at_the_end_only(config_file, tmp_path, read):
+    train(load_config(config_file({"Global.epochs": 3, "DataLoader.Validation.share": 0.3})), tmp_path)
+    assert read["query.txt"] == 2 * len(load_run(tmp_path).query)
+
+
+def test_the_training_list_is_read_once(config_file, tmp_path, monkeypatch):
+    reads, one = [], data.read_split
+    monkeypatch.setattr(data, "read_split", lambda cfg, where: (reads.append(where), one(cfg, where))[1])
+    train(load_config(config_file({"Global.epochs": 0})), tmp_path)
+    assert reads == ["DataLoader.Train", "DataLoader.Eval.Query", "DataLoader.Eval.Gallery"]
 
 
 def test_each_query_has_its_values_before_and_after(config_file, tmp_path):

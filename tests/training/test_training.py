@@ -21,12 +21,14 @@ from recnb.recipe.model import build_model
 from recnb.recipe.optimizer import build_schedules
 from recnb.recipe.schema import load_config, lookup
 from recnb.registry import ConfigError
+from recnb.retrieval.metrics import retrieval_metrics
 from recnb.runs.compare import load_runs
 from recnb.runs.experiment import train
 from recnb.runs.folder import embed_picture, load_run, open_run, save_metrics
 from recnb.storage import replacing
 from recnb.training import fit as training
 from recnb.training.adaptor import Callback
+from recnb.training.evaluation import embed
 
 
 def test_a_run_leaves_history_weights_and_checkpoints(config_file, tmp_path):
@@ -105,6 +107,32 @@ def test_evaluation_between_intervals_is_left_out(config_file, tmp_path):
     assert history.mAP.notna().tolist() == [False, True, False, True, True]
 
 
+def test_training_ends_where_nothing_gets_better(config_file, tmp_path, capsys):
+    still = {"Global.epochs": 9, "Optimizer.lr": {"name": "ConstLR", "learning_rate": 0.0}, "Arch.freeze": ["backbone"]}
+
+    def epochs(patience: int) -> int:
+        make(config_file, tmp_path, {**still, "Global.patience": patience}).fit_config()
+        return len(pd.read_csv(tmp_path / "history.csv"))
+
+    assert epochs(2) == 3
+    assert "stopped behind epoch 3: 2 epochs without a better recall1" in capsys.readouterr().out
+    assert epochs(2) == 3 and epochs(3) == 4  # a run that goes on remembers
+
+
+def test_an_epoch_is_chosen_on_validation_where_there_is_some(config_file, tmp_path, capsys):
+    learn = make(config_file, tmp_path / "a", {"DataLoader.Validation.share": 0.3, "Metric.Eval": [{"mAP": {}}]})
+    learn.fit_config()
+    assert capsys.readouterr().out.count("chosen on validation") == 1
+    history, held = pd.read_csv(tmp_path / "a" / "history.csv"), learn.loaders.validation.query
+    features, images = embed(learn.model, held), held.dataset
+    direct = retrieval_metrics(features, None, images.labels, query_cameras=images.cameras)["mAP"]
+    best = history.mAP[::-1].idxmax()
+    assert history.mAP[best] == pytest.approx(direct) and learn.validate()[1] == pytest.approx(direct)
+    assert len(learn.evaluate().query) == len(learn.loaders.query.dataset)
+    make(config_file, tmp_path / "b").fit_config()
+    assert capsys.readouterr().out.count("the choice saw the test lists") == 1
+
+
 def test_without_evaluation_it_trains_and_keeps_the_last(config_file, tmp_path):
     learn = make(config_file, tmp_path, {"Global.eval_during_train": False, "DataLoader.Eval": ...})
     learn.fit_config()
@@ -150,11 +178,11 @@ def test_visualdl_missing_names_the_extra(config_file, tmp_path, monkeypatch):
         make(config_file, tmp_path, {"Global.use_visualdl": True})
 
 
-def test_the_log_has_a_line_every_few_steps(config_file, tmp_path):
-    learn = make(config_file, tmp_path, {"Global.print_batch_step": 5})
-    learn.fit_config()
-    lines = (tmp_path / "train.log").read_text().splitlines()
-    assert len(lines) == 2 * (len(learn.dls.train) // 5) and "SupConLoss" in lines[0]
+@pytest.mark.parametrize("interval, lines", [(5, 2), (500, 1)])
+def test_the_log_has_a_line_every_few_steps_and_at_least_one_an_epoch(config_file, tmp_path, interval, lines):
+    make(config_file, tmp_path, {"Global.print_batch_step": interval}).fit_config()
+    written = (tmp_path / "train.log").read_text().splitlines()
+    assert len(written) == 2 * lines and "SupConLoss" in written[0]
 
 
 def test_the_resolved_configuration_gives_the_same_run(config_file, tmp_path):
