@@ -40,7 +40,15 @@ FILES = (
     "gallery",
     *(f"{side}_{kind}" for side in ("query", "gallery") for kind in ("labels", "cameras", "paths")),
 )
-OPTIONS = {"false_match_rate": 1e-3, "neighbours": 5, "agreement": 1.0, "most_points": 2000, "flip": True}
+OPTIONS = {
+    "false_match_rate": 1e-3,
+    "neighbours": 5,
+    "agreement": 1.0,
+    "most_points": 2000,
+    "flip": True,
+    "shortcuts": True,
+    "masks": "",
+}
 RANGE = 1.00001  # cosines end here: rounding may carry them past 1
 
 

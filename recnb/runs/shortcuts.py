@@ -1,0 +1,100 @@
+"""Does the model look at the thing, or at what is around it? Retrieval with one of the two blanked out.
+
+A model that finds nearly as much by the backgrounds alone has learnt where the pictures were taken, and will fail
+elsewhere (arXiv 2604.09690).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from recnb.data.images import read_pixels
+from recnb.data.lists import ImageList
+from recnb.registry import ConfigError
+from recnb.retrieval.metrics import retrieval_metrics
+from recnb.retrieval.stats import bootstrap_interval
+from recnb.runs.analysis import Embeddings, of_run
+from recnb.runs.folder import Run
+from recnb.storage import resolve
+from recnb.training.evaluation import embed
+
+Mask = Callable[[str, Tensor], Tensor]  # the path of an image and its pixels (3, H, W) -> bool (H, W), the foreground
+FILL = (124, 116, 104)  # the mean colour of ImageNet: nothing to a network that was pretrained there
+
+
+class Blanked(Dataset):
+    """The images of a list, each with its foreground kept and the rest filled with grey, or the other way round."""
+
+    def __init__(self, images: ImageList, mask: Mask, foreground: bool):
+        self.images, self.mask, self.foreground = images, mask, foreground
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        pixels = self.images.image(index)
+        kept = self.mask(self.images.pictures[index], pixels) == self.foreground
+        filled = torch.where(kept, pixels, torch.tensor(FILL, dtype=torch.uint8)[:, None, None])
+        return self.images.transform(filled), int(self.images.labels[index])
+
+
+def centre(share: float = 0.6) -> Mask:
+    """Return the mask whose foreground is the middle of any image, `share` of each side."""
+
+    def mask(path: str, pixels: Tensor) -> Tensor:
+        sides = [((torch.arange(n) + 0.5) / n - 0.5).abs() < share / 2 for n in pixels.shape[1:]]
+        return sides[0][:, None] & sides[1][None]
+
+    return mask
+
+
+def from_folder(folder: str | Path, data: Embeddings) -> Mask:
+    """Return the masks of a folder that holds, for `a/b.jpg` below the image root, `a/b.png`; what is not black counts.
+
+    Raises ConfigError, when it is asked for one, where that is missing or has another size than its image.
+    """
+    root = resolve(folder)
+
+    def mask(path: str, pixels: Tensor) -> Tensor:
+        place = (root / data.short(path)).with_suffix(".png")
+        if not place.is_file():
+            raise ConfigError(f"masks: there is no {place}; each image needs one, in a PNG file of its own size")
+        foreground = read_pixels(str(place), list(getattr(path, "box", ())) or None).amax(0) > 0
+        if foreground.shape != pixels.shape[1:]:
+            raise ConfigError(f"masks: {place} is {tuple(foreground.shape)} and its image {tuple(pixels.shape[1:])}")
+        return foreground
+
+    return mask
+
+
+def shortcut_table(run: Run, masks: str = "", share: float = 0.6) -> pd.DataFrame:
+    """Return recall1 and mAP, the latter with its 95 % interval, of whole images, of foregrounds and of backgrounds.
+
+    Args:
+        run: queries and gallery are read and embedded twice more by its model, blanked in the same way.
+        masks: a folder of masks as for `from_folder`; empty: the middle of each image is its foreground.
+        share: of each side, how much the middle is.
+    """
+    data, model = of_run(run), run.model()
+    mask = from_folder(masks, data) if masks else centre(share)
+    rows = {"whole image": _row(data, data.query, data.gallery)}
+    for name, foreground in (("foreground only", True), ("background only", False)):
+        parts = (Blanked(images, mask, foreground) for images in (run.query, run.gallery))
+        vectors = [embed(model, DataLoader(part, batch_size=64), progress=False).numpy() for part in parts]
+        rows[name] = _row(data, *vectors)
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def _row(data: Embeddings, query: np.ndarray, gallery: np.ndarray) -> dict:
+    names = ("recall{k}", "mAP")
+    scores, arrays = retrieval_metrics(query, gallery, *data.lists, topk=(1,), metrics=names, per_query=True)
+    valid = arrays["valid"]
+    interval = bootstrap_interval(arrays["AP"][valid], np.asarray(data.query_labels)[valid])
+    return {"recall1": scores["recall1"], "mAP": scores["mAP"], "low": interval["low"], "high": interval["high"]}
