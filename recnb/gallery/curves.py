@@ -17,7 +17,8 @@ from PIL import Image, ImageOps
 
 from recnb.data.images import printable, to_rgb
 from recnb.gallery.figure import COLOURS, INK, SOFT
-from recnb.gallery.pictures import label_text, read_picture, shorten
+from recnb.gallery.fonts import drawn_label, legible
+from recnb.gallery.pictures import read_picture, shorten
 from recnb.retrieval.lists import RIGHT, WRONG
 from recnb.retrieval.metrics import cmc
 
@@ -145,9 +146,16 @@ def map_figure(
     names=None,
     most: int = 120,
 ) -> Figure:
-    """The points (N, 2) as a map; the identities in `groups` (at most six) coloured and named, the others grey.
+    """Return the points as a map, some identities coloured and named, the others grey.
 
-    pictures: one for each point; up to `most` are drawn, none over another, those of the groups first.
+    Args:
+        points: (N, 2).
+        labels: (N,) identities.
+        pictures: one for each point; those drawn are none over another.
+        groups: the identities that are coloured, at most six; their pictures are drawn first.
+        title: the heading.
+        names: from identity to text, a list or a mapping.
+        most: how many pictures are drawn at most.
     """
     labels, groups = np.asarray(labels), list(groups)[: len(GROUPS)]
     figure, ax = plt.subplots(figsize=(9, 7), dpi=100, facecolor="white", layout="constrained")
@@ -156,7 +164,7 @@ def map_figure(
     for group, colour in zip(groups, GROUPS, strict=False):
         colours[labels == group] = colour
         ax.plot(
-            [], [], "o", color=colour, markersize=7, label=shorten(label_text(group, names), 24).replace("$", r"\$")
+            [], [], "o", color=colour, markersize=7, label=shorten(drawn_label(group, names), 24).replace("$", r"\$")
         )  # no formula
     ax.scatter(*points.T, s=16, c=list(colours), linewidths=0)
     ax.margins(0.04)
@@ -169,7 +177,7 @@ def map_figure(
         ax.add_artist(AnnotationBbox(picture, points[i], pad=0.08, bboxprops=frame))
     if groups:
         figure.legend(frameon=False, fontsize=9, loc="outside lower center", ncols=6)
-    return figure
+    return legible(figure)
 
 
 def _apart(points: np.ndarray, first: np.ndarray, most: int) -> list[int]:
@@ -201,15 +209,18 @@ def _panels(count: int, width: float | None = None, height: float = 3.4) -> tupl
     return figure, axes[0]
 
 
-def samples_figure(table: pd.DataFrame, rows: int = 6, columns: int = 8):
-    """A page of samples, an identity a row, spread over the identities by size.
+def samples_figure(table: pd.DataFrame, rows: int = 6, columns: int = 8) -> Figure:
+    """Return a page of samples, an identity a row, spread over the identities by size.
 
-    Under each picture its camera or split.
+    Args:
+        table: a row per image: path, label, and where they are known camera and split, which stand over a picture.
+        rows: how many identities.
+        columns: how many images of each.
     """
     counts = table.label.value_counts(ascending=False, sort=True)
     names = counts.index[np.unique(np.linspace(0, len(counts) - 1, rows).round().astype(int))]
     columns = min(columns, counts.iloc[0])
-    figure = plt.figure(figsize=(1.2 * columns + 1.8, 1.4 * len(names)), dpi=72, facecolor="white")
+    figure = plt.figure(figsize=(1.2 * columns + 1.8, 1.4 * len(names)), dpi=90, facecolor="white")
     plt.close(figure)  # shown once, as a cell's value, and not again when pyplot shows what is open
     axes = figure.subplots(len(names), columns + 1, squeeze=False, width_ratios=[1.3] + [1] * columns)
     figure.subplots_adjust(0.01, 0.01, 0.99, 0.97, 0.06, 0.16)
@@ -220,7 +231,7 @@ def samples_figure(table: pd.DataFrame, rows: int = 6, columns: int = 8):
         line[0].text(
             0,
             0.5,
-            f"{printable(name[:18])}\n{len(mine)} images",
+            f"{shorten(printable(name), 18)}\n{len(mine)} image{'s' * (len(mine) > 1)}",
             va="center",
             fontsize=11,
             transform=line[0].transAxes,
@@ -234,7 +245,7 @@ def samples_figure(table: pd.DataFrame, rows: int = 6, columns: int = 8):
                 ImageOps.exif_transpose(image, in_place=True)
                 ax.imshow(ImageOps.contain(to_rgb(image), (160, 160)))
             ax.set_title("  ".join(words), fontsize=8, color="#555555", pad=2, parse_math=False)
-    return figure
+    return legible(figure)
 
 
 def history_figure(run: Path) -> plt.Figure:

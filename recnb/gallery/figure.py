@@ -1,8 +1,7 @@
-"""Galleries: what a model retrieves, seen picture by picture, with the numbers of `recnb.metrics` beside it.
+"""The gallery as a figure: a row of pictures for each query, with its numbers beside it.
 
-`rank` judges each query's list; `gallery_figure`, `gallery_html` and `gallery_widget` show it. Plain arrays and lists
-go in, so they serve anybody's embeddings. An item left out by the protocol (the query's own picture, the same identity
-seen by the same camera) takes no rank: what stands behind it moves up, here as in the metrics.
+An item left out by the protocol (the query's own picture, the same identity seen by the same camera) takes no rank:
+what stands behind it moves up, here as in the metrics.
 """
 
 from __future__ import annotations
@@ -18,7 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.path import Path as MarkerPath
 from PIL import Image, ImageColor, ImageOps
 
-from recnb.gallery.pictures import Names, Picture, label_text, read_picture, shorten
+from recnb.gallery.fonts import drawn_label, legible
+from recnb.gallery.pictures import Names, Picture, read_picture, shorten
 from recnb.retrieval.lists import EXCLUDED, RIGHT, WRONG, Ranking, choose_rows
 
 # Okabe and Ito's blue and vermillion: told apart with every common colour vision, and on white as on black.
@@ -58,10 +58,18 @@ def gallery_figure(
     label_names: Names = None,
     title: str = "Nearest neighbours",
 ) -> Figure:
-    """A figure with a row per query: its numbers, its picture, its first k hits, framed, signed, with similarity.
+    """Return a figure with a row per query: its numbers, its picture, its first k hits, framed and signed.
 
-    rows: the queries to show, by default those of `choose_rows`. label_names: list or mapping from identity to text.
     The background is opaque and every colour is set, so that a dark theme or style leaves it as it is.
+
+    Args:
+        ranking: what is shown, as `recnb.retrieval.rank` judges it.
+        query_images: a file, image or array for each query.
+        gallery_images: the same for each gallery item.
+        rows: the queries to show, by default those of `choose_rows`.
+        k: how many hits of each query.
+        label_names: from identity to text, a list or a mapping.
+        title: the heading.
     """
     rows, k = choose_rows(ranking) if rows is None else np.asarray(rows), min(k, ranking.ids.shape[1])
     width, height = NOTES + (k + 1) * (TILE + GAP) + 3 * GAP, HEAD + len(rows) * (TILE + CAPTION)
@@ -81,7 +89,7 @@ def gallery_figure(
                 _draw_hit(
                     fig.add_axes(box, label=f"query {q}, hit {place}"), ranking, q, place, gallery_images, label_names
                 )
-    return fig
+    return legible(fig)
 
 
 def _draw_query(ax: Axes, ranking: Ranking, q: int, k: int, images: Sequence[Picture], names: Names) -> None:
@@ -91,7 +99,7 @@ def _draw_query(ax: Axes, ranking: Ranking, q: int, k: int, images: Sequence[Pic
         notes = [f"AP {ranking.AP[q]:.3f}", f"first hit: rank {ranking.first_hit[q]}"]
         missed = ", ".join(str(rank) for _, rank, _ in ranking.missed(q, k))
         notes += [f"next right: {missed}"] if missed else []
-    lines = _wrap(shorten(label_text(ranking.query_labels[q], names), 36), 19)
+    lines = _wrap(shorten(drawn_label(ranking.query_labels[q], names), 34), 18)
     for i, line in enumerate(lines + notes):
         _note(ax, line, 0.99 - 0.165 * i, "bold" if i < len(lines) else "normal", SOFT if "next right" in line else INK)
 
@@ -115,7 +123,7 @@ def _note(ax: Axes, text: str, y: float, weight: str, colour: str) -> None:
         ha="right",
         va="top",
         parse_math=False,
-        fontsize=7.5,
+        fontsize=8,
         fontweight=weight,
         color=colour,
     )
@@ -127,7 +135,7 @@ def _draw_hit(ax: Axes, ranking: Ranking, q: int, place: int, images: Sequence[P
     _draw_tile(ax, images[item], COLOURS[state], 2.4, dashed if state == EXCLUDED else "-")
     _draw_sign(ax, state, (0.93, 0.93), ax.transAxes)
     ax.set_xlabel(f"{position or '-'} · {ranking.scores[q, place]:.3f}", fontsize=8, color=INK, labelpad=2)
-    below = {RIGHT: "", EXCLUDED: "own camera", WRONG: shorten(label_text(ranking.gallery_labels[item], names), 17)}
+    below = {RIGHT: "", EXCLUDED: "own camera", WRONG: shorten(drawn_label(ranking.gallery_labels[item], names), 14)}
     ax.annotate(
         below[state],
         (0.5, 0),
@@ -137,7 +145,7 @@ def _draw_hit(ax: Axes, ranking: Ranking, q: int, place: int, images: Sequence[P
         ha="center",
         parse_math=False,
         va="top",
-        fontsize=6.5,
+        fontsize=8,
         color=SOFT,
     )
 
