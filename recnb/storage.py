@@ -9,6 +9,7 @@ deleted by hand.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -59,6 +60,15 @@ def write_text(path: str | Path, text: str) -> None:
 def write_json(path: str | Path, content) -> None:
     """Write the content as indented JSON."""
     write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def sha256(path: str | Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal; it is read in parts, whatever its size."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 class LockedError(RuntimeError):

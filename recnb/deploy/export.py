@@ -27,6 +27,7 @@ from recnb.deploy.graph import (
     check_installed,
     chosen_output,
     describe,
+    embed_images,
     finished,
     open_model,
     picked,
@@ -34,6 +35,7 @@ from recnb.deploy.graph import (
     trained_model,
     write_models,
 )
+from recnb.deploy.index import labelled_images
 from recnb.deploy.modelcard import model_card
 from recnb.recipe.reading import as_yaml
 from recnb.recipe.schema import GLOBAL
@@ -46,7 +48,7 @@ from recnb.training.evaluation import Judge
 EXACT = ("model.onnx", "model.pt2", "example.py")  # must agree with the trained model; fp16 and int8 are measured
 LEAST_COSINE, METRIC_TOLERANCE = 0.9999, 5e-4  # near-ties may swap; a share of less than that is no difference
 BATCH = 64
-OPTIONS = ("folder", "normalize", "dynamic_size", "images", "infer_output_key", "infer_add_softmax")
+OPTIONS = ("folder", "normalize", "dynamic_size", "images", "index", "infer_output_key", "infer_add_softmax")
 
 
 class ExportError(RuntimeError):
@@ -126,7 +128,7 @@ def prove(
     asked = {BATCH: outputs(query, outside, runners, BATCH, trained), 1: outputs(query, outside, runners, 1)}
     reference = asked[BATCH]["trained"], items["trained"]
     compared = partial(agreement, reference, query=query, gallery=gallery, distance=distance)
-    files = tuple(deploy.embed_images(example, images).reshape(len(images), -1) for images in (query, gallery))
+    files = tuple(embed_images(example, images).reshape(len(images), -1) for images in (query, gallery))
     stored = tuple(map(np.take, (run.query_features, run.gallery_features), rows, (0, 0)))
     report = {
         "images": {"query": len(query), "gallery": len(gallery), "of": [len(part) for part in parts]},
@@ -210,6 +212,7 @@ def export_model(
     normalize: bool | None = None,
     dynamic_size: bool = False,
     images: int = 2000,
+    index: str = "all",
     **arch,
 ) -> Path:
     """The folder made: model files, inference.yml, parity.json, example.py, README.md and, for embeddings, index/.
@@ -218,13 +221,14 @@ def export_model(
 
     formats: some of FORMATS, onnx among them. normalize: unit length inside, by default where the evaluation compares
     by cosine. dynamic_size: any height and width, where the network can. images: how many the proof takes at most.
+    index: all holds every labelled image, test those of the gallery alone.
     arch: infer_output_key and infer_add_softmax, where they shall not be the configuration's.
     Raises ConfigError for what cannot be meant, ExportError where the proof fails (the files are in FOLDER.failed).
     """
     check_installed()
     check_arguments(formats, arch)
     deploy.check_rate(false_match_rate, run.query, run.gallery)
-    target, network = export_folder(run, folder), trained_model(run)
+    target, network, known = export_folder(run, folder), trained_model(run), labelled_images(run, index)
     output, softmax = chosen_output({**run.cfg["Arch"], **arch}, network)
     steps, outside, inside = preprocessing(run)
     size = run.cfg["Global"]["image_shape"][1:]
@@ -258,10 +262,10 @@ def export_model(
                 f"the exported model is not the trained one: {'; '.join(report['failures'])}; nothing is "
                 f"exported, and the files are kept in {target}.failed"
             )
-        index = deploy.build_index(run, part / "model.onnx", part / "index", false_match_rate) if vector else None
+        made = deploy.build_index(run, known, part / "model.onnx", part / "index", false_match_rate) if vector else None
         write_text(
             part / "README.md",
-            model_card(run, meta, report, index.info if vector else None, sorted(path.name for path in part.iterdir())),
+            model_card(run, meta, report, made.info if vector else None, sorted(path.name for path in part.iterdir())),
         )
     return target
 

@@ -19,9 +19,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode, v2
 
+from recnb.data.images import DataError, opened, printable, read_pixels, reason
+from recnb.data.lists import ImageList
 from recnb.data.pipeline import single_ops
 from recnb.data.transforms import reversed_channels
 from recnb.models.cutting import first_line
@@ -298,3 +301,32 @@ def open_model(path: str | Path) -> Model:
     from recnb.deploy.example import Model
 
     return Model(path)
+
+
+def embed_file(model: Model, path: str | Path, box: Sequence[int] | None = None) -> np.ndarray:
+    """Return the vector of an image file by the exported model and its own preprocessing.
+
+    Args:
+        model: the exported model.
+        path: the file.
+        box: the part of it that is meant, (left, top, right, bottom) in pixels; None is the whole image.
+
+    Returns:
+        (D,) float32.
+
+    Raises:
+        DataError: The file cannot be read; the message names it.
+    """
+    try:
+        if box is not None:
+            return model(Image.fromarray(read_pixels(str(path), list(box)).permute(1, 2, 0).numpy()))
+        with opened(str(path)) as image:
+            return model(image)
+    except Exception as error:  # decoders and the runtime raise whatever a broken file leads them to
+        raise DataError(f"the image {printable(str(path))} {reason(error)}") from error
+
+
+def embed_images(model: Model, images: ImageList) -> np.ndarray:
+    """Return (N, D) float32 of a list's images, from their files, or from their boxes in them."""
+    boxes = [None] * len(images) if images.boxes is None else images.boxes.tolist()
+    return np.stack([embed_file(model, *image) for image in zip(images.paths, boxes, strict=True)])

@@ -12,7 +12,6 @@ Micheals, Handbook of Face Recognition, 2011: detection and identification rate,
 from __future__ import annotations
 
 import csv
-import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,14 +20,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-from PIL import Image
 
-from recnb.data.images import DataError
 from recnb.data.lists import ImageList, own_index
-from recnb.deploy.graph import open_model
+from recnb.deploy.graph import embed_file, open_model
+from recnb.deploy.index import Labelled
 from recnb.gallery.figure import COLOURS, INK
-from recnb.gallery.pictures import Picture, label_text, read_picture, shorten
-from recnb.recipe.schema import lookup
+from recnb.gallery.pictures import Picture, read_picture, shorten
 from recnb.registry import ConfigError
 from recnb.retrieval.lists import EXCLUDED, RIGHT
 from recnb.retrieval.metrics import retrieval_metrics
@@ -36,36 +33,13 @@ from recnb.retrieval.scores import MEMORY, pair, spans
 from recnb.retrieval.search import Index
 from recnb.retrieval.stats import bootstrap_interval
 from recnb.retrieval.verification import verification_metrics
-from recnb.storage import resolve
+from recnb.storage import resolve, sha256
 
 if TYPE_CHECKING:
-    from recnb.deploy.example import Model
     from recnb.runs.folder import Run
 
 UNKNOWN = "unknown"
 RATES = (1e-2, 1e-3, 1e-4)  # what the calibration shows beside the rate that was asked for
-
-
-def digest(path: Path) -> str:
-    """The fingerprint of a model's file, by which an index knows whose vectors it holds."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-
-
-def embed_file(model: Model, path: str | Path) -> np.ndarray:
-    """(D,) float32 of an image file; raises DataError with its name where it cannot be read."""
-    try:
-        with Image.open(path) as image:
-            return model(image)
-    except (OSError, ValueError) as error:
-        raise DataError(f"the image {path} cannot be read: {error}") from error
-
-
-def embed_images(model: Model, images: ImageList) -> np.ndarray:
-    """(N, D) float32 of a list's images by the exported model, from their files, or from their boxes in them."""
-    if images.boxes is None:
-        return np.stack([embed_file(model, path) for path in images.paths])
-    boxed = (Image.fromarray(images.image(i).permute(1, 2, 0).numpy()) for i in range(len(images)))
-    return np.stack([model(image) for image in boxed])
 
 
 # ---- the threshold ---------------------------------------------------------------------------------------------------
@@ -148,36 +122,39 @@ def intervals(query, gallery, lists: tuple, own: np.ndarray, distance: str) -> d
 # ---- the index -------------------------------------------------------------------------------------------------------
 
 
-def build_index(run: Run, model_file: Path, folder: Path, rate: float) -> Index:
-    """The index of a run's gallery as the exported model sees it, saved in `folder`.
+def build_index(run: Run, known: Labelled, model_file: Path, folder: Path, rate: float) -> Index:
+    """Return the index of a run's labelled images as the exported model sees them, saved in `folder`.
 
-    Its columns are path (below info["image_root"]) and label; info also has the threshold at the false-match rate, the
-    calibration, and metrics with intervals. Beside it lie embeddings.npy and items.csv, what it was first made of.
+    Its columns are path (below info["image_root"]) and label; info also has what it holds, the threshold at the
+    false-match rate, the calibration, and metrics with intervals. Beside it lie embeddings.npy and items.csv, what it
+    was first made of.
+
+    Args:
+        run: the run that is exported.
+        known: its labelled images, and which of them the index holds.
+        model_file: the exported ONNX model.
+        folder: where the index is written.
+        rate: the share of pairs of different identities that the threshold may accept.
     """
     model, query, gallery = open_model(model_file), run.query, run.gallery
     distance = model.meta["compare"]
-    vectors = embed_images(model, gallery)
-    asked = vectors if query is gallery else embed_images(model, query)
+    vectors = np.stack([embed_file(model, *image) for image in zip(known.paths, known.boxes, strict=True)])
+    asked, items = vectors[known.rows["query"]], vectors[known.rows["gallery"]]
     lists, own = (query.labels, gallery.labels, query.cameras, gallery.cameras), own_index(query, gallery)
     rates = {rate, *(r for r in RATES if r * negative_pairs(query, gallery) >= 1)}
-    rows = calibrate(asked, vectors, lists, own, rates, distance)
-    threshold = next(row["threshold"] for row in rows if row["false_match_rate"] == rate)
-    root = Path(resolve(lookup(run.cfg, "DataLoader.Eval.Gallery.dataset.image_root") or ".")).absolute()
-    paths = [
-        str(p.relative_to(root)) if (p := Path(path).absolute()).is_relative_to(root) else str(p)
-        for path in gallery.paths
-    ]
-    labels = [label_text(label, gallery.names) for label in gallery.labels.tolist()]
+    rows = calibrate(asked, items, lists, own, rates, distance)
     info = {
-        "image_root": str(root),
+        "image_root": str(known.root),
+        "holds": known.counts,
         "false_match_rate": rate,
-        "threshold": threshold,
+        "threshold": next(row["threshold"] for row in rows if row["false_match_rate"] == rate),
         "calibration": rows,
-        "metrics": intervals(asked, vectors, lists, own, distance),
+        "metrics": intervals(asked, items, lists, own, distance),
     }
-    index = Index(distance, model=digest(model_file), info=info).add(vectors, path=paths, label=labels)
+    paths, labels = [known.path(row) for row in known.kept], known.names[known.kept].tolist()
+    index = Index(distance, model=sha256(model_file)[:16], info=info).add(vectors[known.kept], path=paths, label=labels)
     index.save(folder)
-    np.save(folder / "embeddings.npy", vectors)
+    np.save(folder / "embeddings.npy", vectors[known.kept])
     with (folder / "items.csv").open("w", encoding="utf-8", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows(
             [("id", "label", "path"), *zip(index.ids, labels, paths, strict=True)]
@@ -197,7 +174,7 @@ class Recognizer:
         if not (self.folder / "index" / "index.json").is_file():
             raise ConfigError(f"{folder}: holds no index of an exported model; 05_export makes one")
         self.model = open_model(self.folder / "model.onnx")
-        self.fingerprint = digest(self.folder / "model.onnx")
+        self.fingerprint = sha256(self.folder / "model.onnx")[:16]
         self.index = Index.load(self.folder / "index", model=self.fingerprint)
         self.threshold = self.index.info["threshold"] if threshold is None else threshold
 
