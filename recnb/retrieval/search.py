@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import tempfile
 from pathlib import Path
 
@@ -220,7 +221,7 @@ class Index:
             digest = _sha256(draft)
             draft.replace(folder / f"vectors-{digest[:16]}.faiss")
             state = {name: getattr(self, name) for name in STATE} | {"ids": self.ids.tolist(), "sha256": digest}
-            draft.write_text(json.dumps(state))
+            draft.write_text(sealed(state))
             draft.replace(folder / "index.json")
         for other in set(folder.glob("vectors-*.faiss")) - {folder / f"vectors-{digest[:16]}.faiss"}:
             other.unlink()
@@ -241,7 +242,7 @@ class Index:
 
     @classmethod
     def _read(cls, folder):
-        state = json.loads((folder / "index.json").read_text())
+        state = unsealed((folder / "index.json").read_bytes())
         file = folder / f"vectors-{state['sha256'][:16]}.faiss"
         if not file.exists() or _sha256(file) != state["sha256"]:
             raise ValueError(f"{file} is missing or damaged")
@@ -252,7 +253,23 @@ class Index:
         bits = index.distance == "hamming"
         if (index.faiss.ntotal, index.faiss.d) != (len(index.ids), index.dimension * (8 if bits else 1)):
             raise ValueError(f"{file} does not hold what index.json says")
+        index._check_relations()
         return index
+
+    def _check_relations(self):
+        """Raise ValueError where ids, columns and vectors, each whole, do not belong together."""
+        if not isinstance(self.columns, dict) or not isinstance(self.info, dict):
+            raise ValueError("index.json: columns and info must be mappings")
+        for name, values in self.columns.items():
+            if not isinstance(values, list) or len(values) != len(self.ids):
+                raise ValueError(f"index.json: column {name} does not have a value for each of the {len(self.ids)} ids")
+        mapped = getattr(self.faiss, "id_map", None)
+        if mapped is not None and not np.array_equal(faiss.vector_to_array(mapped), self.ids):
+            raise ValueError("index.json: the ids are not those of the vectors")
+        if mapped is not None and self.factory == "Flat":
+            for part in spans(len(self.ids), 1 << 16):
+                if not np.isfinite(self.faiss.index.reconstruct_n(part.start, part.stop - part.start)).all():
+                    raise ValueError("the vectors are not all finite")
 
     def _check(self, array, model):
         if self.dimension not in (None, array.shape[1]):
@@ -330,6 +347,20 @@ def auto_factory(count, dimension, distance="cosine"):
         return "HNSW32"
     pieces = next(p for p in range(max(1, dimension // 4), 0, -1) if dimension % p == 0)
     return f"IVF{int(4 * count**0.5)},PQ{pieces}x8"
+
+
+def sealed(state: dict) -> str:
+    """Return the text of an index.json: JSON whose first key is the SHA-256 of all that follows it."""
+    text = json.dumps(state)
+    return f'{{"checksum": "{hashlib.sha256(text.encode()).hexdigest()}", {text[1:]}'
+
+
+def unsealed(text: bytes) -> dict:
+    """Return what an index.json holds; ValueError where a byte of it has changed since it was written."""
+    found = re.fullmatch(rb'\{"checksum": "([0-9a-f]{64})", (.*)', text, re.DOTALL)
+    if not found or hashlib.sha256(b"{" + found[2]).hexdigest().encode() != found[1]:
+        raise ValueError("index.json is damaged, or of an earlier version, which had no checksum")
+    return json.loads(b"{" + found[2])
 
 
 def _sha256(file):

@@ -39,7 +39,7 @@ from recnb.recipe.reading import LARGEST, as_yaml, parse
 from recnb.recipe.starter import write_config
 from recnb.registry import ConfigError
 from recnb.retrieval.lists import rank
-from recnb.retrieval.search import Index
+from recnb.retrieval.search import Index, sealed, unsealed
 from recnb.runs.analysis import of_files
 from recnb.runs.folder import load_run
 from recnb.storage import resolve
@@ -356,8 +356,9 @@ def index(tmp_path):
 
 
 def rewritten(index: Path, **changes) -> None:
-    state = json.loads((index / "index.json").read_text())
-    (index / "index.json").write_text(json.dumps({**state, **changes}))
+    """Change what index.json says, with a checksum that is right all the same."""
+    state = unsealed((index / "index.json").read_bytes())
+    (index / "index.json").write_text(sealed({**state, **changes}))
 
 
 def test_indices_that_are_damaged_or_pickles(index, tmp_path):
@@ -374,12 +375,35 @@ def test_indices_that_are_damaged_or_pickles(index, tmp_path):
         with pytest.raises(ValueError, match=refused):
             Index.load(index)
     vectors.write_bytes(whole)
-    for changes in ({"ids": [1, 2]}, {"ids": "x"}, {"dimension": 3}, {"distance": "none"}, {"sha256": "../../etc/x"}):
+    for changes in (
+        {"ids": [1, 2]},
+        {"ids": "x"},
+        {"dimension": 3},
+        {"distance": "none"},
+        {"sha256": "../../etc/x"},
+        {"ids": [*range(8, -1, -1)]},
+        {"columns": None},
+        {"columns": {"label": ["a"]}},
+        {"info": []},
+    ):
         (index / "index.json").write_text(said)
         rewritten(index, **changes)
         with pytest.raises(ValueError, match=refused):
             Index.load(index)
     assert not (tmp_path / "touched").exists()
+
+
+def test_a_bit_that_turns_over_anywhere_in_an_index_is_noticed(index):
+    rng = np.random.default_rng(0)
+    for file in index.iterdir():
+        whole = file.read_bytes()
+        for place in rng.integers(0, 8 * len(whole), 60).tolist():
+            damaged = bytearray(whole)
+            damaged[place // 8] ^= 1 << place % 8
+            file.write_bytes(damaged)
+            with pytest.raises(ValueError, match=file.name):
+                Index.load(index)
+        file.write_bytes(whole)
 
 
 def test_a_faiss_file_that_is_broken_and_signed(index):
