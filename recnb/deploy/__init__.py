@@ -3,5 +3,11 @@
 from recnb import lazily
 
 __getattr__, __dir__, __all__ = lazily(
-    __name__, {"export": "export_model ExportError", "recognizer": "Recognizer build_index", "modelcard": "model_card"}
+    __name__,
+    {
+        "export": "export_model ExportError",
+        "index": "build_index labelled_images",
+        "recognizer": "Recognizer Answer",
+        "modelcard": "model_card",
+    },
 )

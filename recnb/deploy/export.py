@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,22 +21,9 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 from recnb.data.lists import ImageList, own_index, positives
-from recnb.deploy import recognizer as deploy
-from recnb.deploy.graph import (
-    FORMATS,
-    Inference,
-    check_installed,
-    chosen_output,
-    describe,
-    embed_images,
-    finished,
-    open_model,
-    picked,
-    preprocessing,
-    trained_model,
-    write_models,
-)
-from recnb.deploy.index import labelled_images
+from recnb.deploy.decision import check_wanted
+from recnb.deploy.graph import FORMATS, Plan, check_installed, embed_images, open_model, planned, write_models
+from recnb.deploy.index import build_index, labelled_images
 from recnb.deploy.modelcard import model_card
 from recnb.recipe.reading import as_yaml
 from recnb.recipe.schema import GLOBAL
@@ -45,10 +33,23 @@ from recnb.runs.folder import Run
 from recnb.storage import resolve, write_json, write_text
 from recnb.training.evaluation import Judge
 
+if TYPE_CHECKING:
+    from recnb.deploy.example import Model
+
 EXACT = ("model.onnx", "model.pt2", "example.py")  # must agree with the trained model; fp16 and int8 are measured
 LEAST_COSINE, METRIC_TOLERANCE = 0.9999, 5e-4  # near-ties may swap; a share of less than that is no difference
 BATCH = 64
-OPTIONS = ("folder", "normalize", "dynamic_size", "images", "index", "infer_output_key", "infer_add_softmax")
+OPTIONS = (
+    "folder",
+    "normalize",
+    "dynamic_size",
+    "images",
+    "index",
+    "false_accept_rate",
+    "unknown_rate",
+    "infer_output_key",
+    "infer_add_softmax",
+)
 
 
 class ExportError(RuntimeError):
@@ -116,16 +117,26 @@ def agreement(trained: tuple, exported: tuple, query: ImageList, gallery: ImageL
     }
 
 
-def prove(
-    run: Run, trained: Callable, runners: dict[str, Callable], outside: v2.Transform, example: Callable, most: int
-) -> dict:
-    """The content of parity.json: each file against the trained model on the same tensors, in batches and singly, and
-    example.py from the image files on; beside them, the features that the run has stored. `failures` are sentences.
+def prove(run: Run, plan: Plan, runners: dict[str, Callable], example: Model, most: int) -> dict:
+    """Return the content of parity.json: each file against the trained model, and example.py from image files on.
+
+    Files are compared on the same tensors, in batches and singly; beside them stand the features that the run has
+    stored. `failures` are sentences.
+
+    Args:
+        run: the run that is exported.
+        plan: as what.
+        runners: what each file computes, by its name.
+        example: the ONNX model as example.py runs it.
+        most: how many images to take at most.
     """
     distance, parts, rows = example.meta["compare"], (run.query, run.gallery), sample(run.query, run.gallery, most)
     query, gallery = map(taken, parts, rows)
-    items = outputs(gallery, outside, runners, BATCH, trained)
-    asked = {BATCH: outputs(query, outside, runners, BATCH, trained), 1: outputs(query, outside, runners, 1)}
+    items = outputs(gallery, plan.outside, runners, BATCH, plan.trained)
+    asked = {
+        BATCH: outputs(query, plan.outside, runners, BATCH, plan.trained),
+        1: outputs(query, plan.outside, runners, 1),
+    }
     reference = asked[BATCH]["trained"], items["trained"]
     compared = partial(agreement, reference, query=query, gallery=gallery, distance=distance)
     files = tuple(embed_images(example, images).reshape(len(images), -1) for images in (query, gallery))
@@ -208,66 +219,73 @@ def export_model(
     run: Run,
     formats: Sequence[str] = ("onnx", "torch"),
     folder: str | Path | None = None,
-    false_match_rate: float = 1e-3,
     normalize: bool | None = None,
     dynamic_size: bool = False,
     images: int = 2000,
     index: str = "all",
+    false_accept_rate: float | None = None,
+    unknown_rate: float | None = None,
     **arch,
 ) -> Path:
-    """The folder made: model files, inference.yml, parity.json, example.py, README.md and, for embeddings, index/.
+    """Return the folder made, whose files the model card lists; an earlier one is kept as FOLDER.previous.
 
-    An earlier one is kept as FOLDER.previous.
+    Args:
+        run: a finished run.
+        formats: some of FORMATS, onnx among them.
+        folder: where to; by default Global.save_inference_dir, or export in the run's folder.
+        normalize: vectors of length 1, by default where the evaluation compares by cosine.
+        dynamic_size: any height and width, where the network can.
+        images: how many the proof takes at most.
+        index: "all" holds every labelled image, "test" those of the gallery alone, to measure strictly.
+        false_accept_rate: the share of searches for unknown identities that may get a name.
+        unknown_rate: the share of searches for known identities that may be answered "unknown"; without either rate,
+            the two kinds of searches together fare best.
+        arch: infer_output_key and infer_add_softmax, where they shall not be the configuration's.
 
-    formats: some of FORMATS, onnx among them. normalize: unit length inside, by default where the evaluation compares
-    by cosine. dynamic_size: any height and width, where the network can. images: how many the proof takes at most.
-    index: all holds every labelled image, test those of the gallery alone.
-    arch: infer_output_key and infer_add_softmax, where they shall not be the configuration's.
-    Raises ConfigError for what cannot be meant, ExportError where the proof fails (the files are in FOLDER.failed).
+    Raises:
+        ConfigError: What is asked for cannot be meant.
+        ExportError: The proof fails; the files are in FOLDER.failed.
     """
     check_installed()
     check_arguments(formats, arch)
-    deploy.check_rate(false_match_rate, run.query, run.gallery)
-    target, network, known = export_folder(run, folder), trained_model(run), labelled_images(run, index)
-    output, softmax = chosen_output({**run.cfg["Arch"], **arch}, network)
-    steps, outside, inside = preprocessing(run)
-    size = run.cfg["Global"]["image_shape"][1:]
-    with torch.inference_mode():
-        shape = picked(network, torch.zeros(1, 3, *size), output).shape[1:]
-    vector = len(shape) == 1 and output != "logits"
-    unit = vector and (run.cfg["Global"]["feature_normalize"] if normalize is None else normalize)
-    meta = describe(
-        run,
-        steps,
-        inside,
-        {"name": output, "embedding_size": shape[0] if vector else list(shape), "normalised": unit, "softmax": softmax},
-        dynamic_size,
-    )
-    build = partial(Inference, network, output, **inside, normalize=unit, softmax=softmax)
+    wanted = {"false_accept_rate": false_accept_rate, "unknown_rate": unknown_rate}
+    wanted = {name: rate for name, rate in wanted.items() if rate is not None}
+    target, plan = export_folder(run, folder), planned(run, normalize, dynamic_size, arch)
+    known = labelled_images(run, index)
+    check_wanted(wanted, len(known.asked))
     with published(target) as part:
-        runners = write_models(build, formats, part, size, dynamic_size, meta)
-        shutil.copyfile(Path(__file__).with_name("example.py"), part / "example.py")
-        write_text(part / "inference.yml", as_yaml(meta))
-        report = prove(
-            run,
-            lambda x: finished(picked(network, x, output), unit, softmax),
-            runners,
-            outside,
-            open_model(part / "model.onnx"),
-            images,
-        )
-        write_json(part / "parity.json", report)
+        report = write_proved(run, plan, formats, part, images)
         if report["failures"]:
             raise ExportError(
                 f"the exported model is not the trained one: {'; '.join(report['failures'])}; nothing is "
                 f"exported, and the files are kept in {target}.failed"
             )
-        made = deploy.build_index(run, known, part / "model.onnx", part / "index", false_match_rate) if vector else None
-        write_text(
-            part / "README.md",
-            model_card(run, meta, report, made.info if vector else None, sorted(path.name for path in part.iterdir())),
-        )
+        info = None
+        if plan.vector:
+            made, point = build_index(run, known, part / "model.onnx", part / "index", wanted)
+            info = made.info
+            write_json(part / "operating_point.json", point)
+        card = model_card(run, plan.meta, report, info, sorted(path.name for path in part.iterdir()))
+        write_text(part / "README.md", card)
     return target
+
+
+def write_proved(run: Run, plan: Plan, formats: Sequence[str], folder: Path, most: int) -> dict:
+    """Return the content of parity.json, written beside the models, example.py and inference.yml.
+
+    Args:
+        run: the run that is exported.
+        plan: as what.
+        formats: the formats of the models.
+        folder: where to.
+        most: how many images the proof takes at most.
+    """
+    runners = write_models(plan, formats, folder)
+    shutil.copyfile(Path(__file__).with_name("example.py"), folder / "example.py")
+    write_text(folder / "inference.yml", as_yaml(plan.meta))
+    report = prove(run, plan, runners, open_model(folder / "model.onnx"), most)
+    write_json(folder / "parity.json", report)
+    return report
 
 
 def check_arguments(formats: Sequence[str], arch: dict) -> None:

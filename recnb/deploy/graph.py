@@ -12,6 +12,8 @@ import io
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -102,6 +104,57 @@ def trained_model(run: Run) -> RecModel:
     model = model.models[model.chosen] if hasattr(model, "chosen") else model
     model.precision = None
     return model
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is exported: how its graph is made, what is trained and what inference.yml says."""
+
+    build: Callable[..., Inference]
+    trained: Callable[[Tensor], Tensor]  # (B, 3, H, W), as the evaluation prepares it -> (B, D)
+    outside: v2.Transform  # what remains to be done to an image before the graph
+    size: list[int]  # [height, width]
+    dynamic_size: bool
+    meta: dict
+
+    @property
+    def vector(self) -> bool:
+        """Whether an embedding comes out, which can be indexed."""
+        output = self.meta["output"]
+        return output["name"] != "logits" and isinstance(output["embedding_size"], int)
+
+
+def planned(run: Run, normalize: bool | None, dynamic_size: bool, arch: dict) -> Plan:
+    """Return what a run's model is exported as.
+
+    Args:
+        run: the run.
+        normalize: vectors of length 1; None where the evaluation compares by cosine.
+        dynamic_size: whether any height and width may come.
+        arch: infer_output_key and infer_add_softmax, where they shall not be the configuration's.
+    """
+    network = trained_model(run)
+    output, softmax = chosen_output({**run.cfg["Arch"], **arch}, network)
+    steps, outside, inside = preprocessing(run)
+    size = run.cfg["Global"]["image_shape"][1:]
+    with torch.inference_mode():
+        shape = picked(network, torch.zeros(1, 3, *size), output).shape[1:]
+    vector = len(shape) == 1 and output != "logits"
+    unit = vector and (run.cfg["Global"]["feature_normalize"] if normalize is None else normalize)
+    made = {
+        "name": output,
+        "embedding_size": shape[0] if vector else list(shape),
+        "normalised": unit,
+        "softmax": softmax,
+    }
+    return Plan(
+        partial(Inference, network, output, **inside, normalize=unit, softmax=softmax),
+        lambda x: finished(picked(network, x, output), unit, softmax),
+        outside,
+        size,
+        dynamic_size,
+        describe(run, steps, inside, made, dynamic_size),
+    )
 
 
 # ---- what inference.yml says -----------------------------------------------------------------------------------------
@@ -250,26 +303,20 @@ def write_int8(source: Path, path: Path, meta: dict) -> None:
     onnx.save(proto, path)
 
 
-def write_models(
-    build: Callable[..., Inference],
-    formats: Sequence[str],
-    folder: Path,
-    size: Sequence[int],
-    dynamic_size: bool,
-    meta: dict,
-) -> dict[str, Callable]:
+def write_models(plan: Plan, formats: Sequence[str], folder: Path) -> dict[str, Callable]:
     """Write the files of the formats; by name, the function from uint8 (B, H, W, 3) to (B, D) that each of them is."""
-    program, runners = traced(build(), size, dynamic_size), {}
+    program, runners = traced(plan.build(), plan.size, plan.dynamic_size), {}
     for name in (name for name in FORMATS if name in formats):
         path = folder / FORMATS[name]
         try:
             if name == "torch":
-                torch.export.save(program, path, extra_files={"inference.json": json.dumps(meta)})
+                torch.export.save(program, path, extra_files={"inference.json": json.dumps(plan.meta)})
             elif name == "int8":
-                write_int8(folder / FORMATS["onnx"], path, meta)
+                write_int8(folder / FORMATS["onnx"], path, plan.meta)
             else:
-                graph = traced(build(half=True), size, dynamic_size) if name == "fp16" else program
-                write_onnx(graph, path, meta)
+                half = name == "fp16"
+                graph = traced(plan.build(half=True), plan.size, plan.dynamic_size) if half else program
+                write_onnx(graph, path, plan.meta)
             runners[path.name] = runner(path)
         except Exception as error:  # converters fail in as many ways as models can be written
             raise ConfigError(f"formats: {name} cannot be written for this model: {first_line(error)}") from error

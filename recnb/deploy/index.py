@@ -1,21 +1,31 @@
-"""Which images does an index hold? Every labelled image of a run, once, however many lists name it.
+"""Which images does an index hold, and from where on does it name? Every labelled image once, and a calibration.
 
 A picture is known by its content: a copy under another name, or the same file in another spelling, is the same one.
+Everything here sees images through the exported model and its own preprocessing, as the application will. What decides
+is measured on test images alone: a model's answers to the images that it was trained on are too good to tell.
 """
 
 from __future__ import annotations
 
+import csv
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from recnb.data.images import DataError, printable, reason
-from recnb.data.lists import ImageList, drop_faults
+from recnb.data.lists import ImageList, drop_faults, own_index
+from recnb.deploy.decision import Items, check_wanted, choose, searches
+from recnb.deploy.graph import embed_file, open_model
 from recnb.recipe.data import training_images
 from recnb.recipe.schema import lookup
 from recnb.registry import ConfigError, suggest
+from recnb.retrieval.metrics import retrieval_metrics
+from recnb.retrieval.search import Index
+from recnb.retrieval.stats import bootstrap_interval
 from recnb.runs.folder import Run
 from recnb.storage import resolve, sha256
 
@@ -36,6 +46,10 @@ class Labelled:
     boxes: list[list[int] | None]  # N times (left, top, right, bottom) in pixels, or None for the whole image
     rows: dict[str, np.ndarray]  # list -> (n,) rows of its images, in its order
     kept: np.ndarray  # (M,) the rows that the index holds
+    asked: (
+        np.ndarray
+    )  # (Q,) the rows that calibrate: test images, of identities that training has not seen if it can be
+    trained_on: bool  # whether training has seen the identities of those all the same
     root: Path  # what the paths start from
 
     def __len__(self) -> int:
@@ -53,6 +67,11 @@ class Labelled:
             "lists": lists,
             "in_several_lists": int(several[self.kept].sum()),
         }
+
+    @property
+    def items(self) -> Items:
+        """What the calibration has to know of the N images."""
+        return Items(np.unique(self.names, return_inverse=True)[1], self.content, self.cameras)
 
     def path(self, row: int) -> str:
         """Return an image's path, from the root where it lies below."""
@@ -105,17 +124,39 @@ def labelled_images(run: Run, index: str = "all") -> Labelled:
         rows[kind] = np.array(own)
     pictures = [(digest, box) for digest, box, _ in found]
     numbers = {picture: i for i, picture in enumerate(dict.fromkeys(pictures))}
+    names, shown = np.array([name for *_, name in found]), np.array([numbers[picture] for picture in pictures])
     paths = [path for _, path, _ in found.values()]
     return Labelled(
         paths,
-        np.array([name for *_, name in found]),
-        np.array([numbers[picture] for picture in pictures]),
+        names,
+        shown,
         np.array([camera for *_, camera in found.values()]),
         [None if box is None else list(box) for _, box, _ in found],
         rows,
         np.unique(rows["gallery"]) if index == "test" else np.arange(len(found)),
+        *calibrating(run, names, shown, rows),
         common_root(run, paths),
     )
+
+
+def calibrating(run: Run, names: np.ndarray, shown: np.ndarray, rows: dict) -> tuple[np.ndarray, bool]:
+    """Return the rows whose searches calibrate, and whether training has seen their identities.
+
+    Args:
+        run: the run, whose labels.csv names the training identities.
+        names: (N,) of the images.
+        shown: (N,) which picture each image is.
+        rows: list -> the rows of its images.
+    """
+    asked = np.unique(np.concatenate([rows[kind] for kind in ("validation", "query") if kind in rows]))
+    training = rows.get("training", np.zeros(0, int))
+    classes = run.class_names if (run.folder / "labels.csv").is_file() else []
+    trained = {*names[training].tolist(), *map(printable, classes)}
+    fresh = asked[~np.isin(shown[asked], shown[training])]
+    unseen = fresh[~np.isin(names[fresh], list(trained))]
+    if len(unseen):
+        return unseen, False
+    return (fresh if len(fresh) else asked), True
 
 
 def content(images: ImageList, i: int, digests: dict[str, str]) -> str:
@@ -146,3 +187,92 @@ def common_root(run: Run, paths: list[str]) -> Path:
     if all(path.is_relative_to(root) for path in absolute):
         return root
     return Path(os.path.commonpath([path.parent for path in absolute]))
+
+
+def points_table(point: dict) -> pd.DataFrame:
+    """Return what becomes of searches at each point of an operating_point.json, as texts with 95 % intervals."""
+    columns = {
+        "known_right": "known, named rightly",
+        "known_wrong": "known, named wrongly",
+        "unknown_rate": "known, answered unknown",
+        "false_accept_rate": "unknown, given a name",
+    }
+    rows = {
+        name: {"from": f"{row['threshold']:.1%}"}
+        | {text: "{share:.1%} ({low:.1%} to {high:.1%})".format(**row[key]) for key, text in columns.items()}
+        for name, row in point["points"].items()
+    }
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+# ---- made with the exported model ------------------------------------------------------------------------------------
+
+
+def build_index(
+    run: Run, known: Labelled, model_file: Path, folder: Path, wanted: Mapping[str, float]
+) -> tuple[Index, dict]:
+    """Return the index of a run's labelled images, saved in `folder`, and the content of operating_point.json.
+
+    The index has the columns path (below info["image_root"]) and label. Its info also says what it holds, how a search
+    is decided, what becomes of searches so, and the metrics with their intervals. Beside it lie embeddings.npy and
+    items.csv, what it was first made of.
+
+    Args:
+        run: the run that is exported.
+        known: its labelled images, and which of them the index holds.
+        model_file: the exported ONNX model.
+        folder: where the index is written.
+        wanted: as in `recnb.deploy.decision.choose`.
+    """
+    check_wanted(wanted, len(known.asked))
+    model = open_model(model_file)
+    distance = model.meta["compare"]
+    vectors = np.stack([embed_file(model, *image) for image in zip(known.paths, known.boxes, strict=True)])
+    asked, kept, items = known.asked, known.kept, known.items
+    found = searches(vectors[asked], vectors[kept], items[asked], items[kept], distance)
+    point = choose(found, items.identity[asked], wanted)
+    point = {"holds": known.counts, "searches": searched(known, found[2]), **point}
+    info = {
+        "image_root": str(known.root),
+        **{key: value for key, value in point.items() if key not in ("curve", "rules")},
+        "metrics": intervals(run, vectors[known.rows["query"]], vectors[known.rows["gallery"]], distance),
+    }
+    paths, labels = [known.path(row) for row in kept], known.names[kept].tolist()
+    index = Index(distance, model=sha256(model_file), info=info).add(vectors[kept], path=paths, label=labels)
+    index.save(folder)
+    np.save(folder / "embeddings.npy", vectors[kept])
+    with (folder / "items.csv").open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows(
+            [("id", "label", "path"), *zip(index.ids, labels, paths, strict=True)]
+        )
+    return index, point
+
+
+def searched(known: Labelled, has: np.ndarray) -> dict:
+    """Return on what the calibration was measured: how many searches, of whom, and whether training saw these."""
+    return {
+        "known": int(has.sum()),
+        "unknown": len(known.asked),
+        "identities": len(np.unique(known.names[known.asked])),
+        "trained_on": known.trained_on,
+    }
+
+
+def intervals(run: Run, asked: np.ndarray, items: np.ndarray, distance: str) -> dict[str, dict[str, float]]:
+    """Return recall1, recall5 and mAP of a run's lists, each with its 95 % interval over identities.
+
+    Args:
+        run: the run, with its query and gallery lists.
+        asked: (Q, D) the queries' vectors.
+        items: (G, D) the gallery's.
+        distance: how vectors are compared.
+    """
+    query, gallery = run.query, run.gallery
+    lists = (query.labels, gallery.labels, query.cameras, gallery.cameras)
+    _, arrays = retrieval_metrics(
+        asked, items, *lists, own_index(query, gallery), distance=distance, metrics=("recall{k}", "mAP"), per_query=True
+    )
+    valid = arrays["valid"]
+    return {
+        name: bootstrap_interval(arrays[name][valid], query.labels[valid]) for name in ("recall1", "recall5", "mAP")
+    }

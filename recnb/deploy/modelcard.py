@@ -16,6 +16,7 @@ from jinja2 import Environment, FileSystemLoader
 
 from recnb.data.images import DataError
 from recnb.data.lists import ImageList
+from recnb.deploy.index import points_table, sentence
 from recnb.recipe.data import training_images
 from recnb.recipe.reading import as_yaml
 from recnb.recipe.schema import architectures, items, lookup
@@ -67,6 +68,7 @@ def model_card(run: Run, meta: dict, report: dict, info: dict | None, files: Seq
         inside=meta["inside"],
         output=output_section(meta, run),
         info=info,
+        holds=sentence(info["holds"]) if info else "",
         queries=len(run.query),
         gallery=len(run.gallery),
         report=report,
@@ -112,13 +114,13 @@ def output_section(meta: dict, run: Run) -> str:
 
 
 def results(info: dict | None, run: Run) -> dict[str, list]:
-    """Return the rows of metrics with their intervals and of thresholds; without an index, what training measured."""
+    """Return the rows of metrics and of operating points, with intervals; without an index, what training measured."""
     if info is None:
         return {"metrics": [(k, v) for k, v in run.metrics.items() if isinstance(v, float)]}
     intervals = info["metrics"].items()
     return {
         "metrics": [(name, row["mean"], f"{row['low']:.3f} to {row['high']:.3f}") for name, row in intervals],
-        "rates": [(f"{row['false_match_rate']:g}", *list(row.values())[1:]) for row in info["calibration"]],
+        "points": list(points_table(info).itertuples()),
     }
 
 

@@ -1,212 +1,128 @@
-"""An exported model in use: the gallery's index, the threshold of acceptance, and the answer to one image.
-
-Everything here sees images through the exported model and its own preprocessing, as the application will: a gallery
-that was embedded in another way would be searched with vectors that are not quite its own.
-
-Accepting by a threshold is a decision about pairs; a search makes as many of them as the gallery has items. The
-calibration therefore also says what becomes of whole searches: how many images of known identities are named rightly,
-and how many of unknown ones, whose identity is taken out of the gallery, are named at all (Phillips, Grother and
-Micheals, Handbook of Face Recognition, 2011: detection and identification rate, false-alarm rate).
-"""
+"""An exported model in use: the answer to one image, and the items that come and go."""
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import torch
+from matplotlib.ticker import PercentFormatter
 
-from recnb.data.lists import ImageList, own_index
+from recnb.deploy.decision import HITS, Rule, Searches, evidence, probability
 from recnb.deploy.graph import embed_file, open_model
-from recnb.deploy.index import Labelled
-from recnb.gallery.figure import COLOURS, INK
+from recnb.gallery.figure import COLOURS, INK, SOFT
 from recnb.gallery.pictures import Picture, read_picture, shorten
 from recnb.registry import ConfigError
-from recnb.retrieval.lists import EXCLUDED, RIGHT
-from recnb.retrieval.metrics import retrieval_metrics
-from recnb.retrieval.scores import MEMORY, pair, spans
+from recnb.retrieval.lists import EXCLUDED, RIGHT, WRONG
 from recnb.retrieval.search import Index
-from recnb.retrieval.stats import bootstrap_interval
-from recnb.retrieval.verification import verification_metrics
 from recnb.storage import resolve, sha256
 
-if TYPE_CHECKING:
-    from recnb.runs.folder import Run
-
 UNKNOWN = "unknown"
-RATES = (1e-2, 1e-3, 1e-4)  # what the calibration shows beside the rate that was asked for
 
 
-# ---- the threshold ---------------------------------------------------------------------------------------------------
+class Hit(NamedTuple):
+    """One of the images that are nearest to a picture: its identity, its file, and how similar it is."""
+
+    name: str
+    path: str
+    score: float
 
 
-def negative_pairs(query: ImageList, gallery: ImageList) -> int:
-    """How many pairs of a query and a gallery image are of different identities."""
-    counts = np.bincount(gallery.labels, minlength=query.labels.max() + 1)
-    return int((len(gallery) - counts[query.labels]).sum())
+@dataclass(frozen=True)
+class Answer:
+    """What a picture shows: `name`, or "unknown"; how probable it is that the nearest identity is the right one.
 
-
-def check_rate(rate: float, query: ImageList, gallery: ImageList) -> None:
-    """Raise ConfigError for a false-match rate that the pairs of two lists are too few to show."""
-    negatives = negative_pairs(query, gallery)
-    if not 0 < rate < 1 or rate * negatives < 1:
-        raise ConfigError(
-            f"false_match_rate: {rate:g} cannot be measured on the {negatives:,} pairs of different "
-            f"identities that the run's lists have; give at least {1 / max(1, negatives):.1g}, below 1"
-        )
-
-
-def nearest_scores(query, gallery, lists: tuple, own: np.ndarray, distance: str) -> Iterator[tuple[np.ndarray, ...]]:
-    """Blocks of (best, right, other, has), one entry a query: the score of its first hit, whether that is of its
-    identity, the score of its first hit of another identity, and whether there is any of its own.
+    The probability is right on average where every second picture shows an identity of the index. `nearest` are the
+    three most similar images, best first.
     """
-    ql, gl, qc, gc = (None if values is None else torch.as_tensor(values) for values in lists)
-    query, gallery = pair(query, gallery, distance)
-    for rows in spans(len(query), max(1, MEMORY // (32 * len(gallery)))):
-        scores = query.queries(rows) @ gallery.gallery(slice(None)).T
-        same = ql[rows, None] == gl
-        junk = torch.zeros_like(same) if qc is None or gc is None else same & (qc[rows, None] == gc)
-        found = torch.as_tensor(own[rows])
-        junk[found >= 0, found[found >= 0]] = True
-        best = scores.masked_fill(junk, -torch.inf).max(1)
-        right = same.gather(1, best.indices[:, None])[:, 0]
-        other = scores.masked_fill(same | junk, -torch.inf).amax(1)
-        yield tuple(part.numpy() for part in (best.values, right, other, (same & ~junk).any(1)))
 
+    name: str
+    probability: float
+    nearest: tuple[Hit, ...]
 
-def calibrate(
-    query, gallery, lists: tuple, own: np.ndarray, rates: Sequence[float], distance: str = "cosine"
-) -> list[dict]:
-    """A row for each false-match rate, strictest last: the threshold and what becomes of pairs and of searches there.
-
-    query (Q, D), gallery (G, D); lists and own as in `recnb.retrieval.metrics`. All shares: same_accepted of the pairs
-    of one identity, known_right, known_wrong and known_unknown of the queries with something to find, by what they are
-    called; unknown_named of all queries, when their identity is not in the gallery.
-    """
-    pairs = verification_metrics(query, gallery, *lists, own, fpr=rates, distance=distance)
-    best, right, other, has = map(
-        np.concatenate, zip(*nearest_scores(query, gallery, lists, own, distance), strict=True)
-    )
-    rows = []
-    for rate in sorted(rates, reverse=True):
-        threshold = pairs[f"threshold@FPR={rate:g}"]
-        accepted = best[has] >= threshold
-        rows.append(
-            {
-                "false_match_rate": rate,
-                "threshold": threshold,
-                "same_accepted": pairs[f"TPR@FPR={rate:g}"],
-                "known_right": float((accepted & right[has]).mean()),
-                "known_wrong": float((accepted & ~right[has]).mean()),
-                "known_unknown": float((~accepted).mean()),
-                "unknown_named": float((other >= threshold).mean()),
-            }
-        )
-    return rows
-
-
-def intervals(query, gallery, lists: tuple, own: np.ndarray, distance: str) -> dict[str, dict[str, float]]:
-    """recall1, recall5 and mAP, each with its 95 % interval over identities."""
-    _, arrays = retrieval_metrics(
-        query, gallery, *lists, own, distance=distance, metrics=("recall{k}", "mAP"), per_query=True
-    )
-    valid, labels = arrays["valid"], np.asarray(lists[0])
-    return {name: bootstrap_interval(arrays[name][valid], labels[valid]) for name in ("recall1", "recall5", "mAP")}
-
-
-# ---- the index -------------------------------------------------------------------------------------------------------
-
-
-def build_index(run: Run, known: Labelled, model_file: Path, folder: Path, rate: float) -> Index:
-    """Return the index of a run's labelled images as the exported model sees them, saved in `folder`.
-
-    Its columns are path (below info["image_root"]) and label; info also has what it holds, the threshold at the
-    false-match rate, the calibration, and metrics with intervals. Beside it lie embeddings.npy and items.csv, what it
-    was first made of.
-
-    Args:
-        run: the run that is exported.
-        known: its labelled images, and which of them the index holds.
-        model_file: the exported ONNX model.
-        folder: where the index is written.
-        rate: the share of pairs of different identities that the threshold may accept.
-    """
-    model, query, gallery = open_model(model_file), run.query, run.gallery
-    distance = model.meta["compare"]
-    vectors = np.stack([embed_file(model, *image) for image in zip(known.paths, known.boxes, strict=True)])
-    asked, items = vectors[known.rows["query"]], vectors[known.rows["gallery"]]
-    lists, own = (query.labels, gallery.labels, query.cameras, gallery.cameras), own_index(query, gallery)
-    rates = {rate, *(r for r in RATES if r * negative_pairs(query, gallery) >= 1)}
-    rows = calibrate(asked, items, lists, own, rates, distance)
-    info = {
-        "image_root": str(known.root),
-        "holds": known.counts,
-        "false_match_rate": rate,
-        "threshold": next(row["threshold"] for row in rows if row["false_match_rate"] == rate),
-        "calibration": rows,
-        "metrics": intervals(asked, items, lists, own, distance),
-    }
-    paths, labels = [known.path(row) for row in known.kept], known.names[known.kept].tolist()
-    index = Index(distance, model=sha256(model_file)[:16], info=info).add(vectors[known.kept], path=paths, label=labels)
-    index.save(folder)
-    np.save(folder / "embeddings.npy", vectors[known.kept])
-    with (folder / "items.csv").open("w", encoding="utf-8", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows(
-            [("id", "label", "path"), *zip(index.ids, labels, paths, strict=True)]
-        )
-    return index
+    def __str__(self) -> str:
+        return f"{self.name} ({self.probability:.0%})"
 
 
 class Recognizer:
     """An export folder in use: `search` and `identify` one image, `add` and `remove` items, `save` them.
 
-    threshold: from which similarity an answer is accepted, by default the calibrated one. Raises ConfigError where the
-    folder is no export with an index, ValueError where the index belongs to another model.
+    Args:
+        folder: an export folder with an index.
+        threshold: from which probability on a name is given; by default the calibrated one.
+        image_root: where the images of the index lie, if it is not where they lay.
+
+    Raises:
+        ConfigError: The folder is no export with an index, or a file of it is damaged.
+        ValueError: The index belongs to another model.
     """
 
-    def __init__(self, folder: str | Path, threshold: float | None = None):
+    def __init__(self, folder: str | Path, threshold: float | None = None, image_root: str | Path | None = None):
         self.folder = resolve(folder)
         if not (self.folder / "index" / "index.json").is_file():
             raise ConfigError(f"{folder}: holds no index of an exported model; 05_export makes one")
         self.model = open_model(self.folder / "model.onnx")
-        self.fingerprint = sha256(self.folder / "model.onnx")[:16]
+        self.fingerprint = sha256(self.folder / "model.onnx")
         self.index = Index.load(self.folder / "index", model=self.fingerprint)
-        self.threshold = self.index.info["threshold"] if threshold is None else threshold
+        info = self.index.info
+        self.rule, self.curve = Rule(**info["rule"]), info["probability"]
+        self.threshold = info["threshold"] if threshold is None else threshold
+        self.root = Path(info["image_root"] if image_root is None else image_root)
 
     def embed(self, picture: Picture) -> np.ndarray:
-        """(D,) float32 of a picture: a path, a Pillow image or a uint8 array."""
+        """Return (D,) float32 of a picture: a path, a Pillow image or a uint8 array."""
         if isinstance(picture, np.ndarray):
             picture = read_picture(picture, max(picture.shape))
         return embed_file(self.model, picture) if isinstance(picture, str | Path) else self.model(picture)
 
-    def search(self, picture: Picture, k: int = 5) -> pd.DataFrame:
-        """The k most similar items, best first, in the columns similarity, accepted, label, path and id."""
-        scores, ids = (part[0] for part in self.index.search(self.embed(picture)[None], k, self.fingerprint))
-        rows = [
-            {
-                "similarity": float(score),
-                "accepted": bool(score >= self.threshold),
-                "label": item["label"],
-                "path": str(Path(self.index.info["image_root"]) / item["path"]),
-                "id": int(place),
-            }
-            for score, place in zip(scores, ids, strict=True)
-            if place >= 0 and (item := self.index.item(place))
-        ]
-        return pd.DataFrame(rows)
+    def search(self, picture: Picture, k: int = 5, itself: bool = True) -> pd.DataFrame:
+        """Return the k most similar items, best first.
 
-    def identify(self, picture: Picture) -> str:
-        """The label of the most similar item where it is accepted, otherwise 'unknown'."""
-        first = self.search(picture, 1).iloc[0]
-        return first.label if first.accepted else UNKNOWN
+        The columns are similarity, accepted (whether the item is of the identity that is the answer), label, path and
+        id. With `itself=False`, an item that is the picture's own file does not count.
+        """
+        answer, table = self._asked(picture, k, itself)
+        return table.assign(accepted=table.label == answer.name)[["similarity", "accepted", "label", "path", "id"]]
+
+    def identify(self, picture: Picture, itself: bool = True) -> Answer:
+        """Return what a picture shows: a path, a Pillow image or a uint8 array; `itself` as in `search`."""
+        return self._asked(picture, 3, itself)[0]
+
+    def _asked(self, picture: Picture, k: int, itself: bool) -> tuple[Answer, pd.DataFrame]:
+        """Return the answer to a picture and its k most similar items, in one search."""
+        vector, most = self.embed(picture)[None], max(k, HITS) + 1
+        scores, ids = (part[0] for part in self.index.search(vector, most, self.fingerprint))
+        near = np.flatnonzero(np.isin(self.index.ids, ids))
+        place = dict(zip(self.index.ids[near].tolist(), near.tolist(), strict=True))
+        rows = [
+            (float(score), *(self.index.columns[name][place[item]] for name in ("label", "path")), int(item))
+            for score, item in zip(scores.tolist(), ids.tolist(), strict=True)
+            if item >= 0
+        ]
+        table = pd.DataFrame(rows, columns=["similarity", "label", "path", "id"])
+        table["path"] = [str(self.root / path) for path in table.path]
+        if not itself:
+            own = os.path.realpath(str(picture))
+            table = table[[os.path.realpath(path) != own for path in table.path]].reset_index(drop=True)
+        if not len(table):
+            return Answer(UNKNOWN, 0.0, ()), table
+        name, sure = self.decide(table.similarity.to_numpy()[:HITS], table.label.to_numpy()[:HITS])
+        nearest = tuple(Hit(*row) for row in table[["label", "path", "similarity"]].head(3).itertuples(index=False))
+        return Answer(name if sure >= self.threshold else UNKNOWN, sure, nearest), table.head(k)
+
+    def decide(self, scores: np.ndarray, labels: np.ndarray) -> tuple[str, float]:
+        """Return the most probable identity of a search's hits, best first, and the probability that it is right."""
+        names, identities = np.unique(labels.astype(str), return_inverse=True)
+        first, numbers = evidence(Searches(scores[None], identities[None]), self.rule)
+        return str(names[first[0]]), float(probability(numbers, self.curve)[0])
 
     def add(self, paths: Sequence[str | Path], labels: Sequence[str]) -> list[int]:
-        """The ids of new items, each an image file and the label that it shall be recognised by."""
+        """Return the ids of new items, each an image file and the label that it shall be recognised by."""
         if len(paths) != len(labels):
             raise ValueError(f"each image needs a label; there are {len(paths)} images and {len(labels)} labels")
         vectors = np.stack([self.embed(path) for path in paths])
@@ -219,7 +135,7 @@ class Recognizer:
         return self.index.ids[-len(paths) :].tolist()
 
     def remove(self, *labels: str) -> int:
-        """How many items went: all those of the labels; raises ValueError for a label that the index does not have."""
+        """Return how many items went: all those of the labels; ValueError for a label that the index does not have."""
         for label in set(map(str, labels)) - set(self.index.columns["label"]):
             raise ValueError(f"the index has no items of the label '{label}'")
         gone = self.index.ids[np.isin(self.index.columns["label"], list(map(str, labels)))]
@@ -227,14 +143,53 @@ class Recognizer:
         return len(gone)
 
     def save(self) -> Path:
-        """The folder of the index, written: as a whole, so that readers see the old one or the new one."""
+        """Return the folder of the index, written: as a whole, so that readers see the old one or the new one."""
         return self.index.save(self.folder / "index")
+
+
+# ---- pictures of it --------------------------------------------------------------------------------------------------
+
+
+def trade_figure(point: dict) -> plt.Figure:
+    """Draw what each threshold costs: known images without a name, unknown ones with one, and the chosen point.
+
+    Args:
+        point: the content of operating_point.json.
+    """
+    figure, ax = plt.subplots(figsize=(7, 3.4), dpi=100, facecolor="white", layout="constrained")
+    curve, chosen = point["curve"], point["points"]["chosen"]
+    for name, text, colour in (
+        ("known_right", "known images named rightly", COLOURS[RIGHT]),
+        ("unknown_rate", "known images answered unknown", SOFT),
+        ("false_accept_rate", "unknown images given a name", COLOURS[WRONG]),
+    ):
+        ax.step(curve["threshold"], curve[name], where="pre", color=colour, linewidth=2, label=text)
+        at = chosen[name]
+        ends = [[at["share"] - at["low"]], [at["high"] - at["share"]]]
+        ax.errorbar(point["threshold"], at["share"], ends, fmt="o", color=colour, capsize=3, markersize=5)
+    ax.axvline(point["threshold"], color=INK, linewidth=1.2, linestyle=(0, (4, 2)))
+    ax.set(xlabel="a name is given from this probability on", ylabel="share of searches", xlim=(0, 1), ylim=(0, 1))
+    ax.xaxis.set_major_formatter(PercentFormatter(1))
+    ax.yaxis.set_major_formatter(PercentFormatter(1))
+    ax.grid(color="#E5E5E5")
+    ax.set_axisbelow(True)
+    ax.spines[["top", "right"]].set_visible(False)
+    figure.legend(frameon=False, fontsize=9, loc="outside upper left", ncols=3)
+    plt.close(figure)
+    return figure
 
 
 def answers_figure(
     recognizer: Recognizer, pictures: Sequence[Picture], titles: Sequence[str], k: int = 5
 ) -> plt.Figure:
-    """A row for each picture: itself and its k most similar items, framed blue where accepted and grey otherwise."""
+    """Return a figure with a row for each picture: itself and its k most similar items, those of its answer in blue.
+
+    Args:
+        recognizer: what answers.
+        pictures: N of them; their own files in the index do not count.
+        titles: N texts.
+        k: how many items a row shows.
+    """
     figure, axes = plt.subplots(
         len(pictures),
         k + 1,
@@ -245,7 +200,7 @@ def answers_figure(
         layout="constrained",
     )
     for row, picture, title in zip(axes, pictures, titles, strict=True):
-        found = recognizer.search(picture, k)
+        found = recognizer.search(picture, k, itself=False)
         shown = [
             (picture, title, INK, 1.0),
             *(

@@ -1,0 +1,326 @@
+"""Which identity, how sure, and from where on? From the nearest images of a search to a name or to "unknown".
+
+A `Rule` makes two numbers of a search: how alike the best identity is, and how much more than the next one. A logistic
+curve makes of them the probability that the name is right, where known and unknown images are equally frequent (Platt,
+1999). A name is given from a threshold of that probability on. What becomes of whole searches there is measured as in
+open-set identification (Phillips, Grother and Micheals, Handbook of Face Recognition, 2011): of images whose identity
+is in the index, each without itself, and of the same images with their identity taken out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from scipy.optimize import minimize
+from scipy.special import expit
+from scipy.stats import binomtest
+
+from recnb.registry import ConfigError
+from recnb.retrieval.scores import MEMORY, pair, spans
+from recnb.retrieval.stats import paired_difference
+
+HITS = 50  # of a search's nearest images, these decide
+FOLDS = 5
+SHOWN = (0.01, 0.001)  # false-accept rates that are always shown
+POINTS = 200  # of the curve, at most
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How a search names: an identity is as alike as its `images` nearest on average; `margin`: the next one counts."""
+
+    images: int = 1
+    margin: bool = False
+
+
+RULES = (Rule(), Rule(margin=True), Rule(2, True), Rule(3, True))
+
+
+@dataclass(frozen=True)
+class Items:
+    """What is known of N images: integers each; two of the same `content` are the same picture, -1 is no camera."""
+
+    identity: np.ndarray
+    content: np.ndarray
+    camera: np.ndarray
+
+    def __getitem__(self, rows: np.ndarray) -> Items:
+        return Items(self.identity[rows], self.content[rows], self.camera[rows])
+
+    def tensors(self, rows: slice) -> tuple[torch.Tensor, ...]:
+        """The three as tensors, for some rows."""
+        return tuple(torch.as_tensor(values[rows]) for values in (self.identity, self.content, self.camera))
+
+
+@dataclass(frozen=True)
+class Searches:
+    """What Q searches found, best first: scores and identities (Q, K); -infinity and -1 where the list has ended."""
+
+    scores: np.ndarray
+    identities: np.ndarray
+
+
+# ---- one search ------------------------------------------------------------------------------------------------------
+
+
+def evidence(found: Searches, rule: Rule) -> tuple[np.ndarray, np.ndarray]:
+    """Return the identity (Q,) that each search would name, and the numbers (Q, 1 or 2) that speak for it.
+
+    These are the score of the identity and, with a margin, how far the next identity stays behind it. An identity with
+    too few images among the hits has the lowest score of all in the place of the others.
+    """
+    parts = [_evidence(found.scores[rows], found.identities[rows], rule) for rows in spans(len(found.scores), 1024)]
+    return tuple(np.concatenate(part) for part in zip(*parts, strict=True))
+
+
+def _evidence(scores: np.ndarray, identities: np.ndarray, rule: Rule) -> tuple[np.ndarray, np.ndarray]:
+    ended = ~np.isfinite(scores)
+    lowest = np.where(ended, np.inf, scores).min(1, keepdims=True)
+    gain = np.where(ended, 0, scores - lowest)  # (Q, K)
+    same = identities[:, :, None] == identities[:, None, :]  # (Q, K, K)
+    counted = gain * (np.tril(same, -1).sum(2) < rule.images)
+    alike = lowest + (same * counted[:, None, :]).sum(2) / rule.images
+    place, rows = alike.argmax(1), np.arange(len(scores))
+    first, best = identities[rows, place], alike[rows, place]
+    following = np.where(identities == first[:, None], -np.inf, alike).max(1)
+    margin = best - np.where(np.isfinite(following), following, lowest[:, 0])
+    return first, np.stack([best, margin] if rule.margin else [best], 1)
+
+
+def probability(numbers: np.ndarray, curve: Mapping[str, float]) -> np.ndarray:
+    """Return the probability (Q,) of a right name from the numbers (Q, 1 or 2) that `evidence` gives."""
+    weights = np.array([curve["score"], curve["margin"]][: numbers.shape[1]])
+    return np.clip(expit(numbers @ weights + curve["bias"]), 1e-6, 1 - 1e-6)
+
+
+# ---- the searches of a calibration -----------------------------------------------------------------------------------
+
+
+def searches(
+    asked: ArrayLike, index: ArrayLike, queries: Items, items: Items, distance: str
+) -> tuple[Searches, Searches, np.ndarray]:
+    """Search with each query twice: as somebody known and, its identity taken out of the index, as somebody unknown.
+
+    Known, it finds neither itself nor what shows its identity by its own camera.
+
+    Args:
+        asked: (Q, D) the queries' vectors.
+        index: (N, D) those of the index.
+        queries: what is known of the queries, Q of them.
+        items: the same of the N items.
+        distance: how vectors are compared, "cosine" or "dot".
+
+    Returns:
+        The searches as known and as unknown, and (Q,) whether there is anything of its identity to find.
+    """
+    found = _searched(asked, index, queries, items, distance)
+    known, unknown, has = (list(part) for part in zip(*found, strict=True))
+    return (
+        *(Searches(*map(np.concatenate, zip(*part, strict=True))) for part in (known, unknown)),
+        np.concatenate(has),
+    )
+
+
+def _searched(asked, index, queries: Items, items: Items, distance: str) -> Iterator[tuple]:
+    query, gallery = pair(asked, index, distance)
+    theirs = items.tensors(slice(None))
+    for rows in spans(len(query), max(1, MEMORY // (32 * len(gallery)))):
+        scores = query.queries(rows) @ gallery.gallery(slice(None)).T
+        identity, itself, camera = (
+            own[:, None] == other for own, other in zip(queries.tensors(rows), theirs, strict=True)
+        )
+        hidden = itself | (identity & camera & (theirs[2] >= 0))
+        found = []
+        for mask in (hidden, identity | itself):
+            top = scores.masked_fill(mask, -torch.inf).topk(min(HITS, len(gallery)), dim=1)
+            names = theirs[0][top.indices].masked_fill(top.values.isinf(), -1)
+            found.append((top.values.numpy(), names.numpy()))
+        yield (*found, (identity & ~hidden).any(1).numpy())
+
+
+# ---- the choice ------------------------------------------------------------------------------------------------------
+
+
+def fitted(numbers: np.ndarray, right: np.ndarray, known: np.ndarray) -> dict[str, float]:
+    """Return the logistic curve of the numbers (n, 1 or 2) of searches that were `right` or not (n,).
+
+    Known and unknown searches weigh the same together, however many there are. No weight is negative: what is more
+    alike is never less sure. The goals are Platt's, a little off 0 and 1, so that few searches give no certainty.
+    """
+    goal = np.where(right, (right.sum() + 1) / (right.sum() + 2), 1 / ((~right).sum() + 2))
+    weight = np.where(known, 1 / max(1, known.sum()), 1 / max(1, (~known).sum()))
+    centre, spread = numbers.mean(0), numbers.std(0) + 1e-9
+    scaled = np.c_[(numbers - centre) / spread, np.ones(len(numbers))]
+
+    def loss(curve: np.ndarray) -> float:
+        at = scaled @ curve
+        return float((weight * (np.logaddexp(0, at) - goal * at)).sum())
+
+    bounds = [(0, None)] * numbers.shape[1] + [(None, None)]
+    *slopes, bias = minimize(loss, np.zeros(scaled.shape[1]), method="L-BFGS-B", bounds=bounds).x
+    slopes = np.array(slopes) / spread
+    score, margin = [*slopes.tolist(), 0.0][:2]
+    return {"score": score, "margin": margin, "bias": float(bias - slopes @ centre)}
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What a rule says of the same Q images, known (K of them, with something to find) and unknown.
+
+    The probabilities are those of curves that were fitted without the identity in question.
+    """
+
+    known: np.ndarray  # (K,) probabilities
+    right: np.ndarray  # (K,) whether the name was right
+    unknown: np.ndarray  # (Q,) probabilities
+    has: np.ndarray  # (Q,) which of the images are among the K
+    curve: dict[str, float]  # of all
+
+    @property
+    def thresholds(self) -> np.ndarray:
+        """Probabilities to accept from: one between any two neighbours, and one above them all."""
+        levels = np.unique(np.concatenate([self.known, self.unknown]))
+        return np.concatenate([[0.0], (levels[1:] + levels[:-1]) / 2, [(levels[-1] + 1) / 2]])
+
+    def shares(self, thresholds: np.ndarray) -> dict[str, np.ndarray]:
+        """The share of searches that end in each way, at each threshold."""
+
+        def accepted(values: np.ndarray) -> np.ndarray:
+            return 1 - np.searchsorted(np.sort(values), thresholds) / max(1, len(values))
+
+        right = accepted(self.known[self.right]) * self.right.mean()
+        return {
+            "known_right": right,
+            "unknown_rate": 1 - accepted(self.known),
+            "false_accept_rate": accepted(self.unknown),
+            "balanced_accuracy": (right + 1 - accepted(self.unknown)) / 2,
+        }
+
+    def threshold(self, name: str = "balanced_accuracy", rate: float = 1.0) -> float:
+        """The threshold of the best balanced accuracy, or the most useful one within a rate."""
+        edges = self.thresholds
+        shares = self.shares(edges)
+        if name == "balanced_accuracy":
+            return float(edges[shares[name].argmax()])
+        within = np.flatnonzero(shares[name] <= rate)
+        return float(edges[within[0] if name == "false_accept_rate" else within[-1]])
+
+    def point(self, threshold: float) -> dict:
+        """What becomes of the searches at a threshold: shares with their 95 % intervals (Wilson, 1927)."""
+        accepted = self.known >= threshold
+        return {
+            "threshold": threshold,
+            "known_right": share(accepted & self.right),
+            "known_wrong": share(accepted & ~self.right),
+            "unknown_rate": share(~accepted),
+            "false_accept_rate": share(self.unknown >= threshold),
+        }
+
+    def correct(self, threshold: float) -> np.ndarray:
+        """(Q,) how well each image fares at a threshold, between 0 and 1; the mean is about the balanced accuracy."""
+        known = np.zeros(len(self.has))
+        known[self.has] = (self.known >= threshold) & self.right
+        return np.where(self.has, (known + (self.unknown < threshold)) / 2, self.unknown < threshold)
+
+
+def share(which: np.ndarray) -> dict[str, float]:
+    """Return how many of some searches, as a share with its 95 % Wilson interval."""
+    count, of = int(which.sum()), len(which)
+    interval = binomtest(count, of).proportion_ci(method="wilson")
+    return {"share": count / of, "low": float(interval.low), "high": float(interval.high), "count": count, "of": of}
+
+
+def judged(rule: Rule, found: tuple[Searches, Searches, np.ndarray], identity: np.ndarray) -> Judged:
+    """Return what a rule says of searches of known and unknown, each by a curve fitted on other identities.
+
+    Args:
+        rule: what makes numbers of a search.
+        found: as `searches` gives it.
+        identity: (Q,) the queries' identities.
+    """
+    known, unknown, has = found
+    (first, numbers), (_, others) = evidence(known, rule), evidence(unknown, rule)
+    first, numbers = first[has], numbers[has]
+    right, asked = first == identity[has], np.concatenate([identity[has], identity])
+    both, answers = np.concatenate([numbers, others]), np.concatenate([right, np.zeros(len(others), bool)])
+    kind = np.arange(len(both)) < len(numbers)
+    names = np.random.default_rng(0).permutation(np.unique(identity))
+    given = np.empty(len(both))
+    for fold in range(min(FOLDS, len(names))):
+        inside = np.isin(asked, names[fold :: min(FOLDS, len(names))])
+        outside = ~inside if len(names) > 1 else inside
+        given[inside] = probability(both[inside], fitted(both[outside], answers[outside], kind[outside]))
+    return Judged(given[kind], right, given[~kind], has, fitted(both, answers, kind))
+
+
+def choose(found: tuple[Searches, Searches, np.ndarray], identity: np.ndarray, wanted: Mapping[str, float]) -> dict:
+    """Return the content of operating_point.json: the rule, its curve, the threshold, and what each point comes to.
+
+    The nearest single image decides unless another rule is better by an amount that these images can show: the 95 %
+    interval of the difference, over identities, lies above 0. The rates are of the images that chose the threshold, so
+    they are a little too good; the curves at least are those of other identities.
+
+    Args:
+        found: as `searches` gives it.
+        identity: (Q,) the queries' identities.
+        wanted: {"false_accept_rate": x}, {"unknown_rate": x}, or nothing for the best balanced accuracy.
+
+    Raises:
+        ConfigError: There is no search of a known identity, or of an unknown one.
+    """
+    check_searches(found)
+    rows = []
+    for rule in RULES:
+        given = judged(rule, found, identity)
+        rows.append((rule, given, given.correct(given.threshold())))
+    base, table, best = rows[0][2], [], 0
+    for i, (rule, given, fares) in enumerate(rows):
+        difference = {"difference": 0.0, "low": 0.0, "high": 0.0}
+        if i:
+            difference = paired_difference(base, fares, identity, samples=1000)
+        accuracy = float(given.shares(given.thresholds)["balanced_accuracy"].max())
+        table.append({**asdict(rule), "balanced_accuracy": accuracy, **difference})
+        if i and difference["low"] > 0 and accuracy > table[best]["balanced_accuracy"]:
+            best = i
+    rule, given, _ = rows[best]
+    name, rate = next(iter(wanted.items()), ("balanced_accuracy", 1.0))
+    points = {"chosen": given.threshold(name, rate), "best balance": given.threshold()}
+    points |= {f"false accepts {share:.1%}": given.threshold("false_accept_rate", share) for share in SHOWN}
+    edges = given.thresholds
+    edges = edges[np.unique(np.linspace(0, len(edges) - 1, POINTS).astype(int))]
+    return {
+        "rule": asdict(rule),
+        "rules": table,
+        "probability": given.curve,
+        "wanted": dict(wanted) or "the best balanced accuracy",
+        "threshold": points["chosen"],
+        "points": {name: given.point(threshold) for name, threshold in points.items()},
+        "curve": {"threshold": edges.tolist(), **{k: v.tolist() for k, v in given.shares(edges).items()}},
+    }
+
+
+def check_searches(found: tuple[Searches, Searches, np.ndarray]) -> None:
+    """Raise ConfigError where there is nothing to calibrate on."""
+    _, unknown, has = found
+    if not has.any() or not (unknown.identities >= 0).any():
+        raise ConfigError(
+            "the lists give no search of a known identity or none of an unknown one, so no operating point can be "
+            "measured; label images of at least two identities, two of one of them"
+        )
+
+
+def check_wanted(wanted: Mapping[str, float], searches: int) -> None:
+    """Raise ConfigError for a rate that so many searches cannot show, or for two rates at once."""
+    if len(wanted) > 1:
+        raise ConfigError(f"{' and '.join(wanted)}: only one of them can be chosen; leave out the other")
+    for name, rate in wanted.items():
+        number = isinstance(rate, int | float) and not isinstance(rate, bool) and 0 < rate < 1
+        if not number or rate * searches < 1:
+            raise ConfigError(
+                f"{name}: {rate} cannot be measured on the {searches:,} searches that the run's lists allow; give at "
+                f"least {1 / max(1, searches):.1g}, below 1"
+            )
