@@ -23,6 +23,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from recnb import load_config
+from recnb.data.images import DataError
 from recnb.data.transforms import TRANSFORMS
 from recnb.deploy import example, export, graph, modelcard
 from recnb.deploy import graph as inference
@@ -566,7 +567,7 @@ def test_an_index_belongs_to_its_model(folder, tmp_path):
         deploy.Recognizer(tmp_path / "export")
     with pytest.raises(ConfigError, match="holds no index of an exported model"):
         deploy.Recognizer(tmp_path)
-    with pytest.raises(deploy.DataError, match=r"missing\.png cannot be read"):
+    with pytest.raises(DataError, match=r"missing\.png cannot be read"):
         deploy.Recognizer(folder).identify(tmp_path / "missing.png")
 
 
