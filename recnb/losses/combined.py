@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from recnb.distributed.processes import everyone, ranks
 from recnb.distributed.rows import PartialLogits
-from recnb.models.heads import precise, unit
+from recnb.models.heads import check_labels, precise, unit
 from recnb.registry import Registry
 
 LOSSES = Registry("loss", "Loss.Train[]", "Loss.Eval[]", beside={"weight": float})
@@ -37,6 +37,7 @@ class CELoss(nn.Module):
     def forward(self, out: dict[str, Tensor], y: Tensor) -> Tensor:
         if isinstance(out["logits"], PartialLogits):
             return out["logits"].cross_entropy(self.epsilon)
+        check_labels(y, out["logits"].shape[1], "the logits")
         return F.cross_entropy(precise(out["logits"]), y, label_smoothing=self.epsilon)
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recnb.losses.combined import LOSSES
+from recnb.models.heads import check_labels, precise
 
 DISTANCES = {"l2": F.mse_loss, "l1": F.l1_loss, "smooth_l1": F.smooth_l1_loss}
 
@@ -33,10 +34,12 @@ class DistillationGTCELoss(nn.Module):
         self.model_names, self.epsilon, self.key = model_names, epsilon or 0.0, key or "logits"
 
     def forward(self, out: dict[str, Tensor], y: Tensor) -> Tensor:
-        return sum(
-            F.cross_entropy(output(out, name, self.key).float(), y, label_smoothing=self.epsilon)
-            for name in self.model_names
-        )
+        total = 0
+        for name in self.model_names:
+            logits = precise(output(out, name, self.key))
+            check_labels(y, logits.shape[1], f"the model {name}")
+            total = total + F.cross_entropy(logits, y, label_smoothing=self.epsilon)
+        return total
 
 
 @LOSSES.register

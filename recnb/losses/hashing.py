@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from recnb.losses.combined import LOSSES
 from recnb.losses.pairs import rows, squared_distances
+from recnb.models.heads import check_labels, precise
 
 
 @LOSSES.register
@@ -31,10 +32,11 @@ class DSHSDLoss(nn.Module):
 
     def forward(self, out: dict[str, Tensor], y: Tensor) -> Tensor:
         features = rows(out, "features", False)
+        check_labels(y, out["logits"].shape[1], "the logits")
         distance = squared_distances(features)
         missing = (2 * features.shape[1] - distance).clamp_min(0)
         pairs = torch.where(y[:, None] == y, distance, missing) / 2
-        return F.cross_entropy(out["logits"].float(), y) + self.alpha * pairs.mean()
+        return F.cross_entropy(precise(out["logits"]), y) + self.alpha * pairs.mean()
 
 
 @LOSSES.register

@@ -11,14 +11,15 @@ from torch import Tensor, nn
 
 from recnb.losses.combined import LOSSES
 from recnb.losses.pairs import ContrastiveLoss, TripletAngularMarginLoss, products, rows
+from recnb.models.heads import check_labels
 
 
 @LOSSES.register
 class CenterLoss(nn.Module):
     """The mean squared distance of features to the learnt centre of their class (Wen et al., ECCV 2016).
 
-    `num_classes` and `feat_dim` are those of the head and of the features where they are left out. A distance counts
-    up to 1e12.
+    `num_classes` and `feat_dim` are those of the head and of the features where they are left out; centres of classes
+    that no image has stay where they are. A distance counts up to 1e12.
     """
 
     needs_logits = False
@@ -30,6 +31,7 @@ class CenterLoss(nn.Module):
 
     def forward(self, out: dict[str, Tensor], y: Tensor) -> Tensor:
         features = rows(out, self.feature_from, False)
+        check_labels(y, len(self.centers), "CenterLoss")
         return (features - self.centers[y]).square().sum(1).clamp(1e-12, 1e12).mean()
 
 

@@ -42,9 +42,25 @@ def unit(x: Tensor, eps: float = 1e-12) -> Tensor:
 
 
 def cosine(features: Tensor, weight: Tensor) -> Tensor:
-    """Cosines (B, class_num) between features (B, D) and class weights (class_num, D), precise under autocast too."""
+    """Return the cosines (B, class_num) of features (B, D) and class weights (class_num, D), in float32 at least.
+
+    A weight (class_num, K * D) holds K centres of each class, one behind the other: the nearest of them counts.
+    """
     with torch.autocast(features.device.type, enabled=False):
-        return unit(features) @ unit(weight).T
+        cosines = unit(features) @ unit(weight.reshape(-1, features.shape[1])).T
+    if cosines.shape[1] == len(weight):
+        return cosines
+    return cosines.unflatten(1, (len(weight), -1)).max(2).values  # not amax(): its result must not be written over
+
+
+def check_labels(y: Tensor, count: int, owner: str, wait: bool = False) -> None:
+    """Raise ValueError unless all labels (B,) are from 0 to count - 1.
+
+    On a GPU, where asking would wait for the device, only with `wait`: its own kernels stop at such a label.
+    """
+    if (wait or y.device.type == "cpu") and not ((y >= 0) & (y < count)).all():
+        wrong = y[(y < 0) | (y >= count)][0].item()
+        raise ValueError(f"a label is {wrong}, not among the {count} classes of {owner}")
 
 
 def hold_classes(
@@ -54,17 +70,20 @@ def hold_classes(
     sample_rate: float,
     sharded: bool,
     draw: Callable | None = None,
+    sub_centers: int = 1,
 ) -> None:
-    """Give a head its class weights (class_num, embedding_size), or with `sharded` this rank's share of them.
+    """Give a head its class weights (class_num, sub_centers * embedding_size), or this rank's share of their rows.
 
     `draw(weight, generator)` fills them, or some of their rows, as they start: by default Xavier's normal distribution.
     """
+    if sub_centers < 1:
+        raise ValueError(f"sub_centers is {sub_centers}: a class has one centre at least")
     if not 0 < sample_rate <= 1:
         raise ValueError(f"sample_rate is {sample_rate}, not a share of the classes above 0 and up to 1")
     head.class_num, head.sample_rate, head.sharded = class_num, sample_rate, sharded
     head.rows = share(class_num) if sharded else range(class_num)
     draw = draw or partial(xavier, math.sqrt(2 / (class_num + embedding_size)))
-    weight = torch.empty(len(head.rows), embedding_size)
+    weight = torch.empty(len(head.rows), sub_centers * embedding_size)
     head.weight = nn.Parameter(draw_rows(weight, head.rows, draw) if sharded else draw(weight))
 
 
@@ -84,17 +103,17 @@ def margin_logits(head: nn.Module, features: Tensor, y: Tensor | None) -> Tensor
     world = ranks()[1] if head.sharded else 1
     if y is None or not head.training:
         return cosine(features, torch.cat(all_rows(head.weight)) if world > 1 else head.weight)
-    if world == 1 and head.sample_rate == 1:
-        return with_target(head, features, head.weight, y)
-    if not ((y >= 0) & (y < head.class_num)).all():
-        raise ValueError(f"a label is not among the {head.class_num} classes of the head")
+    whole = world == 1 and head.sample_rate == 1
+    check_labels(y, head.class_num, type(head).__name__, wait=not whole)
+    if whole:
+        return with_target(head, features, y, head.weight, y)
     if world > 1:
         features, y = gather(precise(features), factor=world), torch.cat(all_rows(y))
     here = (y >= head.rows.start) & (y < head.rows.stop)
     weight, column = head.weight, y - head.rows.start
     if head.sample_rate < 1:
         weight, column = sampled(head, column, here)
-    logits = with_target(head, features, weight, torch.where(here, column, 0), here)
+    logits = with_target(head, features, y, weight, torch.where(here, column, 0), here)
     return PartialLogits(logits, torch.where(here, column, -1), world > 1)
 
 
@@ -115,19 +134,34 @@ def sampled(head: nn.Module, column: Tensor, here: Tensor) -> tuple[Tensor, Tens
 
 
 def with_target(
-    head: nn.Module, features: Tensor, weight: Tensor, column: Tensor, here: Tensor | None = None
+    head: nn.Module, features: Tensor, y: Tensor, weight: Tensor, column: Tensor, here: Tensor | None = None
 ) -> Tensor:
-    """(M, S) from features (M, D), class weights (S, D) and where each row's class stands (M,), `here` or not.
+    """Return (M, S) from features (M, D), labels (M,), class weights (S, D) and where each row's class stands (M,).
+
+    With `here` (M,), rows whose class stands elsewhere have no target among these.
 
     One matrix serves for cosines and logits, and the margin is computed for one entry of a row.
     """
     cos = cosine(features, weight)
     own = torch.arange(len(cos), device=cos.device), column  # gather() would keep the matrix that is written over
-    target = head.target(cos[own][:, None], features)
+    target = head.target(cos[own][:, None], features, y)
     logits = head.others(cos)
     if here is not None:
         target = torch.where(here[:, None], target, logits[own][:, None])
     return logits.scatter_(1, column[:, None], target)
+
+
+def frequency_margins(
+    counts: list[int], by: str = "frequency", low: float = 0.05, high: float = 0.5, power: float = -0.25
+) -> Tensor:
+    """Return a margin (class_num,) for each class: `low` for the most frequent, `high` for the rarest.
+
+    Between them it goes with count ** power, as in the Google Landmark recipe (https://arxiv.org/abs/2010.05350).
+    """
+    if by != "frequency":
+        raise ValueError(f"a margin by '{by}' does not exist, only one by 'frequency'")
+    size = torch.as_tensor(counts, dtype=torch.float64).clamp_min(1) ** power
+    return (low + (high - low) * (size - size.min()) / (size.max() - size.min()).clamp_min(1e-12)).float()
 
 
 @HEADS.register
@@ -136,51 +170,76 @@ class ArcMargin(nn.Module):
 
     The target logit is scale * cos(theta + margin), margin in radians; beyond theta = pi - margin, where that would
     rise again, it continues as cosine - margin * sin(margin) (with `easy_margin`: the plain cosine for theta > pi / 2).
+
+    Args:
+        embedding_size: D, the size of the features.
+        class_num: how many classes there are.
+        margin: in radians; or `{by: frequency, low: 0.05, high: 0.5, power: -0.25}`, one for each class, larger for
+            classes with fewer images (see `frequency_margins`).
+        scale: what the cosines are multiplied by.
+        easy_margin: whether obtuse angles get no margin.
+        sample_rate: the share of the classes that a step takes, those of the batch included.
+        sharded: whether the classes are divided over the ranks of torch.distributed.
+        sub_centers: centres of each class, of which the nearest counts, for identities with wrong labels or several
+            looks (sub-center ArcFace, Deng et al., ECCV 2020).
+        class_counts: the number of images of each class, which a margin by frequency needs in training.
     """
 
     def __init__(
         self,
         embedding_size: int,
         class_num: int,
-        margin: float = 0.5,
+        margin: float | dict = 0.5,
         scale: float = 80.0,
         easy_margin: bool = False,
         sample_rate: float = 1.0,
         sharded: bool = False,
+        sub_centers: int = 1,
+        class_counts: list | None = None,
     ):
         super().__init__()
-        hold_classes(self, embedding_size, class_num, sample_rate, sharded)
-        self.margin, self.scale, self.easy_margin = margin, scale, easy_margin
+        hold_classes(self, embedding_size, class_num, sample_rate, sharded, sub_centers=sub_centers)
+        self.margin, self.scale, self.easy_margin, self.sub_centers = margin, scale, easy_margin, sub_centers
+        counts = [*(class_counts or ()), *[0] * (class_num - len(class_counts or ()))]
+        margins = frequency_margins(counts, **margin) if isinstance(margin, dict) else None
+        self.register_buffer("margins", margins if class_counts else None, persistent=False)
 
     def forward(self, features: Tensor, y: Tensor | None = None) -> Tensor | PartialLogits:  # (B, D), (B,) -> (B, C)
         return margin_logits(self, features, y)
 
-    def target(self, cos: Tensor, features: Tensor) -> Tensor:  # (M, 1), (M, D) -> (M, 1)
+    def margin_of(self, y: Tensor) -> Tensor:
+        """Return the margin of labels (M,), in radians: one for all, or (M, 1)."""
+        if not isinstance(self.margin, dict):
+            return torch.tensor(self.margin, dtype=torch.float64)
+        if self.margins is None:
+            raise ValueError("a margin by frequency needs class_counts, the number of images of each class")
+        return self.margins[y][:, None]
+
+    def target(self, cos: Tensor, features: Tensor, y: Tensor) -> Tensor:  # (M, 1), (M, D), (M,) -> (M, 1)
         """The logit of a row's own class, from its cosine."""
+        margin = self.margin_of(y)
         # 1e-6 as in the original: the square root's slope is infinite at 0, where a feature lies along its weight.
         sin = ((1 - cos.square()).clamp_min(0) + 1e-6).sqrt()
-        phi = cos * math.cos(self.margin) - sin * math.sin(self.margin)
+        phi = cos * margin.cos() - sin * margin.sin()
         if self.easy_margin:
             return self.scale * torch.where(cos > 0, phi, cos)
-        beyond = cos - self.margin * math.sin(self.margin)
-        return self.scale * torch.where(cos > -math.cos(self.margin), phi, beyond)
+        return self.scale * torch.where(cos > -margin.cos(), phi, cos - margin * margin.sin())
 
     def others(self, cos: Tensor) -> Tensor:  # (M, S) -> (M, S)
         """The logits of the other classes, written over the cosines."""
         return cos.mul_(self.scale)
 
     def extra_repr(self) -> str:
-        return (
-            f"embedding_size={self.weight.shape[1]}, class_num={self.class_num}, margin={self.margin}, "
-            f"scale={self.scale}"
-        )
+        size = self.weight.shape[1] // self.sub_centers
+        return f"embedding_size={size}, class_num={self.class_num}, margin={self.margin}, scale={self.scale}"
 
 
 @HEADS.register
 class CosMargin(nn.Module):
     """Additive cosine margin, CosFace (https://arxiv.org/abs/1801.09414): (B, embedding_size) -> (B, class_num).
 
-    The target logit is scale * (cosine - margin).
+    The target logit is scale * (cosine - margin). `margin: 0` is the normalised softmax, of which `scale: 16` on cached
+    features is a strong probe (ILIAS, https://arxiv.org/abs/2502.11748).
     """
 
     def __init__(
@@ -199,7 +258,7 @@ class CosMargin(nn.Module):
     def forward(self, features: Tensor, y: Tensor | None = None) -> Tensor | PartialLogits:  # (B, D), (B,) -> (B, C)
         return margin_logits(self, features, y)
 
-    def target(self, cos: Tensor, features: Tensor) -> Tensor:  # (M, 1), (M, D) -> (M, 1)
+    def target(self, cos: Tensor, features: Tensor, y: Tensor) -> Tensor:  # (M, 1), (M, D), (M,) -> (M, 1)
         """The logit of a row's own class, from its cosine."""
         return self.scale * (cos - self.margin)
 
@@ -232,7 +291,7 @@ class CircleMargin(nn.Module):
     def forward(self, features: Tensor, y: Tensor | None = None) -> Tensor | PartialLogits:  # (B, D), (B,) -> (B, C)
         return margin_logits(self, features, y)
 
-    def target(self, cos: Tensor, features: Tensor) -> Tensor:  # (M, 1), (M, D) -> (M, 1)
+    def target(self, cos: Tensor, features: Tensor, y: Tensor) -> Tensor:  # (M, 1), (M, D), (M,) -> (M, 1)
         """The logit of a row's own class, from its cosine."""
         return self.scale * (1 + self.margin - cos.detach()).clamp_min(0) * (cos - 1 + self.margin)
 
@@ -274,7 +333,7 @@ class AdaMargin(nn.Module):
     def forward(self, features: Tensor, y: Tensor | None = None) -> Tensor | PartialLogits:  # (B, D), (B,) -> (B, C)
         return margin_logits(self, features, y)
 
-    def target(self, cos: Tensor, features: Tensor) -> Tensor:  # (M, 1), (M, D) -> (M, 1)
+    def target(self, cos: Tensor, features: Tensor, y: Tensor) -> Tensor:  # (M, 1), (M, D), (M,) -> (M, 1)
         """The logit of a row's own class, from its cosine."""
         quality = self.quality(torch.linalg.vector_norm(precise(features.detach()), dim=1, keepdim=True))  # (M, 1)
         theta = cos.clamp(-1 + 1e-3, 1 - 1e-3).acos()  # away from the ends, where the slope of acos is infinite

@@ -50,7 +50,10 @@ def build_loss(
     """
     weighted, kinds = [], []
     for place, name, args in items(cfg, where):
-        known = {"num_classes": (classes, "the training identities are")} if classes else {}
+        more = (
+            classes and (args.get("num_classes") or 0) > classes
+        )  # as a head may have, when only a part is trained on
+        known = {"num_classes": (classes, "the training identities are")} if classes and not more else {}
         size = (sizes or {}).get(args.get("feature_from", "features"))
         if size:
             known |= dict.fromkeys(("feat_dim", "embedding_size"), (size, "the model gives features of size"))

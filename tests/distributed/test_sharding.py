@@ -18,7 +18,12 @@ from recnb.models.chunks import in_chunks
 from recnb.models.heads import HEADS, ArcMargin, CosMargin
 
 CLASSES, STEPS = 11, 3
-ARGS = {"ArcMargin": {}, "CosMargin": {}, "CircleMargin": {"margin": 0.3, "scale": 16}, "AdaMargin": {"t_alpha": 0.3}}
+ARGS = {
+    "ArcMargin": {"sub_centers": 2, "margin": {"by": "frequency"}, "class_counts": [1, 50, 3, 7]},
+    "CosMargin": {},
+    "CircleMargin": {"margin": 0.3, "scale": 16},
+    "AdaMargin": {"t_alpha": 0.3},
+}
 SIZES = {1: [13], 2: [4, 9], 3: [6, 0, 7]}  # rows of each rank's batch
 LOSS = CELoss(0.1)
 

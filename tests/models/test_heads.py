@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from recnb.models.heads import HEADS, ArcMargin, cosine, unit
+import recnb.losses.distillation
+import recnb.losses.hashing  # noqa: F401, so that all losses are known
+from recnb.losses.combined import LOSSES, CELoss
+from recnb.losses.memories import CenterLoss
+from recnb.models.heads import HEADS, ArcMargin, cosine, frequency_margins, unit
 from recnb.models.necks import FC
 
 DATA = Path(__file__).parents[1] / "data"
@@ -246,3 +251,66 @@ def test_fc_head_is_linear_with_and_without_labels():
     assert torch.equal(head(features, torch.tensor([0, 1, 2])), head(features))
     torch.testing.assert_close(head(features), features @ head.fc.weight.T)
     assert head.fc.bias.eq(0).all() and FC(6, 4, bias_attr=False).fc.bias is None
+
+
+def test_the_nearest_sub_center_is_the_class():
+    features, labels, _ = problem()
+    head = ArcMargin(6, 5, margin=0.3, scale=16, sub_centers=3)
+    centres = head.weight.detach().view(5, 3, 6)
+    for plain in (True, False):
+        logits = head(features) if plain else head(features, labels)
+        for i, j in np.ndindex(*logits.shape):
+            c = max(F.cosine_similarity(features[i], centre, dim=0).item() for centre in centres[j])
+            if not plain:
+                theta = math.acos(c)
+                own = math.cos(theta + 0.3) if theta < math.pi - 0.3 else c - 0.3 * math.sin(0.3)
+                c = 16 * (own if j == labels[i] else c)
+            assert logits[i, j].item() == pytest.approx(c, abs=1e-3)
+    F.cross_entropy(logits, labels).backward()
+    moved = head.weight.grad.view(5, 3, 6).abs().sum(2) > 0
+    nearest = F.cosine_similarity(features[:, None, None], centres, dim=-1).argmax(2)  # (12, 5)
+    assert all(moved[j, k].item() == (k in nearest[:, j]) for j in range(5) for k in range(3))
+    with pytest.raises(ValueError, match="sub_centers is 0"):
+        ArcMargin(6, 5, sub_centers=0)
+
+
+def test_rare_classes_get_larger_margins():
+    counts, low, high = [1, 16, 81, 10_000], 0.1, 0.4
+    margins = frequency_margins(counts, low=low, high=high).tolist()
+    wanted = [n**-0.25 for n in counts]  # 1, 1/2, 1/3, 1/10
+    assert margins == pytest.approx([low + (high - low) * (w - 0.1) / 0.9 for w in wanted])
+    assert frequency_margins([5, 5]).tolist() == pytest.approx([0.05, 0.05])
+    features, labels, weight = problem(classes=4)
+    by = {"by": "frequency", "low": low, "high": high}
+    head = arc_margin(weight, margin=by, class_counts=counts)
+    logits = head(features, labels)
+    for i, label in enumerate(labels.tolist()):
+        alone = arc_margin(weight, margin=margins[label])(features[i : i + 1], labels[i : i + 1])
+        torch.testing.assert_close(logits[i : i + 1], alone)
+    assert list(head.state_dict()) == ["weight"]
+    without = arc_margin(weight, margin=by)  # a trained run, opened where its lists are not
+    assert torch.equal(without(features), head(features))
+    with pytest.raises(ValueError, match="needs class_counts"):
+        without(features, labels)
+    with pytest.raises(ValueError, match="a margin by 'size' does not exist"):
+        arc_margin(weight, margin={"by": "size"})
+
+
+def test_without_a_margin_it_is_the_normalised_softmax():
+    features, labels, weight = problem()
+    head = HEADS["CosMargin"](6, 5, margin=0, scale=16)
+    head.load_state_dict({"weight": weight})
+    wanted = 16 * F.normalize(features) @ F.normalize(weight).T
+    torch.testing.assert_close(head(features, labels), wanted)
+
+
+@pytest.mark.parametrize("label", [5, -1])
+def test_a_label_beyond_the_classes_is_one_sentence(label):
+    y, features = torch.tensor([0, label]), torch.randn(2, 6)
+    out = {"features": features, "logits": torch.randn(2, 5), "a": {"logits": torch.randn(2, 5)}}
+    margins = set(HEADS) - {"FC"}
+    heads = [HEADS[name](6, 5, **({"margin": 0.3, "scale": 16} if name == "CircleMargin" else {})) for name in margins]
+    losses = [CELoss(), CenterLoss(5, 6), LOSSES["DSHSDLoss"](alpha=0.1), LOSSES["DistillationGTCELoss"](["a"])]
+    for part in (*(partial(head, features) for head in heads), *(partial(loss, out) for loss in losses)):
+        with pytest.raises(ValueError, match=f"a label is {label}, not among the 5 classes of "):
+            part(y)
