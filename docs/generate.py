@@ -201,6 +201,7 @@ GLOBAL_KEYS = {
     "output_dir": "the run folder, where none is given at the start",
     "save_inference_dir": "where `05_export` writes; `export/` in the run folder where it is left alone",
     "print_batch_step": "a line in `train.log` every so many steps",
+    "loggers": "where the curves go too: `tensorboard`, `wandb`, `mlflow`, `visualdl`; see [](../runs.md)",
     "use_visualdl": "write scalars for VisualDL (`pip install 'recnb[track]'`)",
     "update_freq": "how many batches a step of the optimizer sums",
     "iter_per_epoch": "steps in an epoch; the sampler's length where it is left out",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from functools import partial
 from pathlib import Path
@@ -22,6 +21,7 @@ from recnb.recipe.schema import EMA, architectures, items, lookup
 from recnb.registry import ConfigError
 from recnb.storage import resolve
 from recnb.training.learner import RetrievalLearner
+from recnb.training.loggers import check_installed
 from recnb.training.plan import Keeping, Plan, Schedule, Watching
 
 
@@ -71,8 +71,9 @@ def check_mixable(cfg: dict) -> None:
 def build_plan(cfg: dict, loaders: Loaders, folder: Path) -> Plan:
     """The plan of a configuration; raises ConfigError for a checkpoint that is not there or a missing package."""
     settings = cfg["Global"]
-    if settings["use_visualdl"] and not importlib.util.find_spec("visualdl"):
-        raise ConfigError("Global.use_visualdl: visualdl is not installed; pip install 'recnb[track]', or set it False")
+    by_flag = ["visualdl"] if settings["use_visualdl"] else []
+    check_installed(by_flag, "Global.use_visualdl")
+    check_installed(settings["loggers"], "Global.loggers")
     checkpoint = resolve(settings["checkpoints"]) if settings["checkpoints"] else None
     if checkpoint and not checkpoint.is_file():
         raise ConfigError(f"Global.checkpoints: there is no file {checkpoint}")
@@ -102,7 +103,7 @@ def build_plan(cfg: dict, loaders: Loaders, folder: Path) -> Plan:
             patience=settings["patience"],
         ),
         log_interval=settings["print_batch_step"],
-        scalars=settings["use_visualdl"],
+        loggers=list(dict.fromkeys([*settings["loggers"], *by_flag])),
         seed=settings["seed"],
         devices=device_count(settings["devices"]),
     )

@@ -26,6 +26,7 @@ FREE = (
             "pretrained_model",
             "print_batch_step",
             "use_visualdl",
+            "loggers",
             "on_nonfinite",
             "grad_checkpointing",
             "device",

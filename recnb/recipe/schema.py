@@ -12,6 +12,7 @@ from pathlib import Path
 
 from recnb.recipe.reading import override, read_yaml, unshared
 from recnb.registry import ConfigError, Registry, entry, fits, suggest
+from recnb.training.loggers import LOGGERS
 
 # The keys of Global with their defaults; every other default lives in the signature of the part that it belongs to.
 GLOBAL = {
@@ -26,6 +27,7 @@ GLOBAL = {
     "epochs": 10,
     "print_batch_step": 10,
     "use_visualdl": False,
+    "loggers": [],
     "image_shape": [3, 224, 224],
     "save_inference_dir": "./inference",
     "eval_mode": "retrieval",
@@ -288,6 +290,9 @@ def check_global(section: dict) -> None:
             raise ConfigError(f"Global.{key}: '{value}' is not supported; {suggest(value, CHOICES[key])}")
         if key in LEAST and value is not None and value < LEAST[key]:
             raise ConfigError(f"Global.{key}: {value} is too small; the least is {LEAST[key]}")
+    for name in section["loggers"]:
+        if name not in LOGGERS:
+            raise ConfigError(f"Global.loggers: there is no logger '{name}'; {suggest(str(name), tuple(LOGGERS))}")
     shape = section["image_shape"]
     if len(shape) != 3 or shape[0] != 3 or not all(isinstance(n, int) and n > 0 for n in shape):
         raise ConfigError(f"Global.image_shape: {shape} is not [3, height, width]; images are read in RGB")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from recnb.distributed.processes import averaged, first_does, joined, ranks
 from recnb.storage import replacing
 from recnb.training.adaptor import Callback, CancelFitException, CancelValidException, ValueMetric
 from recnb.training.evaluation import Evaluation, embed
+from recnb.training.loggers import Logger
 from recnb.training.plan import FitState, Plan
 
 
@@ -257,19 +258,21 @@ class Pace(Callback):
         )
 
 
-class Scalars(Callback):
-    """Writes each step's loss terms and each epoch's metrics for visualdl."""
+class Log(Callback):
+    """Hands each step's loss terms and each epoch's row of the history to the loggers of a run."""
 
-    def __init__(self, folder: Path, state: FitState):
-        from visualdl import LogWriter
-
-        self.writer, self.state = LogWriter(logdir=str(folder)), state
+    def __init__(self, loggers: Sequence[Logger], state: FitState):
+        self.loggers, self.state = loggers, state
 
     def after_batch(self):
         if self.training:
-            for name, value in self.loss_func.train_loss.terms.items():
-                self.writer.add_scalar(f"train_{name}", value.item(), self.train_iter)
+            terms = self.loss_func.train_loss.terms
+            self.write({f"train_{name}": value.item() for name, value in terms.items()}, "step", self.train_iter)
 
     def after_epoch(self):
-        for name, value in self.state.rows[-1].items():
-            self.writer.add_scalar(f"epoch_{name}", value, self.epoch + 1)
+        row = self.state.rows[-1]
+        self.write({f"epoch_{name}": row[name] for name in row if name != "epoch"}, "epoch", row["epoch"])
+
+    def write(self, values: dict[str, float], kind: str, number: int):
+        for logger in self.loggers:
+            logger.write(values, kind, number)

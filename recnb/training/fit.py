@@ -7,7 +7,8 @@ the weights of the best epoch by the first metric listed, which are also what th
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,9 +19,10 @@ from recnb.distributed.processes import first_does, launch, ranks
 from recnb.distributed.rows import sharded_weights, split
 from recnb.storage import locked
 from recnb.training.adaptor import Callback, ProgressCallback, in_order
-from recnb.training.callbacks import FollowPlan, History, Pace, Scalars, StopEarly
+from recnb.training.callbacks import FollowPlan, History, Log, Pace, StopEarly
 from recnb.training.checkpoints import Checkpoints, resume, save_weights, whole_states
 from recnb.training.guard import Guard, Wish, explained, stoppable
+from recnb.training.loggers import Logger, opened
 from recnb.training.plan import FitState, Plan
 from recnb.training.steps import Accumulate, MovingAverage, ScaleLoss, Together
 
@@ -32,12 +34,12 @@ def fit_config(learn: RetrievalLearner, plan: Plan, on_epoch: Callable[[], objec
     """Do what `learn.fit_config` says: run the plan here, or have it run by as many processes as it asks for."""
     if plan.devices > 1 and ranks()[1] == 1:
         return fit_elsewhere(learn, plan, on_epoch)
-    first, state = ranks()[0] == 0, FitState()
-    with locked(plan.folder) if first else contextlib.nullcontext(), stoppable() as wish, explained(learn):
+    state = FitState()
+    with alone(plan) as loggers, stoppable() as wish, explained(learn):
         first_does(save_label_map, learn.loaders.train.dataset, plan.folder / "labels.csv")
         if learn.loaders.dropped:
             first_does(save_dropped, learn.loaders.dropped, plan.folder / "dropped.csv")
-        callbacks = build_callbacks(learn, plan, state, wish, on_epoch)
+        callbacks = build_callbacks(learn, plan, state, wish, loggers, on_epoch)
         learn.create_opt()
         begin(learn, plan, callbacks)
         try:
@@ -48,6 +50,16 @@ def fit_config(learn: RetrievalLearner, plan: Plan, on_epoch: Callable[[], objec
         keep(learn, plan, state, first_of(MovingAverage, callbacks))
         if (pace := first_of(Pace, callbacks)).images:
             print(pace)
+
+
+@contextlib.contextmanager
+def alone(plan: Plan) -> Iterator[list[Logger]]:
+    """Hold the run folder's lock and open the loggers for the block, in the first process only."""
+    if ranks()[0]:
+        yield []
+        return
+    with locked(plan.folder), opened(plan.loggers, plan.folder, json.loads(plan.keeping.config)) as loggers:
+        yield loggers
 
 
 def begin(learn: RetrievalLearner, plan: Plan, callbacks: list[Callback]) -> None:
@@ -90,7 +102,12 @@ def fit_elsewhere(learn: RetrievalLearner, plan: Plan, on_epoch: Callable[[], ob
 
 
 def build_callbacks(
-    learn: RetrievalLearner, plan: Plan, state: FitState, wish: Wish, on_epoch: Callable[[], object] | None
+    learn: RetrievalLearner,
+    plan: Plan,
+    state: FitState,
+    wish: Wish,
+    loggers: Sequence[Logger],
+    on_epoch: Callable[[], object] | None,
 ) -> list[Callback]:
     """Return what a fit adds to the learner, in the order in which every event reaches it.
 
@@ -113,7 +130,7 @@ def build_callbacks(
         FollowPlan(plan, state),
         Pace(),
         Checkpoints(plan.folder / "checkpoints", plan.keeping, schedule.update_freq, state, judged, wish),
-        Scalars(plan.folder / "vdl", state) if plan.scalars else None,
+        Log(loggers, state) if loggers else None,
         StopEarly(plan.evaluation.patience, state) if plan.evaluation.patience else None,
     ]
     return in_order(before_recorder, 0) + in_order(behind_progress, ProgressCallback.order + 1)

@@ -54,7 +54,7 @@ class Plan:
     keeping: Keeping = field(default_factory=Keeping)
     evaluation: Watching = field(default_factory=Watching)
     log_interval: int = 10  # steps from one line of train.log to the next
-    scalars: bool = False
+    loggers: Sequence[str] = ()  # of `recnb.training.loggers`
     seed: int = 0
     devices: int = 1
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -162,17 +163,24 @@ def ReduceOnPlateau(
         "cooldown": cooldown,
         "min_lr": min_lr,
     }
+    plateau = Plateau(learning_rate, options)
+    plateau(0)  # torch checks the options
+    return plateau
 
-    def rate(epoch: float, results: Sequence[float] = ()) -> float:
-        optimizer = torch.optim.SGD([torch.zeros(1)], lr=learning_rate)
-        plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, **options)
+
+@dataclass
+class Plateau:
+    """A schedule that asks for the evaluations' results too: `(epochs, results) -> learning rate`."""
+
+    learning_rate: float
+    options: dict  # of torch's ReduceLROnPlateau
+
+    def __call__(self, epoch: float, results: Sequence[float] = ()) -> float:
+        optimizer = torch.optim.SGD([torch.zeros(1)], lr=self.learning_rate)
+        plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, **self.options)
         for result in results:
             plateau.step(result)
         return optimizer.param_groups[0]["lr"]
-
-    rate(0)  # torch checks the options
-    rate.watches = True
-    return rate
 
 
 @SCHEDULES.register
@@ -228,12 +236,12 @@ def warmed_up(
     """
     per_epoch = 1 if by_epoch else step_each_epoch
     warmup = round(warmup_epoch * per_epoch)
-    watches = getattr(rate, "watches", False)
 
     def at(step: int, results: Sequence[float] = ()) -> float:
         position = (step // step_each_epoch if by_epoch else step) + last_epoch + 1
         if position < warmup:
             return warmup_start_lr + (rate(0) - warmup_start_lr) * position / warmup
-        return rate((position - warmup) / per_epoch, *([results] if watches else ()))
+        epoch = (position - warmup) / per_epoch
+        return rate(epoch, results) if isinstance(rate, Plateau) else rate(epoch)
 
     return at

@@ -100,9 +100,8 @@ class MovingAverage(Callback):
         self.swap()
 
     def swap(self):
-        for own, other in zip(
-            *([*m.parameters(), *m.buffers()] for m in (self.learn.model, self.average.module)), strict=True
-        ):
+        ours, averaged = ([*m.parameters(), *m.buffers()] for m in (self.learn.model, self.average.module))
+        for own, other in zip(ours, averaged, strict=True):
             held = own.detach().clone()
             own.data.copy_(other)
             other.data.copy_(held)

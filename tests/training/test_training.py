@@ -4,6 +4,8 @@ import json
 import math
 import multiprocessing
 import shutil
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -27,6 +29,7 @@ from recnb.runs.experiment import train
 from recnb.runs.folder import embed_picture, load_run, open_run, save_metrics
 from recnb.storage import replacing
 from recnb.training import fit as training
+from recnb.training import loggers
 from recnb.training.adaptor import Callback
 from recnb.training.evaluation import embed
 
@@ -183,6 +186,56 @@ def test_the_log_has_a_line_every_few_steps_and_at_least_one_an_epoch(config_fil
     make(config_file, tmp_path, {"Global.print_batch_step": interval}).fit_config()
     written = (tmp_path / "train.log").read_text().splitlines()
     assert len(written) == 2 * lines and "SupConLoss" in written[0]
+
+
+def test_tensorboard_gets_every_step_and_every_epoch(config_file, tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    learn = make(config_file, tmp_path, {"Global.loggers": ["tensorboard"], "Loss.Train": [{"CELoss": {}}]})
+    learn.fit_config()
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    history, steps = pd.read_csv(tmp_path / "history.csv"), 2 * len(learn.dls.train)
+    assert [event.step for event in events.Scalars("train_CELoss")] == [*range(1, steps + 1)]
+    written = [(event.step, event.value) for event in events.Scalars("epoch_mAP")]
+    assert written == [(epoch, pytest.approx(value)) for epoch, value in zip(history.epoch, history.mAP, strict=True)]
+
+
+def test_mlflow_gets_every_epoch(config_file, tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    make(config_file, tmp_path, {"Global.loggers": ["mlflow"]}).fit_config()
+    client = mlflow.MlflowClient(str((tmp_path / "mlruns").as_uri()))
+    (run,) = client.search_runs(["0"])
+    written = [metric.value for metric in client.get_metric_history(run.info.run_id, "epoch_mAP")]
+    assert written == pytest.approx(pd.read_csv(tmp_path / "history.csv").mAP.tolist())
+
+
+def test_wandb_gets_values_over_their_own_numbers(tmp_path, monkeypatch):
+    calls = []
+    run = SimpleNamespace(
+        define_metric=lambda name, step_metric: calls.append((name, step_metric)),
+        log=calls.append,
+        finish=lambda: calls.append("finished"),
+    )
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **options: calls.append(options) or run))
+    with loggers.opened(["wandb"], tmp_path, {"Global": {}}) as (logger,):
+        logger.write({"epoch_mAP": 0.5}, "epoch", 3)
+    options, *rest = calls
+    assert (options["name"], options["config"]) == (tmp_path.name, {"Global": {}})
+    assert rest == [("train_*", "step"), ("epoch_*", "epoch"), {"epoch_mAP": 0.5, "epoch": 3}, "finished"]
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb", "mlflow"])
+def test_a_missing_logger_names_its_extra(config_file, tmp_path, monkeypatch, name):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=rf"^Global.loggers: {name} is not installed; pip install 'recnb\[{name}\]'"):
+        make(config_file, tmp_path, {"Global.loggers": [name]})
+
+
+def test_a_misspelt_logger_is_refused(config_file):
+    with pytest.raises(
+        ConfigError, match=r"Global.loggers: no logger 'tensorbord'; did you mean 'tensorboard'"
+    ):
+        load_config(config_file({"Global.loggers": ["tensorbord"]}))
 
 
 def test_the_resolved_configuration_gives_the_same_run(config_file, tmp_path):

@@ -1,0 +1,101 @@
+"""Where the curves of a run can be watched besides its own folder: TensorBoard, Weights & Biases, MLflow, VisualDL.
+
+Each is a library of its own, imported once a run asks for it. A logger is opened with the run folder and the
+configuration, and gives two functions: one that writes values, one that ends the log.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from recnb.registry import ConfigError
+
+
+class Logger(NamedTuple):
+    """An open log: `write(values, kind, number)` for the step or the epoch of a number, and `close()`."""
+
+    write: Callable[[dict[str, float], str, int], object]
+    close: Callable[[], object]
+
+
+def tensorboard(folder: Path, config: dict) -> Logger:
+    """Event files in `tensorboard/`."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    return scalars(SummaryWriter(str(folder / "tensorboard")))
+
+
+def visualdl(folder: Path, config: dict) -> Logger:
+    """Log files in `vdl/`."""
+    from visualdl import LogWriter
+
+    return scalars(LogWriter(logdir=str(folder / "vdl")))
+
+
+def scalars(writer) -> Logger:
+    """The log of a writer that takes one scalar at a time."""
+
+    def write(values: dict[str, float], kind: str, number: int) -> None:
+        for name, value in values.items():
+            writer.add_scalar(name, value, number)
+
+    return Logger(write, writer.close)
+
+
+def wandb(folder: Path, config: dict) -> Logger:
+    """A run of the folder's name in the project that the environment names, or `recnb`; offline where it says so."""
+    import wandb
+
+    project = os.environ.get("WANDB_PROJECT", "recnb")
+    run = wandb.init(project=project, name=folder.name, dir=str(folder), config=config)
+    for prefix, kind in (("train", "step"), ("epoch", "epoch")):  # its own counter would mix the two
+        run.define_metric(f"{prefix}_*", step_metric=kind)
+    return Logger(lambda values, kind, number: run.log({**values, kind: number}), run.finish)
+
+
+def mlflow(folder: Path, config: dict) -> Logger:
+    """A run of the folder's name on the tracking server of the environment, otherwise in `mlruns/` in the folder."""
+    import mlflow
+
+    if "MLFLOW_TRACKING_URI" not in os.environ:
+        mlflow.set_tracking_uri((folder / "mlruns").absolute().as_uri())
+    mlflow.start_run(run_name=folder.name)
+    mlflow.log_dict(config, "config.yaml")
+
+    def write(values: dict[str, float], kind: str, number: int) -> None:
+        mlflow.log_metrics({name.replace("@", "_at_"): value for name, value in values.items()}, step=number)
+
+    return Logger(write, mlflow.end_run)
+
+
+LOGGERS: dict[str, Callable[[Path, dict], Logger]] = {
+    "tensorboard": tensorboard,
+    "wandb": wandb,
+    "mlflow": mlflow,
+    "visualdl": visualdl,
+}
+EXTRAS = {"visualdl": "track"}  # where the extra has another name than the logger
+
+
+def check_installed(names: Sequence[str], where: str) -> None:
+    """Raise ConfigError where the library of a logger is missing, naming the extra that brings it."""
+    for name in names:
+        if not importlib.util.find_spec(name):
+            extra = EXTRAS.get(name, name)
+            raise ConfigError(f"{where}: {name} is not installed; pip install 'recnb[{extra}]', or leave it out")
+
+
+@contextmanager
+def opened(names: Sequence[str], folder: Path, config: dict) -> Iterator[list[Logger]]:
+    """Open the loggers of these names for the block."""
+    loggers = [LOGGERS[name](folder, config) for name in names]
+    try:
+        yield loggers
+    finally:
+        for logger in loggers:
+            logger.close()
