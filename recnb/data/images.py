@@ -22,6 +22,11 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm.auto import tqdm
 
+with suppress(ImportError):  # the extra `heic`: photographs of phones
+    from pillow_heif import register_heif_opener
+
+    register_heif_opener()
+
 try:  # torchvision is going to hand its decoders over to torchcodec, which needs FFmpeg
     from torchvision.io import ImageReadMode, decode_jpeg
 except ImportError:

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import Dataset, get_worker_info
+from tqdm.auto import tqdm
 
 from recnb.data.images import Cropped, DataError, faults, printable, read_pixels, reason
 from recnb.data.pipeline import Pipeline
@@ -31,7 +32,9 @@ from recnb.registry import Registry
 from recnb.storage import replacing, resolve
 
 DATASETS = Registry("dataset", "DataLoader.*.dataset", beside={"transform_ops": list, "batch_transform_ops": list})
-EXTENSIONS = tuple(Image.registered_extensions())
+EXTENSIONS = tuple(ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN)
+EXTRAS = dict.fromkeys((".heic", ".heif", ".hif"), "pip install 'recnb[heic]'") | {".avif": "pip install -U pillow"}
+SYSTEM = ("thumbs.db", "desktop.ini", "__macosx")  # what Windows and macOS leave in folders
 MOST = 10**8  # classes, more than any head has room for
 REPORTED = 20  # how many images a report names
 DIGITS = re.compile("[0-9]{1,19}")
@@ -297,17 +300,63 @@ def ImageNetDataset(
 def ImageFolder(image_root: str, relabel: bool | None = None) -> ImageList:
     """The images below `image_root`, where each folder of the first level is one identity (of that name)."""
     root = resolve(image_root)
-    folders = sorted(p for p in root.iterdir() if p.is_dir()) if root.is_dir() else []
-    files = [
-        (str(file), folder.name)
-        for folder in folders
-        for file in sorted(folder.rglob("*"))
-        if file.suffix.lower() in EXTENSIONS and not file.is_dir()
-    ]
+    files, unused = scan(root) if root.is_dir() else ([], [])
     if not files:
-        raise DataError(f"image_root: {root} has no folders with images (one folder per identity)")
+        raise DataError(f"image_root: {root} {no_images(unused)}")
     paths, names = zip(*files, strict=True)
     return ImageList(list(paths), np.array(names), source=str(root))
+
+
+def no_images(unused: list[tuple[str, str]]) -> str:
+    """Return the half sentence that says that a folder has no images, and what would let some of its files be read."""
+    formats = Counter(why for _, why in unused if "are read after" in why)
+    missing = "".join(f"; {count:,} files: {why}" for why, count in formats.items())
+    return f"has no folders with images (one folder per identity){missing}"
+
+
+def scan(root: Path) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """Return (path, identity) of each image of a folder of folders, and (path, reason) of whatever is none.
+
+    The identity is the folder of the first level; an image may lie deeper in it. Nothing is opened.
+    """
+    images, unused = [], []
+    with os.scandir(root) as entries, tqdm(desc="files found", unit=" files", leave=False, delay=3) as bar:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            if not entry.is_dir():
+                unused.append((entry.path, unusable(entry.name) or "lies in no folder, which would be its identity"))
+                continue
+            files = sorted(below_folder(entry.path), key=lambda path: [*path.split(os.sep)]) if own(entry.name) else []
+            reasons = [unusable(os.path.basename(path)) for path in files]  # noqa: PTH119 (a Path takes four times as long)
+            images += [(path, entry.name) for path, why in zip(files, reasons, strict=True) if why is None]
+            unused += [(path, why) for path, why in zip(files, reasons, strict=True) if why is not None]
+            if not files:
+                unused.append((entry.path, "an empty folder" if own(entry.name) else "a folder of the system"))
+            bar.update(len(files))
+    return images, unused
+
+
+def below_folder(folder: str) -> Iterator[str]:
+    """Yield the path of each file of a folder and of those in it, but for folders of the system."""
+    for place, folders, files in os.walk(folder):
+        folders[:] = filter(own, folders)
+        yield from (os.path.join(place, name) for name in files)  # noqa: PTH118 (a Path takes four times as long)
+
+
+def own(name: str) -> bool:
+    """Return whether a file or folder can be meant as a person's own, and is none that the system left there."""
+    return not name.startswith(".") and name.lower() not in SYSTEM
+
+
+def unusable(name: str) -> str | None:
+    """Return why a file cannot be an image, by its name, or None."""
+    ending = os.path.splitext(name)[1].lower()  # noqa: PTH122 (a Path takes four times as long)
+    if not own(name):
+        return "a file of the system"
+    if ending in EXTENSIONS:
+        return None
+    if ending in EXTRAS:
+        return f"{ending} images are read after {EXTRAS[ending]}"
+    return f"not an image ({ending or 'no ending'})"
 
 
 def check_images(*tables: ImageList) -> None:
