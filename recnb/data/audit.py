@@ -30,8 +30,8 @@ def fingerprints(paths: Iterable[str]) -> pd.DataFrame:
     """Return one row an image, by path: width, height, sha256, hash, colours, taken and problem.
 
     The hash (8 bytes; None for a flat picture) is perceptual: the signs of the 64 lowest frequencies of the grey
-    picture against their median. Saving it again or resizing it turns few of its bits. `taken` is the time that the camera
-    noted, None where there is none; `problem` is why a file cannot be read, or None.
+    picture against their median. Saving it again or resizing it turns few of its bits. `taken` is the time that the
+    camera noted, None where there is none; `problem` is why a file cannot be read, or None.
     """
     paths = list(paths)
     with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -325,7 +325,8 @@ def scan(root: Path) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
             if not entry.is_dir():
                 unused.append((entry.path, unusable(entry.name) or "lies in no folder, which would be its identity"))
                 continue
-            files = sorted(below_folder(entry.path), key=lambda path: [*path.split(os.sep)]) if own(entry.name) else []
+            found = below_folder(entry.path) if own(entry.name) else ()
+            files = sorted(found, key=lambda path: path.split(os.sep))  # noqa: PTH206
             reasons = [unusable(os.path.basename(path)) for path in files]  # noqa: PTH119 (a Path takes four times as long)
             images += [(path, entry.name) for path, why in zip(files, reasons, strict=True) if why is None]
             unused += [(path, why) for path, why in zip(files, reasons, strict=True) if why is not None]

@@ -22,6 +22,7 @@ from typing import get_type_hints
 
 import pandas as pd
 
+from recnb.data.audit import exact_copies
 from recnb.data.images import DataError, printable
 from recnb.data.lists import VeriWild, no_images, scan
 from recnb.registry import ConfigError, fits, suggest
@@ -136,6 +137,18 @@ def read_source(
     return (table if camera_pattern is None else with_cameras(table, camera_pattern, root)), unused
 
 
+def images_root(source: str | Path, image_root: str | Path | None = None) -> Path:
+    """Return the folder that the images of a source lie in: what paths are shown from."""
+    source = resolve(source)
+    return Path(plain(source if source.is_dir() else resolve(source.parent if image_root is None else image_root)))
+
+
+def relative(table: pd.DataFrame, root: Path) -> pd.DataFrame:
+    """Return a table with its columns of paths as they are from `root`: for reading."""
+    columns = [name for name in table if name.startswith("path")]
+    return table.assign(**{name: [os.path.relpath(path, root) for path in table[name]] for name in columns})
+
+
 def read_csv(
     path: Path, root: Path, columns: dict, known: tuple[str, ...] = COLUMNS, needed: tuple[str, ...] = ("path", "label")
 ) -> tuple[pd.DataFrame, list[str]]:
@@ -240,6 +253,30 @@ def without(table: pd.DataFrame, left: list[tuple[str, str]]) -> pd.DataFrame:
     return table[~table.path.isin([path for path, _ in left])].reset_index(drop=True)
 
 
+def clean(
+    table: pd.DataFrame, prints: pd.DataFrame, drop_copies: bool = True
+) -> tuple[pd.DataFrame, list[tuple[str, str]]]:
+    """Return the table without files that cannot be read and without exact copies, and (path, reason) of these.
+
+    Args:
+        table: images with `path` and `label`.
+        prints: what `audit.fingerprints` found in them.
+        drop_copies: whether exact copies go, too.
+
+    Raises:
+        DataError: Nothing is left.
+    """
+    problems = prints.problem.loc[table.path].dropna()
+    left = list(problems.items())
+    table = without(table, left)
+    if drop_copies:
+        copies = exact_copies(table, prints)
+        table, left = without(table, copies), left + copies
+    if table.empty:
+        raise DataError(f"none of the {len(prints):,} images can be used; the first, {left[0][0]}: {left[0][1]}")
+    return table, left
+
+
 def with_groups(table: pd.DataFrame, by: str, root: Path, taken: pd.Series) -> pd.DataFrame:
     """Return the table with the group of each image where one is known.
 
@@ -260,6 +297,16 @@ def with_groups(table: pd.DataFrame, by: str, root: Path, taken: pd.Series) -> p
     begins = (table.clock.diff().dt.total_seconds() > SESSION) | (table.label != table.label.shift())
     group = (table.label + " " + begins.cumsum().astype(str)).where(table.clock.notna(), None)
     return table.assign(group=group).drop(columns="clock").sort_index()
+
+
+def used(table: pd.DataFrame, left: list[tuple[str, str]], root: Path) -> pd.DataFrame:
+    """Return what is used and what is left out, a row a reason, with the first file of each."""
+    rows = pd.DataFrame(left, columns=["path", "why"])
+    rows["path"] = [os.path.relpath(path, root) for path in rows.path]
+    counts = rows.groupby("why", sort=False).path.agg(["size", "first"]).reset_index()
+    first = [("used", len(table), "", os.path.relpath(table.path.iloc[0], root))]
+    others = [("left out", *row) for row in counts[["size", "why", "first"]].itertuples(index=False)]
+    return pd.DataFrame([*first, *others], columns=["", "files", "why", "the first"])
 
 
 def moment(text: str | None) -> datetime | None:

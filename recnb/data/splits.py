@@ -112,6 +112,8 @@ def test_identities(identity: np.ndarray, unit: np.ndarray, share: float, rng: n
             owed -= size[cluster]
     if not taken and len(possible):
         taken = [possible[np.argmin(size[possible])]]
+    if len(taken) > linked.max():  # one is left to train on
+        taken = taken[:-1]
     return np.isin(linked, taken)
 
 

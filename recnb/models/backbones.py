@@ -88,6 +88,14 @@ def list_backbones(pattern: str = "*") -> list[str]:
     return [name for name in names if fnmatch(name.lower(), pattern.lower())]
 
 
+def hub_weights(name: str) -> str:
+    """Return which file holds the library's weights of a backbone, and where on its hub; empty where there is none."""
+    config = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    if config is None or not config.has_weights:
+        return ""
+    return f"model.safetensors of {config.hf_hub_id}" if config.hf_hub_id else str(config.url)
+
+
 def create_backbone(
     name: str,
     pretrained: bool | str | Path = False,

@@ -1,54 +1,268 @@
-"""A configuration to start from, written for lists that were just prepared."""
+"""Which recipe to begin with for images that were just prepared, and the configuration that it becomes.
+
+The recipes are the files of configs/starters. One is chosen by the weights that can be had and by how many images and
+identities there are; sizes, batches, epochs and learning rates follow from the same numbers.
+"""
 
 from __future__ import annotations
 
+import copy
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
+import pandas as pd
+import torch
+from torch import nn
 
-from recnb.data.prepare import SPLITS, plain
-from recnb.recipe.data import training_images
+from recnb.data.images import DataError
+from recnb.data.prepare import SPLITS, Options, list_files, plain, write_files
+from recnb.models.backbones import create_backbone, hub_weights, list_backbones
 from recnb.recipe.reading import as_yaml
-from recnb.recipe.schema import GLOBAL, load_config, lookup
+from recnb.recipe.schema import GLOBAL, KEYS, items, load_config, lookup, optimizers
 from recnb.registry import ConfigError
-from recnb.storage import ROOT, resolve, write_text
+from recnb.storage import ROOT, resolve
+
+FOLDER = "configs/starters"
+BACKBONE = "mobilenetv2_100"  # small enough for a CPU
+BATCH = 64  # images, which the recipes' learning rates are meant for
+FEW = {"images": 100, "identities": 5, "each": 3}  # below these, fine-tuning learns the photos by heart
+MANY = 20_000  # images, more than a CPU fine-tunes on in an evening
+PADDED = "_imagenetnorm"  # files with this in their names were made by TensorFlow, which pads as pad_type 'same' does
+STEPS = {"scratch_small": (600, 10, 60), "finetune_cnn": (160, 3, 20), "probe": (300, 5, 30)}  # steps; epochs from, to
+ANSWERS = "weights is True (from the hub), a FILE (its name, or backbone, says whose), or False (none, from scratch)"
 
 
-def write_config(folder: str | Path, image_root: str | Path, base: str | Path = "configs/demo.yaml") -> Path:
-    """The path of folder/config.yaml: the base configuration, but with the lists of `write_lists` in this folder.
+@dataclass(frozen=True)
+class Facts:
+    """What a choice goes by: the images to train on."""
 
-    The number of classes is left to the list, and a batch has no more identities than there are to train on.
+    images: int
+    identities: int
+    each: int  # images an identity, the median
+    side: int  # pixels of the shorter side, the median
+    gpu: bool
+
+
+@dataclass(frozen=True)
+class Start:
+    """A configuration to begin with: the recipe's name, why it was chosen, and the values."""
+
+    name: str
+    why: str
+    cfg: dict
+
+
+def facts(splits: pd.DataFrame, prints: pd.DataFrame) -> Facts:
+    """Return the facts about the training images of `splits`, their sizes by path in `prints`.
+
+    Raise DataError where there is but one identity to train on.
     """
-    cfg, folder = load_config(base), resolve(folder)
+    train = splits[splits["split"] == "train"]
+    counts = train.label.value_counts()
+    if len(counts) < 2:
+        raise DataError("there is one identity to train on, and it takes two to tell one from the other; add more")
+    sides = prints.loc[train.path, ["width", "height"]].min(axis=1)
+    return Facts(len(train), len(counts), int(counts.median()), int(sides.median()), torch.cuda.is_available())
+
+
+def choose(seen: Facts, options: Options, config: str | Path = "auto") -> Start:
+    """Return the configuration to begin with, without lists.
+
+    Args:
+        seen: what there is to train on.
+        options: its weights, backbone, epochs and image_size, where they are given.
+        config: `auto` for one of the recipes, or a configuration to take instead.
+
+    Raises:
+        ConfigError: Weights that were asked for cannot be had, or a file of them does not say whose they are.
+    """
+    if config == "auto":
+        backbone, source = pretrained(options)
+        name, reason = recipe(seen, backbone)
+        path, why = f"{FOLDER}/{name}.yaml", f"{reason}; {source}"
+    else:
+        backbone = pretrained(options)[0] if options.weights or options.backbone else None
+        name, path, why = Path(config).stem, config, "as you named it"
+    cfg = load_config(path)
+    if backbone:
+        cfg["Arch"]["Backbone"] = backbone
+    elif options.backbone:
+        cfg["Arch"]["Backbone"] = {"name": options.backbone, "pretrained": False}
+    fit(cfg, seen, options, *STEPS.get(name, (None, None, None)))
+    counted = f"{seen.images:,} images of {seen.identities:,} identities to train on"
+    return Start(name, f"{name}, with {counted}: {why}", cfg)
+
+
+def recipe(seen: Facts, backbone: dict | None) -> tuple[str, str]:
+    """Return the name of the recipe for some images, and why it is this one."""
+    if backbone is None:
+        return "scratch_small", "without pretrained weights a small network learns from nothing"
+    for key, least in FEW.items():
+        if getattr(seen, key) < least:
+            what = {"each": "images of an identity"}.get(key, key)
+            return "probe", f"{getattr(seen, key)} {what} are too few to fine-tune on, so the backbone stays as it is"
+    if seen.images > MANY and not seen.gpu:
+        return "probe", "without a GPU, so many images are trained on in reasonable time if the backbone stays as it is"
+    model = create_backbone(**{**backbone, "pretrained": False})
+    if not any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
+        return "probe", f"{backbone['name']} is no network of the kind that finetune_cnn is for, so it stays as it is"
+    return "finetune_cnn", "enough to fine-tune gently"
+
+
+def pretrained(options: Options) -> tuple[dict | None, str]:
+    """Return the section of the pretrained backbone, None where there is none, and a half sentence that says which.
+
+    Raise ConfigError where weights were asked for that cannot be had.
+    """
+    if options.weights is False:
+        return None, "weights is False"
+    if isinstance(options.weights, str):
+        path = resolve(options.weights)
+        if not path.is_file():
+            raise ConfigError(f"options: there is no weights file {path}; {ANSWERS}")
+        return section_of(path, options.backbone), f"the weights are those of {path.name}"
+    name = options.backbone or BACKBONE
+    for path in sorted((ROOT / "weights").glob("*.*")) if options.weights is None else ():
+        if backbone_of(path) == name:
+            return section_of(path, name), f"the weights are those of {portable(path)}"
+    try:
+        create_backbone(name, pretrained=True)
+    except ValueError as error:
+        missing = f"the hub cannot be reached for the weights of {name} ({hub_weights(name) or 'it has none'})"
+        if options.weights:
+            raise ConfigError(f"options: {missing}; fetch that file elsewhere and name it, for {ANSWERS}") from error
+        return None, f"{missing}, and no file in weights/ is one; with {ANSWERS}, features would be far better"
+    return {"name": name, "pretrained": True}, f"the weights of {name} are the hub's"
+
+
+def section_of(path: Path, name: str | None) -> dict:
+    """Return the section of a backbone with the weights of a file; raise ConfigError where nothing says whose."""
+    name = name or backbone_of(path)
+    if name is None:
+        raise ConfigError(f"options: the name of {path.name} begins with no backbone's; write backbone, too")
+    padding = {"pad_type": "same"} if PADDED in path.name else {}
+    return {"name": name, "pretrained": portable(path), **padding}
+
+
+def backbone_of(path: Path) -> str | None:
+    """Return the backbone whose name a weights file's begins with, the longest where several fit, or None."""
+    return max((name for name in list_backbones() if path.name.startswith(name)), key=len, default=None)
+
+
+def fit(cfg: dict, seen: Facts, options: Options, steps: int | None, least: int | None, most: int | None) -> None:
+    """Make sizes, batches, epochs and rates of a configuration, in place, follow from what there is to train on.
+
+    Args:
+        cfg: the configuration.
+        seen: what there is to train on.
+        options: epochs and image_size, where they are given.
+        steps: how many steps to train for in all; None leaves the epochs and rates of the file.
+        least: how many epochs at least.
+        most: how many epochs at most.
+    """
+    sampler = lookup(cfg, "DataLoader.Train.sampler")
+    key = "sample_per_id" if "sample_per_id" in sampler else "num_instances"
+    if key in sampler:
+        if steps and seen.each < sampler[key]:
+            sampler[key] = 2  # an identity with fewer images would see one of them several times in a batch
+        sampler["batch_size"] = sampler[key] * min(sampler["batch_size"] // sampler[key], seen.identities)
+    if options.image_size or steps:
+        own = cfg["Global"]["image_shape"][-1]
+        resize(
+            cfg, options.image_size or max(32, min(own * (2 if seen.gpu and own < 128 else 1), seen.side // 32 * 32))
+        )
+    if steps:
+        once = max(1, seen.images // sampler["batch_size"])
+        cfg["Global"]["epochs"] = min(most, max(least, round(steps / once)))
+    cfg["Global"]["epochs"] = options.epochs or cfg["Global"]["epochs"]
+    epochs = cfg["Global"]["epochs"]
+    if steps:
+        cfg["Global"]["eval_interval"] = max(1, epochs // 5)
+        for _, section in optimizers(cfg):
+            section["lr"]["learning_rate"] = round(
+                section["lr"]["learning_rate"] * (sampler["batch_size"] / BATCH) ** 0.5, 6
+            )
+    for _, section in optimizers(cfg):
+        if section["lr"].get("warmup_epoch", 0) >= epochs:
+            section["lr"]["warmup_epoch"] = 0
+
+
+def resize(cfg: dict, side: int) -> None:
+    """Let a configuration, in place, work on squares of `side` pixels: every size that is its image_shape's."""
+    old = cfg["Global"]["image_shape"][-1]
+    cfg["Global"]["image_shape"] = [3, side, side]
+    for place in ("Train", "Eval.Query", "Eval.Gallery", "Eval"):
+        for _, _, arguments in items(cfg, f"DataLoader.{place}.dataset.transform_ops"):
+            for key in ("size", "resize_short"):
+                if arguments.get(key) == old:
+                    arguments[key] = side
+
+
+def with_lists(cfg: dict, folder: str | Path, image_root: str | Path, files: Mapping[str, str]) -> dict:
+    """Return a configuration with the lists of `prepare.list_files`, which lie in this folder.
+
+    The number of classes is left to the list, and a validation list is judged as the test lists are. Raise ConfigError
+    where the configuration has no section for one of the others.
+    """
+    cfg = copy.deepcopy(cfg)
+    if "validation.txt" in files and "Validation" in KEYS["DataLoader"]:
+        cfg["DataLoader"]["Validation"] = {"Query": copy.deepcopy(lookup(cfg, "DataLoader.Eval.Query"))}
     for name, place in SPLITS.items():
-        section, file = lookup(cfg, f"DataLoader.{place}"), folder / f"{name}.txt"
+        section, file = lookup(cfg, f"DataLoader.{place}"), f"{name}.txt"
+        if section is None and name == "validation":
+            continue
         if section is None:
-            raise ConfigError(f"{base}: there is no DataLoader.{place}; take a base that trains and evaluates")
-        text = file.read_text(encoding="utf-8")
-        tabs, outside = "\t" in text, re.search(r"^\.\./", text, re.MULTILINE)
-        beside = {key: value for key, value in section["dataset"].items() if key == "transform_ops"}
+            raise ConfigError(f"there is no DataLoader.{place}; take a configuration that trains and evaluates")
         section["dataset"] = {
-            "name": "ImageNetDataset" if tabs else "VeriWild",
+            "name": "VeriWild",
             "image_root": portable(image_root),
-            "cls_label_path": portable(file),
-            **({"delimiter": "\t"} if tabs else {}),
-            **({"allow_outside": True} if outside else {}),
-            **beside,
+            "cls_label_path": portable(resolve(folder) / file),
+            "delimiter": "\t",
+            "names": True,
+            **({"allow_outside": True} if re.search(r"^\.\./", files[file], re.MULTILINE) else {}),
+            **{key: value for key, value in section["dataset"].items() if key == "transform_ops"},
         }
     cfg["Global"]["class_num"] = None
     (lookup(cfg, "Arch.Head") or {}).pop("class_num", None)
-    sampler, identities = lookup(cfg, "DataLoader.Train.sampler"), len(np.unique(training_images(cfg).labels))
-    each = sampler.get("sample_per_id", sampler.get("num_instances"))
-    if each:
-        sampler["batch_size"] = each * min(sampler["batch_size"] // each, identities)
     cfg["Global"] = {key: value for key, value in cfg["Global"].items() if value != GLOBAL.get(key)}
-    write_text(folder / "config.yaml", f"# {Path(base).name} with the lists of this folder\n{as_yaml(cfg)}")
-    load_config(folder / "config.yaml")
-    return folder / "config.yaml"
+    return cfg
+
+
+def write(
+    folder: str | Path,
+    start: Start,
+    splits: pd.DataFrame,
+    image_root: str | Path | None = None,
+    tables: Mapping[str, pd.DataFrame] | None = None,
+) -> Path:
+    """Write lists, config.yaml and tables into a folder, all or nothing, and return the path of config.yaml.
+
+    Args:
+        folder: where to write.
+        start: the configuration to begin with.
+        splits: the images with their `split` and `source`.
+        image_root: what paths in the lists start from, by default the deepest folder that they share.
+        tables: further CSV files, by name.
+    """
+    root, files = list_files(splits, image_root)
+    cfg = with_lists(start.cfg, folder, root, files)
+    more = {f"{name}.csv": table.to_csv(index=False, lineterminator="\n") for name, table in (tables or {}).items()}
+    write_files(folder, {**files, **more, "config.yaml": f"# {start.why}\n{as_yaml(cfg)}"})
+    load_config(resolve(folder) / "config.yaml")
+    return resolve(folder) / "config.yaml"
 
 
 def portable(path: str | Path) -> str:
-    """The path as a config says it: from the project's root where it is below that, otherwise absolute."""
+    """Return the path as a config says it: from the project's root where it is below that, otherwise absolute."""
     path = Path(plain(resolve(path)))
     return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.as_posix()
+
+
+def run_folder(out_dir: str | Path) -> str:
+    """Return the run folder that belongs to a folder of lists: the one around it, or one of its name in runs/."""
+    folder = Path(portable(out_dir))
+    return (
+        folder.parent.as_posix() if folder.parts[:1] == ("runs",) and len(folder.parts) > 2 else f"runs/{folder.name}"
+    )

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from pathlib import Path
 
 import nbformat
 import numpy as np
@@ -14,11 +15,26 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from recnb import build_loaders, gallery, load_config
+from recnb.data import lists
+from recnb.data.audit import audit, fingerprints
 from recnb.data.images import DataError
 from recnb.data.lists import positives
-from recnb.data.prepare import audit, fingerprints, read_table, split, write_lists
+from recnb.data.prepare import (
+    Options,
+    clean,
+    images_root,
+    read_options,
+    read_source,
+    read_table,
+    used,
+    with_groups,
+    with_tags,
+    write_files,
+    write_lists,
+)
+from recnb.data.splits import split
+from recnb.recipe import starter
 from recnb.recipe.data import evaluation_images, training_images
-from recnb.recipe.starter import write_config
 from recnb.registry import ConfigError
 
 CAMERA = r"camera(\d+)_"
@@ -44,7 +60,7 @@ def made(counts, groups=None, cameras=None) -> pd.DataFrame:
 
 
 def sides(splits) -> pd.Series:
-    return splits["split"].where(splits["split"] == "train", "test")
+    return splits["split"].replace({"query": "test", "gallery": "test"})
 
 
 # --- Reading --------------------------------------------------------------------------------------------------------
@@ -96,8 +112,7 @@ def test_a_bad_row_ends_with_one_sentence_that_names_its_line(drawn, tmp_path, t
 
 def test_what_cannot_be_read_from_is_named(drawn, tmp_path):
     (tmp_path / "list.txt").write_text("0000/camera0_00.jpg one\n")
-    with pytest.raises(DataError, match=r"list.txt line 1: 'one' is not a label"):
-        read_table(tmp_path / "list.txt", drawn / "images")
+    assert read_table(tmp_path / "list.txt", drawn / "images").label.tolist() == ["one"]
     with pytest.raises(DataError, match="there is no such file or folder"):
         read_table(tmp_path / "none")
     with pytest.raises(DataError, match=r"camera_pattern: .* finds no camera in .*jpg"):
@@ -114,11 +129,8 @@ def test_what_cannot_be_read_from_is_named(drawn, tmp_path):
 
 def check_split(splits: pd.DataFrame) -> None:
     """What must hold of every split."""
-    side, test = sides(splits), splits[splits["split"] != "train"]
+    side, test = sides(splits), splits[splits["split"].isin(["query", "gallery"])]
     assert (side.groupby(splits.label).nunique() == 1).all()
-    assert (splits.groupby("label").number.nunique() == 1).all() and splits.number.nunique() == splits.label.nunique()
-    assert set(splits.number) == set(range(splits.label.nunique()))
-    assert splits.number[side == "train"].max() < test.number.min()
     assert (test.label.isin(splits.label.value_counts()[lambda n: n > 1].index)).all()
     if "group" in splits:
         assert (splits["split"].groupby(splits.group).nunique() == 1).all()
@@ -151,7 +163,8 @@ def test_every_split_keeps_its_promises(identities, data):
     pick = st.lists(st.one_of(st.none(), st.integers(0, images).map(str)), min_size=images, max_size=images)
     table = made(counts, data.draw(st.one_of(st.none(), pick)), data.draw(st.one_of(st.none(), pick)))
     try:
-        splits = split(table, data.draw(st.floats(0.05, 0.9)), data.draw(st.floats(0.05, 0.95)), seed=images)
+        shares = [data.draw(st.floats(0.05, most)) for most in (0.9, 0.95, 0.5)]
+        splits = split(table, *shares, seed=images)
     except DataError as error:
         assert "no identity can be tested" in str(error) or "no image can be a query" in str(error)
     else:
@@ -266,33 +279,281 @@ def test_the_page_of_samples(table):
 # --- Writing --------------------------------------------------------------------------------------------------------
 
 
+def begun(splits, config="auto", prints=None, **options) -> starter.Start:
+    prints = fingerprints(splits.path) if prints is None else prints
+    return starter.choose(starter.facts(splits, prints), Options(**{"weights": False, **options}), config)
+
+
 def test_the_lists_and_the_config_are_read_by_the_loaders(table, tmp_path):
-    splits = split(table, 0.4)
-    cfg = load_config(write_config(tmp_path, write_lists(splits, tmp_path)))
+    splits = split(table, 0.4, validation=0.2)
+    cfg = load_config(starter.write(tmp_path, begun(splits), splits))
     query, gallery = evaluation_images(cfg)
     assert positives(query, gallery).min() >= 1
-    assert cfg["DataLoader"]["Train"]["sampler"]["batch_size"] == 4 * training_images(cfg).labels.max() + 4 < 64
+    identities = len(training_images(cfg).names)
+    assert cfg["DataLoader"]["Train"]["sampler"]["batch_size"] == 4 * identities < 64
     loaders = build_loaders(cfg)
     for name, part in loaders.parts.items():
-        assert sorted(part.dataset.paths) == splits.path[splits["split"] == name].tolist()
+        mine, images = splits[splits["split"] == name.split()[0]], part.dataset
+        assert sorted(images.paths) == mine.path.tolist()
+        assert {images.name(label) for label in images.labels} == set(mine.label)
+    assert loaders.validation
     assert len(next(iter(loaders.train))[0]) == cfg["DataLoader"]["Train"]["sampler"]["batch_size"]
+    lines = (tmp_path / "validation.txt").read_text().splitlines()
+    assert len(lines) == (splits["split"] == "validation").sum() and {line.count("\t") for line in lines} == {2}
 
 
-def test_paths_with_spaces_are_written_with_tabs_or_refused(images, tmp_path):
-    (images / "0000").rename(images / "the first one")
-    plain = read_table(images)
-    cfg = load_config(write_config(tmp_path, write_lists(split(plain), tmp_path)))
-    assert cfg["DataLoader"]["Eval"]["Query"]["dataset"]["name"] == "ImageNetDataset"
-    assert build_loaders(cfg).query.dataset.cameras is None
-    with pytest.raises(DataError, match=r"the first one/camera0_00.jpg: white space in a path"):
-        write_lists(split(read_table(images, camera_pattern=CAMERA)), tmp_path)
+def test_names_come_out_as_they_went_in(images, tmp_path):
+    names = ["the first one", "7", "007", "7-Up, 1.5 l", "红旗", "NaN", "Ångström"]
+    for number, name in enumerate(names):
+        (images / f"{number:04d}").rename(images / name)
+    splits = split(read_table(images, camera_pattern=CAMERA), 0.4)
+    cfg = load_config(starter.write(tmp_path / "lists", begun(splits), splits))
+    lists = [training_images(cfg), *evaluation_images(cfg)]
+    assert {table.name(label) for table in lists for label in table.labels} == set(splits.label) >= set(names)
+    for table in lists:
+        assert [table.name(label) for label in table.labels] == [path.split("/")[-2] for path in table.paths]
+        assert table.cameras is not None
+
+
+@pytest.mark.parametrize("name", ["two\nlines", "a\ttab"])
+def test_names_that_no_list_can_hold(images, tmp_path, name):
+    (images / "0000").rename(images / name)
+    with pytest.raises(DataError, match=r"no list can hold this name, which is"):
+        write_lists(split(read_table(images)), tmp_path)
+    assert not list(tmp_path.glob("*.txt"))
+
+
+def test_names_that_look_the_same_are_one_identity(images):
+    (images / "0000").rename(images / "Café ")
+    (images / "0001").rename(images / "Cafe\u0301")
+    assert read_table(images).label.value_counts()["Café"] == 12
+
+
+def test_what_was_made_before_stays_where_nothing_can_be_written(table, tmp_path, monkeypatch):
+    write_files(tmp_path, {"a.txt": "old", "b.txt": "old"})
+    real = Path.write_text
+
+    def full(self, text, **options):
+        if ".b.txt" in self.name:
+            raise OSError(28, "No space left on device")
+        return real(self, text, **options)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(DataError, match=r"cannot be written to: No space left on device; nothing was changed$"):
+        write_files(tmp_path, {"a.txt": "new", "b.txt": "new"})
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a.txt": "old", "b.txt": "old"}
 
 
 def test_a_base_without_evaluation_is_refused(table, config_file, tmp_path):
-    root = write_lists(split(table), tmp_path)
     base = config_file({"DataLoader.Eval": ..., "Global.eval_during_train": False})
     with pytest.raises(ConfigError, match=r"there is no DataLoader\.Eval\.Query"):
-        write_config(tmp_path, root, base)
+        starter.write(tmp_path, begun(split(table), base), split(table))
+
+
+# --- The recipe -----------------------------------------------------------------------------------------------------
+
+
+SEEN = {"images": 1000, "identities": 40, "each": 25, "side": 400, "gpu": False}
+LEAN = {"name": "mobilenetv2_100", "pretrained": True}
+
+
+@pytest.mark.parametrize(
+    ("changes", "backbone", "name", "why"),
+    [
+        ({}, None, "scratch_small", "without pretrained weights"),
+        ({}, LEAN, "finetune_cnn", "gently"),
+        ({"images": 60}, LEAN, "probe", "60 images are too few"),
+        ({"identities": 3}, LEAN, "probe", "3 identities are too few"),
+        ({"each": 2}, LEAN, "probe", "2 images of an identity are too few"),
+        ({"images": 10**6}, LEAN, "probe", "without a GPU"),
+        ({"images": 10**6, "gpu": True}, LEAN, "finetune_cnn", "gently"),
+        ({}, {"name": "test_vit", "pretrained": True}, "probe", "test_vit is no network of the kind"),
+    ],
+)
+def test_a_recipe_is_chosen_by_the_images_and_says_why(changes, backbone, name, why):
+    chosen, said = starter.recipe(starter.Facts(**{**SEEN, **changes}), backbone)
+    assert chosen == name and why in said
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.sampled_from(["scratch_small", "finetune_cnn", "probe"]),
+    st.integers(2, 5000),
+    st.integers(2, 200),
+    st.integers(1, 500),
+)
+def test_sizes_follow_from_the_numbers(name, identities, each, side):
+    cfg = load_config(f"configs/starters/{name}.yaml", {"Arch.Backbone.pretrained": False})
+    seen = starter.Facts(identities * each, identities, each, side, False)
+    starter.fit(cfg, seen, Options(), *starter.STEPS[name])
+    sampler, size = cfg["DataLoader"]["Train"]["sampler"], cfg["Global"]["image_shape"][-1]
+    assert sampler["batch_size"] % sampler["sample_per_id"] == 0
+    assert 2 <= sampler["batch_size"] // sampler["sample_per_id"] <= identities and sampler["batch_size"] <= 64
+    assert 32 <= size <= 160 and (size <= max(32, side)) and cfg["Global"]["epochs"] >= 1
+    ops = [args for op in cfg["DataLoader"]["Train"]["dataset"]["transform_ops"] for args in op.values()]
+    assert {args["size"] for args in ops if "size" in args} == {size}
+
+
+def test_what_is_given_is_taken(table):
+    options = {"backbone": "test_resnet", "epochs": 1, "image_size": 48, "weights": False}
+    cfg = begun(split(table), **options).cfg
+    assert cfg["Arch"]["Backbone"] == {"name": "test_resnet", "pretrained": False}
+    assert cfg["Global"]["epochs"] == 1 and cfg["Global"]["image_shape"] == [3, 48, 48]
+    assert cfg["Optimizer"]["lr"]["warmup_epoch"] == 0
+
+
+def test_weights_are_taken_from_where_they_are(monkeypatch, tmp_path):
+    def offline(name, pretrained=False, **options):
+        raise ValueError("cannot be fetched")
+
+    monkeypatch.setattr(starter, "create_backbone", offline)
+    monkeypatch.setattr(starter, "ROOT", tmp_path)
+    assert starter.pretrained(Options(weights=False))[0] is None
+    backbone, why = starter.pretrained(Options())
+    assert backbone is None and "model.safetensors of timm/mobilenetv2_100.ra_in1k" in why and "a FILE" in why
+    with pytest.raises(ConfigError, match=r"cannot be reached .*mobilenetv2_100\.ra_in1k.*True.*FILE.*False"):
+        starter.pretrained(Options(weights=True))
+    file = tmp_path / "weights" / "mobilenetv2_100_imagenetnorm_fp16.pth"
+    file.parent.mkdir()
+    file.write_bytes(b"")
+    section = {"name": "mobilenetv2_100", "pretrained": f"weights/{file.name}", "pad_type": "same"}
+    assert starter.pretrained(Options(weights=str(file)))[0] == section
+    assert starter.pretrained(Options())[0] == section
+    with pytest.raises(ConfigError, match="there is no weights file"):
+        starter.pretrained(Options(weights="none.pth"))
+    with pytest.raises(ConfigError, match="begins with no backbone's; write backbone, too"):
+        starter.section_of(tmp_path / "best.pth", None)
+
+
+def test_one_identity_is_nothing_to_learn_from(images):
+    for folder in sorted(images.iterdir())[2:]:
+        shutil.rmtree(folder)
+    splits = split(read_table(images), 0.5)
+    with pytest.raises(DataError, match="there is one identity to train on"):
+        starter.facts(splits, fingerprints(splits.path))
+
+
+@pytest.mark.parametrize(
+    ("out_dir", "run"),
+    [("data/prepared", "runs/prepared"), ("runs/mine/data", "runs/mine"), ("runs/mine", "runs/mine")],
+)
+def test_which_run_folder_belongs_to_the_lists(out_dir, run):
+    assert starter.run_folder(out_dir) == run
+
+
+# --- What is used and what is not -----------------------------------------------------------------------------------
+
+
+def test_whatever_is_not_used_is_said_with_its_reason(images, monkeypatch):
+    first = images / "0000" / "camera0_00.jpg"
+    for name in (
+        "loose.jpg",
+        ".DS_Store",
+        "0001/._camera0_00.jpg",
+        "0001/notes.txt",
+        "0002/photo.heic",
+        "__MACOSX/a/b.jpg",
+    ):
+        (images / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(first, images / name)
+    (images / "empty").mkdir()
+    (images / "0003" / "broken.jpg").write_bytes(b"no picture")
+    shutil.copy(first, images / "0000" / "zcopy.jpg")
+    shutil.copy(images / "0004" / "camera0_00.jpg", images / "0005" / "same.jpg")
+    monkeypatch.setattr(lists, "EXTENSIONS", tuple(e for e in lists.EXTENSIONS if e != ".heic"))
+    table, left = read_source(images)
+    table, unfit = clean(table, fingerprints(table.path))
+    found = {os.path.relpath(path, images): why for path, why in left + unfit}
+    same = "the same file stands under 0004 and 0005"
+    assert found == {
+        "loose.jpg": "lies in no folder, which would be its identity",
+        ".DS_Store": "a file of the system",
+        "0001/._camera0_00.jpg": "a file of the system",
+        "0001/notes.txt": "not an image (.txt)",
+        "0002/photo.heic": ".heic images are read after pip install 'recnb[heic]'",
+        "__MACOSX": "a folder of the system",
+        "empty": "an empty folder",
+        "0003/broken.jpg": "is empty or of no known image format",
+        "0000/zcopy.jpg": "a copy of camera0_00.jpg",
+        "0004/camera0_00.jpg": same,
+        "0005/same.jpg": same,
+    }
+    shown = used(table, left + unfit, images)
+    assert shown.files.tolist()[0] == len(table) == 143 and shown.files.sum() == 143 + len(found)
+
+
+def test_a_folder_of_photographs_that_need_an_extra(tmp_path, monkeypatch):
+    monkeypatch.setattr(lists, "EXTENSIONS", (".jpg",))
+    for name in ("a/1.HEIC", "b/2.heic"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(DataError, match=r"has no folders with images .*; 2 files: .heic images are read after"):
+        read_source(tmp_path)
+
+
+def test_photographs_of_phones_are_read(tmp_path):
+    heif = pytest.importorskip("pillow_heif")
+    (tmp_path / "a").mkdir()
+    heif.from_pillow(Image.new("RGB", (64, 48), (200, 30, 30))).save(tmp_path / "a" / "1.HEIC")
+    Image.new("RGB", (64, 48), (30, 200, 30)).save(tmp_path / "a" / "2.avif")
+    images = lists.ImageFolder(str(tmp_path))
+    assert [tuple(images.image(i).shape) for i in range(2)] == [(3, 48, 64)] * 2
+    assert images.image(0)[0].float().mean() > 150 and images.image(1)[1].float().mean() > 150
+
+
+def test_tags_mend_labels(images):
+    table = read_table(images)
+    rows = ["path,action,label", "0000/camera0_00.jpg,exclude,", f"{images}/0001/camera0_00.jpg,relabel,Pear"]
+    (images / "tags.csv").write_text("\n".join(rows))
+    mended, left = with_tags(table, images / "tags.csv", images_root(images))
+    assert left == [(str(images / "0000" / "camera0_00.jpg"), "excluded in tags.csv")]
+    assert len(mended) == len(table) - 1
+    assert mended.path[mended.label == "Pear"].tolist() == [str(images / "0001" / "camera0_00.jpg")]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("0000/none.jpg,exclude,", r"tags\.csv line 2: there is no image .*none\.jpg among those that were found"),
+        ("0000/camera0_00.jpg,delete,", r"tags\.csv line 2: 'delete' is no action"),
+        ("0000/camera0_00.jpg,relabel,", r"tags\.csv line 2: 'relabel' is no action with what it needs"),
+        (",exclude,", r"tags\.csv line 2: has no path, no action"),
+    ],
+)
+def test_tags_that_cannot_be_meant(images, row, message):
+    (images / "tags.csv").write_text(f"path,action,label\n{row}\n")
+    with pytest.raises(DataError, match=message):
+        with_tags(read_table(images), images / "tags.csv", images)
+
+
+def test_groups_by_folder_and_by_time(images):
+    exif = Image.Exif()
+    details = exif.get_ifd(0x8769)
+    (images / "0000" / "session 2").mkdir()
+    for second, name in ((0, "a"), (50, "b"), (300, "c")):
+        details[0x9003] = f"2024:05:31 10:{second // 60:02d}:{second % 60:02d}"
+        Image.effect_noise((40, 40), 90).convert("RGB").save(images / "0000" / "session 2" / f"{name}.jpg", exif=exif)
+    table = read_table(images)
+    taken = fingerprints(table.path).taken
+    folders = with_groups(table, "folder", images, taken)
+    assert folders.group.dropna().unique().tolist() == ["0000/session 2"] and folders.group.notna().sum() == 3
+    times = with_groups(table, "time", images, taken)
+    assert times.path.tolist() == table.path.tolist() and times.group.notna().sum() == 3
+    assert (
+        times.group.dropna().nunique() == 2
+        and times[times.path.str.endswith(("2/a.jpg", "2/b.jpg"))].group.nunique() == 1
+    )
+    assert with_groups(table, "none", images, taken) is table
+
+
+def test_options_are_checked():
+    assert read_options({"test_share": 0.4, "weights": "a.pth"}) == Options(test_share=0.4, weights="a.pth")
+    with pytest.raises(ConfigError, match="options: there is no 'tets_share'; did you mean 'test_share'"):
+        read_options({"tets_share": 0.4})
+    with pytest.raises(ConfigError, match="options: epochs is 'many', and wants int"):
+        read_options({"epochs": "many"})
+    with pytest.raises(ConfigError, match="group_by is 'hour'"):
+        read_options({"group_by": "hour"})
 
 
 # --- The notebook ---------------------------------------------------------------------------------------------------
@@ -307,15 +568,19 @@ def test_prepare_notebook(images, config_file, tmp_path):
         source=str(images),
         out_dir=str(tmp_path / "lists"),
         config=str(config_file()),
-        options={"camera_pattern": CAMERA, "test_share": 0.4},
+        options={"camera_pattern": CAMERA, "test_share": 0.4, "drop_leaks": False},
     )
-    lists = {
-        name: [line.split() for line in (tmp_path / "lists" / f"{name}.txt").read_text().splitlines()]
-        for name in ("train", "query", "gallery")
+    written = {
+        name: [line.split("\t") for line in (tmp_path / "lists" / f"{name}.txt").read_text().splitlines()]
+        for name in ("train", "query", "gallery", "validation")
     }
-    assert sum(map(len, lists.values())) == len({row[0] for rows in lists.values() for row in rows}) == 145
-    labels = {name: {row[1] for row in rows} for name, rows in lists.items()}
-    assert not labels["train"] & (labels["query"] | labels["gallery"]) and labels["query"] <= labels["gallery"]
+    assert sum(map(len, written.values())) == len({row[0] for rows in written.values() for row in rows}) == 145
+    labels = {name: {row[1] for row in rows} for name, rows in written.items()}
+    assert set().union(*labels.values()) == {f"{number:04d}" for number in range(24)}
+    assert labels["query"] <= labels["gallery"]
+    assert sum(map(len, labels.values())) == 24 + len(labels["query"])  # otherwise nobody stands in two lists
+    left = pd.read_csv(tmp_path / "lists" / "left_out.csv")
+    assert left.path.tolist() == ["0005/camera1_77.jpg"]
     assert build_loaders(load_config(tmp_path / "lists" / "config.yaml")).query.dataset.cameras is not None
     pairs = pd.read_csv(tmp_path / "lists" / "duplicates.csv", dtype=str)
     assert pairs[["label a", "label b"]].values.tolist() == [["0000", "0020"]]

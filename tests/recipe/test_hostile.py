@@ -25,18 +25,20 @@ from processes import start
 from safetensors.torch import save_file
 
 from recnb import build_loaders, load_config
+from recnb.data.audit import fingerprints
 from recnb.data.images import DataError
 from recnb.data.layouts import CompCars, ICartoonDataset, LogoDataset
 from recnb.data.lists import ImageNetDataset, VeriWild
-from recnb.data.prepare import read_table, split, write_lists
+from recnb.data.prepare import Options, read_table, write_lists
+from recnb.data.splits import split
 from recnb.gallery.curves import map_figure, samples_figure
 from recnb.gallery.figure import gallery_figure
 from recnb.gallery.page import gallery_html, gallery_static
 from recnb.gallery.widget import gallery_widget
 from recnb.models.weights import load_weights
+from recnb.recipe import starter
 from recnb.recipe.model import build_model
 from recnb.recipe.reading import LARGEST, as_yaml, parse
-from recnb.recipe.starter import write_config
 from recnb.registry import ConfigError
 from recnb.retrieval.lists import rank
 from recnb.retrieval.search import Index, sealed, unsealed
@@ -291,7 +293,8 @@ def test_what_prepare_writes_says_that_it_leads_outside(tmp_path):
     for root, outside in ((tmp_path / "left", True), (None, None)):
         folder = tmp_path / f"written {root is None}"
         folder.mkdir()
-        cfg = load_config(write_config(folder, write_lists(splits, folder, root)))
+        start = starter.choose(starter.facts(splits, fingerprints(splits.path)), Options(weights=False))
+        cfg = load_config(starter.write(folder, start, splits, root))
         assert cfg["DataLoader"]["Train"]["dataset"].get("allow_outside") is outside
         assert len(build_loaders(cfg).gallery.dataset)
 
