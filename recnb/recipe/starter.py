@@ -20,7 +20,7 @@ from recnb.data.images import DataError
 from recnb.data.prepare import SPLITS, Options, list_files, plain, write_files
 from recnb.models.backbones import create_backbone, hub_weights, list_backbones
 from recnb.recipe.reading import as_yaml
-from recnb.recipe.schema import GLOBAL, KEYS, items, load_config, lookup, optimizers
+from recnb.recipe.schema import GLOBAL, items, load_config, lookup, optimizers
 from recnb.registry import ConfigError
 from recnb.storage import ROOT, resolve
 
@@ -207,7 +207,8 @@ def with_lists(cfg: dict, folder: str | Path, image_root: str | Path, files: Map
     where the configuration has no section for one of the others.
     """
     cfg = copy.deepcopy(cfg)
-    if "validation.txt" in files and "Validation" in KEYS["DataLoader"]:
+    cfg["DataLoader"].pop("Validation", None)
+    if "validation.txt" in files:
         cfg["DataLoader"]["Validation"] = {"Query": copy.deepcopy(lookup(cfg, "DataLoader.Eval.Query"))}
     for name, place in SPLITS.items():
         section, file = lookup(cfg, f"DataLoader.{place}"), f"{name}.txt"
