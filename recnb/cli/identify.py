@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from recnb.registry import ConfigError
+
 NEAREST = 3
 COLUMNS = ["path", "name", "probability"]
 
@@ -22,6 +24,8 @@ def identify(
 
     The answer is "unknown" where no name is probable enough.
     """
+    for path in (path for path in (export, *images) if not path.exists()):
+        raise ConfigError(f"{path}: there is no such file or folder")
     from recnb.data.images import DataError
     from recnb.deploy.recognizer import Recognizer
 
@@ -53,21 +57,14 @@ def write(table: Path, rows: Sequence[Sequence]) -> None:
 
 
 def files_of(images: Sequence[Path]) -> Iterator[Path]:
-    """Yield the photos that are given, and of a folder all that it holds.
-
-    Raises:
-        DataError: There is no such file, or a folder holds no photo.
-    """
-    from recnb.data.images import DataError
+    """Yield the photos that are given, and of a folder all that it holds; raise ConfigError where it holds none."""
     from recnb.data.lists import EXTENSIONS
 
     for path in images:
-        if not path.exists():
-            raise DataError(f"{path}: there is no such photo or folder")
         found = [path]
         if path.is_dir():
             files = (file for file in sorted(path.rglob("*")) if file.suffix.lower() in EXTENSIONS)
             found = [file for file in files if not file.name.startswith(".")]
         if not found:
-            raise DataError(f"{path}: holds no photo")
+            raise ConfigError(f"{path}: holds no photo")
         yield from found

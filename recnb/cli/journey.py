@@ -26,6 +26,12 @@ from recnb.registry import ConfigError, suggest
 from recnb.storage import ROOT, locked, write_json
 
 LEAST = 200_000_000  # bytes that have to be free
+SIDES = {
+    "identities": ("train", "validation", "query", "gallery"),
+    "to train on": ("train",),
+    "to choose the epoch by": ("validation",),
+    "to test on": ("query", "gallery"),
+}  # of the photos, by the lists that name them
 METRICS = ("recall1", "mAP")
 ALSO = "the same command goes on from here"
 
@@ -110,7 +116,7 @@ class Journey:
         """Return what is remembered of earlier calls."""
         try:
             return json.loads((self.to / "start.json").read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return {}
         except (OSError, ValueError) as error:
             raise ConfigError(f"{self.to / 'start.json'}: cannot be read ({error}); delete {self.to}") from None
@@ -179,10 +185,10 @@ def check_options(options: dict) -> None:
 
 def check_photos(source: Path, to: Path, options: dict) -> None:
     """Raise DataError for photos that cannot be split, ConfigError where they and the results would mix."""
+    if to.is_relative_to(source):
+        raise ConfigError(f"--to {to}: lies among the photos of {source}; choose a folder outside")
     from recnb.data import prepare, splits
 
-    if to == source or to.is_relative_to(source):
-        raise ConfigError(f"--to {to}: lies among the photos of {source}; choose a folder outside")
     chosen = prepare.read_options(options)
     table, _ = prepare.read_source(source)
     splits.split(table, chosen.test_share, chosen.query_share, chosen.validation, chosen.seed)
@@ -207,12 +213,11 @@ def summary(to: Path) -> list[str]:
     """Return what a person wants to know at the end, in ten lines."""
     from recnb.runs.verdict import spoken, verdict
 
-    counts = {name: list_counts(to / "data" / f"{name}.txt") for name in ("train", "validation", "query", "gallery")}
+    counts = {said: list_counts([to / "data" / f"{name}.txt" for name in names]) for said, names in SIDES.items()}
     judged = verdict(to)
     measured = [name for name in METRICS if name in judged.rows.index]
     lines = {
-        "photos": f"{sum(images for images, _ in counts.values()):,} used; "
-        + ", ".join(f"{name} {images:,} of {names:,}" for name, (images, names) in counts.items() if images),
+        "photos": ", ".join(f"{images:,} of {names:,} {said}" for said, (images, names) in counts.items() if images),
         "left out": left_out(to / "data" / "left_out.csv"),
         "recipe": (to / "data" / "config.yaml").read_text(encoding="utf-8").partition("\n")[0].removeprefix("# "),
         **{spoken(name): before_after(judged.rows.loc[name]) for name in measured},
@@ -230,9 +235,9 @@ def before_after(row) -> str:
     return f"{' -> '.join(parts)}: {row.verdict}"
 
 
-def list_counts(path: Path) -> tuple[int, int]:
-    """Return how many images and identities a list file names; none where there is no such file."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+def list_counts(paths: list[Path]) -> tuple[int, int]:
+    """Return how many images and identities list files name, those that there are."""
+    lines = [line for path in paths if path.is_file() for line in path.read_text(encoding="utf-8").splitlines()]
     return len(lines), len({line.split("\t")[1] for line in lines})
 
 

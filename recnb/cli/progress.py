@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import re
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+SPOKEN = re.compile("^recall(?=[0-9])")
 EVERY = 0.5  # seconds between two looks at a run's history.csv
 
 
@@ -21,7 +23,8 @@ def epochs_shown(run: Path, epochs: int) -> Iterator[None]:
         epochs: how many epochs the training has.
     """
     ended = threading.Event()
-    watch = threading.Thread(target=follow, args=(run / "history.csv", epochs, ended), daemon=True)
+    history = run / "history.csv"
+    watch = threading.Thread(target=follow, args=(history, len(rows(history)), epochs, ended), daemon=True)
     watch.start()
     try:
         yield
@@ -30,9 +33,9 @@ def epochs_shown(run: Path, epochs: int) -> Iterator[None]:
         watch.join()
 
 
-def follow(history: Path, epochs: int, ended: threading.Event) -> None:
-    """Print the rows that a history.csv gets until `ended` is set."""
-    shown = first = len(rows(history))
+def follow(history: Path, first: int, epochs: int, ended: threading.Event) -> None:
+    """Print the rows that a history.csv gets behind the first ones until `ended` is set."""
+    shown = first
     began = None  # counted from the first row on: what comes before it is no training
     while True:
         last = ended.wait(EVERY)
@@ -59,13 +62,10 @@ def rows(history: Path) -> list[dict[str, str]]:
 
 
 def values(row: dict[str, str]) -> str:
-    """Return the loss and the metrics of a row as text; the terms of the loss are left to the notebook."""
-    found = {"loss" if name == "train_loss" else name: text for name, text in row.items() if text}
-    return ", ".join(
-        f"{name} {float(text):.3f}"
-        for name, text in found.items()
-        if name not in ("epoch", "lr") and "Loss" not in name
-    )
+    """Return the training loss and the metrics of a row as text; its terms are left to the notebook."""
+    hidden = ("epoch", "lr", "valid_loss")
+    found = {name: text for name, text in row.items() if text and name not in hidden and "Loss" not in name}
+    return ", ".join(f"{SPOKEN.sub('recall@', name)} {float(text):.3f}" for name, text in found.items())
 
 
 def duration(seconds: float) -> str:

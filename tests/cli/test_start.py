@@ -1,0 +1,272 @@
+"""`recnb start` and the commands around it: what is done once, what is refused in a sentence, whose names come out."""
+
+import json
+import shutil
+import subprocess
+import sys
+import threading
+from collections import namedtuple
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import ROOT
+from PIL import Image, ImageDraw
+
+from recnb.cli import journey, progress
+from recnb.cli import notebook as notebooks
+from recnb.cli.main import main
+from recnb.registry import ConfigError
+
+NAMES = ["Garlic", "Red Beet", "Åpple Äkerö", "檸檬", "Лимон", "Lime", "Mango", "Kiwi", "Plum", "Leek"]
+
+
+def draw(path: Path, kind: int, view: int) -> None:
+    """Draw a photo of a thing: a shape and a colour of its own, in another place and light each time."""
+    rng = np.random.default_rng((kind, view))
+    hue = tuple(np.random.default_rng(kind).integers(40, 220, 3).tolist())
+    image = Image.new("RGB", (120, 96), tuple(rng.integers(200, 255, 3).tolist()))
+    x, y, side = (int(v) for v in (*rng.integers(8, 32, 2), rng.integers(40, 56)))
+    pen = ImageDraw.Draw(image)
+    (pen.ellipse, pen.rectangle)[kind % 2]((x, y, x + side, y + side // (1 + kind % 3)), fill=hue)
+    noise = rng.integers(-12, 13, (96, 120, 1))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray((np.asarray(image, int) + noise).clip(0, 255).astype("uint8")).save(path)
+
+
+def draw_messy(root: Path) -> None:
+    """Draw a folder as people have it: good photos under names of any script, among everything that goes wrong."""
+    for kind, name in enumerate(NAMES):
+        for view in range(6):
+            deeper = "session 2" if view == 5 else ""
+            draw(root / name / deeper / f"IMG_{view}.jpg", kind, view)
+    draw(root / "Only one" / "IMG_0.jpg", 40, 0)
+    draw(root / "loose.jpg", 41, 0)
+    shutil.copy(root / "Lime" / "IMG_0.jpg", root / "Lime" / "copy.jpg")
+    shutil.copy(root / "Plum" / "IMG_0.jpg", root / "Mango" / "IMG_7.jpg")
+    (root / "Kiwi" / "broken.jpg").write_bytes((root / "Kiwi" / "IMG_0.jpg").read_bytes()[:900])
+    (root / "Kiwi" / "._IMG_0.jpg").write_bytes(b"\0\5\x16\7")
+    (root / "Kiwi" / "notes.txt").write_text("bought on Tuesday", encoding="utf-8")
+    Image.open(root / "Leek" / "IMG_0.jpg").convert("RGBA").save(root / "Leek" / "alpha.png")
+    (root / "Leek" / "IMG_0.jpg").unlink()
+    (root / "Nothing yet").mkdir()
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("messy") / "photos"
+    draw_messy(folder)
+    return folder
+
+
+@pytest.fixture
+def called(capfd):
+    """A function that calls the command as a terminal does: its exit code, and what it printed."""
+
+    def call(*words):
+        code = main([*map(str, words)])
+        return code, "".join(capfd.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def executed(monkeypatch):
+    """The notebooks that were run, by name; running one writes the file that says that it is done."""
+    ran = []
+
+    def execute(notebook, output, parameters):
+        ran.append(notebook.stem)
+        to = output.parent
+        made = {step.notebook: step.makes for step in journey.steps(to, to, {})}[notebook.stem]
+        made.parent.mkdir(parents=True, exist_ok=True)
+        for path in (output, made, *((to / "config.yaml",) if notebook.stem == "02_train" else ())):
+            path.write_text(json.dumps(parameters), encoding="utf-8")
+
+    monkeypatch.setattr(journey, "execute", execute)
+    monkeypatch.setattr(journey, "check_photos", lambda *_: None)
+    return ran
+
+
+def test_steps_that_are_done_are_not_done_again(executed, photos, tmp_path):
+    way = journey.Journey(photos, tmp_path / "mine", {"epochs": 1})
+    way.go()
+    assert executed == ["01_prepare", "02_train", "03_evaluate", "04_gallery", "05_export"]
+    way.go()
+    assert len(executed) == 5
+    (tmp_path / "mine" / "model.safetensors").write_text("other weights")
+    way.go()
+    assert executed[5:] == ["03_evaluate", "04_gallery", "05_export"]
+    with pytest.raises(ConfigError, match=r"a training on other photos or options \(epochs 1 -> 2\)"):
+        journey.Journey(photos, tmp_path / "mine", {"epochs": 2}).go()
+    assert len(executed) == 8
+
+
+def test_a_step_that_failed_is_run_again_and_those_before_it_are_not(executed, photos, tmp_path, monkeypatch):
+    way, execute = journey.Journey(photos, tmp_path / "mine"), journey.execute
+
+    def killed(notebook, output, parameters):
+        if notebook.stem == "02_train":
+            raise notebooks.FailedError("the kernel has ended")
+        execute(notebook, output, parameters)
+
+    monkeypatch.setattr(journey, "execute", killed)
+    with pytest.raises(notebooks.FailedError, match="the same command goes on"):
+        way.go()
+    monkeypatch.setattr(journey, "execute", execute)
+    way.go()
+    assert executed == ["01_prepare", "02_train", "03_evaluate", "04_gallery", "05_export"]
+
+
+def test_other_photos_are_prepared_anew_until_there_is_a_training(executed, photos, tmp_path):
+    mine = shutil.copytree(photos, tmp_path / "photos")
+    way = journey.Journey(mine, tmp_path / "mine")
+    way.run(journey.steps(way.source, way.to, {})[0])
+    draw(mine / "Garlic" / "new.jpg", 0, 99)
+    way.go()
+    assert executed[:2] == ["01_prepare", "01_prepare"]
+    draw(mine / "Garlic" / "newer.jpg", 0, 100)
+    with pytest.raises(ConfigError, match="a training on other photos or options; take another folder"):
+        way.go()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["none"], "there is no such folder"),
+        (["empty"], "empty"),
+        (["alone"], "no identity can be tested while another is trained on"),
+        (["photos", "--to", "photos/out"], "lies among the photos"),
+        (["photos", "--weights", "none.pth"], "there is no such file; give a FILE, True for the hub's or False"),
+        (["photos", "--backbone", "resnet51"], "there is no network 'resnet51'; did you mean 'resnet5"),
+        (["photos", "--to", "photos/Lime/IMG_0.jpg/x"], "cannot be written to"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_nothing_is_written(called, photos, tmp_path, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    if "photos/Lime/IMG_0.jpg/x" in words:  # elsewhere, as this is no folder of photos
+        monkeypatch.setattr(journey, "check_photos", lambda *_: None)
+    Path("photos").symlink_to(photos)
+    Path("empty").mkdir()
+    for view in range(3):
+        draw(Path("alone", "Garlic", f"{view}.jpg"), 0, view)
+    code, printed = called("start", *words)
+    assert code == 2 and message in printed
+    assert printed.startswith("error: ") and printed.count("\n") == 1
+    assert not Path("runs").exists() and not (photos / "out").exists()
+
+
+def test_a_full_disk_is_said_before_anything_is_written(called, photos, tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")(10**9, 10**9, 3_000_000)
+    monkeypatch.setattr(journey.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(journey, "check_photos", lambda *_: None)
+    code, printed = called("start", photos, "--to", tmp_path / "mine")
+    assert code == 2 and "its disk has 3 MB left" in printed and [*(tmp_path / "mine").iterdir()] == []
+
+
+def test_an_epoch_is_a_line(tmp_path, capsys):
+    history = tmp_path / "history.csv"
+    history.write_text("epoch,lr,train_loss,CELoss,recall1,mAP\n1,0.1,2.5,2.5,,\n2,0.1,1.25,1.25,0.5,0.25\n")
+    watch = threading.Thread(target=progress.follow, args=(history, 0, 3, threading.Event()), daemon=True)
+    watch.start()
+    printed = ""
+    for _ in range(100):
+        if "epoch 2" in (printed := printed + capsys.readouterr().out):
+            break
+        watch.join(0.1)
+    assert printed.splitlines()[1] == "  epoch 2 of 3: train_loss 1.250, recall@1 0.500, mAP 0.250; about 0 s left"
+    assert [progress.duration(t) for t in (3, 150, 7500)] == ["3 s", "2 min", "2 h 5 min"]
+
+
+def test_names_are_printed_and_written(called, photos, tmp_path, monkeypatch):
+    from recnb.data.images import DataError
+    from recnb.deploy import recognizer
+
+    class Known:
+        def __init__(self, folder):
+            pass
+
+        def identify(self, path):
+            if path.stem == "broken":
+                raise DataError(f"the image {path} cannot be read")
+            name = path.relative_to(photos).parts[0]
+            hits = tuple(recognizer.Hit(name, "a.jpg", score) for score in (0.9, 0.8, 0.7))
+            return recognizer.Answer(name, 0.93, hits)
+
+    monkeypatch.setattr(recognizer, "Recognizer", Known)
+    code, printed = called("identify", tmp_path, photos / "檸檬" / "IMG_1.jpg")
+    assert code == 0 and "IMG_1.jpg: 檸檬 (93%); nearest 檸檬 0.900, 檸檬 0.800, 檸檬 0.700" in printed
+    code, printed = called("identify", tmp_path, photos / "Kiwi", "--csv", tmp_path / "out.csv")
+    assert code == 1 and "broken.jpg cannot be read" in printed  # the others are named, and it is told
+    table = pd.read_csv(tmp_path / "out.csv")
+    assert set(table.name) == {"Kiwi"} and len(table) == 6 and table["similarity 3"].tolist() == [0.7] * 6
+    code, printed = called("identify", tmp_path / "none", photos)
+    assert code == 2 and "there is no such file or folder" in printed
+
+
+def test_a_configuration_is_checked_and_nothing_written(called, config_file, tmp_path):
+    config = config_file()
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    code, printed = called("check", config)
+    assert code == 0 and printed.endswith("sound: it can be trained\n")
+    assert (
+        "train: 90 images of 15 identities" in printed and "one batch of the evaluation: features (32, 16)" in printed
+    )
+    code, printed = called("check", config, "-o", "Global.epohcs=2")
+    assert (code, printed) == (2, "error: Global.epohcs: there is no such key; did you mean 'epochs'?\n")
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_the_help_loads_nothing_heavy():
+    heavy = "{'torch', 'numpy', 'pandas', 'papermill', 'PIL', 'matplotlib'}"
+    code = (
+        "import sys\nfrom recnb.cli.main import main\nassert main(['--help']) == 0\n"
+        f"assert not {heavy} & set(sys.modules), {heavy} & set(sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    for command in ("start", "identify", "report", "run", "train", "sweep", "check"):
+        assert f"\n  {command} " in result.stdout
+
+
+def test_a_traceback_is_shown_where_it_is_asked_for(called):
+    with pytest.raises(ConfigError):
+        main(["run", "02_train", "-p", "overide", "{}", "--traceback"])
+    code, printed = called("run", "02_train", "-p", "overide", "{}")
+    assert code == 2 and "Traceback" not in printed
+
+
+def test_what_a_shell_completes():
+    result = subprocess.run(
+        [sys.executable, "-m", "recnb", "--show-completion", "bash"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.returncode == 0 and "complete" in result.stdout
+
+
+@pytest.mark.slow
+def test_from_a_messy_folder_to_names(called, photos, tmp_path):
+    run = tmp_path / "mine"
+    words = ("start", photos, "--to", run, "--epochs", 1, "--weights", False)
+    code, printed = called(*words)
+    assert code == 0, printed
+    assert all(f"[{number}/5]" in printed for number in range(1, 6)) and "epoch 1 of 1: " in printed
+    assert "60 of 11 identities" in printed and "recnb identify" in printed.splitlines()[-1]
+    left = pd.read_csv(run / "data" / "left_out.csv").set_index("path").reason
+    assert {"loose.jpg", "Kiwi/broken.jpg", "Kiwi/._IMG_0.jpg", "Kiwi/notes.txt", "Nothing yet"} <= set(left.index)
+    assert len({"Lime/copy.jpg", "Lime/IMG_0.jpg"} & set(left.index)) == 1
+    names = set(pd.read_csv(run / "labels.csv").name)
+    tested = {line.split("\t")[1] for line in (run / "data" / "query.txt").read_text(encoding="utf-8").splitlines()}
+    assert names | tested <= {*NAMES, "Only one"} and not names & tested
+    assert all(name in (run / "gallery.html").read_text(encoding="utf-8") for name in tested)
+    assert set(pd.read_csv(run / "evaluation" / "ap_per_identity.csv").label) == tested
+    assert {path.name for path in run.glob("*.ipynb")} == {
+        f"{step.notebook}.ipynb" for step in journey.steps(run, run, {})
+    }
+    code, printed = called("identify", run / "export", photos / "檸檬", photos / "Leek", "--csv", run / "named.csv")
+    table = pd.read_csv(run / "named.csv")
+    assert code == 0 and len(table) == 12
+    assert (table["nearest 1"] == [Path(path).relative_to(photos).parts[0] for path in table.path]).all()
+    assert set(table.name) <= {"檸檬", "Leek", "unknown"}
+    again = called(*words)[1].splitlines()[:5]
+    assert {line.rpartition(": ")[2] for line in again} == {"done before"}
