@@ -14,7 +14,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -69,6 +69,34 @@ def sha256(path: str | Path) -> str:
         while part := file.read(1 << 20):
             digest.update(part)
     return digest.hexdigest()
+
+
+SUMS = "SHA256SUMS"
+
+
+def write_sums(folder: Path, names: Iterable[str]) -> None:
+    """Write the checksums of some of a folder's files, as `sha256sum -c` reads them, with one of their own below."""
+    lines = "".join(f"{sha256(folder / name)}  {name}\n" for name in names)
+    write_text(folder / SUMS, f"{lines}# {hashlib.sha256(lines.encode()).hexdigest()} are the lines above\n")
+
+
+def check_sums(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of each file that a folder's checksums name.
+
+    Raises:
+        ConfigError: The checksums or one of the files are missing or have changed; the message names which.
+    """
+    text = (folder / SUMS).read_bytes() if (folder / SUMS).is_file() else b""
+    lines, _, own = text.rpartition(b"# ")
+    if own != f"{hashlib.sha256(lines).hexdigest()} are the lines above\n".encode():
+        raise ConfigError(f"{folder / SUMS}: is missing or damaged; make the folder again, or take a whole copy")
+    wanted = {name: digest for digest, _, name in (line.partition("  ") for line in lines.decode().splitlines())}
+    for name, digest in wanted.items():
+        if not (folder / name).is_file() or sha256(folder / name) != digest:
+            raise ConfigError(
+                f"{folder / name}: is missing or not as it was written; make the folder again, or take a whole copy"
+            )
+    return wanted
 
 
 class LockedError(RuntimeError):

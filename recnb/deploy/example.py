@@ -1,9 +1,14 @@
-"""Print an image's embedding with onnxruntime, numpy and pillow alone: python example.py IMAGE [MODEL.onnx]"""
+"""Print an image's embedding with onnxruntime, numpy and pillow alone.
+
+python example.py IMAGE [MODEL.onnx]
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import onnxruntime
@@ -38,6 +43,9 @@ class Model:
     """Model('model.onnx')(image) is the embedding (D,) of a Pillow image; `meta` is what inference.yml says."""
 
     def __init__(self, path):
+        sums = Path(path).with_name("SHA256SUMS")
+        if sums.is_file() and hashlib.sha256(Path(path).read_bytes()).hexdigest() not in sums.read_text():
+            raise ValueError(f"{path}: is damaged, SHA256SUMS beside it says so; take a whole copy")
         self.session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         self.meta = json.loads(self.session.get_modelmeta().custom_metadata_map["inference"])
 
@@ -46,5 +54,10 @@ class Model:
 
 
 if __name__ == "__main__":
-    model = Model(sys.argv[2] if len(sys.argv) > 2 else __file__.replace("example.py", "model.onnx"))
-    print(*model(Image.open(sys.argv[1])).tolist())
+    if len(sys.argv) not in (2, 3):
+        sys.exit(__doc__)
+    picture, path = (*sys.argv[1:], Path(__file__).with_name("model.onnx"))[:2]
+    try:
+        print(*Model(path)(Image.open(picture)).tolist())
+    except Exception as error:  # decoders and the runtime raise whatever a broken file leads them to
+        sys.exit(f"no embedding of {picture} by {path}: {str(error).splitlines()[0] if str(error) else type(error)}")

@@ -7,7 +7,11 @@ in batches, and example.py for the same images from their files on.
 from __future__ import annotations
 
 import contextlib
+import os
+import platform
+import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -30,7 +34,7 @@ from recnb.recipe.schema import GLOBAL
 from recnb.registry import ConfigError, suggest
 from recnb.retrieval.search import knn
 from recnb.runs.folder import Run
-from recnb.storage import resolve, write_json, write_text
+from recnb.storage import me, resolve, write_json, write_sums, write_text
 from recnb.training.evaluation import Judge
 
 if TYPE_CHECKING:
@@ -189,30 +193,89 @@ def export_folder(run: Run, folder: str | Path | None) -> Path:
     return target
 
 
+MADE = re.compile(
+    r"(model(_fp16|_int8)?\.(onnx|pt2)|inference\.yml|(parity|operating_point)\.json|example\.py|README\.md|SHA256SUMS"
+    r"|index/(index\.json|vectors-[0-9a-f]{16}\.faiss|embeddings\.npy|items\.csv)|\.recnb)"
+)
+MARK = ".recnb"  # says in a folder that stands beside an export that it was put there, and may go again
+
+
+def check_replaceable(folder: Path) -> None:
+    """Raise ConfigError where a folder beside an export is not one that an export has put there, and nothing else."""
+    if not folder.exists():
+        return
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()]
+    other = [name for name in names if not MADE.fullmatch(name)]
+    if other or MARK not in names:
+        raise ConfigError(
+            f"{folder}: is in the way of the export and "
+            + (f"holds {other[0]}, which no export has made" if other else "was not put there by one")
+            + "; rename it or move it away"
+        )
+
+
+def clear_drafts(target: Path) -> None:
+    """Remove what an export into `target` has left that was killed on this machine."""
+    for draft in target.parent.glob(f".{target.name}.*.draft"):
+        mark = (draft / MARK).read_text() if (draft / MARK).is_file() else ""
+        made = re.fullmatch(rf"process (\d+) on {re.escape(platform.node())}", mark)
+        if made and not alive(int(made[1])):
+            shutil.rmtree(draft)
+
+
+def alive(process: int) -> bool:
+    """Whether there is a process of this number."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
 @contextlib.contextmanager
 def published(target: Path) -> Iterator[Path]:
-    """A folder beside `target` that takes its place in the end, or becomes TARGET.failed where an ExportError comes.
+    """Give a hidden folder that takes the place of `target` in the end, or of TARGET.failed after an ExportError.
 
-    Notebooks in `target` stay there: the one that is being executed may be among them.
+    What `target` was becomes TARGET.previous, but for notebooks, which stay: the one that is being executed may be
+    among them. Both names beside it are only taken from an earlier export.
+
+    Raises:
+        ConfigError: One of these folders holds something else.
     """
-    part, failed, previous = (target.with_name(f"{target.name}.{end}") for end in ("part", "failed", "previous"))
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
+    failed, previous = (target.with_name(f"{target.name}.{end}") for end in ("failed", "previous"))
+    for folder in (failed, previous):
+        check_replaceable(folder)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    clear_drafts(target)
+    draft = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".draft", dir=target.parent))
     try:
-        yield part
-        shutil.rmtree(failed, ignore_errors=True)
+        write_text(draft / MARK, me())
+        (draft / target.name).mkdir()
+        yield draft / target.name
         for notebook in target.glob("*.ipynb"):
-            notebook.rename(part / notebook.name)
-        if target.exists():
-            shutil.rmtree(previous, ignore_errors=True)
-            target.rename(previous) if any(target.iterdir()) else target.rmdir()
-        part.rename(target)
-    except ExportError:
+            notebook.rename(draft / target.name / notebook.name)
+        put_aside(target, previous)
+        (draft / target.name).rename(target)
         shutil.rmtree(failed, ignore_errors=True)
-        part.rename(failed)
+    except ExportError:
+        put_aside(draft / target.name, failed)
         raise
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def put_aside(folder: Path, aside: Path) -> None:
+    """Give a folder the name `aside`, which an earlier export may have, and mark it."""
+    if not folder.exists():
+        return
+    shutil.rmtree(aside, ignore_errors=True)
+    if any(folder.iterdir()):
+        (folder / MARK).touch()
+        folder.rename(aside)
+    else:
+        folder.rmdir()
 
 
 def export_model(
@@ -262,12 +325,24 @@ def export_model(
             )
         info = None
         if plan.vector:
-            made, point = build_index(run, known, part / "model.onnx", part / "index", wanted)
+            made, point = build_index(run, known, part, target, wanted)
             info = made.info
             write_json(part / "operating_point.json", point)
         card = model_card(run, plan.meta, report, info, sorted(path.name for path in part.iterdir()))
         write_text(part / "README.md", card)
+        write_sums(part, sorted(summed(part)))
     return target
+
+
+def summed(folder: Path) -> Iterator[str]:
+    """The files whose checksums an export keeps.
+
+    Not README.md, which waits to be filled in, nor what the index checks by itself, since it changes with its items.
+    """
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and name not in ("README.md", "index/index.json") and path.suffix != ".faiss":
+            yield name
 
 
 def write_proved(run: Run, plan: Plan, formats: Sequence[str], folder: Path, most: int) -> dict:

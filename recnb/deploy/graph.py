@@ -36,6 +36,8 @@ from recnb.registry import ConfigError, suggest
 from recnb.runs.folder import Run
 
 if TYPE_CHECKING:
+    import onnx
+
     from recnb.deploy.example import Model
 
 FORMATS = {"onnx": "model.onnx", "torch": "model.pt2", "fp16": "model_fp16.onnx", "int8": "model_int8.onnx"}
@@ -288,7 +290,27 @@ def write_onnx(program: torch.export.ExportedProgram, path: Path, meta: dict) ->
             if dim.dim_param in names:
                 dim.dim_param = names[dim.dim_param]
     onnx.helper.set_model_props(proto, {"inference": json.dumps(meta)})
+    forget_makers(proto)
     onnx.save(proto, path)
+
+
+def forget_makers(proto: onnx.ModelProto) -> None:
+    """Take out of an ONNX model what tells of the machine and the source that it was made with."""
+    for graph in (proto.graph, *proto.functions):
+        graph.ClearField("metadata_props")
+        for part in (*graph.node, *graph.value_info, *getattr(graph, "input", ()), *getattr(graph, "output", ())):
+            if hasattr(part, "metadata_props"):
+                part.ClearField("metadata_props")
+            part.ClearField("doc_string")
+
+
+def without_sources(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """Return the program, its nodes without the lines of source that they come from."""
+    for module in program.graph_module.modules():
+        for node in module.graph.nodes if hasattr(module, "graph") else ():
+            for key in ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "from_node"):
+                node.meta.pop(key, None)
+    return program
 
 
 def write_int8(source: Path, path: Path, meta: dict) -> None:
@@ -310,7 +332,7 @@ def write_models(plan: Plan, formats: Sequence[str], folder: Path) -> dict[str, 
         path = folder / FORMATS[name]
         try:
             if name == "torch":
-                torch.export.save(program, path, extra_files={"inference.json": json.dumps(plan.meta)})
+                torch.export.save(without_sources(program), path, extra_files={"inference.json": json.dumps(plan.meta)})
             elif name == "int8":
                 write_int8(folder / FORMATS["onnx"], path, plan.meta)
             else:
@@ -343,11 +365,18 @@ def check_installed() -> None:
 
 
 def open_model(path: str | Path) -> Model:
-    """The exported ONNX model of a file, as its own example.py runs it."""
+    """Return the exported ONNX model of a file, as its own example.py runs it.
+
+    Raises:
+        ConfigError: onnxruntime is not installed, or cannot run the file.
+    """
     check_installed()
     from recnb.deploy.example import Model
 
-    return Model(path)
+    try:
+        return Model(path)
+    except Exception as error:  # onnxruntime raises whatever a broken file leads it to
+        raise ConfigError(f"{path}: is no model that can be run: {first_line(error)}; export it again") from error
 
 
 def embed_file(model: Model, path: str | Path, box: Sequence[int] | None = None) -> np.ndarray:

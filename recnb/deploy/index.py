@@ -209,9 +209,9 @@ def points_table(point: dict) -> pd.DataFrame:
 
 
 def build_index(
-    run: Run, known: Labelled, model_file: Path, folder: Path, wanted: Mapping[str, float]
+    run: Run, known: Labelled, folder: Path, final: Path, wanted: Mapping[str, float]
 ) -> tuple[Index, dict]:
-    """Return the index of a run's labelled images, saved in `folder`, and the content of operating_point.json.
+    """Return the index of a run's labelled images, saved in FOLDER/index, and the content of operating_point.json.
 
     The index has the columns path (below info["image_root"]) and label. Its info also says what it holds, how a search
     is decided, what becomes of searches so, and the metrics with their intervals. Beside it lie embeddings.npy and
@@ -220,12 +220,12 @@ def build_index(
     Args:
         run: the run that is exported.
         known: its labelled images, and which of them the index holds.
-        model_file: the exported ONNX model.
-        folder: where the index is written.
+        folder: the export folder, with model.onnx in it.
+        final: where that is going to be.
         wanted: as in `recnb.deploy.decision.choose`.
     """
     check_wanted(wanted, len(known.asked))
-    model = open_model(model_file)
+    model = open_model(folder / "model.onnx")
     distance = model.meta["compare"]
     vectors = np.stack([embed_file(model, *image) for image in zip(known.paths, known.boxes, strict=True)])
     asked, kept, items = known.asked, known.kept, known.items
@@ -233,19 +233,34 @@ def build_index(
     point = choose(found, items.identity[asked], wanted)
     point = {"holds": known.counts, "searches": searched(known, found[2]), **point}
     info = {
-        "image_root": str(known.root),
+        "image_root": from_here(known.root, final),
         **{key: value for key, value in point.items() if key not in ("curve", "rules")},
         "metrics": intervals(run, vectors[known.rows["query"]], vectors[known.rows["gallery"]], distance),
     }
     paths, labels = [known.path(row) for row in kept], known.names[kept].tolist()
-    index = Index(distance, model=sha256(model_file), info=info).add(vectors[kept], path=paths, label=labels)
-    index.save(folder)
-    np.save(folder / "embeddings.npy", vectors[kept])
-    with (folder / "items.csv").open("w", encoding="utf-8", newline="") as file:
+    index = Index(distance, model=sha256(folder / "model.onnx"), info=info).add(vectors[kept], path=paths, label=labels)
+    index.save(folder / "index")
+    np.save(folder / "index" / "embeddings.npy", vectors[kept])
+    with (folder / "index" / "items.csv").open("w", encoding="utf-8", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows(
-            [("id", "label", "path"), *zip(index.ids, labels, paths, strict=True)]
+            [("id", "label", "path"), *zip(index.ids, map(harmless, labels), map(harmless, paths), strict=True)]
         )
     return index, point
+
+
+def harmless(text: str) -> str:
+    """Return a text for a cell of a table that a spreadsheet does not run: with an apostrophe before a formula."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
+
+
+def from_here(root: Path, folder: Path) -> str:
+    """Return where a folder is as seen from another, empty where that would tell what is above the user's home."""
+    try:
+        shared = Path(os.path.commonpath([root.absolute(), folder.absolute()]))
+    except ValueError:  # another drive
+        return ""
+    home = Path.home()
+    return "" if home != shared and home.is_relative_to(shared) else Path(os.path.relpath(root, folder)).as_posix()
 
 
 def searched(known: Labelled, has: np.ndarray) -> dict:

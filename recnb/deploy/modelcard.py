@@ -7,6 +7,7 @@ is filled in; what only people can know, licences above all, is a field that say
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from jinja2 import Environment, FileSystemLoader
 
 from recnb.data.images import DataError
 from recnb.data.lists import ImageList
-from recnb.deploy.index import points_table, sentence
+from recnb.deploy.index import harmless, points_table, sentence
 from recnb.recipe.data import training_images
 from recnb.recipe.reading import as_yaml
 from recnb.recipe.schema import architectures, items, lookup
@@ -24,11 +25,15 @@ from recnb.runs.folder import Run
 from recnb.storage import ROOT
 
 FILL_IN = "**fill in**"
+ABSOLUTE = re.compile(r"(?<![\w.:/-])(/|[A-Za-z]:\\)([^/\\\s'\"]+[/\\])+")  # the folders of a path
 
 
 def cell(value) -> str:
-    """Return the text of a cell of a Markdown table: floats with three decimals, no sign that would end the cell."""
-    return f"{value:.3f}" if isinstance(value, float) else str(value).replace("|", r"\|")
+    """Return the text of a cell of a Markdown table: floats with three decimals, no sign that would end the cell.
+
+    What a spreadsheet would take for a formula begins with an apostrophe.
+    """
+    return f"{value:.3f}" if isinstance(value, float) else harmless(str(value)).replace("|", r"\|")
 
 
 TEMPLATES = Environment(  # Markdown, not HTML: no autoescape
@@ -153,11 +158,11 @@ def proof_section(report: dict) -> str:
 
 
 def config(run: Run) -> str:
-    """Return the parts of the configuration that make the model, as YAML."""
+    """Return the parts of the configuration that make the model, as YAML, and of absolute paths the last part alone."""
     kept = {
         "Global": {key: run.cfg["Global"][key] for key in ("epochs", "seed", "image_shape")},
         "transform_ops": lookup(run.cfg, "DataLoader.Train.dataset.transform_ops"),
         "sampler": lookup(run.cfg, "DataLoader.Train.sampler"),
         **{key: run.cfg[key] for key in ("Arch", "Loss", "Optimizer")},
     }
-    return as_yaml(kept).replace(f"{ROOT}/", "").rstrip()
+    return ABSOLUTE.sub("", as_yaml(kept).replace(f"{ROOT}/", "")).rstrip()

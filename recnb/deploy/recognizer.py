@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.ticker import PercentFormatter
 
+from recnb.data.images import DataError, printable, reason
 from recnb.deploy.decision import HITS, Rule, Searches, evidence, probability
 from recnb.deploy.graph import embed_file, open_model
 from recnb.gallery.figure import COLOURS, INK, SOFT
@@ -20,7 +21,7 @@ from recnb.gallery.pictures import Picture, read_picture, shorten
 from recnb.registry import ConfigError
 from recnb.retrieval.lists import EXCLUDED, RIGHT, WRONG
 from recnb.retrieval.search import Index
-from recnb.storage import resolve, sha256
+from recnb.storage import check_sums, resolve
 
 UNKNOWN = "unknown"
 
@@ -49,6 +50,33 @@ class Answer:
         return f"{self.name} ({self.probability:.0%})"
 
 
+def check_threshold(threshold: float, where: str) -> None:
+    """Raise ConfigError unless a probability to accept from can be one."""
+    number = isinstance(threshold, int | float | np.floating) and not isinstance(threshold, bool)
+    if not number or not -1 <= threshold <= 1:
+        raise ConfigError(f"{where}: {threshold!r} is not between -1 and 1; it is the probability that names a picture")
+
+
+def check_index(index: Index, file: Path) -> None:
+    """Raise ConfigError where an index does not say, in `file`, all that an answer takes."""
+    info, again = index.info, "export the run again"
+    for name in ("label", "path"):
+        if not all(isinstance(text, str) for text in index.columns.get(name, [None])):
+            raise ConfigError(f"{file}: the column {name} is not a text for each item; {again}")
+    rule, curve = info.get("rule"), info.get("probability")
+    if not isinstance(rule, dict) or set(rule) != {"images", "margin"} or rule["images"] not in range(1, HITS):
+        raise ConfigError(f"{file}: rule is {rule!r} and says not how many images decide; {again}")
+    if (
+        not isinstance(curve, dict)
+        or set(curve) != {"score", "margin", "bias"}
+        or not np.isfinite([*curve.values()]).all()
+    ):
+        raise ConfigError(f"{file}: probability is {curve!r} and not the three numbers of a curve; {again}")
+    if not isinstance(info.get("image_root"), str):
+        raise ConfigError(f"{file}: image_root is {info.get('image_root')!r} and not a folder; {again}")
+    check_threshold(info.get("threshold"), f"{file}: threshold")
+
+
 class Recognizer:
     """An export folder in use: `search` and `identify` one image, `add` and `remove` items, `save` them.
 
@@ -66,19 +94,27 @@ class Recognizer:
         self.folder = resolve(folder)
         if not (self.folder / "index" / "index.json").is_file():
             raise ConfigError(f"{folder}: holds no index of an exported model; 05_export makes one")
+        self.fingerprint = check_sums(self.folder)["model.onnx"]
         self.model = open_model(self.folder / "model.onnx")
-        self.fingerprint = sha256(self.folder / "model.onnx")
-        self.index = Index.load(self.folder / "index", model=self.fingerprint)
+        self.index = Index.load(self.folder / "index", self.model.meta["output"]["embedding_size"], self.fingerprint)
+        check_index(self.index, self.folder / "index" / "index.json")
         info = self.index.info
         self.rule, self.curve = Rule(**info["rule"]), info["probability"]
         self.threshold = info["threshold"] if threshold is None else threshold
-        self.root = Path(info["image_root"] if image_root is None else image_root)
+        check_threshold(self.threshold, "threshold")
+        root = self.folder / info["image_root"] if image_root is None else Path(image_root)
+        self.root = Path(os.path.normpath(root)) if image_root or info["image_root"] else Path()
 
     def embed(self, picture: Picture) -> np.ndarray:
-        """Return (D,) float32 of a picture: a path, a Pillow image or a uint8 array."""
-        if isinstance(picture, np.ndarray):
-            picture = read_picture(picture, max(picture.shape))
-        return embed_file(self.model, picture) if isinstance(picture, str | Path) else self.model(picture)
+        """Return (D,) float32 of a picture: a path, a Pillow image or a uint8 array; DataError where it is none."""
+        if isinstance(picture, str | Path):
+            return embed_file(self.model, picture)
+        try:
+            if isinstance(picture, np.ndarray):
+                picture = read_picture(picture, max(picture.shape))
+            return self.model(picture)
+        except Exception as error:  # decoders and the runtime raise whatever a broken picture leads them to
+            raise DataError(f"the picture {reason(error)}") from error
 
     def search(self, picture: Picture, k: int = 5, itself: bool = True) -> pd.DataFrame:
         """Return the k most similar items, best first.
@@ -130,7 +166,7 @@ class Recognizer:
             vectors,
             model=self.fingerprint,
             path=[str(Path(path).absolute()) for path in paths],
-            label=[str(label) for label in labels],
+            label=[printable(str(label)) for label in labels],
         )
         return self.index.ids[-len(paths) :].tolist()
 
@@ -216,7 +252,10 @@ def answers_figure(
         for ax in row[len(shown) :]:
             ax.set_axis_off()
         for ax, (image, text, colour, width) in zip(row, shown, strict=False):
-            ax.imshow(read_picture(image, 160))
+            try:
+                ax.imshow(read_picture(image, 160))
+            except FileNotFoundError:  # the index was moved without its images
+                ax.text(0.5, 0.5, "not here", ha="center", va="center", fontsize=8, color=SOFT)
             ax.set_title(text, fontsize=8, color=INK, parse_math=False)
             ax.set(xticks=[], yticks=[])
             for spine in ax.spines.values():

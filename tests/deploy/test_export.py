@@ -1,10 +1,13 @@
 """Exports against the trained model: the folder that 05_export leaves, its example run alone, its index, refusals."""
 
 import json
+import os
+import platform
 import shutil
 import subprocess
 import sys
 import venv
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,7 +38,9 @@ from recnb.models.necks import FC
 from recnb.models.recmodel import DistillationModel, RecModel
 from recnb.recipe.model import build_model
 from recnb.registry import ConfigError
+from recnb.retrieval.search import Index
 from recnb.runs.folder import embed_picture, load_run
+from recnb.storage import write_sums
 
 # One small member of each family of backbones; sizes are the least that its strides and windows allow.
 FAMILIES = {
@@ -118,6 +123,7 @@ def alone(folder: Path, picture, *command) -> np.ndarray:
 def test_the_folder_is_whole(folder, run):
     assert sorted(path.name for path in folder.iterdir()) == [
         "README.md",
+        "SHA256SUMS",
         "example.py",
         "index",
         "inference.yml",
@@ -206,6 +212,7 @@ def test_the_model_card_says_what_the_run_knows(folder, run, report):
 
 def test_no_text_ends_a_cell_of_the_model_card():
     assert [modelcard.cell(value) for value in ("a|b", 0.5, 3)] == [r"a\|b", "0.500", "3"]
+    assert [modelcard.cell(text) for text in ("=1+1", "@x", "-a", "a-b")] == ["'=1+1", "'@x", "'-a", "a-b"]
 
 
 def test_the_model_card_names_what_the_export_leaves_out(run):
@@ -232,7 +239,7 @@ def test_the_notebook_shows_figures_and_no_warnings(folder):
 
 
 def test_the_example_needs_neither_torch_nor_recnb(folder, run):
-    assert sum(map(bool, (folder / "example.py").read_text().splitlines())) <= 40
+    assert sum(map(bool, (folder / "example.py").read_text().splitlines())) <= 60
     vector = alone(folder, run.query.paths[0])
     assert np.linalg.norm(vector) == pytest.approx(1, abs=1e-5)
     assert cosine(vector, embed_picture(run, run.model(), run.query.paths[0])) > 0.9999
@@ -563,12 +570,185 @@ def test_items_come_and_go_and_are_kept(run, folder, tmp_path):
 def test_an_index_belongs_to_its_model(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "export")
     shutil.copy(folder / "model_int8.onnx", tmp_path / "export" / "model.onnx")
+    with pytest.raises(ConfigError, match=r"model\.onnx: is missing or not as it was written"):
+        deploy.Recognizer(tmp_path / "export")
+    write_sums(tmp_path / "export", ["model.onnx"])
     with pytest.raises(ValueError, match="embed the gallery again"):
         deploy.Recognizer(tmp_path / "export")
     with pytest.raises(ConfigError, match="holds no index of an exported model"):
         deploy.Recognizer(tmp_path)
-    with pytest.raises(DataError, match=r"missing\.png cannot be read"):
+    with pytest.raises(DataError, match=r"the image .*missing\.png is not there"):
         deploy.Recognizer(folder).identify(tmp_path / "missing.png")
+
+
+# ---- damage, and what is passed on -----------------------------------------------------------------------------------
+
+
+def test_a_bit_that_turns_over_in_any_file_is_a_sentence_with_its_name(folder, tmp_path):
+    target, rng = tmp_path / "export", np.random.default_rng(0)
+    shutil.copytree(folder, target)
+    files = [file for file in target.rglob("*") if file.is_file() and file.name != "README.md"]
+    assert len(files) == 12
+    for file in files:
+        whole = file.read_bytes()
+        for place in rng.integers(0, 8 * len(whole), 6).tolist():
+            damaged = bytearray(whole)
+            damaged[place // 8] ^= 1 << place % 8
+            file.write_bytes(damaged)
+            with pytest.raises(ValueError, match=file.name) as error:
+                deploy.Recognizer(target)
+            assert "\n" not in str(error.value)
+        file.unlink()
+        with pytest.raises(ValueError, match=file.parent.name if file.parent != target else file.name):
+            deploy.Recognizer(target)
+        file.write_bytes(whole)
+    (target / "README.md").write_text("filled in")
+    assert deploy.Recognizer(target).rule
+
+
+def test_the_checksums_are_those_of_sha256sum(folder):
+    done = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0 and "model.onnx: OK" in done.stdout and "index/items.csv: OK" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"threshold": None}, "threshold: None is not between -1 and 1"),
+        ({"threshold": "0.5"}, "threshold: '0.5' is not between"),
+        ({"threshold": 2}, "threshold: 2 is not between"),
+        ({"threshold": float("nan")}, "threshold: nan is not between"),
+        ({"rule": {"images": 0, "margin": False}}, "says not how many images decide"),
+        ({"probability": {"score": 1.0, "margin": 0.0, "bias": float("inf")}}, "not the three numbers"),
+        ({"image_root": None}, "image_root is None and not a folder"),
+    ],
+)
+def test_an_index_that_cannot_be_true_is_refused(change, message, folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "export")
+    index = Index.load(tmp_path / "export" / "index")
+    index.info |= change
+    index.save(tmp_path / "export" / "index")
+    with pytest.raises(ConfigError, match=rf"index\.json: .*{message}"):
+        deploy.Recognizer(tmp_path / "export")
+
+
+def test_an_index_of_other_vectors_or_without_names_is_refused(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "export")
+    whole = Index.load(folder / "index")
+    narrow = Index(model=whole.model, info=whole.info).add(np.eye(8, dtype=np.float32), label=["a"] * 8, path=["b"] * 8)
+    narrow.save(tmp_path / "export" / "index")
+    with pytest.raises(ValueError, match="holds vectors of 8 dimensions, not 16"):
+        deploy.Recognizer(tmp_path / "export")
+    Index(model=whole.model, info=whole.info).add(np.eye(16, dtype=np.float32), path=["b"] * 16).save(
+        tmp_path / "export" / "index"
+    )
+    with pytest.raises(ConfigError, match="the column label is not a text for each item"):
+        deploy.Recognizer(tmp_path / "export")
+
+
+def test_pictures_and_models_that_break_are_one_sentence(folder, tmp_path):
+    recognizer = deploy.Recognizer(folder)
+    (tmp_path / "text.jpg").write_text("no picture")
+    Image.new("RGB", (64, 64)).save(tmp_path / "cut.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:60])
+    for name, message in (("text.jpg", "no known image format"), ("cut.png", "cannot be decoded"), ("", "is a folder")):
+        with pytest.raises(DataError, match=message) as error:
+            recognizer.identify(tmp_path / name)
+        assert "\n" not in str(error.value)
+    for picture in (Image.new("F", (4, 4)), np.zeros((4, 4), np.float32)):
+        with pytest.raises(DataError, match="the picture cannot be decoded"):
+            recognizer.identify(picture)
+    (tmp_path / "model.onnx").write_bytes(b"no model")
+    with pytest.raises(ConfigError, match=r"model\.onnx: is no model that can be run: .*; export it again"):
+        graph.open_model(tmp_path / "model.onnx")
+
+
+def test_the_example_ends_in_one_sentence(folder, tmp_path):
+    (tmp_path / "text.jpg").write_text("no picture")
+    (tmp_path / "model.onnx").write_bytes(b"no model")
+    for words in (
+        [],
+        [tmp_path / "text.jpg"],
+        [tmp_path / "absent.jpg"],
+        [tmp_path / "text.jpg", tmp_path / "model.onnx"],
+    ):
+        done = subprocess.run(
+            [sys.executable, folder / "example.py", *words], capture_output=True, text=True, cwd=tmp_path
+        )
+        assert done.returncode == 1 and "Traceback" not in done.stderr and done.stdout == ""
+        assert all(str(word) in done.stderr for word in words[-1:])
+        assert not words or len(done.stderr.splitlines()) == 1
+
+
+def parts_of(file: Path) -> dict[str, bytes]:
+    """What a file holds, unpacked where it is an archive."""
+    if file.suffix != ".pt2":
+        return {file.name: file.read_bytes()}
+    with zipfile.ZipFile(file) as archive:
+        return {f"{file.name}/{name}": archive.read(name) for name in archive.namelist()}
+
+
+def test_no_file_tells_of_the_machine_that_made_it(folder, drawn):
+    places = [str(place).encode() for place in (ROOT, drawn, folder.parent.parent, sys.prefix, Path.home())]
+    told = [
+        f"{name}: {place.decode()}"
+        for file in folder.rglob("*")
+        if file.is_file()
+        for name, content in parts_of(file).items()
+        for place in [*places, b"site-packages", b"stack_trace", b"Traceback", b"def forward", b"torchvision/"]
+        if place in content and not (name == "example.py" and place == b"Traceback")
+    ]
+    assert told == []
+
+
+def test_cells_that_a_spreadsheet_would_run_are_harmless():
+    texts = ["=cmd()", "+1", "-1", "@a", "\ta", "a=b", "plain"]
+    assert [indexing.harmless(text) for text in texts] == ["'=cmd()", "'+1", "'-1", "'@a", "'\ta", "a=b", "plain"]
+
+
+def test_the_root_of_the_images_is_told_as_little_as_can_be(tmp_path):
+    home = Path.home()
+    assert (
+        indexing.from_here(tmp_path / "data" / "images", tmp_path / "runs" / "x" / "export") == "../../../data/images"
+    )
+    assert indexing.from_here(home / "photos", Path("/") / "elsewhere" / "export") == ""
+    assert indexing.from_here(home / "a" / "photos", home / "b" / "export") == "../../a/photos"
+
+
+def test_publishing_takes_nothing_that_it_did_not_make(tmp_path, monkeypatch):
+    target = tmp_path / "photos"
+    for name in ("photos.part", "photos.draft", ".photos.1.draft"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine.txt").write_text("mine")
+    for end in ("failed", "previous"):
+        (tmp_path / f"photos.{end}").mkdir()
+        (tmp_path / f"photos.{end}" / "parity.json").write_text("mine")
+        with pytest.raises(ConfigError, match=rf"photos\.{end}: is in the way .* not put there by one; rename it"):
+            with export.published(target):
+                pass
+        shutil.rmtree(tmp_path / f"photos.{end}")
+    for turn in range(3):
+        with export.published(target) as part:
+            (part / "parity.json").write_text(str(turn))
+    assert (target / "parity.json").read_text() == "2"
+    assert (tmp_path / "photos.previous" / "parity.json").read_text() == "1"
+    (tmp_path / "photos.previous" / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match=r"holds notes\.txt, which no export has made"):
+        with export.published(target):
+            pass
+    assert sorted(path.name for path in tmp_path.rglob("*.txt")) == ["mine.txt"] * 3 + ["notes.txt"]
+
+
+def test_what_a_killed_export_left_goes_with_the_next(tmp_path, monkeypatch):
+    target = tmp_path / "photos"
+    for process, name in ((2**22 + 1, "dead"), (os.getpid(), "alive")):
+        draft = tmp_path / f".photos.{name}.draft"
+        (draft / "photos").mkdir(parents=True)
+        (draft / export.MARK).write_text(f"process {process} on {platform.node()}")
+    with export.published(target) as part:
+        (part / "parity.json").write_text("{}")
+        assert len(list(tmp_path.glob(".photos.*.draft"))) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".photos.alive.draft", "photos"]
 
 
 # ---- slower ----------------------------------------------------------------------------------------------------------
