@@ -20,7 +20,7 @@ from recnb.data.images import DataError, printable, reason
 from recnb.data.lists import ImageList, drop_faults, own_index
 from recnb.deploy.decision import Items, check_wanted, choose, searches
 from recnb.deploy.graph import embed_file, open_model
-from recnb.recipe.data import training_images
+from recnb.recipe.data import evaluation_images, training_split
 from recnb.recipe.schema import lookup
 from recnb.registry import ConfigError, suggest
 from recnb.retrieval.metrics import retrieval_metrics
@@ -80,11 +80,11 @@ class Labelled:
 
 
 def lists_of(run: Run, index: str) -> dict[str, ImageList]:
-    """Return a run's labelled lists by what they are for; `index: test` does without the training images.
+    """Return a run's labelled lists by what they are for; `index: test` does without those of training and validation.
 
     Raises:
         ConfigError: `index` is neither all nor test.
-        DataError: The training list is not on this machine.
+        DataError: A list of training or validation is not on this machine.
     """
     if index not in INDEXES:
         raise ConfigError(f"index: there is no index '{index}'; {suggest(index, INDEXES)}")
@@ -92,12 +92,16 @@ def lists_of(run: Run, index: str) -> dict[str, ImageList]:
     if index == "test":
         return lists
     try:
-        training = training_images(run.cfg)
+        training, held_out = training_split(run.cfg)
+        if run.cfg["Global"]["on_bad_image"] == "drop":
+            for images in filter(None, (training, held_out)):
+                drop_faults(images)
+        if held_out is None and lookup(run.cfg, "DataLoader.Validation"):
+            query, gallery = evaluation_images(run.cfg, part="Validation")
+            return {"training": training, "validation": query, "validation gallery": gallery, **lists}
     except DataError as error:
         raise DataError(f"{error}; index: test leaves the training images out of the index") from None
-    if run.cfg["Global"]["on_bad_image"] == "drop":
-        drop_faults(training)
-    return {"training": training, **lists}
+    return {"training": training, **({"validation": held_out} if held_out else {}), **lists}
 
 
 def labelled_images(run: Run, index: str = "all") -> Labelled:

@@ -65,6 +65,31 @@ def test_an_image_of_several_lists_or_spellings_counts_once(run, drawn, tmp_path
     assert "query (6) and gallery (6) lists; 4 of them stand in several lists and count once" in sentence(known.counts)
 
 
+def test_identities_held_out_for_validation_calibrate_too(run):
+    made = run({"DataLoader.Validation": {"share": 0.2}})
+    known, plain = labelled_images(made), labelled_images(run())
+    held_out = set(known.names[known.rows["validation"]])
+    assert len(held_out) == 3 and not held_out & set(known.names[known.rows["training"]])
+    assert known.counts["images"] == plain.counts["images"] and not known.trained_on
+    assert set(known.asked) == {*known.rows["validation"], *known.rows["query"]}
+
+
+def test_images_that_training_has_seen_do_not_calibrate(run, drawn, tmp_path):
+    """Test identities that were trained on are taken only where there are no others, and their images never."""
+    lines = [line.split()[:2] for line in (drawn / "train.txt").read_text().splitlines()]
+    seen, fresh = lines[:6], [line.split()[:2] for line in (drawn / "query.txt").read_text().splitlines()]
+    cut = [line for line in lines if line not in seen[:3]]
+    for name, rows in (("train", cut), ("both", seen + fresh), ("seen", seen)):
+        (tmp_path / f"{name}.txt").write_text("".join(f"{path} {label}\n" for path, label in rows))
+    changes = {"DataLoader.Train.dataset.cls_label_path": str(tmp_path / "train.txt")}
+    places = ("Eval.Query", "Eval.Gallery")
+    for name, images, trained_on in (("both", fresh, False), ("seen", seen[:3], True)):
+        lists = {f"DataLoader.{place}.dataset.cls_label_path": str(tmp_path / f"{name}.txt") for place in places}
+        known = labelled_images(run(changes | lists))
+        assert {known.path(row) for row in known.asked} == {path for path, _ in images}
+        assert known.trained_on == trained_on
+
+
 def test_a_missing_training_list_says_what_does_without(run, tmp_path):
     made = run()
     made.cfg["DataLoader"]["Train"]["dataset"]["cls_label_path"] = str(tmp_path / "elsewhere.txt")
