@@ -11,6 +11,7 @@ __getattr__, __dir__, __all__ = lazily(
         "figure": "gallery_figure",
         "page": "gallery_html gallery_static",
         "widget": "gallery_widget GalleryWidget",
+        "grid": "gallery_grid GalleryGrid",
         "curves": (
             "history_figure before_after_figure confusion_figure curves_figure histogram_figure map_figure "
             "samples_figure"

@@ -25,7 +25,7 @@ from recnb.retrieval.lists import EXCLUDED, RIGHT, WRONG, Ranking, choose_rows
 COLOURS = {RIGHT: "#0072B2", WRONG: "#D55E00", EXCLUDED: "#7F7F7F"}
 
 
-TILE, GAP, NOTES, CAPTION, HEAD = 0.9, 0.08, 1.5, 0.42, 0.48  # inches
+TILE, GAP, NOTES, CAPTION, HEAD = 0.9, 0.08, 1.75, 0.42, 0.48  # inches
 INK, SOFT, PAPER, MAT = "#1A1A1A", "#5C5C5C", "#FFFFFF", "#F1F1EF"
 SIGNS = {RIGHT: MarkerPath([(-0.9, 0.0), (-0.25, -0.65), (0.95, 0.75)]), WRONG: "x", EXCLUDED: "_"}
 
@@ -99,17 +99,17 @@ def _draw_query(ax: Axes, ranking: Ranking, q: int, k: int, images: Sequence[Pic
         notes = [f"AP {ranking.AP[q]:.3f}", f"first hit: rank {ranking.first_hit[q]}"]
         missed = ", ".join(str(rank) for _, rank, _ in ranking.missed(q, k))
         notes += [f"next right: {missed}"] if missed else []
-    lines = _wrap(shorten(drawn_label(ranking.query_labels[q], names), 34), 18)
+    lines = _wrap(drawn_label(ranking.query_labels[q], names), 20)
     for i, line in enumerate(lines + notes):
         _note(ax, line, 0.99 - 0.165 * i, "bold" if i < len(lines) else "normal", SOFT if "next right" in line else INK)
 
 
 def _wrap(text: str, n: int) -> list[str]:
-    """The text in one line, or in two, split behind the last sign or space that fits."""
+    """Return the text in one line, or in two, split behind the last sign or space that fits, of n characters each."""
     if len(text) <= n:
         return [text]
     cut = max((text.rfind(sign, 0, n) + 1 for sign in " /_-"), default=0)
-    return [text[: cut or n].strip(), text[cut or n :]]
+    return [text[:cut].strip(), shorten(text[cut:], n)] if cut else [shorten(text, n)]
 
 
 def _note(ax: Axes, text: str, y: float, weight: str, colour: str) -> None:

@@ -158,7 +158,7 @@ class GalleryWidget(widgets.VBox):
         self.tabs = [widgets.ToggleButton(description=title) for title in panels]
         for i, tab in enumerate(self.tabs):
             tab.observe(partial(self._open, i), "value")
-        return line(*self.tabs).add_class("recnb-tabs"), self.panels
+        return line(*self.tabs), self.panels
 
     def _open(self, i: int, change: dict) -> None:
         if change["new"]:
