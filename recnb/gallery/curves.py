@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -22,7 +23,10 @@ from recnb.gallery.pictures import read_picture, shorten
 from recnb.retrieval.lists import RIGHT, WRONG
 from recnb.retrieval.metrics import cmc
 
-GROUPS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito's
+# Okabe and Ito's colours but yellow, which is too pale on white.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+GROUPS = PALETTE[:6]  # black would pass for a picture's frame
+STYLES = [(colour, line) for line in ("-", "--", ":") for colour in PALETTE]  # further lines: dashed, then dotted
 
 
 def curves_figure(arrays: dict, recall: np.ndarray, precision: np.ndarray) -> Figure:
@@ -248,26 +252,45 @@ def samples_figure(table: pd.DataFrame, rows: int = 6, columns: int = 8) -> Figu
     return legible(figure)
 
 
-def history_figure(run: Path) -> plt.Figure:
+def history_figure(run: Path) -> Figure:
     """Two panels over the epochs of history.csv: the losses, and the retrieval metrics."""
-    history = pd.read_csv(run / "history.csv").set_index("epoch").drop(columns="lr")
+    history = pd.read_csv(run / "history.csv").drop(columns="lr")
     losses = [c for c in history if "loss" in c.lower()]
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.2), facecolor="white", dpi=90, layout="constrained")
-    for ax, columns, title in zip(
-        axes, (losses, [c for c in history if c not in losses]), ("loss", "retrieval"), strict=True
-    ):
-        for column in columns:
-            values = history[column].dropna()
-            ax.plot(values.index, values, marker=".", label=column)
-        ax.set(title=title, xlabel="epoch")
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-        ax.grid(alpha=0.3)
-        ax.spines[["top", "right"]].set_visible(False)
+    figure, axes = _panels(2)
+    metrics = [c for c in history if c not in (*losses, "epoch")]
+    for ax, columns, title in zip(axes, (losses, metrics), ("loss", "retrieval"), strict=True):
+        for column, style in zip(columns, cycle(STYLES)):
+            _draw_epochs(ax, history, column, column, style)
+        ax.set_title(title)
         if columns:
             ax.legend(frameon=False, fontsize=8)
-    axes[1].set_ylim(0, 1)
-    plt.close(figure)
+    axes[1].set_ylim(0, 1.02)
     return figure
+
+
+def histories_figure(histories: Mapping[str, pd.DataFrame], columns: Sequence[str]) -> Figure:
+    """Draw columns of several histories over the epochs, a panel per column and a line per history.
+
+    Args:
+        histories: name -> table with `epoch`; a history without a column has no line there.
+        columns: what is drawn.
+    """
+    figure, axes = _panels(len(columns), 10, 3.4 + 0.22 * -(-len(histories) // 3))  # lines of the legend
+    for ax, column in zip(axes, columns, strict=True):
+        for (name, history), style in zip(histories.items(), cycle(STYLES)):
+            _draw_epochs(ax, history, column, name, style)
+        ax.set_title(column)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    return figure
+
+
+def _draw_epochs(ax: Axes, history: pd.DataFrame, column: str, name: str, style: tuple[str, str]) -> None:
+    values = history.set_index("epoch")[column].dropna() if column in history else pd.Series(dtype=float)
+    colour, line = style
+    name = name.replace("$", r"\$")  # no formula
+    ax.plot(values.index, values, line, color=colour, linewidth=1.5, marker=".", markersize=5, label=name)
+    ax.set_xlabel("epoch")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))  # one epoch has one tick
 
 
 def before_after_figure(table: pd.DataFrame) -> Figure:

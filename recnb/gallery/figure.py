@@ -105,10 +105,10 @@ def _draw_query(ax: Axes, ranking: Ranking, q: int, k: int, images: Sequence[Pic
 
 
 def _wrap(text: str, n: int) -> list[str]:
-    """Return the text in one line, or in two, split behind the last sign or space that fits, of n characters each."""
+    """Return the text in one line, or in two of n characters, split at a space that fits, or else behind a sign."""
     if len(text) <= n:
         return [text]
-    cut = max((text.rfind(sign, 0, n) + 1 for sign in " /_-"), default=0)
+    cut = text.rfind(" ", 0, n + 1) + 1 or max(text.rfind(sign, 0, n) + 1 for sign in "/_-")
     return [text[:cut].strip(), shorten(text[cut:], n)] if cut else [shorten(text, n)]
 
 

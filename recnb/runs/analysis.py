@@ -7,7 +7,6 @@ made: ranks are counted and pairs put into bins block by block, and yet exactly,
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -31,7 +30,7 @@ from recnb.retrieval.ranking import TIE, embedding_ranks
 from recnb.retrieval.rerank import KReciprocal, alpha_query_expansion, database_augmentation
 from recnb.retrieval.scores import MEMORY, exact, pair
 from recnb.retrieval.stats import bootstrap_interval, paired_difference
-from recnb.runs.folder import Run, image_root
+from recnb.runs.folder import Run, below, image_root
 from recnb.storage import resolve
 from recnb.training.evaluation import embed
 
@@ -96,8 +95,7 @@ class Embeddings:
 
     def short(self, path) -> str:
         """Return a path as it stands below the root, or whole where it lies elsewhere."""
-        inside = os.path.relpath(path, self.root) if self.root else os.fspath(path)
-        return os.fspath(path) if inside.startswith("..") else Path(inside).as_posix()
+        return below(path, self.root)
 
     def text(self, labels) -> list[str]:
         """What the identities are called."""

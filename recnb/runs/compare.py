@@ -6,28 +6,26 @@ the steps of PostProcess, which the embeddings have not gone through, take no pa
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
-from itertools import cycle
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from matplotlib.ticker import MaxNLocator
+from matplotlib.figure import Figure
 
 from recnb.data.images import DataError
-from recnb.gallery.pictures import label_text
-from recnb.recipe.resolved import FREE
-from recnb.registry import ConfigError
+from recnb.gallery.curves import histories_figure
+from recnb.gallery.pictures import label_text, shorten
+from recnb.recipe.resolved import FREE, PATHS
+from recnb.registry import ConfigError, suggest
 from recnb.retrieval.lists import Ranking, changed
 from recnb.retrieval.stats import paired_difference
 from recnb.runs.folder import Run, load_run
 from recnb.storage import ROOT, resolve
 
-# Okabe and Ito's colours but yellow, which is too pale on white; further runs have them again, dashed and dotted.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-STYLES = [(colour, line) for line in ("-", "--", ":") for colour in COLOURS]
+PATH_KEYS = {*(key for keys in PATHS.values() for key in keys), "pretrained"}
 
 
 def find_runs(run_dirs: Sequence[str | Path] = (), pattern: str = "") -> list[Path]:
@@ -66,27 +64,58 @@ def load_runs(folders: Sequence[Path]) -> tuple[dict[str, Run], dict[str, str]]:
 
 
 def leaderboard(runs: dict[str, Run], unusable: dict[str, str] | None = None, by: str = "") -> pd.DataFrame:
-    """A row per run, the best first by the metric `by` or the first there is: state, epochs and metrics.
+    """Return a row per run: state, test set, epochs and metrics; the best of each test set first.
 
-    `best_epoch` is the epoch whose weights the run kept, and the metrics are theirs; `last ...` are the last epoch's.
+    `best_epoch` is the epoch whose weights the run kept, and the metrics are theirs; `last ...` are the last epoch's,
+    where the epochs were judged on the test lists too.
+
+    Args:
+        runs: the finished runs by name.
+        unusable: for each of the other runs, why it cannot be compared.
+        by: the metric that decides; empty: the first there is.
     """
-    rows = {}
-    for name, run in runs.items():
-        metrics = {key: value for key, value in run.metrics.items() if not isinstance(value, dict)}
-        first, last = next(iter(metrics)), run.history.iloc[-1]
-        scores = run.history[first].dropna() if first in run.history else pd.Series(dtype=float)
-        best = run.history.epoch[scores[scores == scores.max()].index[-1]] if len(scores) else None
-        rows[name] = {
-            "state": "finished",
-            "epochs": int(last.epoch),
-            "best_epoch": best,
-            **metrics,
-            **{f"last {key}": last[key] for key in metrics if key in last},
-        }
-    table = pd.DataFrame.from_dict(rows, orient="index")
+    sets = test_sets(runs).test_set if runs else {}
+    table = pd.DataFrame.from_dict({name: _board_row(run, sets[name]) for name, run in runs.items()}, orient="index")
     if len(table):
-        table = table.sort_values(by or table.columns[3], ascending=False, kind="stable")
+        table = table.sort_values(["test_set", by or table.columns[4]], ascending=[True, False], kind="stable")
+        whole = dict.fromkeys(("test_set", "epochs", "best_epoch"), "Int64")
+        table = table.astype(whole)
     return pd.concat([table, pd.DataFrame({"state": unusable or {}}, dtype=object)]).rename_axis("run")
+
+
+def _board_row(run: Run, test_set: int) -> dict:
+    metrics = {key: value for key, value in run.metrics.items() if isinstance(value, (int, float))}
+    first, last = next(iter(metrics)), run.history.iloc[-1]
+    scores = run.history[first].dropna() if first in run.history else pd.Series(dtype=float)
+    best = run.history.epoch[scores[scores == scores.max()].index[-1]] if len(scores) else None
+    on_test = not run.cfg.get("DataLoader", {}).get("Validation")
+    return {
+        "state": "finished",
+        "test_set": test_set,
+        "epochs": int(last.epoch),
+        "best_epoch": best,
+        **metrics,
+        **{f"last {key}": last[key] for key in metrics if key in last and on_test},
+    }
+
+
+def comparable(board: pd.DataFrame, runs: dict[str, Run], baseline: str = "") -> tuple[str, dict[str, Run]]:
+    """Return the baseline and, best first, the runs over its test set, itself included.
+
+    Args:
+        board: the leaderboard of the runs.
+        runs: the finished runs by name.
+        baseline: a run; empty: the last on the leaderboard of the test set that most runs share.
+
+    Raises:
+        ConfigError: There is no finished run of that name.
+    """
+    finished = board[board.state == "finished"]
+    if baseline and baseline not in runs:
+        raise ConfigError(f"baseline: there is no finished run '{baseline}'; {suggest(baseline, runs)}")
+    wanted = finished.test_set[baseline] if baseline else 1
+    names = finished.index[finished.test_set == wanted].tolist()
+    return baseline or names[-1], {name: runs[name] for name in names}
 
 
 def flat(node, place: str = "") -> dict:
@@ -101,9 +130,12 @@ def flat(node, place: str = "") -> dict:
     return {place: node}
 
 
-def differences(configs: dict[str, dict]) -> pd.DataFrame:
-    """A row per run and a column per dotted key in which the configurations differ; '-' where one does not have it."""
-    flats = {name: {key: str(value) for key, value in flat(cfg).items()} for name, cfg in configs.items()}
+def differences(runs: dict[str, Run]) -> pd.DataFrame:
+    """Return a row per run and a column per dotted key in which the configurations differ; '-' where one lacks it.
+
+    Paths count from the folder that a run shares with them, so that a project that was copied or moved does not differ.
+    """
+    flats = {name: {key: _told(run, key, value) for key, value in flat(run.cfg).items()} for name, run in runs.items()}
     keys = dict.fromkeys(key for cfg in flats.values() for key in cfg if key not in FREE)
     differing = [key for key in keys if len({cfg.get(key) for cfg in flats.values()}) > 1]
     return pd.DataFrame(
@@ -113,32 +145,18 @@ def differences(configs: dict[str, dict]) -> pd.DataFrame:
     )
 
 
-def curves(runs: dict[str, Run], metric: str = "") -> plt.Figure:
-    """The training loss and a metric (by default the first that the runs have) over the epochs, a line per run."""
+def _told(run: Run, key: str, value) -> str:
+    """Return a value of a configuration as text, a path from the folder on that it shares with the run's."""
+    if not (key.rsplit(".", 1)[-1] in PATH_KEYS and isinstance(value, str)):
+        return str(value)
+    path, folder = resolve(value).absolute(), run.folder.absolute()
+    return path.relative_to(os.path.commonpath([path, folder])).as_posix()
+
+
+def curves(runs: dict[str, Run], metric: str = "") -> Figure:
+    """Return the training loss and a metric (by default the first that the runs have) over the epochs."""
     metric = metric or next((key for run in runs.values() for key in run.metrics if key in run.history), "")
-    lines = -(-len(runs) // 3)  # of the legend
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.4 + 0.22 * lines), facecolor="white", dpi=90, layout="constrained")
-    for ax, column in zip(axes, ("train_loss", metric), strict=True):
-        for (name, run), (colour, line) in zip(runs.items(), cycle(STYLES)):
-            history = run.history.set_index("epoch")
-            values = history[column].dropna() if column in history else pd.Series(dtype=float)
-            ax.plot(
-                values.index,
-                values,
-                line,
-                color=colour,
-                linewidth=1.5,
-                marker=".",
-                markersize=5,
-                label=name.replace("$", r"\$"),
-            )  # no formula
-        ax.set(title=column, xlabel="epoch")
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-        ax.grid(alpha=0.3)
-        ax.spines[["top", "right"]].set_visible(False)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
-    plt.close(figure)
-    return figure
+    return histories_figure({name: run.history for name, run in runs.items()}, ("train_loss", metric))
 
 
 def judge(run: Run, k: int = 10) -> Ranking:
@@ -147,18 +165,40 @@ def judge(run: Run, k: int = 10) -> Ranking:
 
 
 def unpaired(first: Run, second: Run) -> str:
-    """Why two runs cannot be paired query by query, in a sentence, or nothing where they can."""
+    """Return why two runs cannot be paired query by query, in a sentence, or nothing where they can.
+
+    Lists are compared by what they say, wherever they lie: a copied or moved project still compares.
+    """
     for part in ("query", "gallery"):
-        ours, theirs = getattr(first, part), getattr(second, part)
-        if ours.paths != theirs.paths:
+        ours, theirs = first.content(part), second.content(part)
+        if ours[0] != theirs[0]:
             return (
-                f"the {part} lists of {first.name} ({len(ours)} images) and {second.name} ({len(theirs)} images) "
+                f"the {part} lists of {first.name} ({len(ours[0])} images) and {second.name} ({len(theirs[0])} images) "
                 "do not name the same files in the same order, so there are no pairs to compare"
             )
-        for kind in ("labels", "cameras"):
-            if not np.array_equal(getattr(ours, kind), getattr(theirs, kind)):
+        for kind, one, other in zip(("labels", "cameras"), ours[1:], theirs[1:], strict=True):
+            if one != other:
                 return f"the {part} lists of {first.name} and {second.name} give the same files other {kind}"
     return ""
+
+
+def test_sets(runs: dict[str, Run]) -> pd.DataFrame:
+    """Return a row per run: the number of its test set, 1 for the one with most runs, and what is in it.
+
+    Runs of one set are judged on the same lists, and only these can be compared.
+    """
+    contents = {name: repr([run.content(part) for part in ("query", "gallery")]) for name, run in runs.items()}
+    sets = list(dict.fromkeys(sorted(contents.values(), key=list(contents.values()).count, reverse=True)))
+    rows = {
+        name: {
+            "test_set": 1 + sets.index(content),
+            "queries": len(runs[name].query),
+            "gallery": len(runs[name].gallery),
+            "identities": len(np.unique(runs[name].query.labels)),
+        }
+        for name, content in contents.items()
+    }
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("run")
 
 
 def paired(rankings: dict[str, Ranking], baseline: str) -> pd.DataFrame:
@@ -179,14 +219,38 @@ def paired(rankings: dict[str, Ranking], baseline: str) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
+def versus(rankings: dict[str, Ranking], baseline: str, name: str, most: int) -> list[tuple[Ranking, int, str]]:
+    """Return up to `most` queries that a run finds and the baseline misses, then as many the other way round.
+
+    Each stands there twice, as the baseline answers it and as the run does: its ranking, its row, and who finds what.
+    """
+    first, second = rankings[baseline], rankings[name]
+    fixed, broken = changed(first, second)
+    both = ((first, shorten(baseline, 12)), (second, shorten(name, 12)))
+    return [
+        (ranking, q, f"{run} {'finds' if (ranking is second) == gained else 'misses'}")
+        for gained, queries in ((True, fixed), (False, broken))
+        for q in queries[:most]
+        for ranking, run in both
+    ]
+
+
 def stacked(entries: Sequence[tuple[Ranking, int, str]], label_names=None) -> Ranking:
-    """One ranking of chosen lists, (ranking, query, what to call it) each, over the same gallery: for the galleries."""
+    """Return one ranking of chosen lists over the same gallery, for the galleries.
+
+    Args:
+        entries: of each list its ranking, its query and what is said of it, which comes before the identity.
+        label_names: identity -> text.
+    """
     first = entries[0][0]
     shared = {
         "gallery_labels": np.array([label_text(x, label_names) for x in first.gallery_labels.tolist()]),
         "gallery_cameras": first.gallery_cameras,
         "query_labels": np.array(
-            [f"{title}: {label_text(part.query_labels[q].item(), label_names)}" for part, q, title in entries]
+            [
+                f"{title} {shorten(label_text(part.query_labels[q].item(), label_names), 19)}"
+                for part, q, title in entries
+            ]
         ),
     }
     if first.query_cameras is None:

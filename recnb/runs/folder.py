@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import os
 import platform
 import subprocess
 from collections.abc import Callable, Sequence
@@ -150,6 +151,17 @@ class Run:
     def gallery(self) -> ImageList:
         return self.lists()[1]
 
+    def content(self, part: str) -> tuple[list[str], list[str], list[int] | None]:
+        """What a list says wherever it lies: paths from the image root on, names of identities, cameras.
+
+        Args:
+            part: "query" or "gallery".
+        """
+        images, root = getattr(self, part), image_root(self.cfg, part.title())
+        cameras = None if images.cameras is None else images.cameras.tolist()
+        paths = [below(path, root) + str(getattr(path, "box", "")) for path in images.pictures]
+        return paths, [*map(images.name, images.labels.tolist())], cameras
+
     @property
     def class_names(self) -> list[str]:
         """What the training identities are called, in the order of their labels."""
@@ -187,9 +199,16 @@ class Run:
         return model.eval()
 
 
-def image_root(cfg: dict) -> str:
-    """Return the folder that the paths of the query list start from."""
-    return str(resolve(lookup(cfg, f"{evaluation_places(cfg)[0]}.dataset.image_root") or ""))
+def below(path: str, root: str) -> str:
+    """Return a path from a folder on, or whole where there is no folder or the path lies elsewhere."""
+    inside = os.path.relpath(path, root) if root else path
+    return str(path) if inside.startswith("..") else Path(inside).as_posix()
+
+
+def image_root(cfg: dict, part: str = "Query") -> str:
+    """Return the folder that the paths of the query list, or of the gallery list, start from."""
+    sections = (lookup(cfg, f"{place}.dataset") for place in (f"DataLoader.Eval.{part}", "DataLoader.Eval"))
+    return str(resolve(next(filter(None, sections), {}).get("image_root") or ""))
 
 
 def model_input(run: Run, picture) -> torch.Tensor:

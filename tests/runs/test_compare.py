@@ -1,10 +1,15 @@
 """Runs side by side, against plain loops; runs are made by hand, from drawn features, so that nothing is trained."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import pytest
 
 from recnb.data.lists import ImageList
+from recnb.gallery.curves import history_figure
+from recnb.gallery.figure import _wrap
 from recnb.registry import ConfigError
 from recnb.runs import compare
 from recnb.runs.folder import Run
@@ -88,6 +93,84 @@ def test_runs_over_other_lists_are_not_paired(tmp_path, pair):
     assert "the gallery lists of plain and other give the same files other labels" in compare.unpaired(plain, other)
 
 
+def moved(tmp_path, name, root, **changes):
+    """A run whose lists lie below `root` and say what those of the others say."""
+    lists = {part: images(part, 8, n) for part, n in (("query", 3), ("gallery", 4))}
+    for part in lists.values():
+        part.paths = [f"{root}/{path}" for path in part.paths]
+    run = made(tmp_path, name, 1.0, **{**lists, **changes})
+    run.cfg["DataLoader"] = {"Eval": {part: {"dataset": {"image_root": root}} for part in ("Query", "Gallery")}}
+    return run
+
+
+def test_lists_are_compared_by_what_they_say_wherever_they_lie(tmp_path):
+    first, copied = moved(tmp_path, "first", "/here/images"), moved(tmp_path, "copied", "/there/pictures")
+    assert compare.unpaired(first, copied) == ""
+    copied.query.names = first.query.names = np.array([f"thing {i}" for i in range(8)])
+    assert compare.unpaired(first, copied) == ""
+    copied.query.labels = 7 - copied.query.labels  # numbered otherwise, with the names to match
+    copied.query.names = copied.query.names[::-1]
+    assert compare.unpaired(first, copied) == ""
+    copied.query.names = copied.query.names[::-1]
+    assert "other labels" in compare.unpaired(first, copied)
+    other = made(tmp_path, "other", 1.0, query=images("elsewhere", 8, 3))
+    assert "do not name the same files" in compare.unpaired(first, other)
+
+
+def test_runs_are_grouped_by_test_set_and_the_baseline_is_one_of_them(tmp_path, pair):
+    """Two runs over one set, one over another that looks far better: it is no baseline and leads nothing."""
+    easy = made(tmp_path, "easy", 0.1, query=images("query", 4, 2))
+    easy.metrics = {"recall1": 1.0, "mAP": 1.0}
+    runs = {"easy": easy, **pair}
+    sets = compare.test_sets(runs)
+    assert sets.test_set.to_dict() == {"easy": 2, "plain": 1, "better": 1}
+    assert sets.loc["easy"].tolist() == [2, 8, 32, 4]
+    board = compare.leaderboard(runs, by="mAP")
+    assert board.index.tolist() == ["better", "plain", "easy"]
+    reference, comparable = compare.comparable(board, runs)
+    assert reference == "plain" and list(comparable) == ["better", "plain"]
+    reference, comparable = compare.comparable(board, runs, "easy")
+    assert reference == "easy" and list(comparable) == ["easy"]
+    with pytest.raises(ConfigError, match="did you mean 'better'"):
+        compare.comparable(board, runs, "beter")
+
+
+def test_a_copied_project_does_not_differ(tmp_path):
+    def run(project, margin):
+        dataset = {"image_root": str(project / "data" / "images"), "cls_label_path": str(project / "data" / "q.txt")}
+        cfg = {"DataLoader": {"Eval": {"Query": {"dataset": dataset}}}, "Arch": {"Head": {"margin": margin}}}
+        return SimpleNamespace(cfg=cfg, folder=project / "runs" / "a")
+
+    runs = {"here": run(tmp_path / "here", 0.1), "there": run(tmp_path / "there", 0.3)}
+    assert compare.differences(runs).columns.tolist() == ["Arch.Head.margin"]
+
+
+def test_who_finds_what_is_said_in_the_row(pair):
+    rankings = {name: compare.judge(run) for name, run in pair.items()}
+    entries = compare.versus(rankings, "plain", "better", 1)
+    fixed, broken = compare.changed(*rankings.values())
+    assert [title for _, _, title in entries[:2]] == ["plain misses", "better finds"]
+    assert [q for _, q, _ in entries] == [q for q in (*fixed[:1], *broken[:1]) for _ in range(2)]
+    assert all((ranking.first_hit[q] == 1) == title.endswith("finds") for ranking, q, title in entries)
+
+
+def test_lines_break_at_spaces_before_they_break_at_signs():
+    assert _wrap("margin-0.3 finds Garlic", 19) == ["margin-0.3 finds", "Garlic"]
+    assert _wrap("Arla-Lactose-Medium-Fat-Milk", 19) == ["Arla-Lactose-", "Medium-Fat-Milk"]
+
+
+def test_one_epoch_has_one_tick(tmp_path):
+    run = made(tmp_path, "short", 1.0)
+    run.history = run.history.head(1)
+    (tmp_path / "h").mkdir()
+    run.history.to_csv(tmp_path / "h" / "history.csv", index=False)
+    for figure in (compare.curves({"short": run}), history_figure(tmp_path / "h")):
+        figure.canvas.draw()
+        for ax in figure.axes:
+            low, high = ax.get_xlim()
+            assert [tick for tick in ax.get_xticks() if low <= tick <= high] == [1]
+
+
 def test_the_leaderboard(pair):
     table = compare.leaderboard(pair, {"broken": "metrics.json is missing"}, by="mAP")
     assert table.index.tolist() == ["better", "plain", "broken"] and table.index.name == "run"
@@ -108,7 +191,8 @@ def test_differences_name_only_what_differs():
         "Arch": {"Head": {"margin": 0.3, "scale": 16, "easy": True}},
         "Loss": {"Train": [{"SupConLoss": {"weight": 0.5}}, {"CELoss": {"weight": 2.0}}]},
     }
-    table = compare.differences({"a": first, "b": second})
+    runs = {name: SimpleNamespace(cfg=cfg, folder=Path("/runs") / name) for name, cfg in (("a", first), ("b", second))}
+    table = compare.differences(runs)
     assert table.to_dict("index") == {
         "a": {
             "Arch.Head.margin": "0.1",
@@ -123,7 +207,7 @@ def test_differences_name_only_what_differs():
             "Arch.Head.easy": "True",
         },
     }
-    assert compare.differences({"a": first, "b": first}).size == 0
+    assert compare.differences({"a": runs["a"], "b": runs["a"]}).size == 0
 
 
 def test_entries_without_a_name_of_their_own_are_values():
@@ -149,7 +233,7 @@ def test_the_curves_of_many_runs(tmp_path):
 def test_stacked_lists_are_the_lists_of_their_runs(pair):
     first, second = (compare.judge(run) for run in pair.values())
     both = compare.stacked([(first, 5, "before"), (second, 5, "after")], [f"mark {i}" for i in range(8)])
-    assert both.query_labels.tolist() == ["before: mark 1", "after: mark 1"] and len(both) == 2
+    assert both.query_labels.tolist() == ["before mark 1", "after mark 1"] and len(both) == 2
     assert (both.ids == [first.ids[5], second.ids[5]]).all() and (both.AP == [first.AP[5], second.AP[5]]).all()
     assert both.gallery_labels[0] == "mark 0" and both.query_cameras is None
 
