@@ -13,6 +13,6 @@ __getattr__, __dir__, __all__ = lazily(
         "necks": "NECKS VehicleNeck BNNeck MLP GeM Tokens FRFNNeck",
         "heads": "HEADS ArcMargin CosMargin CircleMargin AdaMargin",
         "recmodel": "RecModel DistillationModel",
-        "weights": "load_weights",
+        "weights": "load_weights interpolate",
     },
 )

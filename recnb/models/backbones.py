@@ -22,6 +22,7 @@ from torch import nn
 
 from recnb.models.architectures import PPLCNetV2, TokenMean, WideResNet
 from recnb.models.cutting import VECTOR, Cut, Size, classifiers, cut, first_line, kind, listed, remove_classifier
+from recnb.models.necks import GeM, Tokens
 from recnb.models.weights import LOCAL_WEIGHTS, _load
 
 # The original's names for the same architecture; MobileNetV1 has ReLU6 in timm and ReLU in the original.
@@ -69,6 +70,13 @@ TORCHVISION = [
     for name in torchvision.models.list_models(module=torchvision.models)
     if not timm.is_model(name) and not name.startswith(("googlenet", "squeezenet"))
 ]
+# What timm pools a transformer's tokens to, and what follows in place of its classifier, of (channels, prefix tokens).
+POOLS = {
+    "cls": ("token", lambda channels, prefix: nn.Identity()),
+    "avg": ("avg", lambda channels, prefix: nn.Identity()),
+    "cls+avg": ("", lambda channels, prefix: Tokens(prefix, "cls+mean")),
+    "gem": ("", lambda channels, prefix: GeM(channels, prefix_tokens=prefix)),
+}
 ENDINGS = {"VGG19Sigmoid": nn.Sigmoid, "PPLCNet_x2_5_Tanh": nn.Tanh}  # what comes behind the class_num outputs
 ELSEWHERE = {
     "AdaFace_IR_18": "belongs to the original's AdaFace training (eval_mode: adaface)",
@@ -104,6 +112,7 @@ def create_backbone(
     input_size: Size | None = None,
     lr_mult_list: list | None = None,
     use_ssld: bool = False,
+    pool: str | None = None,
     **kwargs,
 ) -> Cut:
     """The model `name` cut at `stop`; without `stop`, its pooled features, or `class_num` outputs of a last layer.
@@ -115,9 +124,13 @@ def create_backbone(
     as pad_type; with the original's names also stem_act (ResNet), class_expand and dropout_prob, default 0.2 (PPLCNet,
     MobileNetV3; a VGG's drop_rate is 0.5); of CLIP, return_embed for the tokens projected to output_dim: 512 numbers,
     and return_mean_embed for their mean. A WideResNet cut at 'bn1' gives the mean of that map, (B, C), as the original.
+    pool: what becomes of a transformer's tokens, one of POOLS; by default what its weights were trained with, which
+    differs: DINOv2 gives its class token, timm's DINOv3 the mean.
     Raises ValueError for an unknown name or argument, and for weights that cannot be had or do not fit.
     """
     _check(name, class_num, stop, kwargs)
+    if pool is not None and (class_num is not None or stop is not None or kwargs.get("return_embed")):
+        raise ValueError("pool makes one vector of the whole backbone: give no class_num, stop layer or return_embed")
     model = _build(name, pretrained is True, class_num, input_size, dict(kwargs))
     if use_ssld and pretrained is True:
         print("use_ssld has no effect: it picks among the original's files, and 'pretrained: True' takes the library's")
@@ -126,7 +139,9 @@ def create_backbone(
         last = classifiers(model)[0]
         model.set_submodule(last, nn.Sequential(model.get_submodule(last), ending))
     multipliers = {} if lr_mult_list is None else _multipliers(model, lr_mult_list)
-    result = cut(model, _end(name, model, class_num, stop, kwargs), input_size)
+    if pool is not None:
+        _pool_tokens(model, pool)
+    result = cut(model, "" if pool else _end(name, model, class_num, stop, kwargs), input_size)
     kept = dict(result.model.named_parameters())
     for parameter in multipliers.keys() & kept.keys():
         kept[parameter].lr_multiplier = multipliers[parameter]
@@ -263,6 +278,23 @@ def _end(name: str, model: nn.Module, class_num: int | None, stop: str | None, o
     if stop is None and class_num is None:
         remove_classifier(model)
     return stop or ""
+
+
+def _pool_tokens(model: nn.Module, pool: str) -> None:
+    """Put this pooling of the tokens in place of a transformer's own, and nothing in place of its classifier."""
+    if pool not in POOLS:
+        raise ValueError(f"pool is '{pool}', and there is {listed([*POOLS])}")
+    heads, prefix = classifiers(model), getattr(model, "num_prefix_tokens", None)
+    if prefix is None or len(heads) != 1 or not hasattr(model, "global_pool"):
+        raise ValueError(f"{kind(model)} has no tokens that pool could choose from; a neck such as GeM pools maps")
+    if "cls" in pool and getattr(model, "cls_token", None) is None:
+        raise ValueError(f"pool is '{pool}', but {kind(model)} has no class token; take 'avg' or 'gem'")
+    if getattr(model, "attn_pool", None) is not None:
+        model.attn_pool = None
+    # Not timm's reset_classifier, which in some models makes a new norm where the pooling changes.
+    model.global_pool, make = POOLS[pool]
+    model.pool_include_prefix = False
+    model.set_submodule(heads[0], make(model.num_features, prefix))
 
 
 def _input_options(arch: str, input_size: Size | None) -> dict:

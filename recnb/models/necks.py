@@ -209,41 +209,52 @@ class MLP(nn.Module):
 
 @NECKS.register
 class GeM(nn.Module):
-    """Generalised-mean pooling (https://arxiv.org/abs/1711.02512): (B, in_channels, H, W) -> (B, in_channels).
+    """Generalised-mean pooling (https://arxiv.org/abs/1711.02512): maps (B, in_channels, H, W) or tokens -> (B, C).
 
-    The mean of x ** p, to the power of 1 / p: 1 averages, a large p takes the maximum. `train_p` learns it.
+    The mean of x ** p, to the power of 1 / p: 1 averages, a large p takes the maximum. `train_p` learns it. Of a
+    transformer's tokens (B, prefix_tokens + N, in_channels) those of the image count. Values below `eps` count as it.
     """
 
-    def __init__(self, in_channels: int, p: float = 3.0, train_p: bool = True, eps: float = 1e-6):
+    def __init__(
+        self, in_channels: int, p: float = 3.0, train_p: bool = True, eps: float = 1e-6, prefix_tokens: int = 0
+    ):
         super().__init__()
         self.p = nn.Parameter(torch.tensor([float(p)]), requires_grad=train_p)
-        self.in_channels, self.eps = in_channels, eps
+        self.in_channels, self.eps, self.prefix_tokens = in_channels, eps, prefix_tokens
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) or (B, C) -> (B, C)
-        x = x if x.dim() != 2 else x[:, :, None, None]
+    def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W), (B, L, C) or (B, C) -> (B, C)
+        if x.dim() == 3:
+            x = x[:, self.prefix_tokens :].transpose(1, 2)[..., None]
+        elif x.dim() == 2:
+            x = x[:, :, None, None]
         if x.dim() != 4 or x.shape[1] != self.in_channels:
-            raise RuntimeError(f"GeM pools maps (B, {self.in_channels}, H, W) and got {tuple(x.shape)}")
+            channels, shape = self.in_channels, tuple(x.shape)
+            raise RuntimeError(f"GeM pools maps (B, {channels}, H, W) or tokens (B, L, {channels}) and got {shape}")
         with torch.autocast(x.device.type, enabled=False):  # powers overflow in half precision
             return x.float().clamp_min(self.eps).pow(self.p).mean((2, 3)).pow(1 / self.p)
 
 
 @NECKS.register
 class Tokens(nn.Module):
-    """One vector of a transformer's tokens: (B, prefix_tokens + N, C) -> (B, C).
+    """One vector of a transformer's tokens: (B, prefix_tokens + N, C) -> (B, C), or (B, 2 C) for 'cls+mean'.
 
-    pool: 'cls' takes the first token, 'mean' averages those of the image; the others before them do not count.
+    pool: 'cls' takes the first token, 'mean' averages those of the image, 'cls+mean' puts one behind the other; the
+    others before the image's tokens (registers) do not count.
     """
 
     def __init__(self, prefix_tokens: int, pool: str = "cls"):
         super().__init__()
-        if pool not in ("cls", "mean") or (pool == "cls" and not prefix_tokens):
+        if pool not in ("cls", "mean", "cls+mean") or (pool != "mean" and not prefix_tokens):
             raise ValueError(
-                f"pool is '{pool}': there is 'mean', and 'cls' where the backbone has a class token "
+                f"pool is '{pool}': there is 'mean', and 'cls' or 'cls+mean' where the backbone has a class token "
                 f"(it has {prefix_tokens} tokens before the image's)"
             )
         self.prefix_tokens, self.pool = prefix_tokens, pool
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, L, C) -> (B, C)
+    def forward(self, x: Tensor) -> Tensor:  # (B, L, C) -> (B, C) or (B, 2 C)
         if x.dim() != 3:
             raise RuntimeError(f"Tokens takes (B, tokens, C) and got {tuple(x.shape)}")
-        return x[:, 0] if self.pool == "cls" else x[:, self.prefix_tokens :].mean(1)
+        if self.pool == "cls":
+            return x[:, 0]
+        mean = x[:, self.prefix_tokens :].mean(1)
+        return mean if self.pool == "mean" else torch.cat([x[:, 0], mean], 1)

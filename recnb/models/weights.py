@@ -78,3 +78,29 @@ def load_weights(model: nn.Module, path: str | Path, where: str = "Global.pretra
     others = sorted(set(own) - set(fitting))
     left = f"; left as they were: {', '.join(others[:5])}{' ...' if len(others) > 5 else ''}" if others else ""
     return f"{path}: {len(fitting)} of the model's {len(own)} tensors loaded{left}"
+
+
+def interpolate(start: dict[str, Tensor], trained: dict[str, Tensor], alpha: float) -> dict[str, Tensor]:
+    """Return the state dict that lies `alpha` of the way from one to another, batch statistics included.
+
+    Between a pretrained network and what fine-tuning made of it there is often one that is better than both (WiSE-FT,
+    Wortsman et al., https://arxiv.org/abs/2109.01903). Counters and other integers are those of `trained`.
+
+    Args:
+        start: the state dict of the model before training.
+        trained: that of the same model afterwards.
+        alpha: 0 gives `start`, 1 gives `trained`.
+
+    Raises:
+        ValueError: A tensor is missing in one of them or has another shape there.
+    """
+    for name in sorted(start.keys() | trained.keys()):
+        shapes = [tuple(state[name].shape) if name in state else "absent" for state in (start, trained)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"'{name}' is {shapes[0]} before and {shapes[1]} after: only weights of one model can be interpolated"
+            )
+    return {
+        name: start[name].to(value).lerp(value, alpha) if value.is_floating_point() else value.clone()
+        for name, value in trained.items()
+    }

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from math import prod
 
+import numpy as np
 import torch
 from torch import nn
 
+from recnb.data.images import DataError
 from recnb.distributed.gradients import share_batches
 from recnb.distributed.processes import ranks
 from recnb.models.backbones import create_backbone, share_on_gpus
@@ -48,11 +50,10 @@ def build_recmodel(cfg: dict, section: dict, where: str, classes: int | None) ->
     if section.get("Head"):
         behind = given == "backbone" or neck is None
         source = f"{where}.{'Backbone' if behind else 'Neck'} gives features of size"
-        head = HEADS.build(
-            {**section["Head"], "class_num": classes},
-            f"{where}.Head",
-            embedding_size=(prod(backbone.out_shape) if behind else size, source),
-        )
+        known = {"embedding_size": (prod(backbone.out_shape) if behind else size, source)}
+        if isinstance(section["Head"].get("margin"), dict):  # by how many images each class has
+            known["class_counts"] = (class_counts(cfg), "")
+        head = HEADS.build({**section["Head"], "class_num": classes}, f"{where}.Head", **known)
     if cfg["Global"]["grad_checkpointing"]:
         try:
             recompute_blocks(backbone)
@@ -115,6 +116,14 @@ def class_number(cfg: dict, counted: int | None) -> int:
             f"{where} is {given}, but there are {counted} training identities; correct {where} or leave it out"
         )
     return given or counted or len(training_images(cfg).names)
+
+
+def class_counts(cfg: dict) -> list[int] | None:
+    """Return the number of training images of each class, None where the training list is not on this machine."""
+    try:
+        return np.bincount(training_images(cfg).labels).tolist()
+    except DataError:
+        return None
 
 
 def build_backbone(cfg: dict, section: dict, where: str) -> nn.Module:

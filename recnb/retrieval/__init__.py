@@ -13,6 +13,7 @@ __getattr__, __dir__, __all__ = lazily(
         "lists": "Ranking rank choose_rows changed",
         "verification": "verification_metrics pair_metrics roc_metrics",
         "stats": "bootstrap_interval paired_difference",
+        "spread": "effective_rank uniformity",
         "search": "Index knn",
         "rerank": "k_reciprocal KReciprocal alpha_query_expansion database_augmentation Whitening fit_whitening",
         "protocol": "Protocol make_protocol",

@@ -931,3 +931,48 @@ def test_hub_that_cannot_be_reached(monkeypatch, tmp_path):
 def test_sweep_over_families(name):
     dead = [row for row in sweep(name) if row[4]]
     assert not dead
+
+
+@pytest.mark.parametrize("pool", ["cls", "avg", "cls+avg", "gem"])
+@pytest.mark.parametrize(
+    "name", ["test_vit", "test_vit2", "test_vit3"]
+)  # a class token; a register; that and attention
+def test_pool_takes_one_vector_of_the_tokens(name, pool):
+    size, prefix = (3, 32, 32), 1
+    if "cls" in pool and name != "test_vit":
+        with pytest.raises(ValueError, match=f"but {name} has no class token; take 'avg' or 'gem'"):
+            create_backbone(name, pool=pool, input_size=size)
+        return
+    torch.manual_seed(0)
+    backbone = create_backbone(name, pool=pool, input_size=size).eval()
+    x = torch.randn(2, *size)
+    with torch.no_grad():
+        tokens = backbone.model.forward_features(x)
+        mean = tokens[:, prefix:].mean(1)
+        if pool == "gem":
+            wanted = backbone.model.fc_norm(tokens)[:, prefix:].clamp_min(1e-6).pow(3).mean(1).pow(1 / 3)
+        elif pool == "cls+avg":
+            wanted = torch.cat([tokens[:, 0], mean], 1)
+        else:
+            wanted = backbone.model.fc_norm(tokens[:, 0] if pool == "cls" else mean)
+        torch.testing.assert_close(backbone(x), wanted)
+    assert backbone.out_shape == wanted.shape[1:] and backbone.layout == "NC"
+    assert set(layer_depths(backbone)) == {name for name, _ in backbone.named_parameters()}
+    if name == "test_vit2" and pool == "avg":  # what timm pools itself
+        plain = create_backbone(name, input_size=size)
+        plain.load_state_dict(backbone.state_dict())
+        assert torch.equal(plain.eval()(x), backbone(x))
+
+
+@pytest.mark.parametrize(
+    "name, options, message",
+    [
+        ("resnet18", {"pool": "cls"}, "resnet18 has no tokens"),
+        ("test_vit", {"pool": "mean"}, "pool is 'mean', and there is 'cls', 'avg', 'cls\\+avg', 'gem'"),
+        ("test_vit", {"pool": "cls", "class_num": 5}, "give no class_num, stop layer or return_embed"),
+        ("test_vit", {"pool": "cls", "stop": "blocks.1"}, "give no class_num, stop layer or return_embed"),
+    ],
+)
+def test_a_pool_that_cannot_be(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        create_backbone(name, input_size=(3, 32, 32), **options)

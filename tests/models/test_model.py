@@ -17,7 +17,7 @@ from recnb.losses.combined import LOSSES, CombinedLoss
 from recnb.models.heads import HEADS, ArcMargin, cosine
 from recnb.models.necks import FC, NECKS, VehicleNeck
 from recnb.models.recmodel import RecModel
-from recnb.models.weights import load_weights
+from recnb.models.weights import interpolate, load_weights
 from recnb.recipe.data import build_loaders
 from recnb.recipe.model import build_model
 from recnb.recipe.objective import build_loss
@@ -343,6 +343,33 @@ def test_no_list_is_read_where_the_number_of_classes_is_given(config, tmp_path, 
     assert len(build_model(config(changes), classes).head.weight) == 60
     with pytest.raises(DataError, match=r"^DataLoader\.Train\.dataset: cls_label_path: there is no file .*train\.txt$"):
         build_model(config())
+
+
+def test_a_margin_by_frequency_counts_the_training_list(config, tmp_path):
+    cfg = config({"Arch.Head.margin": {"by": "frequency", "low": 0.1, "high": 0.3}})
+    margins = build_model(cfg).head.margins  # of eight images, the first three identities have two each
+    assert margins.tolist() == pytest.approx([0.1, 0.1, 0.1, 0.3, 0.3])
+    (tmp_path / "train.txt").unlink()
+    assert build_model(cfg, CLASSES).head.margins is None
+    with pytest.raises(ConfigError, match=r"^Arch\.Head\.class_counts: comes from the data"):
+        build_model(config({"Arch.Head.margin": {"by": "frequency"}, "Arch.Head.class_counts": [1]}), CLASSES)
+
+
+def test_interpolated_weights_are_on_the_line_between():
+    start, trained = (nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)) for _ in range(2))
+    trained(torch.randn(8, 3))
+    before, after = start.state_dict(), trained.state_dict()
+    for alpha in (0.0, 0.4, 1.0):
+        state = interpolate(before, after, alpha)
+        assert state.keys() == after.keys() and state["1.num_batches_tracked"] == 1
+        for name in ("0.weight", "0.bias", "1.running_mean", "1.running_var"):
+            torch.testing.assert_close(state[name], (1 - alpha) * before[name] + alpha * after[name])
+    assert all(torch.equal(value, after[name]) for name, value in interpolate(before, after, 1.0).items())
+    start.load_state_dict(interpolate(before, after, 0.5))
+    with pytest.raises(ValueError, match=r"'0\.weight' is \(4, 3\) before and \(5, 3\) after: only weights of one"):
+        interpolate(before, after | {"0.weight": torch.zeros(5, 3)}, 0.5)
+    with pytest.raises(ValueError, match=r"'head\.weight' is absent before and \(2,\) after"):
+        interpolate(before, after | {"head.weight": torch.zeros(2)}, 0.5)
 
 
 def test_more_classes_than_the_file_says(config):

@@ -153,8 +153,14 @@ def test_gem_is_between_the_mean_and_the_maximum():
     assert not NECKS["GeM"](3, train_p=False).p.requires_grad
 
 
+def test_gem_of_tokens_leaves_the_others_out():
+    tokens = torch.rand(2, 7, 3)
+    maps = tokens[:, 1:].transpose(1, 2).reshape(2, 3, 2, 3)
+    assert torch.equal(NECKS["GeM"](3, prefix_tokens=1)(tokens), NECKS["GeM"](3)(maps))
+
+
 def test_gem_refuses_what_is_no_map_of_its_channels():
-    with pytest.raises(RuntimeError, match=r"maps \(B, 3, H, W\) and got \(2, 4, 4, 3\)"):
+    with pytest.raises(RuntimeError, match=r"maps \(B, 3, H, W\) .* and got \(2, 4, 4, 3\)"):
         NECKS["GeM"](3)(torch.rand(2, 4, 4, 3))
 
 
@@ -162,8 +168,10 @@ def test_tokens_take_the_class_token_or_the_mean_of_the_image():
     tokens = torch.arange(24.0).view(1, 6, 4)
     assert NECKS["Tokens"](2)(tokens).tolist() == [[0, 1, 2, 3]]
     assert NECKS["Tokens"](2, pool="mean")(tokens).tolist() == [[14, 15, 16, 17]]
-    with pytest.raises(ValueError, match="has 0 tokens before"):
-        NECKS["Tokens"](0)
+    assert NECKS["Tokens"](2, pool="cls+mean")(tokens).tolist() == [[0, 1, 2, 3, 14, 15, 16, 17]]
+    for pool in ("cls", "cls+mean"):
+        with pytest.raises(ValueError, match="has 0 tokens before"):
+            NECKS["Tokens"](0, pool=pool)
 
 
 def test_tanh_and_frfn_necks():
