@@ -22,16 +22,15 @@ SAMPLERS = Registry("sampler", "DataLoader.*.sampler")
 class EpochSampler(Sampler):
     """Batches of (index, seed) of one rank, from a function that draws a whole epoch.
 
-    `draw(rng)` returns the index arrays of at least `length` batches of all ranks together. Raises ValueError where an
-    epoch has not one.
+    `draw(rng)` returns the index arrays of at least `length` batches of all ranks together; each takes an equal part.
+    Raises ValueError where an epoch has not one.
     """
 
     def __init__(self, draw: Callable, length: int, batch_size: int, seed: int, rank: int, world_size: int):
         if length < 1:
             raise ValueError(f"the list makes no whole batch of {batch_size} for each of {world_size} processes")
         self.draw, self.length, self.batch_size = draw, length, batch_size
-        self.seed, self.own, self.epoch = seed, slice(rank * batch_size, (rank + 1) * batch_size), 0
-        self.whole = batch_size * world_size
+        self.seed, self.rank, self.world_size, self.epoch = seed, rank, world_size, 0
         self.steps: int | None = None  # how many batches an epoch has, where it is not one pass
         self.first = 0  # how many batches an iteration leaves out
 
@@ -49,9 +48,11 @@ class EpochSampler(Sampler):
         """The batches of the first pass of the epoch, or of a pass `again` behind it."""
         rng = np.random.default_rng([self.seed, self.epoch, *[again] * (again > 0)])
         batches = self.draw(rng)
-        seeds = rng.integers(2**62, size=(len(batches), self.whole))
+        seeds = rng.integers(2**62, size=(len(batches), self.batch_size * self.world_size))
         for batch, seed in zip(batches[: self.length], seeds[: self.length], strict=True):
-            yield list(zip(batch[self.own].tolist(), seed[self.own].tolist(), strict=False))  # the last may be shorter
+            each = len(batch) // self.world_size
+            own = slice(self.rank * each, (self.rank + 1) * each)
+            yield list(zip(batch[own].tolist(), seed[own].tolist(), strict=False))  # the last batch may be shorter
 
 
 class Identities:
@@ -70,6 +71,7 @@ class Identities:
                 f"the training list has {len(ids)}; lower batch_size or raise {key}"
             )
         self.start = np.cumsum(self.counts) - self.counts
+        self.sorted = np.argsort(self.labels, kind="stable")  # identity i begins at start[i]
 
     def shuffled(self, rng) -> np.ndarray:
         """All indices, sorted by identity and in random order within each: identity i begins at start[i]."""
@@ -148,8 +150,9 @@ def PKSampler(
 
     `sample_method` weighs the draw: `sample_avg_prob` by the number of images, `id_avg_prob` evenly. `id_list`, pairs
     of a first and a last identity counted from 0 in sorted order, and `ratio`, one number for each pair, make these
-    identities that many times as probable (of pairs that overlap, the first counts). An identity with fewer images than
-    `sample_per_id` repeats some. An epoch has as many batches as the list has whole ones.
+    identities that many times as probable (of pairs that overlap, the first counts). The images of an identity are
+    drawn anew each time, without repetition; one with fewer than `sample_per_id` repeats some. An epoch has as many
+    batches as the list has whole ones.
     """
     ids = Identities(labels, batch_size, sample_per_id, "sample_per_id", world_size)
     weights = {"sample_avg_prob": ids.counts, "id_avg_prob": np.ones(len(ids.counts))}
@@ -161,11 +164,23 @@ def PKSampler(
 
     def draw(rng) -> np.ndarray:
         identity = np.concatenate([distinct(cumulative, ids.per_batch, rng) for _ in range(length)])
-        count, shuffled = ids.counts[identity][:, None], ids.shuffled(rng)
-        offset = (rng.random(count.shape) * count).astype(int) + np.arange(sample_per_id)
-        return shuffled[ids.start[identity][:, None] + offset % count].reshape(length, -1)
+        images = ids.start[identity][:, None] + picks(ids.counts[identity], sample_per_id, rng)
+        return ids.sorted[images].reshape(length, -1)
 
     return EpochSampler(draw, length, batch_size, seed, rank, world_size)
+
+
+def picks(counts: np.ndarray, each: int, rng: np.random.Generator) -> np.ndarray:
+    """Return (rows, each) random numbers below each row's count, repeated only once all of them have been drawn."""
+    chosen = np.empty((len(counts), each), int)
+    for j in range(each):
+        before = j % counts  # how many this round has drawn already: these are stepped over
+        number = (rng.random(len(counts)) * (counts - before)).astype(int)
+        taken = np.where(np.arange(j) >= (j - before)[:, None], chosen[:, :j], np.iinfo(int).max)
+        for other in np.sort(taken, axis=1).T:
+            number += number >= other
+        chosen[:, j] = number
+    return chosen
 
 
 def ratios(identities: int, id_list: list[int], ratio: list[float]) -> np.ndarray:
@@ -207,12 +222,16 @@ def DistributedBatchSampler(
     rank: int = 0,
     world_size: int = 1,
 ) -> EpochSampler:
-    """The whole list in batches, shuffled or in order; with several ranks all are of one size."""
+    """The whole list in batches, shuffled or in order, the last of them shorter unless it is dropped.
+
+    Several ranks take equal parts of it: where it does not divide, the first images of the epoch are repeated.
+    """
     items, whole = len(labels), batch_size * world_size
-    length = items // whole + (items % whole > 0 and not drop_last and world_size == 1)
+    length = items // whole + (items % whole > 0 and not drop_last)
 
     def draw(rng) -> list[np.ndarray]:
         indices = rng.permutation(items) if shuffle else np.arange(items)
+        indices = np.resize(indices, -(-items // world_size) * world_size)  # which begins again at its end
         return [indices[i : i + whole] for i in range(0, items, whole)]
 
     return EpochSampler(draw, length, batch_size, seed, rank, world_size)

@@ -8,12 +8,14 @@ RandCropImageV2, RandomCropImage) as [width, height], those of paddle.vision (Re
 RandomResizedCrop) as [height, width]. `backend` and `return_numpy` are accepted and change nothing. Policies and the
 mixing of batches are the chapter `augment`.
 
-Differences from the original that change pixels: resizing is antialiased, RandCropImage and RandomErasing draw their
-aspect ratio log-uniformly, as torchvision does, and RandCropImageV2 has no crops that are a pixel short.
+Differences from the original that change pixels: resizing is antialiased, and RandCropImageV2 has no crops that are a
+pixel short.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -135,15 +137,34 @@ def RandCropImage(
 ) -> v2.Transform:
     """A random crop of a random share (`scale`) and aspect (`ratio`) of the image, resized to `size`.
 
-    The aspect is drawn log-uniformly with either value of `use_log_aspect`, False of which is uniform in the original.
+    The aspect is drawn uniformly, and with `use_log_aspect` log-uniformly, as torchvision draws it.
     """
-    return v2.RandomResizedCrop(
+    return (v2.RandomResizedCrop if use_log_aspect else UniformCrop)(
         height_width(size),
         bounds("scale", scale, (0.08, 1.0)),
         bounds("ratio", ratio, (3 / 4, 4 / 3)),
         interpolation_mode(interpolation),
         antialias=True,
     )
+
+
+class UniformCrop(v2.RandomResizedCrop):
+    """A random crop whose aspect is drawn uniformly, and whose share is bounded so that it always fits."""
+
+    def make_params(self, flat_inputs: list) -> dict:
+        """Draw a crop: its top, left, height and width."""
+        height, width = flat_inputs[0].shape[-2:]
+        aspect = drawn(*self.ratio)  # width / height
+        most = min(self.scale[1], height * aspect / width, width / (height * aspect))
+        area = height * width * drawn(min(self.scale[0], most), most)
+        w, h = max(1, int((area * aspect) ** 0.5)), max(1, int((area / aspect) ** 0.5))
+        top, left = (int(torch.randint(0, room + 1, (1,))) for room in (height - h, width - w))
+        return {"top": top, "left": left, "height": h, "width": w}
+
+
+def drawn(least: float, most: float) -> float:
+    """Return a number between two, uniformly drawn."""
+    return torch.empty(1).uniform_(least, most).item()
 
 
 @TRANSFORMS.register
@@ -362,9 +383,9 @@ def RandomErasing(
 ) -> v2.Transform:
     """A rectangle overwritten with probability EPSILON (https://arxiv.org/abs/1708.04896).
 
-    sl and sh bound its share of the area, r1 and 1 / r1 its aspect, which is drawn log-uniformly with either value of
-    `use_log_aspect` (False is uniform in the original). `mean` is written as it stands: after NormalizeImage, 0 is the
-    data set's mean colour. mode 'pixel' writes noise instead. `attempt` is accepted; ten are made to find a rectangle.
+    sl and sh bound its share of the area, r1 and 1 / r1 its aspect, which is drawn uniformly, and with `use_log_aspect`
+    log-uniformly. `mean` is written as it stands: after NormalizeImage, 0 is the data set's mean colour. mode 'pixel'
+    writes noise instead. `attempt` is how often a rectangle is drawn at most, until one fits.
     """
     if mode not in ("const", "pixel"):
         raise ValueError(f"mode is '{mode}', only 'const' and 'pixel' exist")
@@ -372,4 +393,44 @@ def RandomErasing(
     area, aspect = bounds("[sl, sh]", [number(sl), number(sh)], ()), number(r1)
     if not 0 < aspect <= 1:
         raise ValueError(f"r1 is {r1}, not the least ratio of two sides, above 0 and at most 1")
-    return v2.RandomErasing(EPSILON, area, (aspect, 1 / aspect), value)
+    if attempt < 1:
+        raise ValueError(f"attempt is {attempt}, and must be at least 1")
+    return Erasing(EPSILON, area, (aspect, 1 / aspect), value, use_log_aspect, attempt)
+
+
+class Erasing(v2.RandomErasing):
+    """torchvision's erasing with a choice of how the aspect is drawn, and of how often.
+
+    Args:
+        p: the probability of erasing.
+        scale: the least and the greatest share of the area.
+        ratio: the least and the greatest height over width.
+        value: what is written, a number a channel, or 'random' for noise.
+        log_aspect: whether the aspect is drawn log-uniformly.
+        attempts: how many rectangles are drawn at most.
+    """
+
+    def __init__(
+        self,
+        p: float,
+        scale: Sequence[float],
+        ratio: Sequence[float],
+        value: Sequence[float] | str,
+        log_aspect: bool,
+        attempts: int,
+    ):
+        super().__init__(p, scale, ratio, value)
+        self.log_aspect, self.attempts = log_aspect, attempts
+
+    def make_params(self, flat_inputs: list) -> dict:
+        """Draw a rectangle, with `v` None where none fits: its top i, left j, height h, width w and content v."""
+        channels, height, width = flat_inputs[0].shape[-3:]
+        for _ in range(self.attempts):
+            area = height * width * drawn(*self.scale)
+            aspect = math.exp(drawn(*map(math.log, self.ratio))) if self.log_aspect else drawn(*self.ratio)
+            h, w = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
+            if h < height and w < width:
+                value = torch.tensor(self.value)[:, None, None] if self.value else torch.randn(channels, h, w)
+                top, left = (int(torch.randint(0, room + 1, (1,))) for room in (height - h, width - w))
+                return {"i": top, "j": left, "h": h, "w": w, "v": value}
+        return {"i": 0, "j": 0, "h": height, "w": width, "v": None}

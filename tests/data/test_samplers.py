@@ -17,6 +17,7 @@ from recnb.data.samplers import (
     deal_groups,
     distinct,
     most_batches,
+    picks,
     ratios,
 )
 
@@ -99,7 +100,7 @@ def test_a_list_without_one_batch_for_each_rank(name):
     plain = name == "DistributedBatchSampler"
     wanted = "makes no whole batch of 8 for each of 3" if plain else "batch of 8 in each of 3 processes needs 12 ident"
     with pytest.raises(ValueError, match=wanted):
-        make(name, np.repeat(np.arange(11), 2), world_size=3)
+        make(name, np.repeat(np.arange(11), 2), world_size=3, drop_last=True)
 
 
 # --- P identities x K images ------------------------------------------------------------------------------------------
@@ -305,6 +306,38 @@ def test_the_whole_list_in_batches(drop_last, sizes, shuffle):
     images = [index for batch in batches for index in indices(batch)]
     assert len(set(images)) == len(images)
     assert (images == list(range(len(images)))) != shuffle
+
+
+@pytest.mark.parametrize(("items", "ranks", "batch"), [(95, 2, 4), (95, 3, 5), (96, 2, 4), (1, 2, 4), (7, 3, 8)])
+def test_several_ranks_take_as_many_steps_as_one_and_see_every_image(items, ranks, batch):
+    options = {"labels": range(items), "shuffle": True, "seed": 3}
+    alone = epoch(DistributedBatchSampler(batch_size=batch * ranks, **options))
+    parts = [
+        epoch(DistributedBatchSampler(batch_size=batch, rank=rank, world_size=ranks, **options))
+        for rank in range(ranks)
+    ]
+    assert {len(part) for part in parts} == {len(alone)} == {-(-items // (batch * ranks))}
+    for step in zip(*parts, strict=True):
+        assert len({len(own) for own in step}) == 1
+    seen = [index for part in parts for own in part for index, _ in own]
+    assert set(seen) == set(range(items)) and len(seen) - items < ranks
+
+
+def test_the_pairs_of_an_identity_are_drawn_at_random():
+    labels = np.repeat(np.arange(4), 1000)
+    batches = epoch(PKSampler(labels, batch_size=8, sample_per_id=2, seed=1))
+    pairs = {tuple(sorted((batch[i][0], batch[i + 1][0]))) for batch in batches for i in range(0, 8, 2)}
+    assert len(pairs) > 0.99 * 4 * len(batches)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 40])
+def test_picks_are_even_and_repeat_only_where_they_must(count):
+    drawn = picks(np.full(6000, count), 4, np.random.default_rng(0))
+    for row in drawn[:200].tolist():
+        times = np.bincount(row, minlength=count)
+        assert times.max() - times.min() <= 1
+    share = np.bincount(drawn.ravel(), minlength=count) / drawn.size
+    assert abs(share - 1 / count).max() < 0.02
 
 
 def test_a_batch_larger_than_the_list():

@@ -10,7 +10,8 @@ import torch
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
-import recnb.data.augment  # noqa: F401  for its part of the registry
+import recnb.data.augment
+import recnb.data.augmix  # noqa: F401
 from recnb.data.lists import ImageList
 from recnb.data.pipeline import display_image
 from recnb.data.samplers import PKSampler
@@ -272,6 +273,41 @@ def test_erasing_happens_with_its_probability():
     torch.manual_seed(0)
     erase = build("RandomErasing", EPSILON=0.25, mean=[1.0, 1.0, 1.0])
     assert 70 < sum(bool(erase(torch.zeros(3, 32, 32)).any()) for _ in range(400)) < 130
+
+
+@pytest.mark.parametrize(("log_aspect", "median"), [(False, 1.75), (True, 1.0)])
+def test_the_aspect_of_an_erased_rectangle_is_drawn_as_asked(log_aspect, median):
+    torch.manual_seed(0)
+    erase = build("RandomErasing", EPSILON=1.0, sl=0.02, sh=0.1, use_log_aspect=log_aspect)
+    drawn = [erase.make_params([torch.zeros(3, 400, 400)]) for _ in range(2000)]
+    assert np.median([box["h"] / box["w"] for box in drawn]) == pytest.approx(median, rel=0.06)
+
+
+def test_erasing_tries_as_often_as_asked():
+    torch.manual_seed(0)
+    share = []
+    for attempt in (1, 100):
+        erase = build("RandomErasing", EPSILON=1.0, sl=0.5, sh=0.9, attempt=attempt)
+        share.append(np.mean([erase.make_params([torch.zeros(3, 32, 32)])["v"] is not None for _ in range(200)]))
+    assert share[0] < 0.7 < share[1] == 1
+
+
+@pytest.mark.parametrize(("log_aspect", "median"), [(False, 1.15), (True, 0.775)])
+def test_the_aspect_of_a_crop_is_drawn_as_asked(log_aspect, median):
+    torch.manual_seed(0)
+    crop = build("RandCropImage", size=8, scale=[0.1, 0.2], ratio=[0.3, 2.0], use_log_aspect=log_aspect)
+    drawn = [crop.make_params([torch.zeros(3, 400, 400)]) for _ in range(2000)]
+    assert np.median([box["width"] / box["height"] for box in drawn]) == pytest.approx(median, rel=0.05)
+
+
+def test_a_crop_fits_whatever_the_shape():
+    torch.manual_seed(0)
+    crop = build("RandCropImage", size=8, scale=[0.8, 1.0])
+    for shape in ((1, 1), (1, 300), (300, 1), (40, 30)):
+        for _ in range(50):
+            box = crop.make_params([torch.zeros(3, *shape)])
+            assert 0 <= box["top"] <= shape[0] - box["height"] and 0 <= box["left"] <= shape[1] - box["width"]
+            assert box["height"] >= 1 <= box["width"]
 
 
 def test_erasing_with_noise():
