@@ -37,7 +37,7 @@ PAGES = [
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 FENCE = re.compile(r"^```(\S*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-PLACEHOLDERS = {"HOST:29500", "FOLDER_WITH_THE_ZIP", "FOLDER_WITH_THE_ZIPS"}
+PLACEHOLDERS = {"HOST:29500", "FOLDER_WITH_THE_ZIP", "FOLDER_WITH_THE_ZIPS", "FOLDER", "PHOTO", "FILE"}
 
 
 def texts() -> dict[str, str]:
@@ -119,23 +119,23 @@ def check_python(words: list[str]) -> None:
 
 
 def check_recnb(words: list[str]) -> None:
-    """Fail unless `recnb` has this subcommand with these options, and what a config or notebook is given fits it."""
+    """Fail unless `recnb` has this subcommand with these options, and what a notebook or a config is given fits it."""
+    if words[0].startswith("--"):
+        return
     command, *rest = main.joined(words)
-    parser = typer.main.get_command(main.app).commands[command]
-    given = parser.make_context(command, rest).params
-    if command == "run":
-        notebook = notebooks.find(given["notebook"])
+    given = typer.main.get_command(main.app).commands[command].make_context(command, rest).params
+    if command == "run" and given["notebook"].islower():
         pairs = [pair.partition("=")[::2] for pair in given["pairs"] or ()]
-        values = dict(pairs) | (yaml.safe_load(given["text"]) or {})
-        if values.get("config", "").startswith("data/"):  # 01 writes it
-            pairs = [(name, value) for name, value in pairs if name != "config"]
-        if str(values.get("run", "runs/demo")).startswith("runs/"):
-            pairs += [("run", "")] * ("run" in notebooks.known(notebook))
-        notebooks.parameters_of(notebook, [pair for pair in pairs if pair != ("run", "runs/demo")], given["text"])
-    elif command == "sweep":
+        written = [(name, value) for name, value in pairs if not value.startswith(("runs/", "data/"))]
+        text = yaml.safe_load(given["text"]) or {}
+        if "run" in notebooks.known(notebooks.find(given["notebook"])):
+            text["run"] = ""  # there need be none
+        notebooks.parameters_of(notebooks.find(given["notebook"]), written, yaml.safe_dump(text))
+        assert dict(pairs).keys() <= notebooks.known(notebooks.find(given["notebook"])).keys()
+    elif command == "sweep" and (ROOT / given["batch"]).is_file():
         batch = yaml.safe_load((ROOT / given["batch"]).read_text(encoding="utf-8"))
         load_config(ROOT / batch["config"], batch.get("overrides"))
-    elif "config" in given:
+    elif given.get("config", "").islower():
         load_config(ROOT / given["config"], train.overrides_of(given["overrides"]))
 
 
@@ -143,7 +143,9 @@ def lines_of(*places: str) -> list[str]:
     """The different commands of some pages, in their order."""
     return list(
         dict.fromkeys(
-            line for place, line in commands() if place in places and words_of(line)[0] in ("python", "recnb")
+            line
+            for place, line in commands()
+            if place in places and words_of(line)[0] in ("python", "recnb") and not PLACEHOLDERS & {*words_of(line)}
         )
     )
 
