@@ -63,6 +63,7 @@ class ImageList(Dataset):
     boxes: np.ndarray | None = None  # (N, 4) int64
     dropped: list[tuple] = field(default_factory=list, repr=False)  # (list, line, path, reason) of what was left out
     kept: object = field(default=None, repr=False)  # `recnb.data.cache.Kept`: images that need not be decoded again
+    features: object = field(default=None, repr=False)  # `recnb.data.features.Features` in place of the images
 
     def __post_init__(self):
         if self.labels.dtype.kind == "U":
@@ -118,8 +119,16 @@ class ImageList(Dataset):
         """The files that worker processes have begun to read last, one a worker."""
         return [self.paths[i] for i in self.begun.tolist() if i >= 0]
 
+    def __getitems__(self, items: list) -> list | tuple[torch.Tensor, torch.Tensor]:  # torch asks for a batch so
+        if self.features is None:
+            return [self[item] for item in items]
+        places = [item[0] if isinstance(item, tuple) else item for item in items]
+        return self.features.read(items), torch.from_numpy(self.labels[places])
+
     def __getitem__(self, item: int | tuple[int, int]):
         index, seed = item if isinstance(item, tuple) else (item, None)
+        if self.features is not None:
+            return self.features.read([item])[0], int(self.labels[index])
         if (worker := get_worker_info()) is not None:
             self.begun[worker.id % len(self.begun)] = index
         label, kept = int(self.labels[index]), self.kept

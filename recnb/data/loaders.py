@@ -52,8 +52,8 @@ def shared_transform(dataset: Dataset):
 
 
 def finished_items(items: list) -> list[Tensor]:
-    """(x, y) of items that are ready, each by its own transform."""
-    return default_collate([tuple(item) for item in items])
+    """(x, y) of items that are ready, each by its own transform; a data set of features has made them already."""
+    return list(items) if isinstance(items, tuple) else default_collate([tuple(item) for item in items])
 
 
 def raw_items(items: list) -> list[Tensor]:

@@ -32,6 +32,7 @@ class RecModel(nn.Module):
     half_evaluation = False
     grad_cache: int | None = None  # images computed at a time while training
     frozen: tuple[str, ...] = ()
+    on_features = False  # whether `x` is what the (frozen) backbone gave, and not images
 
     def __init__(self, backbone: nn.Module, neck: nn.Module | None = None, head: nn.Module | None = None):
         super().__init__()
@@ -53,7 +54,7 @@ class RecModel(nn.Module):
 
     def embed(self, x: Tensor) -> dict[str, Tensor]:
         """What needs no labels: `backbone`, `neck` (where there is one) and `features` (B, D)."""
-        out = {"backbone": self.backbone(x)}
+        out = {"backbone": x if self.on_features else self.backbone(x)}
         if self.neck is not None:
             out["neck"] = self.neck(out["backbone"])
         return out | {"features": vectors(out.get("neck", out["backbone"]))}

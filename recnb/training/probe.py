@@ -1,0 +1,113 @@
+"""Train neck and head on what the frozen backbone gives: it sees each image once, not once an epoch.
+
+A linear probe over a thousand photos then takes seconds. The features are kept in a folder under a key of the backbone's
+weights, the transform and the files, so that the next probe of the same images begins at once.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from functools import partial
+from itertools import islice
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from recnb.data.features import with_features
+from recnb.data.lists import ImageList
+from recnb.data.loaders import ImageLoader, Loaders, batches_on, over
+from recnb.distributed.processes import first_does
+from recnb.models.recmodel import RecModel
+from recnb.registry import ConfigError
+from recnb.storage import replacing
+from recnb.training.evaluation import fingerprint
+
+
+def on_features(model: RecModel, loaders: Loaders, folder: Path, views: int = 1, seed: int = 0) -> Loaders:
+    """Freeze the backbone, run it over all images, and return loaders of what it gives.
+
+    Args:
+        model: from now on its `forward` takes the backbone's outputs in place of images (`model.on_features`).
+        loaders: of the images; the batches of the returned training loader are drawn by the same sampler.
+        folder: where the features are kept, float16 of (N, *backbone.out_shape) for each list and view.
+        views: how many of each training image there are: one as the evaluation sees it, the others augmented.
+        seed: of the augmented views.
+
+    Raises:
+        ConfigError: There is no neck that could learn anything, or no room in the folder.
+    """
+    if model.neck is None:
+        raise ConfigError("Arch.Neck: Global.probe trains a neck on frozen features; add one, such as {name: FC}")
+    model.freeze(["backbone"])
+    plain = (loaders.query or loaders.train).dataset.transform
+    train = loaders.train.dataset
+    seen = [(ImageList(**{**vars(train), "transform": plain}), None)]
+    seen += [(train, seed + view) for view in range(1, views)]
+    made = {id(train): with_features(train, [keep(model, loaders.train, images, folder, s) for images, s in seen])}
+    for loader in (loaders.query, loaders.gallery):
+        if loader is not None and id(loader.dataset) not in made:
+            made[id(loader.dataset)] = with_features(loader.dataset, [keep(model, loader, loader.dataset, folder)])
+    loaders.stop_workers()
+    model.on_features = True
+
+    def ready(loader: ImageLoader | None) -> ImageLoader | None:
+        same = loader is loaders.train
+        how = {"batch_sampler": loader.batch_sampler} if same else {}
+        return over(loader, made[id(loader.dataset)], **how, num_workers=0, prefetch_factor=None, persistent_workers=False)
+
+    query = ready(loaders.query) if loaders.query else None
+    gallery = query if loaders.gallery is loaders.query else ready(loaders.gallery)
+    return Loaders(ready(loaders.train), query, gallery)
+
+
+def keep(model: RecModel, loader: ImageLoader, images: ImageList, folder: Path, seed: int | None = None) -> Path:
+    """Return the file of the backbone's outputs for a list, made where it is missing; `seed` draws its augmentation."""
+    path = folder / f"{fingerprint(model.backbone, images, 'probe', seed, str(model.precision))}.npy"
+    first_does(partial(write_features, path, model, loader, images, seed))
+    return path
+
+
+def write_features(path: Path, model: RecModel, loader: ImageLoader, images: ImageList, seed: int | None) -> None:
+    """Write the outputs of the backbone, float16 (N, ...), batch by batch."""
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file, start = None, 0
+    with replacing(path) as temporary, torch.inference_mode():
+        for out in outputs(model, loader, images, seed):
+            if file is None:
+                shape = (len(images), *out.shape[1:])
+                check_room(path.parent, 2 * prod(shape))
+                file = np.lib.format.open_memmap(temporary, "w+", np.float16, shape)
+            file[start : start + len(out)] = out.half().cpu().numpy()
+            start += len(out)
+        file.flush()
+
+
+def outputs(model: RecModel, loader: ImageLoader, images: ImageList, seed: int | None) -> Iterator[Tensor]:
+    """Yield what the backbone gives for the images, in the order of the list and in evaluation mode."""
+    device, size = next(model.parameters()).device, loader.batch_size or loader.batch_sampler.batch_size
+    how = {}
+    if seed is not None:  # a seed for each image, so that the number of workers changes nothing
+        drawn = np.random.default_rng(seed).integers(2**62, size=len(images)).tolist()
+        items = iter(enumerate(drawn))
+        how["batch_sampler"] = [list(islice(items, size)) for _ in range(-(-len(images) // size))]
+    once = over(loader, images, **how, persistent_workers=False, generator=torch.Generator())
+    for x, _ in tqdm(batches_on(once, device), "features kept", len(once), leave=False, delay=5):
+        with torch.autocast(device.type, model.precision or torch.bfloat16, enabled=model.half_evaluation):
+            yield model.backbone(x)
+
+
+def check_room(folder: Path, wanted: int) -> None:
+    """Raise ConfigError where a folder has no room for so many bytes."""
+    free = shutil.disk_usage(folder).free
+    if wanted > 0.95 * free:
+        raise ConfigError(
+            f"Global.probe_cache: {folder} has {free / 1e9:.1f} GB free, and the features take {wanted / 1e9:.1f} GB; "
+            "choose another folder, or fewer views in Global.probe"
+        )
