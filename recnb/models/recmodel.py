@@ -32,6 +32,7 @@ class RecModel(nn.Module):
     half_evaluation = False
     grad_cache: int | None = None  # images computed at a time while training
     frozen: tuple[str, ...] = ()
+    rests = False  # whether the backbone's batch normalisations keep the statistics that they begin with
     on_features = False  # whether `x` is what the (frozen) backbone gave, and not images
 
     def __init__(self, backbone: nn.Module, neck: nn.Module | None = None, head: nn.Module | None = None):
@@ -68,6 +69,9 @@ class RecModel(nn.Module):
         super().train(mode)
         for name in self.frozen:
             self.get_submodule(name).eval()
+        for part in self.backbone.modules() if self.rests else ():
+            if isinstance(part, nn.modules.batchnorm._BatchNorm):
+                part.eval()
         return self
 
     def freeze(self, names: Sequence[str]) -> None:

@@ -23,6 +23,8 @@ from recnb.storage import resolve
 from recnb.training.learner import RetrievalLearner
 from recnb.training.loggers import check_installed
 from recnb.training.plan import Keeping, Plan, Schedule, Watching
+from recnb.training.probe import on_features
+from recnb.training.retention import Retention
 
 
 def build_learner(cfg: dict, model: nn.Module, loaders: Loaders, run_dir: str | Path) -> RetrievalLearner:
@@ -30,6 +32,10 @@ def build_learner(cfg: dict, model: nn.Module, loaders: Loaders, run_dir: str | 
 
     Raises ConfigError where the configuration asks for what is not installed.
     """
+    device = pick_device(cfg["Global"]["device"])
+    if cfg["Global"]["probe"]:
+        folder = resolve(cfg["Global"]["probe_cache"])
+        loaders = on_features(model.to(device), loaders, folder, cfg["Global"]["probe"], cfg["Global"]["seed"])
     plan = build_plan(cfg, loaders, Path(run_dir))
     with seeded(cfg["Global"]["seed"]):  # centres are drawn
         loss = build_loss(cfg, classes=len(loaders.train.dataset.names), sizes=getattr(model, "sizes", None))
@@ -47,7 +53,7 @@ def build_learner(cfg: dict, model: nn.Module, loaders: Loaders, run_dir: str | 
         evaluation_loss(cfg, loaders),
         build_optimizer(cfg),
         build_judge(cfg, model),
-        pick_device(cfg["Global"]["device"]),
+        device,
         path=run_dir,
         splitter=partial(parameter_groups, cfg),
         mix=mix,
@@ -102,6 +108,7 @@ def build_plan(cfg: dict, loaders: Loaders, folder: Path) -> Plan:
             first=settings["start_eval_epoch"],
             patience=settings["patience"],
         ),
+        retention=Retention(**{k: v for k, v in (cfg.get("Retention") or {}).items() if k != "batch_norm"}),
         log_interval=settings["print_batch_step"],
         loggers=list(dict.fromkeys([*settings["loggers"], *by_flag])),
         seed=settings["seed"],

@@ -73,6 +73,7 @@ def build_recmodel(cfg: dict, section: dict, where: str, classes: int | None) ->
     if ranks()[1] > 1 and (section.get("use_sync_bn") or cfg["Arch"].get("use_sync_bn")):
         on_gpu = cfg["Global"]["device"] == "gpu" and torch.cuda.is_available()
         (share_on_gpus if on_gpu else share_batches)(model)
+    model.rests = (cfg.get("Retention") or {}).get("batch_norm") == "frozen"
     try:
         model.freeze(section.get("freeze") or ())
     except ValueError as error:

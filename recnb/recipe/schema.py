@@ -50,6 +50,8 @@ GLOBAL = {
     "retrieval_feature_from": "features",
     "feature_normalize": True,
     "feature_binarize": None,
+    "probe": None,  # with a number, so many views of each image are kept as the frozen backbone's features
+    "probe_cache": "./cache/features",
 }
 # Keys of the original that change no result here: how it computes or logs.
 WITHOUT_EFFECT = {
@@ -74,6 +76,7 @@ NULLABLE = {
     "patience": int,
     "cache_images": str,
     "grad_cache": int,
+    "probe": int,
 }
 CHOICES = {
     "device": ("gpu", "cpu"),
@@ -95,6 +98,7 @@ LEAST = {
     "save_steps": 1,
     "keep_checkpoints": 1,
     "patience": 1,
+    "probe": 1,
 }
 # What the original has and this has not, with the reason.
 UNSUPPORTED = {
@@ -114,6 +118,7 @@ AMP = {
     "use_promote": False,
 }
 EMA = {"decay": 0.9999}
+RETENTION = {"batch_norm": "trained", "thaw_epoch": 0, "pull": 0.0, "distill": 0.0, "imprint": False}
 LOADER = {"num_workers": int, "use_shared_memory": bool, "prefetch_factor": int}  # torch always shares memory
 ONE_LIST = ("dataset", "sampler", "loader")
 LISTS = ("Eval", "Validation")  # judged: by a query and a gallery list or, in classification, by one list
@@ -131,10 +136,12 @@ KEYS = {  # the keys of the sections that are not constructor calls
         "PostProcess",
         "Slim",
         "Infer",
+        "Retention",
     ),
     "Global": (*GLOBAL, *WITHOUT_EFFECT),
     "AMP": tuple(AMP),
     "EMA": tuple(EMA),
+    "Retention": tuple(RETENTION),
     "DataLoader": ("Train", *LISTS),
     "DataLoader.Train": ONE_LIST,
     "DataLoader.Eval": ("Query", "Gallery", *ONE_LIST),
@@ -256,6 +263,7 @@ def check(cfg: dict) -> None:
             check_keys(section, where)
     check_global(cfg["Global"])
     check_precision(cfg)
+    check_retention(cfg)
     check_loaders(cfg)
     for where in (place for place in REQUIRED if not lookup(cfg, place)):
         raise ConfigError(f"{where}: the file has no such section, and nothing can be trained without it")
@@ -309,6 +317,23 @@ def check_precision(cfg: dict) -> None:
             raise ConfigError(f"AMP.{key}: {value!r} is not {wanted}")
     if ema and not (fits(ema.get("decay", 0.5), float) and 0 < ema.get("decay", 0.5) < 1):
         raise ConfigError(f"EMA.decay: {ema['decay']!r} is not a number between 0 and 1")
+
+
+def check_retention(cfg: dict) -> None:
+    """Raise ConfigError for a value of the section Retention that cannot be meant, or that nothing here can do."""
+    section = {**RETENTION, **(cfg.get("Retention") or {})}
+    for key, value in section.items():
+        if not fits(value, type(RETENTION[key])) or (fits(value, float) and value < 0):
+            raise ConfigError(f"Retention.{key}: {value!r} is not a {type(RETENTION[key]).__name__} from 0 on")
+    if section["batch_norm"] not in ("trained", "frozen"):
+        raise ConfigError(f"Retention.batch_norm: '{section['batch_norm']}' is neither trained nor frozen")
+    for place, arch in architectures(cfg):
+        head = arch.get("Head") or {}
+        plain = head and not head.get("sharded") and head.get("sub_centers", 1) == 1
+        if section["imprint"] and not (plain and head.get("name") != "FC"):
+            raise ConfigError(f"Retention.imprint: needs {place}.Head with one cosine weight per class, not sharded")
+        if section["imprint"] and arch.get("Neck") and arch.get("head_feature_from", "neck") == "backbone":
+            raise ConfigError(f"Retention.imprint: needs {place}.head_feature_from: neck, what the embedding is")
 
 
 def check_arch(section: dict, where: str) -> None:

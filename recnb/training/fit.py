@@ -24,6 +24,7 @@ from recnb.training.checkpoints import Checkpoints, resume, save_weights, whole_
 from recnb.training.guard import Guard, Wish, explained, stoppable
 from recnb.training.loggers import Logger, opened
 from recnb.training.plan import FitState, Plan
+from recnb.training.retention import callbacks_of, imprint
 from recnb.training.steps import Accumulate, MovingAverage, ScaleLoss, Together
 
 if TYPE_CHECKING:
@@ -72,6 +73,8 @@ def begin(learn: RetrievalLearner, plan: Plan, callbacks: list[Callback]) -> Non
         print(f"resuming behind epoch {learn.first_epoch} of {plan.schedule.epochs}{inside}")
     else:
         torch.manual_seed(plan.seed + ranks()[0])  # of dropout and of blended batches
+        if plan.retention.imprint:
+            imprint(learn.model, learn.loaders)
 
 
 def keep(learn: RetrievalLearner, plan: Plan, state: FitState, average: MovingAverage | None) -> None:
@@ -119,6 +122,7 @@ def build_callbacks(
     average = MovingAverage(learn.model, schedule.decay) if schedule.decay else None
     judged = average.average.module if average else learn.model
     before_recorder = [
+        *callbacks_of(learn.model, plan.retention),
         Accumulate(schedule.update_freq) if schedule.update_freq > 1 else None,
         Together() if several else None,
         Guard(schedule.skip_nonfinite, not scaled, state),  # ScaleLoss looks for gradients that overflow itself

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from recnb.distributed.processes import averaged, ranks
+from recnb.training.retention import Retention
 
 
 @dataclass(kw_only=True)
@@ -53,6 +54,7 @@ class Plan:
     schedule: Schedule
     keeping: Keeping = field(default_factory=Keeping)
     evaluation: Watching = field(default_factory=Watching)
+    retention: Retention = field(default_factory=Retention)
     log_interval: int = 10  # steps from one line of train.log to the next
     loggers: Sequence[str] = ()  # of `recnb.training.loggers`
     seed: int = 0

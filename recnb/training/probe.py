@@ -1,6 +1,6 @@
 """Train neck and head on what the frozen backbone gives: it sees each image once, not once an epoch.
 
-A linear probe over a thousand photos then takes seconds. The features are kept in a folder under a key of the backbone's
+A linear probe over a thousand photos then takes seconds. The features are kept under a key of the backbone's
 weights, the transform and the files, so that the next probe of the same images begins at once.
 """
 
@@ -58,7 +58,9 @@ def on_features(model: RecModel, loaders: Loaders, folder: Path, views: int = 1,
     def ready(loader: ImageLoader | None) -> ImageLoader | None:
         same = loader is loaders.train
         how = {"batch_sampler": loader.batch_sampler} if same else {}
-        return over(loader, made[id(loader.dataset)], **how, num_workers=0, prefetch_factor=None, persistent_workers=False)
+        return over(
+            loader, made[id(loader.dataset)], **how, num_workers=0, prefetch_factor=None, persistent_workers=False
+        )
 
     query = ready(loaders.query) if loaders.query else None
     gallery = query if loaders.gallery is loaders.query else ready(loaders.gallery)

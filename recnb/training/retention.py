@@ -7,14 +7,14 @@ off unless the section Retention asks for it.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recnb.data.loaders import Loaders, over
-from recnb.models.recmodel import RecModel, vectors
+from recnb.models.recmodel import RecModel
 from recnb.training.adaptor import Callback
 from recnb.training.evaluation import embed
 
@@ -26,6 +26,7 @@ class Retention:
     thaw_epoch: int = 0  # so many first epochs train only neck and head
     pull: float = 0.0  # how strongly each step pulls the backbone's weights towards the starting ones
     distill: float = 0.0  # weight of the cosine distance to the starting backbone's output for the same images
+    imprint: bool = False  # whether the head's weights begin as the classes' mean embeddings
 
 
 class Thaw(Callback):
@@ -99,11 +100,9 @@ def imprint(model: RecModel, loaders: Loaders) -> None:
 
     They are of length 1, the mean being of normalised embeddings of the training images as the evaluation sees them.
     """
-    images, weight = loaders.train.dataset, model.head.weight
-    plain = images if images.features is not None else copy.copy(images)
-    if images.features is None:
-        plain.transform = (loaders.query or loaders.train).dataset.transform
-    features = F.normalize(embed(model, over(loaders.query or loaders.train, plain)))  # (N, D)
+    images, judged = loaders.train.dataset, loaders.query or loaders.train
+    plain = images if images.features is not None else replace(images, transform=judged.dataset.transform)
+    features = F.normalize(embed(model, over(judged, plain)))  # (N, D)
     means = torch.zeros(len(images.names), features.shape[1]).index_add_(0, torch.from_numpy(images.labels), features)
     with torch.no_grad():
-        weight.copy_(F.normalize(means).to(weight) if weight.shape == means.shape else F.normalize(means).T.to(weight))
+        model.head.weight.copy_(F.normalize(means))
