@@ -214,6 +214,8 @@ GLOBAL_KEYS = {
     "grad_cache": "compute the backbone in parts of so many images; see [](../performance.md)",
     "grad_checkpointing": "compute blocks again in the backward pass, to save memory",
     "cache_images": "a folder for decoded and resized images",
+    "probe": "freeze the backbone, keep what it gives for so many views of each image, and train neck and head on that",
+    "probe_cache": "the folder for these features",
     "on_nonfinite": "`stop` at a loss that is not finite, or `skip` the step",
     "on_bad_image": "`stop` at an image that cannot be read, or `drop` it",
 }

@@ -328,7 +328,7 @@ def check_retention(cfg: dict) -> None:
     if section["batch_norm"] not in ("trained", "frozen"):
         raise ConfigError(f"Retention.batch_norm: '{section['batch_norm']}' is neither trained nor frozen")
     for place, arch in architectures(cfg):
-        head = arch.get("Head") or {}
+        head = arch.get("Head") if isinstance(arch.get("Head"), dict) else {}
         plain = head and not head.get("sharded") and head.get("sub_centers", 1) == 1
         if section["imprint"] and not (plain and head.get("name") != "FC"):
             raise ConfigError(f"Retention.imprint: needs {place}.Head with one cosine weight per class, not sharded")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from math import prod
@@ -20,7 +21,7 @@ from tqdm.auto import tqdm
 
 from recnb.data.features import with_features
 from recnb.data.lists import ImageList
-from recnb.data.loaders import ImageLoader, Loaders, batches_on, over
+from recnb.data.loaders import ImageLoader, Loaders, Pair, batches_on, over
 from recnb.distributed.processes import first_does
 from recnb.models.recmodel import RecModel
 from recnb.registry import ConfigError
@@ -44,27 +45,20 @@ def on_features(model: RecModel, loaders: Loaders, folder: Path, views: int = 1,
     if model.neck is None:
         raise ConfigError("Arch.Neck: Global.probe trains a neck on frozen features; add one, such as {name: FC}")
     model.freeze(["backbone"])
-    plain = (loaders.query or loaders.train).dataset.transform
-    train = loaders.train.dataset
-    seen = [(ImageList(**{**vars(train), "transform": plain}), None)]
-    seen += [(train, seed + view) for view in range(1, views)]
+    train, plain = loaders.train.dataset, (loaders.query or loaders.train).dataset.transform
+    seen = [(replace(train, transform=plain), None), *((train, seed + view) for view in range(1, views))]
     made = {id(train): with_features(train, [keep(model, loaders.train, images, folder, s) for images, s in seen])}
-    for loader in (loaders.query, loaders.gallery):
-        if loader is not None and id(loader.dataset) not in made:
+    for loader in loaders.parts.values():
+        if id(loader.dataset) not in made:
             made[id(loader.dataset)] = with_features(loader.dataset, [keep(model, loader, loader.dataset, folder)])
     loaders.stop_workers()
     model.on_features = True
-
-    def ready(loader: ImageLoader | None) -> ImageLoader | None:
-        same = loader is loaders.train
-        how = {"batch_sampler": loader.batch_sampler} if same else {}
-        return over(
-            loader, made[id(loader.dataset)], **how, num_workers=0, prefetch_factor=None, persistent_workers=False
-        )
-
-    query = ready(loaders.query) if loaders.query else None
-    gallery = query if loaders.gallery is loaders.query else ready(loaders.gallery)
-    return Loaders(ready(loaders.train), query, gallery)
+    inline = {"num_workers": 0, "prefetch_factor": None, "persistent_workers": False}
+    ready = {id(part): over(part, made[id(part.dataset)], **inline) for part in loaders.parts.values()}
+    ready[id(loaders.train)] = over(loaders.train, made[id(train)], batch_sampler=loaders.train.batch_sampler, **inline)
+    query, gallery = (ready.get(id(part)) for part in (loaders.query, loaders.gallery))
+    held = loaders.validation and Pair(*(ready[id(part)] for part in vars(loaders.validation).values()))
+    return Loaders(ready[id(loaders.train)], query, gallery, held)
 
 
 def keep(model: RecModel, loader: ImageLoader, images: ImageList, folder: Path, seed: int | None = None) -> Path:

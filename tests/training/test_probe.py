@@ -42,7 +42,7 @@ def test_a_probe_takes_the_steps_of_a_frozen_backbone(config_file, tmp_path):
     for name, value in one.items():  # features are kept in half precision
         torch.testing.assert_close(other[name], value, rtol=0.05, atol=5e-3, msg=name)
     assert all(torch.equal(other[name], value) for name, value in one.items() if name.startswith("backbone"))
-    assert learn.scores() == pytest.approx(frozen.scores(), abs=0.05)
+    assert learn.evaluate().metrics == pytest.approx(frozen.evaluate().metrics, abs=0.05)
 
 
 def test_features_are_made_once(config_file, tmp_path, images_decoded):
