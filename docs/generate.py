@@ -183,7 +183,7 @@ def described(part) -> dict[str, str]:
 
 GLOBAL_KEYS = {
     "epochs": "how many epochs to train",
-    "device": "`gpu` where there is one, or `cpu`",
+    "device": "`auto`: a GPU where there is one; `gpu`: the same, and a line says where there is none; `cpu`",
     "devices": "how many processes, or `auto`: one for each GPU; see [](../devices.md)",
     "seed": "of all random draws",
     "class_num": "the number of training identities; counted where it is left out",

@@ -13,8 +13,8 @@ __getattr__, __dir__, __all__ = lazily(
         "widget": "gallery_widget GalleryWidget",
         "grid": "gallery_grid GalleryGrid",
         "curves": (
-            "history_figure histories_figure before_after_figure confusion_figure curves_figure histogram_figure "
-            "map_figure samples_figure"
+            "augmentation_figure history_figure histories_figure before_after_figure confusion_figure curves_figure "
+            "histogram_figure map_figure samples_figure"
         ),
     },
 )

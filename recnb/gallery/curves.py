@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import cycle
+from itertools import cycle, islice
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -15,8 +15,10 @@ from matplotlib.figure import Figure
 from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from PIL import Image, ImageOps
+from torch.utils.data import DataLoader
 
 from recnb.data.images import printable, to_rgb
+from recnb.data.pipeline import display_image
 from recnb.gallery.figure import COLOURS, INK, SOFT
 from recnb.gallery.fonts import drawn_label, legible
 from recnb.gallery.pictures import read_picture, shorten
@@ -249,6 +251,25 @@ def samples_figure(table: pd.DataFrame, rows: int = 6, columns: int = 8) -> Figu
                 ImageOps.exif_transpose(image, in_place=True)
                 ax.imshow(ImageOps.contain(to_rgb(image), (160, 160)))
             ax.set_title("  ".join(words), fontsize=8, color="#555555", pad=2, parse_math=False)
+    return legible(figure)
+
+
+def augmentation_figure(loader: DataLoader, count: int = 8) -> Figure:
+    """Return images of the first training batch in pairs: above as in the file, below as the model gets them."""
+    items, images = list(islice(next(iter(loader.batch_sampler)), count)), loader.dataset
+    figure = plt.figure(figsize=(1.25 * len(items), 2.9), facecolor="white", dpi=90)
+    plt.close(figure)
+    axes = figure.subplots(2, len(items), squeeze=False)
+    for (before, after), item in zip(axes.T, items, strict=True):
+        index = item[0] if isinstance(item, tuple) else item  # the other number is the seed of its augmentation
+        before.imshow(images.image(index).permute(1, 2, 0))
+        before.set_title(shorten(printable(images.name(images.labels[index])), 14), fontsize=8, parse_math=False)
+        after.imshow(display_image(images[item][0], images.transform))
+    for ax in axes.ravel():
+        ax.set(xticks=[], yticks=[])
+    axes[0, 0].set_ylabel("file", fontsize=8)
+    axes[1, 0].set_ylabel("model", fontsize=8)
+    figure.tight_layout(pad=0.4)
     return legible(figure)
 
 

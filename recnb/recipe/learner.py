@@ -122,10 +122,15 @@ def device_count(wanted: int | str) -> int:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device that Global.device names; without a GPU, 'gpu' becomes the CPU and a line says so."""
-    if name == "gpu" and not torch.cuda.is_available():
+    """Return the device that Global.device names: a GPU unless it is cpu, and the CPU where there is none.
+
+    A line says so where the file asks for gpu.
+    """
+    if name != "cpu" and torch.cuda.is_available():
+        return torch.device(f"cuda:{torch.cuda.current_device()}")
+    if name == "gpu":
         print("Global.device is gpu, and this machine has none: running on the CPU")
-    return torch.device(f"cuda:{torch.cuda.current_device()}" if name == "gpu" and torch.cuda.is_available() else "cpu")
+    return torch.device("cpu")
 
 
 def evaluation_loss(cfg: dict, loaders: Loaders) -> CombinedLoss | None:

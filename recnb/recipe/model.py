@@ -71,7 +71,7 @@ def build_recmodel(cfg: dict, section: dict, where: str, classes: int | None) ->
         model.precision = precision(amp, cfg["Global"]["device"])
         model.half_evaluation = amp.get("use_fp16_test", False) or amp.get("level") == "O2"
     if ranks()[1] > 1 and (section.get("use_sync_bn") or cfg["Arch"].get("use_sync_bn")):
-        on_gpu = cfg["Global"]["device"] == "gpu" and torch.cuda.is_available()
+        on_gpu = cfg["Global"]["device"] != "cpu" and torch.cuda.is_available()
         (share_on_gpus if on_gpu else share_batches)(model)
     model.rests = (cfg.get("Retention") or {}).get("batch_norm") == "frozen"
     try:
@@ -83,7 +83,7 @@ def build_recmodel(cfg: dict, section: dict, where: str, classes: int | None) ->
 
 def precision(amp: dict, device: str) -> torch.dtype:
     """The type of autocast: as AMP.dtype says, otherwise bfloat16 where it is fast or the only one, else float16."""
-    on_gpu = device == "gpu" and torch.cuda.is_available()
+    on_gpu = device != "cpu" and torch.cuda.is_available()
     fallback = "float16" if on_gpu and not torch.cuda.is_bf16_supported() else "bfloat16"
     return getattr(torch, amp.get("dtype") or fallback)
 

@@ -19,7 +19,7 @@ GLOBAL = {
     "checkpoints": None,
     "pretrained_model": None,
     "output_dir": None,
-    "device": "gpu",
+    "device": "auto",
     "class_num": None,
     "save_interval": 1,
     "eval_during_train": True,
@@ -79,7 +79,7 @@ NULLABLE = {
     "probe": int,
 }
 CHOICES = {
-    "device": ("gpu", "cpu"),
+    "device": ("auto", "gpu", "cpu"),
     "on_nonfinite": ("stop", "skip"),
     "on_bad_image": ("stop", "drop"),
     "eval_mode": ("retrieval", "classification"),

@@ -72,7 +72,7 @@ def environment(cfg: dict) -> dict:
         except PackageNotFoundError:
             return None
 
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() and cfg["Global"]["device"] == "gpu" else "cpu"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() and cfg["Global"]["device"] != "cpu" else "cpu"
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),

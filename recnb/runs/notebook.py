@@ -1,4 +1,4 @@
-"""How an error of the kit looks in a notebook: its sentence, with the traceback folded behind a click.
+"""What is folded behind a click in a notebook: long texts, and the traceback of an error of the kit.
 
 A notebook asks for it in its first cell: `%load_ext recnb.runs.notebook`.
 """
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from IPython.core.interactiveshell import InteractiveShell
+    from IPython.display import HTML
 
 
 def is_own(error: BaseException | type[BaseException]) -> bool:
@@ -23,6 +24,13 @@ def is_own(error: BaseException | type[BaseException]) -> bool:
 def load_ipython_extension(shell: InteractiveShell) -> None:
     """Show the kit's errors in this kernel as sentences."""
     shell.set_custom_exc((Exception,), show)
+
+
+def folded(title: str, text: str) -> HTML:
+    """Return a text behind its title, which a click opens."""
+    from IPython.display import HTML
+
+    return HTML(f"<details><summary>{html.escape(title)}</summary><pre>{html.escape(text)}</pre></details>")
 
 
 def show(

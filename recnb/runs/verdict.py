@@ -7,6 +7,7 @@ identities of the same kind; for all else, the queries were too few to tell.
 from __future__ import annotations
 
 import re
+import textwrap
 from dataclasses import dataclass
 
 import numpy as np
@@ -110,7 +111,7 @@ def show_verdict(run) -> None:
     except ConfigError as error:
         print(error)
         return
-    print(result)
+    print(textwrap.fill(str(result), 100))  # a page would break longer lines within a word
     display(result.figure())
     display(result.table().style.format(precision=3).set_properties(subset=["verdict"], **{"text-align": "left"}))
 

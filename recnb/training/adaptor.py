@@ -9,14 +9,11 @@ import warnings
 from collections.abc import Sequence
 from itertools import islice
 
-import matplotlib.pyplot as plt
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from recnb.data.loaders import batches_on, over
-from recnb.data.pipeline import display_image
 from recnb.data.samplers import EpochSampler
 
 with warnings.catch_warnings():  # fastai's import warns of torch's and pandas' futures
@@ -88,17 +85,3 @@ class FastaiLoader:
 
     def one_batch(self) -> tuple[Tensor, Tensor]:
         return next(iter(self))
-
-    def show_batch(self, max_n: int = 16, columns: int = 8) -> plt.Figure:
-        """A figure of the first images of a batch as the model gets them, each with its identity."""
-        images, labels = self.one_batch()
-        rows = -(-min(max_n, len(images)) // columns)
-        figure, axes = plt.subplots(rows, columns, figsize=(1.3 * columns, 1.55 * rows), facecolor="white", dpi=72)
-        for ax in np.ravel(axes):
-            ax.set_axis_off()
-        for ax, image, label in zip(np.ravel(axes)[:max_n], images.cpu(), labels.tolist(), strict=False):
-            ax.imshow(display_image(image, self.dataset.transform))
-            ax.set_title(f"identity {self.dataset.name(label)}", fontsize=8, color="black")
-        figure.tight_layout(pad=0.4)
-        plt.close(figure)
-        return figure

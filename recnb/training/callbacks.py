@@ -253,8 +253,8 @@ class Pace(Callback):
         hint = "; more num_workers, Global.cache_images or cheaper transform_ops would help" * (which == "loader")
         return (
             f"{self.images:,} training images in {self.seconds:.0f} s: {self.images / self.seconds:,.0f} a second, "
-            f"{waiting:.0%} of the time spent waiting for the loader; the model alone takes {alone:,.0f}. The "
-            f"{which} is the bottleneck{hint}"
+            f"the model alone {alone:,.0f}\n"
+            f"{waiting:.0%} of the time went by waiting for the loader: the {which} is the bottleneck{hint}"
         )
 
 

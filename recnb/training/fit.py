@@ -84,9 +84,10 @@ def keep(learn: RetrievalLearner, plan: Plan, state: FitState, average: MovingAv
         best = load_file(plan.folder / "checkpoints" / "best.safetensors")
         learn.model.load_state_dict(split(best, sharded_weights(learn.model)))
         name, value = learn.names[0], state.best["value"]
-        saw = "; the choice saw the test lists, so their metrics flatter it (DataLoader.Validation would not)"
-        how = ", chosen on validation" if learn.loaders.validation else saw
-        print(f"the model holds the weights of epoch {state.best['epoch']}, the best by {name} ({value:.4f}){how}")
+        chosen = ", chosen on validation" if learn.loaders.validation else ""
+        print(f"the model holds the weights of epoch {state.best['epoch']}, the best by {name} ({value:.3f}){chosen}")
+        if not chosen:
+            print("the choice saw the test lists, so their metrics flatter it; DataLoader.Validation would not")
     elif average:
         average.swap()
     save_weights(whole_states(learn.model)[0], plan.folder / "model.safetensors")

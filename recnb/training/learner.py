@@ -81,7 +81,7 @@ class RetrievalLearner(Learner):
         self.watched = RetrievalEvaluation(loaders.validation, judge) if loaders.validation else self.tested
         pairs = {part.pair.query: part.pair for part in (self.watched, self.tested) if part}
         held = [FastaiLoader(evaluation_loader(pair), device) for pair in pairs.values()]
-        shown = [ValueMetric(partial(self.shown, name), name) for name in self.names] if self.watched else []
+        shown = [ValueMetric(partial(self.last, name), name) for name in self.names] if self.watched else []
         super().__init__(
             DataLoaders(FastaiLoader(loaders.train, device), *held[:1], path=path),
             model.to(device),
@@ -114,7 +114,7 @@ class RetrievalLearner(Learner):
             self.create_opt()
         self.freeze_to(sum(group["backbone"] for group in self.opt.opt.param_groups))
 
-    def shown(self, name: str) -> float | None:
+    def last(self, name: str) -> float | None:
         """Return a metric of the evaluation that has just been made, for the live table."""
         result = self.watched and self.watched.result
         return result.metrics[name] if result else None

@@ -59,13 +59,12 @@ def wandb(folder: Path, config: dict) -> Logger:
 
 
 def mlflow(folder: Path, config: dict) -> Logger:
-    """A run of the folder's name on the tracking server of the environment, otherwise in `mlruns/` in the folder."""
+    """A run of the folder's name on the tracking server of the environment, otherwise in the folder's `mlflow.db`."""
     import mlflow
 
     if "MLFLOW_TRACKING_URI" not in os.environ:
-        mlflow.set_tracking_uri((folder / "mlruns").absolute().as_uri())
-    mlflow.start_run(run_name=folder.name)
-    mlflow.log_dict(config, "config.yaml")
+        mlflow.set_tracking_uri(f"sqlite:///{folder.absolute() / 'mlflow.db'}")
+    mlflow.start_run(run_name=folder.name, tags={"folder": str(folder.absolute())})
 
     def write(values: dict[str, float], kind: str, number: int) -> None:
         mlflow.log_metrics({name.replace("@", "_at_"): value for name, value in values.items()}, step=number)

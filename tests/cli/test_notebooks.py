@@ -25,7 +25,7 @@ def outputs(notebook: Path) -> list[dict]:
 
 def test_the_run_folder_is_whole(trained_run, drawn):
     metrics = json.loads((trained_run / "metrics.json").read_text())
-    assert list(metrics) == ["recall1", "recall5", "mAP", "before", "gain"]
+    assert list(metrics) == ["recall1", "recall5", "mAP", "before", "gain", "intervals"]
     assert metrics["gain"]["mAP"] == pytest.approx(metrics["mAP"] - metrics["before"]["mAP"])
     assert pd.read_csv(trained_run / "history.csv").epoch.tolist() == [1, 2]
     assert load_config(trained_run / "config.yaml")["Arch"]["Head"]["class_num"] == 15
@@ -39,7 +39,9 @@ def test_the_run_folder_is_whole(trained_run, drawn):
 
 def test_the_executed_notebook_shows_figures_and_no_warnings(trained_run):
     shown = outputs(trained_run / "train.ipynb")
-    assert sum("image/png" in output.get("data", {}) for output in shown) == 3  # a batch, the curves, the gallery
+    assert (
+        sum("image/png" in output.get("data", {}) for output in shown) == 4
+    )  # pairs, the curves, the verdict, the gallery
     assert [output.text for output in shown if output.get("name") == "stderr"] == []
     assert (trained_run / "train.ipynb").stat().st_size < 1_500_000
 

@@ -11,7 +11,9 @@ from torch.utils.data import DataLoader
 
 from recnb.data.lists import own_index
 from recnb.data.loaders import Loaders, over
+from recnb.data.pipeline import display_image
 from recnb.data.samplers import PKSampler
+from recnb.gallery.curves import augmentation_figure
 from recnb.losses.combined import CELoss, CombinedLoss, SupConLoss
 from recnb.models.backbones import create_backbone
 from recnb.models.heads import ArcMargin
@@ -189,9 +191,16 @@ def test_the_loaders_of_the_caller_stay_as_they_are(config_file, tmp_path):
     assert loaders.gallery is gallery and len(learn.dls.valid.dataset) == 2 * len(gallery.dataset)
 
 
-def test_show_batch_and_plot_loss_draw(learn):
-    figure = learn.dls.train.show_batch(8)
-    assert next(ax.get_title() for ax in figure.axes).startswith("identity")
+def test_augmentation_is_shown_in_pairs(learn):
+    figure, images = augmentation_figure(learn.loaders.train, 4), learn.loaders.train.dataset
+    ((index, seed), *_) = next(iter(learn.loaders.train.batch_sampler))
+    above, below = (figure.axes[i].images[0].get_array() for i in (0, 4))
+    assert len(figure.axes) == 8 and figure.axes[0].get_title() == images.name(images.labels[index])
+    np.testing.assert_array_equal(above, images.image(index).permute(1, 2, 0))
+    np.testing.assert_array_equal(below, display_image(images[index, seed][0], images.transform))
+
+
+def test_plot_loss_draws(learn):
     learn.fit(1, 1e-3)
     ax = learn.recorder.plot_loss(skip_start=0)
     assert len(ax.lines[0].get_ydata()) == len(learn.dls.train)

@@ -50,6 +50,14 @@ def test_a_run_leaves_history_weights_and_checkpoints(config_file, tmp_path):
     assert len(history_figure(tmp_path / "run").axes) == 2
 
 
+def test_one_epoch_has_one_place_on_the_axis(tmp_path):
+    (tmp_path / "history.csv").write_text("epoch,lr,train_loss,mAP\n1,0.1,0.5,0.25\n")
+    axes = history_figure(tmp_path).axes
+    for ax in axes:
+        low, high = ax.get_xlim()
+        assert [tick for tick in ax.get_xticks() if low <= tick <= high] == [1]
+
+
 def test_where_other_processes_train_an_epoch_is_a_new_row_of_the_history(config_file, tmp_path, monkeypatch):
     learn = make(config_file, tmp_path, {"Global.devices": 2})
     history, seen = tmp_path / "history.csv", []
@@ -203,7 +211,7 @@ def test_mlflow_gets_every_epoch(config_file, tmp_path, monkeypatch):
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     make(config_file, tmp_path, {"Global.loggers": ["mlflow"]}).fit_config()
-    client = mlflow.MlflowClient(str((tmp_path / "mlruns").as_uri()))
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
     (run,) = client.search_runs(["0"])
     written = [metric.value for metric in client.get_metric_history(run.info.run_id, "epoch_mAP")]
     assert written == pytest.approx(pd.read_csv(tmp_path / "history.csv").mAP.tolist())
