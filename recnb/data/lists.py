@@ -336,7 +336,7 @@ def scan(root: Path) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
                 continue
             found = below_folder(entry.path) if own(entry.name) else ()
             files = sorted(found, key=lambda path: path.split(os.sep))  # noqa: PTH206
-            reasons = [unusable(os.path.basename(path)) for path in files]  # noqa: PTH119 (a Path takes four times as long)
+            reasons = [unusable(path.rpartition(os.sep)[2]) for path in files]
             images += [(path, entry.name) for path, why in zip(files, reasons, strict=True) if why is None]
             unused += [(path, why) for path, why in zip(files, reasons, strict=True) if why is not None]
             if not files:
