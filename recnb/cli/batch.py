@@ -42,11 +42,13 @@ class Job:
 
 
 def expand(batch: dict) -> dict[str, dict]:
-    """The overrides of every run by its name, which says what differs.
+    """Return the overrides of every run by its name, which says what differs.
 
-    Raises ConfigError where two runs are the same.
+    Raise ConfigError where two runs are the same.
     """
-    common, grid, points = (batch.get(key) or kind for key, kind in (("overrides", {}), ("grid", {}), ("list", [{}])))
+    common: dict = batch.get("overrides") or {}
+    grid: dict = batch.get("grid") or {}
+    points: list[dict] = batch.get("list") or [{}]
     for section, kind in ((common, dict), (grid, dict), (points, list), *((point, dict) for point in points)):
         if not isinstance(section, kind):
             raise ConfigError(f"{section!r} is a {type(section).__name__}, not a {kind.__name__}")
@@ -61,7 +63,7 @@ def expand(batch: dict) -> dict[str, dict]:
     keys = list(dict.fromkeys(key for run in runs for key in run))
     short = dict(zip(keys, short_names((key.split(".") for key in keys), "."), strict=True))
     varying = [key for key in keys if any(key not in run or run[key] != runs[0].get(key) for run in runs)]
-    named = {}
+    named: dict[str, dict] = {}
     for run in runs:
         name = "_".join(f"{short[key]}-{word(run[key])}" for key in varying if key in run) or "base"
         if name in named:
@@ -71,7 +73,7 @@ def expand(batch: dict) -> dict[str, dict]:
 
 
 def word(value) -> str:
-    """A value as a part of a folder's name; of a path, its last step."""
+    """Return a value as a part of a folder's name; of a path, its last step."""
     text = json.dumps(value) if isinstance(value, dict | list) else str(value).rpartition("/")[2]
     return re.sub(r"[^\w.+-]+", "-", text).strip("-")
 
@@ -85,9 +87,9 @@ def command_of(folder: Path, parameters: dict) -> list[str]:
 
 
 def plan(path: str, run_dir: str = "") -> list[Job]:
-    """Every run of a batch, checked and with its state.
+    """Return every run of a batch, checked and with its state.
 
-    Raises ConfigError naming run and key before anything is run.
+    Raise ConfigError naming run and key before anything is run.
     """
     batch = read_yaml(path)
     for key in batch:
@@ -95,7 +97,8 @@ def plan(path: str, run_dir: str = "") -> list[Job]:
             raise ConfigError(f"{path}: {key}: there is no such key; {suggest(key, KEYS)}")
     if "config" not in batch:
         raise ConfigError(f"{path}: config: the file does not say which configuration to vary")
-    target, jobs = ROOT / (run_dir or batch.get("run_dir") or f"runs/{Path(path).stem}"), []
+    target = ROOT / (run_dir or batch.get("run_dir") or f"runs/{Path(path).stem}")
+    jobs: list[Job] = []
     config = str(resolve(batch["config"]).absolute())
     for name, overrides in expand(batch).items():
         folder = target / name
@@ -114,7 +117,7 @@ def plan(path: str, run_dir: str = "") -> list[Job]:
 
 
 def state(job: Job) -> str:
-    """'done', 'interrupted' or 'new'; raises ConfigError where the folder belongs to another configuration."""
+    """Return 'done', 'interrupted' or 'new'; raise ConfigError where the folder belongs to another configuration."""
     if not (job.folder / "config.yaml").is_file():
         return "new"
     differing = compare(load_config(job.folder / "config.yaml"), resolved(job.cfg))
@@ -149,24 +152,29 @@ class Batch:
             return
         job.folder.mkdir(parents=True, exist_ok=True)
         started = time.perf_counter()
-        with (job.folder / "terminal.log").open("w") as log:  # a session of its own: Ctrl-C reaches it through `stop`
-            child = subprocess.Popen(
-                job.command,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                env={**os.environ, "OMP_NUM_THREADS": self.threads},
-            )
-            self.children.append(child)
-            if self.stopped:  # meanwhile
-                child.terminate()
-            code = child.wait()
+        child = subprocess.Popen(
+            job.command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,  # Ctrl-C reaches it through `stop`
+            env={**os.environ, "OMP_NUM_THREADS": self.threads},
+        )
+        self.children.append(child)
+        if self.stopped:  # meanwhile
+            child.terminate()
+        lines = []
+        for line in child.stdout or ():
+            lines.append(line)
+            if line.startswith("  epoch"):
+                print(f"{job.name}: {line.strip()}", flush=True)
+        code = child.wait()
         job.seconds = time.perf_counter() - started
         job.state = "done" if code == 0 else "stopped" if self.stopped else "failed"
         print(f"{job.name}: {job.state} after {job.seconds:.0f} s", flush=True)
         if job.state == "failed":
-            reason = (job.folder / "terminal.log").read_text().strip().rpartition("\n")[2]
-            print(f"    {reason}\n    see {job.folder}", flush=True)
+            reason = "".join(lines).strip().rpartition("error: ")[2].splitlines()[-2:]
+            print("    " + "\n    ".join([*reason, f"see {job.folder}"]), flush=True)
 
     def stop(self) -> None:
         self.stopped = True
@@ -180,7 +188,7 @@ class Batch:
 
 
 def table(jobs: list[Job]) -> pd.DataFrame:
-    """A row per run: state, seconds, and the metrics of those that have any."""
+    """Return a row per run: state, seconds, and the metrics of those that have any."""
     rows = {}
     for job in jobs:
         path = job.folder / "metrics.json"

@@ -61,7 +61,7 @@ def known(notebook: Path) -> dict[str, Parameter]:
     source = ["".join(cell["source"]) for cell in cells if "parameters" in cell["metadata"].get("tags", ())]
     found = {}
     for node in ast.parse(source[0]).body if source else ():
-        if isinstance(node, ast.AnnAssign):
+        if isinstance(node, ast.AnnAssign) and node.value:
             found[ast.unparse(node.target)] = KINDS.get(ast.unparse(node.annotation), object), node.value
         elif isinstance(node, ast.Assign):
             found[ast.unparse(node.targets[0])] = object, node.value

@@ -119,10 +119,16 @@ def test_a_batch_is_checked_before_anything_starts(drawn, tmp_path, content, mes
 def test_a_command_that_fails_stops_no_other(tmp_path, capfd):
     jobs = [
         batch.Job(name, tmp_path / name, {}, ["sh", "-c", text])
-        for name, text in (("first", "true"), ("second", "echo this is why; exit 3"), ("third", "true"))
+        for name, text in (
+            ("first", "echo '  epoch 1 of 2: mAP 0.5'"),
+            ("second", "echo this is why; exit 3"),
+            ("third", "true"),
+        )
     ]
     batch.Batch(jobs, 2).run()
-    assert [job.state for job in jobs] == ["done", "failed", "done"] and "this is why" in capfd.readouterr().out
+    printed = capfd.readouterr().out
+    assert [job.state for job in jobs] == ["done", "failed", "done"]
+    assert "    this is why" in printed and "first: epoch 1 of 2: mAP 0.5" in printed
 
 
 @pytest.mark.slow
