@@ -12,6 +12,7 @@ __getattr__, __dir__, __all__ = lazily(
         "page": "gallery_html gallery_static",
         "widget": "gallery_widget GalleryWidget",
         "grid": "gallery_grid GalleryGrid",
+        "report": "report_html Section",
         "curves": (
             "augmentation_figure history_figure histories_figure before_after_figure confusion_figure curves_figure "
             "histogram_figure map_figure samples_figure"

@@ -1,0 +1,69 @@
+"""A run as one page: words, figures, tables and the gallery, in one HTML file that stands alone."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+from IPython.display import HTML
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from recnb.gallery.page import TEMPLATES
+from recnb.storage import write_text
+
+
+@dataclass
+class Section:
+    """A part of a report, in the order in which it is shown."""
+
+    title: str
+    text: str = ""
+    figure: Figure | None = None
+    alt: str = ""  # what the figure shows, for who cannot see it
+    gallery: HTML | None = None  # of `gallery_static`
+    table: pd.DataFrame | None = None  # escaped; floats with three decimals
+    code: str = ""  # folded away
+
+
+def report_html(
+    title: str, sections: Sequence[Section], summary: str = "", verdict: str = "", path: str | Path | None = None
+) -> str:
+    """Return a self-contained HTML page of a run's results.
+
+    Args:
+        title: the heading.
+        sections: what stands below it, in this order.
+        summary: a line of facts below the heading.
+        verdict: the sentence that a reader sees first.
+        path: where the page is also written.
+    """
+    page = TEMPLATES.get_template("report.html").render(
+        title=title, sections=sections, summary=summary, verdict=verdict
+    )
+    page = page.encode("utf-8", "backslashreplace").decode()  # a file's name may hold bytes that are no text
+    if path is not None:
+        write_text(path, page)
+    return page
+
+
+def figure_uri(figure: Figure) -> str:
+    """Return the figure as a PNG in a data URI, sharp on screens of twice the pixels."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=160, bbox_inches="tight", facecolor="white")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def table_html(table: pd.DataFrame) -> Markup:
+    """Return the table as HTML, its text escaped, numbers to the right."""
+    texts = [column for column in table if not pd.api.types.is_numeric_dtype(table[column])]
+    styled = table.style.format(precision=3, na_rep="-", escape="html").hide(axis="index")
+    left = [{"selector": "", "props": [("text-align", "left")]}]
+    return Markup(styled.set_table_styles(dict.fromkeys(texts, left)).to_html())
+
+
+TEMPLATES.filters |= {"figure_uri": figure_uri, "table_html": table_html}
