@@ -175,3 +175,9 @@ def resolve(path: str | Path) -> Path:
         return (PACKAGE if shipped else ROOT) / path
     except (OSError, RuntimeError) as error:  # RuntimeError: ~ of someone who is not known
         raise ConfigError(f"'{str(path)[:100]}' cannot be a path: {getattr(error, 'strerror', error)}") from None
+
+
+def from_root(path: str | Path) -> str:
+    """Return a path as it stands below ROOT, where it can be found after the project has moved, or else absolute."""
+    absolute = Path(os.path.normpath(Path(path).absolute()))
+    return absolute.relative_to(ROOT).as_posix() if absolute.is_relative_to(ROOT) else str(absolute)

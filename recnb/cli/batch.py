@@ -19,7 +19,7 @@ import yaml
 from recnb.cli.notebook import check
 from recnb.data.images import DataError
 from recnb.recipe.reading import read_yaml
-from recnb.recipe.resolved import compare, resolved
+from recnb.recipe.resolved import compare, portable, resolved
 from recnb.recipe.schema import load_config, lookup
 from recnb.registry import ConfigError, suggest
 from recnb.runs.compare import short_names
@@ -120,7 +120,7 @@ def state(job: Job) -> str:
     """Return 'done', 'interrupted' or 'new'; raise ConfigError where the folder belongs to another configuration."""
     if not (job.folder / "config.yaml").is_file():
         return "new"
-    differing = compare(load_config(job.folder / "config.yaml"), resolved(job.cfg))
+    differing = compare(portable(load_config(job.folder / "config.yaml")), resolved(job.cfg))
     if differing:
         raise ConfigError(
             f"{job.folder} holds a run of another configuration ({'; '.join(differing)}); "

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 from recnb.recipe.data import training_images
 from recnb.recipe.schema import GLOBAL, LOADERS, architectures, class_num, lookup, optimizers
 from recnb.registry import ConfigError
-from recnb.storage import resolve
+from recnb.storage import from_root, resolve
 from recnb.training.schedules import SCHEDULES
 
 # What may differ between a checkpoint's configuration and the one that resumes it: nothing of this changes the numbers.
@@ -43,7 +44,7 @@ PATHS = {
 
 
 def resolved(cfg: dict, classes: int | None = None) -> dict:
-    """The configuration with what the run derived: absolute paths, the number of classes, relabelling.
+    """The configuration with what the run derived: `portable` paths, the number of classes, relabelling.
 
     `classes` is the number of training identities; without it, and where the file does not say, their list is read.
     """
@@ -54,16 +55,27 @@ def resolved(cfg: dict, classes: int | None = None) -> dict:
         for head in heads:
             head["class_num"] = classes
         cfg["DataLoader"]["Train"]["dataset"].setdefault("relabel", True)
+    return portable(cfg)
+
+
+def portable(cfg: dict) -> dict:
+    """Return the configuration with each path as it stands below the project, or absolute where it lies elsewhere."""
+    return with_paths(cfg, lambda path: from_root(resolve(path)))
+
+
+def with_paths(cfg: dict, change: Callable[[str], str]) -> dict:
+    """Return the configuration with each of its paths changed."""
+    cfg = copy.deepcopy(cfg)
     backbones = [(section.get("Backbone") or {}, ("pretrained",)) for _, section in architectures(cfg)]
     for section, keys in [*((lookup(cfg, place) or {}, keys) for place, keys in PATHS.items()), *backbones]:
-        section |= {k: str(resolve(section[k]).absolute()) for k in keys if isinstance(section.get(k), str)}
+        section |= {k: change(section[k]) for k in keys if isinstance(section.get(k), str)}
     return cfg
 
 
 def check_same(ours: dict, theirs: dict, path: Path) -> None:
     """Raise ConfigError where a checkpoint's configuration differs from this one in what changes numbers."""
     theirs["Global"] = {**GLOBAL, **theirs["Global"]}  # a key that is newer than the checkpoint had its default then
-    differences = compare(theirs, ours)
+    differences = compare(portable(theirs), portable(ours))
     bound = [
         section["lr"]["name"]
         for _, section in optimizers(ours)

@@ -77,7 +77,9 @@ def leaderboard(runs: dict[str, Run], unusable: dict[str, str] | None = None, by
     sets = test_sets(runs).test_set if runs else {}
     table = pd.DataFrame.from_dict({name: _board_row(run, sets[name]) for name, run in runs.items()}, orient="index")
     if len(table):
-        table = table.sort_values(["test_set", by or table.columns[4]], ascending=[True, False], kind="stable")
+        table = table.sort_values(
+            ["test_set", by or next(iter(table.columns[4:]), "epochs")], ascending=[True, False], kind="stable"
+        )
         whole = dict.fromkeys(("test_set", "epochs", "best_epoch"), "Int64")
         table = table.astype(whole)
     return pd.concat([table, pd.DataFrame({"state": unusable or {}}, dtype=object)]).rename_axis("run")
@@ -85,7 +87,7 @@ def leaderboard(runs: dict[str, Run], unusable: dict[str, str] | None = None, by
 
 def _board_row(run: Run, test_set: int) -> dict:
     metrics = {key: value for key, value in run.metrics.items() if isinstance(value, (int, float))}
-    first, last = next(iter(metrics)), run.history.iloc[-1]
+    first, last = next(iter(metrics), ""), run.history.iloc[-1]
     scores = run.history[first].dropna() if first in run.history else pd.Series(dtype=float)
     best = run.history.epoch[scores[scores == scores.max()].index[-1]] if len(scores) else None
     on_test = not run.cfg.get("DataLoader", {}).get("Validation")

@@ -17,7 +17,8 @@ from recnb.recipe.learner import build_learner
 from recnb.recipe.lint import lint, stop
 from recnb.recipe.model import build_model
 from recnb.runs.folder import open_run, resolve_run, save_embeddings, save_metrics
-from recnb.storage import replacing
+from recnb.runs.rows import save_rows
+from recnb.storage import from_root, replacing
 from recnb.training.evaluation import Evaluation
 from recnb.training.learner import RetrievalLearner
 
@@ -74,7 +75,10 @@ def save_queries(path: Path, images: ImageList, before: Evaluation, after: Evalu
 
     A query that has nothing to find has no value.
     """
-    columns = {"path": images.paths, "label": [images.name(label) for label in images.labels.tolist()]}
+    columns = {
+        "path": [*map(from_root, images.paths)],
+        "label": [images.name(label) for label in images.labels.tolist()],
+    }
     for name, values in before.per_query.items():
         columns[f"{name}_before"] = values
         if after is not None:
@@ -88,6 +92,7 @@ def save_results(run: Path, learn: RetrievalLearner, before: Evaluation, after: 
     if after.per_query:
         save_queries(run / "queries.csv", learn.loaders.query.dataset, before, after)
         save_embeddings(run, query=after.query, gallery=after.gallery)
+        save_rows(run, {"query": learn.loaders.query.dataset, "gallery": learn.loaders.gallery.dataset})
     save_metrics(run, before.metrics, after.metrics)
 
 

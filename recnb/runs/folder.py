@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 import os
 import platform
 import subprocess
@@ -22,8 +23,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from pandas.api.types import is_numeric_dtype
 from torchvision.transforms.v2.functional import pil_to_tensor
 
+from recnb.data.images import DataError
 from recnb.data.lists import ImageList, own_index, same_list
 from recnb.gallery.pictures import read_picture
 from recnb.models.recmodel import RecModel
@@ -31,13 +34,14 @@ from recnb.models.weights import load_weights
 from recnb.recipe.data import build_transform, evaluation_images, evaluation_places
 from recnb.recipe.model import build_model
 from recnb.recipe.reading import as_yaml
-from recnb.recipe.resolved import resolved
+from recnb.recipe.resolved import resolved, with_paths
 from recnb.recipe.schema import LOADERS, architectures, load_config, lookup
 from recnb.registry import ConfigError
 from recnb.retrieval.lists import Ranking, rank
 from recnb.retrieval.rerank import k_reciprocal
+from recnb.runs.rows import PARTS, kept_rows
 from recnb.runs.verdict import verdict
-from recnb.storage import ROOT, replacing, resolve, write_json, write_text
+from recnb.storage import ROOT, from_root, replacing, resolve, write_json, write_text
 
 PACKAGES = ("recnb", "torch", "torchvision", "fastai", "timm", "faiss-cpu", "numpy", "pillow", "papermill")
 
@@ -89,7 +93,7 @@ def list_hashes(cfg: dict) -> dict[str, str]:
     """The SHA-256 of each list file that the configuration names."""
     named = {lookup(cfg, f"DataLoader.{part}.dataset.cls_label_path") for part in LOADERS} - {None}
     files = [path for path in map(resolve, sorted(named)) if path.is_file()]
-    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return {from_root(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def commit() -> str | None:
@@ -234,27 +238,77 @@ def untrained(cfg: dict) -> dict:
 
 
 def load_run(folder: str | Path) -> Run:
-    """The run of a folder that training has finished; raises ConfigError naming what it lacks."""
+    """Return the run of a folder that training has finished, wherever the folder and its images are.
+
+    Raises:
+        ConfigError: Something is missing, damaged, or cannot be true; the message names the file.
+    """
     run = resolve(folder)
-    parts = {name: run / "embeddings" / f"{name}.npy" for name in ("query", "gallery")}
+    parts = {name: run / "embeddings" / f"{name}.npy" for name in PARTS}
     for path in (run / "config.yaml", run / "metrics.json", run / "history.csv", *parts.values()):
         if not path.is_file():
             raise ConfigError(
                 f"{run}: is not the folder of a finished run, {path.relative_to(run)} is missing; 02_train writes one"
             )
-    cfg = load_config(run / "config.yaml")
-    features = [undamaged(run, path, lambda path: np.load(path, allow_pickle=False)) for path in parts.values()]
-    metrics = undamaged(run, run / "metrics.json", lambda path: json.loads(path.read_text()))
+    cfg = with_paths(load_config(run / "config.yaml"), partial(beside, run))
+    features = [undamaged(run, path, read_vectors) for path in parts.values()]
+    if features[0].shape[1] != features[1].shape[1]:
+        sizes = " and ".join(str(values.shape[1]) for values in features)
+        raise ConfigError(f"{run}: embeddings/query.npy and gallery.npy are of two runs, with {sizes} dimensions")
+    metrics = undamaged(run, run / "metrics.json", read_metrics)
     lists = cache(partial(read_lists, run, cfg, features))
-    return Run(run, cfg, lists, *features, metrics, undamaged(run, run / "history.csv", pd.read_csv))
+    return Run(run, cfg, lists, *features, metrics, undamaged(run, run / "history.csv", read_history))
+
+
+def beside(run: Path, path: str) -> str:
+    """Return where a run's path leads: below the nearest folder around the run that has it, or as it stands."""
+    places = (folder / path for folder in run.absolute().parents)
+    return path if Path(path).is_absolute() else next((str(place) for place in places if place.exists()), path)
+
+
+def read_vectors(path: Path) -> np.ndarray:
+    """Return the embeddings (N, D) of a file; raise ValueError unless they are finite numbers."""
+    values = np.load(path, allow_pickle=False)
+    if values.ndim != 2 or not values.size or values.dtype.kind != "f":
+        raise ValueError(f"it holds {values.dtype} {values.shape}, not floats (N, D)")
+    if not np.isfinite(values).all():
+        raise ValueError(f"row {np.flatnonzero(~np.isfinite(values).all(1))[0]} is not finite")
+    return values
+
+
+def read_metrics(path: Path) -> dict:
+    """Return the content of metrics.json; raise ValueError unless it maps names to finite numbers, or to mappings."""
+    metrics = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(metrics, dict):
+        raise ValueError("it is not a mapping of metrics")
+    for name, value in metrics.items():
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if not (number or isinstance(value, dict)):
+            raise ValueError(f"{name} is {value!r}, not a finite number")
+    return metrics
+
+
+def read_history(path: Path) -> pd.DataFrame:
+    """Return history.csv; raise ValueError unless it has epochs."""
+    history = pd.read_csv(path)
+    if "epoch" not in history or history.empty or not is_numeric_dtype(history.epoch):
+        raise ValueError("it has no column of epochs")
+    return history
 
 
 def read_lists(run: Path, cfg: dict, features: Sequence[np.ndarray]) -> tuple[ImageList, ImageList]:
-    """Return a run's query and gallery lists with their transforms.
+    """Return a run's query and gallery lists with their transforms, where these are not here as the run kept them.
 
-    Raise DataError where they are not on this machine, ConfigError where they have changed since the run.
+    Raises:
+        DataError: They are neither on this machine nor in the run folder.
+        ConfigError: They have changed since the run.
     """
-    lists = evaluation_images(cfg)
+    try:
+        lists = evaluation_images(cfg)
+    except (DataError, OSError):
+        if not (kept := undamaged(run, run / "embeddings", lambda _: kept_rows(run))):
+            raise
+        lists = kept
     for where, images, values in zip(evaluation_places(cfg), lists, features, strict=True):
         images.transform = build_transform(cfg, f"{where}.dataset")
         if len(images) != len(values):

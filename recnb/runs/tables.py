@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pandas as pd
 from pandas.api.types import is_numeric_dtype
 from pandas.io.formats.style import Styler
 
-from recnb.storage import ROOT
+from recnb.storage import from_root
 
 
 def shown(table: pd.DataFrame, most: int | None = None, index: bool = False) -> Styler:
@@ -29,13 +28,7 @@ def shown(table: pd.DataFrame, most: int | None = None, index: bool = False) -> 
     return styled.set_table_styles(rows, overwrite=False)
 
 
-def short(path: str | Path) -> str:
-    """Return a path from the project's folder on, or whole where it lies elsewhere."""
-    inside = os.path.relpath(path, ROOT)
-    return str(path) if inside.startswith("..") else inside
-
-
 def files(folder: Path) -> str:
     """Return the files of a folder but notebooks, a line each: size in bytes, path."""
     made = sorted(path for path in folder.glob("*") if path.is_file() and path.suffix != ".ipynb")
-    return "\n".join(f"{path.stat().st_size:>12,}  {short(path)}" for path in made)
+    return "\n".join(f"{path.stat().st_size:>12,}  {from_root(path)}" for path in made)

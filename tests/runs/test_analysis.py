@@ -13,6 +13,7 @@ from PIL import Image
 from recnb import gallery, retrieval
 from recnb.registry import ConfigError
 from recnb.runs import analysis, suspects, tables
+from recnb.storage import ROOT, from_root
 
 
 def synthetic(seed=0, identities=6, each=5, noise=0.6, cameras=True):
@@ -195,7 +196,7 @@ def test_tables_are_escaped_and_read_from_the_left():
 
 
 def test_paths_are_shown_from_the_project_on(tmp_path):
-    assert tables.short(tables.ROOT / "runs" / "a") == "runs/a" and tables.short(tmp_path) == str(tmp_path)
+    assert from_root(ROOT / "runs" / "a") == "runs/a" and from_root(tmp_path) == str(tmp_path)
     (tmp_path / "a.csv").write_text("12345")
     (tmp_path / "a.ipynb").write_text("{}")
     assert tables.files(tmp_path).split() == ["5", str(tmp_path / "a.csv")]
