@@ -92,24 +92,24 @@ class Journey:
             self.check(done)
         with locked(self.to / "data"):
             for number, step in enumerate(todo, 1):
-                said = f"[{number}/{len(todo)}] {step.notebook}: {step.says}"
-                if done.get(step.notebook) == record(step) and step.makes.exists():
+                said, given = f"[{number}/{len(todo)}] {step.notebook}: {step.says}", record(step)
+                if done.get(step.notebook) == given and step.makes.exists():
                     print(f"{said}: done before")
                     continue
                 print(said, flush=True)
                 self.run(step)
-                done[step.notebook] = record(step)
+                if record(step) != given:
+                    raise FailedError(f"{step.reads[0]}: has changed while {step.notebook} read it; {ALSO}")
+                done[step.notebook] = given
                 write_json(self.to / "start.json", done)
 
     def run(self, step: Step) -> None:
         """Run one step into an executed notebook of the run folder."""
-        began, given = time.monotonic(), record(step)
+        began = time.monotonic()
         try:
             execute(find(step.notebook), self.to / f"{step.notebook}.ipynb", step.parameters)
         except FailedError as error:
             raise FailedError(f"{error}\n  what was made before is whole; {ALSO}") from None
-        if step.notebook == "01_prepare" and record(step) != given:
-            raise FailedError(f"{self.source}: has changed while it was read; {ALSO}")
         print(f"  done after {duration(time.monotonic() - began)}", flush=True)
 
     def kept(self) -> dict:

@@ -7,6 +7,7 @@ another type, a config or an override that cannot be meant, a run folder that ho
 from __future__ import annotations
 
 import ast
+import importlib
 import json
 import re
 from contextlib import nullcontext
@@ -22,6 +23,7 @@ from recnb.registry import ConfigError, fits, suggest
 from recnb.storage import resolve
 
 KINDS = {kind.__name__: kind for kind in (str, int, float, bool, dict, list)}
+OPTIONS = {"01_prepare": ("recnb.data.prepare", "read_options"), "03_evaluate": ("recnb.runs.analysis", "chosen")}
 OWN = ("ConfigError", "DataError", "ExportError", "LockedError", "TrainingError")  # their messages need no name
 KERNEL = ["--IPKernelApp.log_level=ERROR"]  # a kernel warns that it talks to this process over TCP, as all do
 
@@ -104,6 +106,9 @@ def check(notebook: Path, parameters: dict) -> None:
     values = values_of(notebook, parameters)
     if values.get("config") not in (None, "", "auto"):
         load_config(values["config"], values.get("overrides"))
+    if values.get("options") and notebook.stem in OPTIONS:
+        module, reader = OPTIONS[notebook.stem]
+        getattr(importlib.import_module(module), reader)(values["options"])
     run = values.get("run")
     if run and not values.get("embeddings") and not (resolve(run) / "metrics.json").is_file():
         raise ConfigError(f"run: {run} holds no finished run; 02_train makes one, or goes on with it")

@@ -131,6 +131,13 @@ def test_other_photos_are_prepared_anew_until_there_is_a_training(executed, phot
         way.go()
 
 
+def test_photos_that_change_while_they_are_read_are_told(executed, photos, tmp_path, monkeypatch):
+    mine, execute = shutil.copytree(photos, tmp_path / "photos"), journey.execute
+    monkeypatch.setattr(journey, "execute", lambda *given: (execute(*given), draw(mine / "Lime" / "new.jpg", 5, 77)))
+    with pytest.raises(notebooks.FailedError, match="has changed while 01_prepare read it"):
+        journey.Journey(mine, tmp_path / "mine").go()
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -224,8 +224,10 @@ def test_unknown_parameters_and_wrong_types_are_refused(called, tmp_path):
         (["-y", "{overrides: {Global.epoch: 1}}"], "Global.epoch: there is no such key; did you mean 'epochs'?"),
         (["-p", "config", "configs/dmo.yaml"], "there is no such file; did you mean 'demo.yaml'?"),
         (["-p", "overrides", "{"], "a parameter is no YAML"),
+        (["-p", "options", "{test_shar: 0.2}"], "options: there is no 'test_shar'; did you mean 'test_share'?"),
     ):
-        code, printed = called("run", "02_train", "--to", tmp_path / "x" / "out.ipynb", *words)
+        notebook_name = "01_prepare" if "options" in words else "02_train"
+        code, printed = called("run", notebook_name, "--to", tmp_path / "x" / "out.ipynb", *words)
         assert code == 2 and message in printed and printed.startswith("error: ") and printed.count("\n") == 1
     assert not (tmp_path / "x").exists()
     with pytest.raises(ConfigError, match=r"there is no such notebook; did you mean '02_train'"):
