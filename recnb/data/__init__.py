@@ -17,6 +17,6 @@ __getattr__, __dir__, __all__ = lazily(
         "augmix": "AugMix",
         "pipeline": "Pipeline display_image",
         "samplers": "SAMPLERS PKSampler DistributedRandomIdentitySampler DistributedBatchSampler",
-        "loaders": "ImageLoader Loaders images_per_second",
+        "loaders": "ImageLoader Loaders batch_size images_per_second",
     },
 )

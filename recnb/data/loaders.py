@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,9 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, default
 
 from recnb.data.pipeline import Pipeline
 from recnb.distributed.processes import ranks
+
+if TYPE_CHECKING:
+    from recnb.data.lists import ImageList
 
 
 class ImageLoader(DataLoader):
@@ -26,6 +30,7 @@ class ImageLoader(DataLoader):
     takes but a collate_fn.
     """
 
+    dataset: ImageList  # or what joins several of them
     device = torch.device("cpu")
 
     def __init__(self, dataset: Dataset, **options):
@@ -61,6 +66,12 @@ def raw_items(items: list) -> list[Tensor]:
     return default_collate([(item.pixels, item.boxes, item.label) for item in items])
 
 
+def batch_size(loader: DataLoader) -> int:
+    """Return how many images a batch has, whatever draws it."""
+    sampler: Any = loader.batch_sampler
+    return loader.batch_size or sampler.batch_size
+
+
 def batches_on(loader: DataLoader, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
     """The batches of any loader on a device; the images of an ImageLoader become floats there."""
     if isinstance(loader, ImageLoader):
@@ -70,7 +81,7 @@ def batches_on(loader: DataLoader, device: torch.device) -> Iterator[tuple[Tenso
 
 def over(loader: DataLoader, dataset: Dataset, **changes) -> ImageLoader:
     """Another data set, every item once and in its order, in batches as large and with workers as those of a loader."""
-    size = {} if "batch_sampler" in changes else {"batch_size": loader.batch_size or loader.batch_sampler.batch_size}
+    size = {} if "batch_sampler" in changes else {"batch_size": batch_size(loader)}
     return ImageLoader(
         dataset,
         **{
@@ -136,6 +147,12 @@ class Loaders:
     query: ImageLoader | None = None
     gallery: ImageLoader | None = None
     validation: Pair | None = None
+
+    @property
+    def classes(self) -> int:
+        """How many training identities there are."""
+        names = self.train.dataset.names
+        return 0 if names is None else len(names)
 
     @property
     def test(self) -> Pair | None:

@@ -28,9 +28,16 @@ from recnb.training.retention import Retention
 
 
 def build_learner(cfg: dict, model: nn.Module, loaders: Loaders, run_dir: str | Path) -> RetrievalLearner:
-    """The fastai Learner of a configuration; `learn.fit_config()` runs its whole schedule into `run_dir`.
+    """Return the fastai Learner of a configuration; `learn.fit_config()` runs its whole schedule.
 
-    Raises ConfigError where the configuration asks for what is not installed.
+    Args:
+        cfg: The checked configuration.
+        model: As `build_model` makes it.
+        loaders: As `build_loaders` makes them.
+        run_dir: The folder that training writes to.
+
+    Raises:
+        ConfigError: The configuration asks for what is not installed, or parts of it contradict each other.
     """
     device = pick_device(cfg["Global"]["device"])
     if cfg["Global"]["probe"]:
@@ -38,12 +45,12 @@ def build_learner(cfg: dict, model: nn.Module, loaders: Loaders, run_dir: str | 
         loaders = on_features(model.to(device), loaders, folder, cfg["Global"]["probe"], cfg["Global"]["seed"])
     plan = build_plan(cfg, loaders, Path(run_dir))
     with seeded(cfg["Global"]["seed"]):  # centres are drawn
-        loss = build_loss(cfg, classes=len(loaders.train.dataset.names), sizes=getattr(model, "sizes", None))
+        loss = build_loss(cfg, classes=loaders.classes, sizes=getattr(model, "sizes", None))
     if cfg["Global"]["channels_last"]:
         model.to(memory_format=torch.channels_last)
     if cfg["Global"]["compile"]:
         model.compile()  # in place: the names of the weights stay
-    mix = build_batch_transform(cfg, len(loaders.train.dataset.names))
+    mix = build_batch_transform(cfg, loaders.classes)
     if mix:
         check_mixable(cfg)
     learn = RetrievalLearner(
@@ -75,7 +82,16 @@ def check_mixable(cfg: dict) -> None:
 
 
 def build_plan(cfg: dict, loaders: Loaders, folder: Path) -> Plan:
-    """The plan of a configuration; raises ConfigError for a checkpoint that is not there or a missing package."""
+    """Return the plan of a configuration.
+
+    Args:
+        cfg: The checked configuration.
+        loaders: Say how long an epoch is and how many identities there are.
+        folder: The run folder.
+
+    Raises:
+        ConfigError: There is no such checkpoint, or a package is missing.
+    """
     settings = cfg["Global"]
     by_flag = ["visualdl"] if settings["use_visualdl"] else []
     check_installed(by_flag, "Global.use_visualdl")
@@ -86,7 +102,7 @@ def build_plan(cfg: dict, loaders: Loaders, folder: Path) -> Plan:
     amp, ema = cfg.get("AMP"), cfg.get("EMA")
     half = precision(amp, settings["device"]) if amp is not None and amp.get("use_amp", True) else None
     steps = -(-len(loaders.train) // settings["update_freq"])
-    config = json.dumps(resolved(cfg, len(loaders.train.dataset.names)))
+    config = json.dumps(resolved(cfg, loaders.classes))
     return Plan(
         folder=folder,
         schedule=Schedule(
@@ -117,8 +133,8 @@ def build_plan(cfg: dict, loaders: Loaders, folder: Path) -> Plan:
 
 
 def device_count(wanted: int | str) -> int:
-    """How many processes Global.devices asks for; `auto` is one for each GPU."""
-    return max(1, torch.cuda.device_count()) if wanted == "auto" else wanted
+    """Return how many processes Global.devices asks for; `auto` is one for each GPU."""
+    return wanted if isinstance(wanted, int) else max(1, torch.cuda.device_count())
 
 
 def pick_device(name: str) -> torch.device:
@@ -139,7 +155,7 @@ def evaluation_loss(cfg: dict, loaders: Loaders) -> CombinedLoss | None:
     if watched is None or not len(loss.losses):
         return None
     identities = max(part.dataset.labels.max() for part in (watched.query, watched.gallery))
-    if loss.needs_logits and identities >= len(loaders.train.dataset.names):
+    if loss.needs_logits and identities >= loaders.classes:
         print("Loss.Eval has no value: it needs logits, and the evaluation identities are not training classes")
         return None
     return loss

@@ -11,9 +11,10 @@ from recnb.training.evaluation import DEFAULT_METRICS, METRICS, POST_PROCESS, Ac
 
 
 def build_metrics(cfg: dict) -> list[str]:
-    """The keys of the metrics that a configuration lists, in its order; the usual ones of its mode where it lists none.
+    """Return the keys of the metrics that a configuration lists, in its order, or the usual ones of its mode.
 
-    Raises ConfigError for a metric that belongs to the other mode.
+    Raises:
+        ConfigError: A metric belongs to the other mode.
     """
     single, names = cfg["Global"]["eval_mode"] == "classification", []
     for place, name, args in items(cfg, "Metric.Eval"):
@@ -34,8 +35,8 @@ def build_judge(cfg: dict, model: nn.Module | None = None) -> Judge | Accuracy:
     settings, names = cfg["Global"], build_metrics(cfg)
     steps = [POST_PROCESS.build({"name": name, **args}, place) for place, name, args in items(cfg, "PostProcess")]
     if settings["eval_mode"] == "classification":
-        head = getattr(model, "head", None)
-        return Accuracy(names) if head is None else Accuracy(names, head, model.head_input)
+        head, reads = getattr(model, "head", None), getattr(model, "head_input", None)
+        return Accuracy(names) if head is None else Accuracy(names, head, reads)
     if settings["feature_binarize"]:
         steps.insert(0, binarized(settings["feature_binarize"]))
     return Judge(names, steps, settings["re_ranking"], settings["feature_normalize"])
@@ -44,9 +45,16 @@ def build_judge(cfg: dict, model: nn.Module | None = None) -> Judge | Accuracy:
 def build_loss(
     cfg: dict, where: str = "Loss.Train", classes: int | None = None, sizes: dict[str, int] | None = None
 ) -> CombinedLoss:
-    """The weighted sum of the losses at `where`; raises ConfigError where one needs a head and there is none.
+    """Return the weighted sum of the losses that a configuration lists.
 
-    `classes` and `sizes` (of `features` and `backbone`, flat) fill in what a loss with centres or a memory leaves out.
+    Args:
+        cfg: The checked configuration.
+        where: The section, Loss.Train or Loss.Eval.
+        classes: The number of training identities, for a loss with centres or a memory that leaves it out.
+        sizes: The sizes of `features` and of `backbone`, flat, likewise.
+
+    Raises:
+        ConfigError: A loss needs a head and there is none.
     """
     weighted, kinds = [], []
     for place, name, args in items(cfg, where):

@@ -18,10 +18,12 @@ from recnb.training.schedules import SCHEDULES, WARMUP, warmed_up
 
 
 def build_optimizer(cfg: dict) -> Callable:
-    """A function `(groups, lr) -> torch optimizer`, or what behaves as one where the file lists several.
+    """Return a function `(groups, lr) -> torch optimizer`, or what behaves as one where the file lists several.
 
-    `groups` are those of `parameter_groups`, or anything that torch takes. Raises ConfigError for a section that
-    contradicts itself.
+    `groups` are those of `parameter_groups`, or anything that torch takes.
+
+    Raises:
+        ConfigError: A section contradicts itself.
     """
     makers = [build_entry(section, where) for where, section in optimizers(cfg)]
 
@@ -38,7 +40,7 @@ def build_optimizer(cfg: dict) -> Callable:
 
 
 def build_entry(section: dict, where: str) -> Callable:
-    """A function `(groups, lr) -> torch optimizer` for one entry; L1 and the clipping happen before its steps."""
+    """Return a function `(groups, lr) -> torch optimizer` for one entry; L1 and clipping come before its steps."""
     section = dict(section)
     regular = REGULARIZERS.build(section["regularizer"], f"{where}.regularizer") if section.get("regularizer") else {}
     if regular and "weight_decay" in section:
@@ -63,7 +65,7 @@ def build_entry(section: dict, where: str) -> Callable:
 
 
 def in_backbone(name: str) -> bool:
-    """Whether a parameter of a model, or of one of the models that are distilled together, belongs to its backbone."""
+    """Return whether a parameter of a model, or of one of several distilled together, belongs to its backbone."""
     return re.match(r"(models\.[^.]+\.)?backbone\.", name) is not None
 
 
@@ -106,16 +108,23 @@ def parameter_groups(cfg: dict, model: nn.Module, loss: nn.Module) -> list[dict]
 
 
 def loss_parameters(loss: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """(name, parameter) of what the terms of a CombinedLoss learn, such as CenterLoss.centers."""
+    """Return (name, parameter) of what the terms of a CombinedLoss learn, such as CenterLoss.centers."""
     terms = zip(getattr(loss, "names", ["loss"]), getattr(loss, "losses", [loss]), strict=True)
     return [(f"{term}.{name}", p) for term, part in terms for name, p in part.named_parameters()]
 
 
 def scope_names(scope: str | None, where: str, model: nn.Module, loss: nn.Module) -> set[str]:
-    """The names of the parameters in a scope: the model's or a loss's class, a part of the model, or a pattern.
+    """Return the names of the parameters in a scope.
 
-    A pattern is a regular expression that a submodule's or parameter's whole name fits. Raises ConfigError where
-    nothing does.
+    Args:
+        scope: The model's or a loss's class, a part of the model, or a regular expression that a submodule's or
+            parameter's whole name fits; None is everything.
+        where: The entry's place in the file.
+        model: The model.
+        loss: The loss.
+
+    Raises:
+        ConfigError: Nothing has such a name.
     """
     names = {name for name, _ in model.named_parameters()}
     of_losses = {name for name, _ in loss_parameters(loss)}
@@ -146,7 +155,13 @@ def scope_names(scope: str | None, where: str, model: nn.Module, loss: nn.Module
 
 
 def undecayed(name: str, p: nn.Parameter, section: dict) -> bool:
-    """Whether an entry of Optimizer exempts a parameter from weight decay."""
+    """Return whether an entry of Optimizer exempts a parameter from weight decay.
+
+    Args:
+        name: The parameter's.
+        p: The parameter.
+        section: The entry.
+    """
     named = any(part in name for part in (section.get("no_weight_decay_name") or "").split())
     flat = section.get("one_dim_param_no_weight_decay") or (
         section["name"] == "AdamWDL" and section.get("filter_bias_and_bn", True)
@@ -156,22 +171,22 @@ def undecayed(name: str, p: nn.Parameter, section: dict) -> bool:
 
 def depth_shares(cfg: dict, model: nn.Module) -> dict[str, float]:
     """For AdamWDL the share of the rate of each parameter of a backbone, by how far it lies before the end."""
-    decay = next(
-        (section.get("layerwise_decay", 0.75) for _, section in optimizers(cfg) if section["name"] == "AdamWDL"), None
-    )
-    shares = {}
-    if decay:
-        from recnb.models.backbones import layer_depths
-    for prefix, part in model.named_modules() if decay else ():
+    decays = [s.get("layerwise_decay", 0.75) for _, s in optimizers(cfg) if s["name"] == "AdamWDL"]
+    if not decays:
+        return {}
+    from recnb.models.backbones import layer_depths  # timm, which takes seconds
+
+    shares: dict[str, float] = {}
+    for prefix, part in model.named_modules():
         if re.fullmatch(r"(models\.[^.]+\.)?backbone", prefix):
             depths = layer_depths(part)
             last = max(depths.values(), default=0) + 1  # neck and head are the layer behind the backbone's last
-            shares |= {f"{prefix}.{name}": decay ** (last - depth) for name, depth in depths.items()}
+            shares |= {f"{prefix}.{name}": decays[0] ** (last - depth) for name, depth in depths.items()}
     return shares
 
 
 def build_schedules(cfg: dict, step_each_epoch: int) -> list[Callable]:
-    """For each entry of Optimizer: its learning rate as a function of the steps taken and the evaluations' results."""
+    """Return each entry's learning rate as a function of the steps taken and the evaluations' results."""
     return [
         build_schedule(section.get("lr") or {}, f"{where}.lr", cfg["Global"]["epochs"], step_each_epoch)
         for where, section in optimizers(cfg)
@@ -179,7 +194,17 @@ def build_schedules(cfg: dict, step_each_epoch: int) -> list[Callable]:
 
 
 def build_schedule(section: dict, where: str, epochs: int, step_each_epoch: int) -> Callable:
-    """The schedule of one section `lr`; raises ConfigError for what it cannot mean."""
+    """Return the schedule of one section `lr`.
+
+    Args:
+        section: The section.
+        where: Its place in the file.
+        epochs: How many epochs are trained.
+        step_each_epoch: Steps of the optimizer in an epoch.
+
+    Raises:
+        ConfigError: The section cannot be meant.
+    """
     SCHEDULES.check(section, where)
     warmup = {key: section[key] for key in WARMUP if key in section}
     epochs -= warmup.get("warmup_epoch", 0)

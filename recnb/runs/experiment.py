@@ -24,18 +24,18 @@ from recnb.training.learner import RetrievalLearner
 
 
 def train(cfg: dict, run_dir: str | Path) -> dict:
-    """The metrics of a checked configuration, trained into a run folder.
+    """Train a checked configuration into a run folder and return its metrics, those before under `before`.
 
-    A strict finding of the lint is a ConfigError.
+    Raises:
+        ConfigError: The lint has found what makes the run useless.
     """
     loaders, run = build_loaders(cfg), resolve_run(run_dir)
-    classes = len(loaders.train.dataset.names)
-    first_does(open_run, run, cfg, classes)
+    first_does(open_run, run, cfg, loaders.classes)
     findings = lint(cfg, loaders)
     for finding in findings:
         print(f"{finding.place}: {finding.what}: {finding.why}; {finding.mend}")
     stop(findings)
-    learn = build_learner(cfg, build_model(cfg, classes), loaders, run)
+    learn = build_learner(cfg, build_model(cfg, loaders.classes), loaders, run)
     print(learn.model.describe())
     with contextlib.ExitStack() as quiet:
         if not sys.stdout.isatty():  # bars are redrawn, lines stay
@@ -53,15 +53,16 @@ def evaluate_start(run: Path, learn: RetrievalLearner) -> Evaluation:
 
     Where a run goes on, the metrics and the values are those that it kept, and there are no features.
     """
+    if learn.tested is None:
+        return Evaluation()
     path, columns = run / "queries.csv", {f"{name}_before": name for name in learn.names}
     if (run / "checkpoints" / "latest.pt").exists() and path.exists():
         table = pd.read_csv(path, float_precision="round_trip")
-        if set(columns) <= set(table) and len(table) == len(learn.loaders.query.dataset):
+        if set(columns) <= set(table) and len(table) == len(learn.tested.query):
             values = {name: table[column].to_numpy(float) for column, name in columns.items()}
             return Evaluation(metrics={name: mean_of_valid(v) for name, v in values.items()}, per_query=values)
     start = learn.evaluate()
-    if start.per_query:
-        first_does(save_queries, path, learn.loaders.query.dataset, start)
+    first_does(save_queries, path, learn.tested.query, start)
     return start
 
 
@@ -74,25 +75,36 @@ def save_queries(path: Path, images: ImageList, before: Evaluation, after: Evalu
     """Write a row for each query: its path, its identity, and each metric's value before and after training.
 
     A query that has nothing to find has no value.
+
+    Args:
+        path: The CSV file.
+        images: The queries.
+        before: The evaluation before training.
+        after: The one after it; None while there is none.
     """
-    columns = {
-        "path": [*map(from_root, images.paths)],
-        "label": [images.name(label) for label in images.labels.tolist()],
-    }
+    names = [images.name(label) for label in images.labels.tolist()]
+    table = pd.DataFrame({"path": [*map(from_root, images.paths)], "label": names})
     for name, values in before.per_query.items():
-        columns[f"{name}_before"] = values
+        table[f"{name}_before"] = values
         if after is not None:
-            columns[f"{name}_after"] = after.per_query[name]
+            table[f"{name}_after"] = after.per_query[name]
     with replacing(path) as temporary:
-        pd.DataFrame(columns).to_csv(temporary, index=False, errors="backslashreplace")
+        table.to_csv(temporary, index=False, errors="backslashreplace")
 
 
 def save_results(run: Path, learn: RetrievalLearner, before: Evaluation, after: Evaluation) -> None:
-    """Write metrics.json, and where there are evaluation lists queries.csv and the embeddings."""
-    if after.per_query:
-        save_queries(run / "queries.csv", learn.loaders.query.dataset, before, after)
+    """Write metrics.json, and where there are test lists queries.csv and the embeddings.
+
+    Args:
+        run: The run folder.
+        learn: What was trained.
+        before: The evaluation before training.
+        after: The one after it.
+    """
+    if learn.tested is not None:
+        save_queries(run / "queries.csv", learn.tested.query, before, after)
         save_embeddings(run, query=after.query, gallery=after.gallery)
-        save_rows(run, {"query": learn.loaders.query.dataset, "gallery": learn.loaders.gallery.dataset})
+        save_rows(run, {"query": learn.tested.query, "gallery": learn.tested.gallery})
     save_metrics(run, before.metrics, after.metrics)
 
 

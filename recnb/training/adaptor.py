@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from recnb.data.loaders import batches_on, over
+from recnb.data.loaders import batch_size, batches_on, over
 from recnb.data.samplers import EpochSampler
 
 with warnings.catch_warnings():  # fastai's import warns of torch's and pandas' futures
@@ -54,7 +54,7 @@ class FastaiLoader:
 
     def __init__(self, loader: DataLoader, device: torch.device | None = None):
         self.loader, self.device, self.dataset = loader, device, loader.dataset
-        self.bs = loader.batch_size or loader.batch_sampler.batch_size
+        self.bs = batch_size(loader)
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -63,7 +63,7 @@ class FastaiLoader:
         return batches_on(self.loader, self.device)
 
     def begin_at(self, batch: int):
-        """An iterator that begins behind the first batches; those of this kit's samplers are not even read."""
+        """Return an iterator that begins behind the first batches; those of this kit's samplers are not even read."""
         sampler = getattr(self.loader, "batch_sampler", None)
         if not batch or not isinstance(sampler, EpochSampler):
             return islice(self, batch, None)
@@ -78,7 +78,7 @@ class FastaiLoader:
         return self
 
     def new(self, shuffle: bool | None = None, **_) -> FastaiLoader:
-        """Itself; with `shuffle=False` a loader of every image once, in the order of the list."""
+        """Return itself, or with `shuffle=False` a loader of every image once, in the order of the list."""
         if shuffle is False and self.loader.batch_size is None:
             return FastaiLoader(over(self.loader, self.dataset), self.device)
         return self

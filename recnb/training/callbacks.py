@@ -79,11 +79,11 @@ class RetrievalEvaluation(Callback):
             self.result = replace(judged, query=query, gallery=gallery)
 
     def parts(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """The rows of the query and of the gallery images."""
+        """Return the rows of the query and of the gallery images."""
         return rows[: len(self.query)], rows[-len(self.gallery) :]
 
     def training_features(self) -> Tensor:
-        """The features (N, D) of the training images, seen as queries are, for post-processing fitted on them."""
+        """Return the features (N, D) of the training images, seen as queries are, for steps that are fitted on them."""
         images = replace(self.dls.train.dataset, transform=self.query.transform)
         return embed(self.learn.model, over(self.pair.query, images))
 
@@ -122,7 +122,7 @@ class FollowPlan(Callback):
                 group["lr"] = self.state.rates[group["entry"]] * group["lr_scale"]
 
     def at(self, step: int) -> list[float]:
-        """The learning rate of each optimizer."""
+        """Return the learning rate of each optimizer at a step."""
         values = [row[self.learn.names[0]] for row in self.state.rows if self.learn.names[0] in row]
         return [rate(step, values) for rate in self.plan.schedule.rates]
 

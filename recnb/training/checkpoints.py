@@ -115,7 +115,7 @@ class Checkpoints(Callback):
 
 
 def save_weights(state: dict[str, torch.Tensor], path: Path) -> None:
-    """The first process writes a state dict as a .safetensors file."""
+    """Write a state dict as a .safetensors file, in the first process."""
     if ranks()[0]:
         return
     with replacing(path) as temporary:
@@ -123,7 +123,7 @@ def save_weights(state: dict[str, torch.Tensor], path: Path) -> None:
 
 
 def random_states() -> list[dict]:
-    """The states of torch's generators, on the CPU and on every GPU, of each process; all of them have to call it."""
+    """Return the states of torch's generators, on the CPU and on every GPU, of each process; all have to call it."""
     own = {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
     world = ranks()[1]
     states = [own] * world
@@ -148,7 +148,13 @@ def set_random_state(states: list[dict] | dict) -> None:
 
 
 def resume(learn: Learner, callbacks: list[Callback], checkpoints: Checkpoints, path: Path) -> None:
-    """Give the learner, the callbacks and their common state what the checkpoint `path` holds, to go on from there.
+    """Give the learner, the callbacks and their common state what a checkpoint holds, to go on from there.
+
+    Args:
+        learn: Has an optimizer already.
+        callbacks: Those of this fit.
+        checkpoints: The one of them that keeps checkpoints.
+        path: The checkpoint.
 
     Raises:
         ConfigError: The file is no checkpoint, is damaged, or belongs to another configuration.
@@ -182,18 +188,25 @@ def resume(learn: Learner, callbacks: list[Callback], checkpoints: Checkpoints, 
 
 
 def whole_states(model: nn.Module, optimizer=None) -> tuple[dict, dict | None]:
-    """The states of model and optimizer, the shares of sharded weights joined; every process has to call it."""
+    """Return the states of model and optimizer, the shares of sharded weights joined; every process has to call it."""
     state = collect(model.state_dict(), sharded_weights(model))
     return state, optimizer and with_rows(model, optimizer.opt, optimizer.state_dict(), collect)
 
 
 def load_optimizer(learn: Learner, state: dict) -> None:
-    """The learner's optimizer goes on from a state, of which sharded weights take their share."""
+    """Give the learner's optimizer a state, of which sharded weights take their share."""
     learn.opt.load_state_dict(with_rows(learn.model, learn.opt.opt, state, split))
 
 
 def with_rows(model: nn.Module, optimizer, state: dict, change: Callable) -> dict:
-    """The state of an optimizer, or of each of several, in which `change(state, counts)` is made to sharded weights."""
+    """Return the state of an optimizer, or of each of several, with its entries for sharded weights changed.
+
+    Args:
+        model: Says which weights are sharded.
+        optimizer: The optimizer, or `Several`.
+        state: Its state dict.
+        change: `(entries, counts) -> entries`: joins the rows of all processes, or takes this one's.
+    """
     if "optimizers" in state:
         parts = zip(optimizer.optimizers, state["optimizers"], strict=True)
         return {"optimizers": [with_rows(model, own, part, change) for own, part in parts]}

@@ -16,11 +16,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from recnb.data.lists import ImageList, own_index
-from recnb.data.loaders import batches_on, divided
+from recnb.data.loaders import ImageLoader, batches_on, divided
 from recnb.distributed.processes import joined
 from recnb.registry import Registry
 from recnb.retrieval.metrics import ranking_metrics, retrieval_metrics
@@ -77,16 +76,24 @@ def DatabaseAugmentation(k: int = 10, alpha: float = 3.0) -> Callable:
 @POST_PROCESS.register
 def Whitening(dimensions: int | None = None, whiten: bool = True) -> Callable:
     """Projection to the leading principal components of the training images; `whiten: False` leaves their lengths."""
-    return lambda query, gallery, train: tuple(map(fit_whitening(train(), dimensions, whiten), (query, gallery)))
+
+    def step(query: Tensor, gallery: Tensor, train: Callable) -> tuple[Tensor, Tensor]:
+        project = fit_whitening(train(), dimensions, whiten)
+        return project(query), project(gallery)
+
+    return step
 
 
 def binarized(kind: str) -> Callable:
-    """The step that makes codes of -1 and 1: by the sign, or ('round', for features between 0 and 1) from 0.5 on."""
+    """Return the step that makes codes of -1 and 1.
 
-    def step(query: Tensor, gallery: Tensor, train: Callable | None) -> tuple[Tensor, Tensor]:
-        return tuple(x.sign() if kind == "sign" else (x >= 0.5).float() * 2 - 1 for x in (query, gallery))
+    `kind` is sign, or round: for features between 0 and 1, from 0.5 on.
+    """
 
-    return step
+    def codes(x: Tensor) -> Tensor:
+        return x.sign() if kind == "sign" else (x >= 0.5).float() * 2 - 1
+
+    return lambda query, gallery, train: (codes(query), codes(gallery))
 
 
 @dataclass
@@ -173,18 +180,24 @@ class Accuracy:
 
 def embed(
     model: nn.Module,
-    loader: DataLoader,
+    loader: ImageLoader,
     flip: bool = False,
     scales: Sequence[float] = (1.0,),
     amp: bool = False,
     cache: str | Path | None = None,
     progress: bool = True,
 ) -> Tensor:
-    """The features (N, D) of a loader's images, float32 on the CPU, by the model in evaluation mode.
+    """Return the features (N, D) of a loader's images, float32 on the CPU, by the model in evaluation mode.
 
-    flip, scales: the features of the mirrored and of the resized images are averaged with the image's own, each at
-    length 1. amp: bfloat16 where the device computes in it. cache: a folder that keeps the features under a key of
-    the weights, the transforms and the files (path, size, time), so that no change of any of them finds old ones.
+    Args:
+        model: Its output holds `features`.
+        loader: Images in the order of their list.
+        flip: Whether the features of the mirrored images are averaged with the images' own, each at length 1.
+        scales: The sizes, as shares of an image's own, over whose features is averaged likewise.
+        amp: Whether to compute in bfloat16.
+        cache: A folder that keeps the features under a key of the weights, the transforms and the files (path, size,
+            time), so that no change of any of them finds old ones.
+        progress: Whether a bar is shown where it takes long.
     """
     kept = Path(cache) / f"{fingerprint(model, loader.dataset, flip, scales, amp)}.npy" if cache else None
     if kept and kept.exists():
@@ -205,14 +218,21 @@ def embed(
 
 
 def views(model: nn.Module, x: Tensor, flip: bool, scales: Sequence[float]) -> Tensor:  # (B, 3, H, W) -> (B, D)
-    """The features of a batch, averaged over its mirror images and scales where these are asked for."""
+    """Return the features (B, D) of a batch (B, 3, H, W), averaged over its mirror images and scales.
+
+    Args:
+        model: Its output holds `features`.
+        x: The images.
+        flip: Whether mirror images are averaged with their own.
+        scales: The sizes, as shares of an image's own.
+    """
     sizes = [x if s == 1 else F.interpolate(x, scale_factor=s, mode="bilinear", antialias=True) for s in scales]
     features = [model(image)["features"] for size in sizes for image in ([size, size.flip(-1)] if flip else [size])]
-    return features[0] if len(features) == 1 else sum(F.normalize(f.float()) for f in features) / len(features)
+    return features[0] if len(features) == 1 else torch.stack([F.normalize(f.float()) for f in features]).mean(0)
 
 
 def fingerprint(model: nn.Module, images: ImageList, *options) -> str:
-    """A key of all that features depend on: weights, transforms, the files with their sizes and times, and options."""
+    """Return a key of all that features depend on: weights, transforms, files with their sizes and times, options."""
     boxes = None if images.boxes is None else images.boxes.tolist()
     key = hashlib.sha256(repr((str(model), str(images.transform), boxes, options)).encode())
     for name, value in model.state_dict().items():

@@ -32,7 +32,18 @@ if TYPE_CHECKING:
 
 
 def fit_config(learn: RetrievalLearner, plan: Plan, on_epoch: Callable[[], object] | None = None) -> None:
-    """Do what `learn.fit_config` says: run the plan here, or have it run by as many processes as it asks for."""
+    """Run a plan here, or have it run by as many processes as it asks for; see `RetrievalLearner.fit_config`.
+
+    Args:
+        learn: What is trained.
+        plan: How.
+        on_epoch: Called after each epoch.
+
+    Raises:
+        ConfigError: There is a checkpoint of another configuration, or one that is damaged.
+        TrainingError: Training cannot go on.
+        LockedError: Another process trains into the folder.
+    """
     if plan.devices > 1 and ranks()[1] == 1:
         return fit_elsewhere(learn, plan, on_epoch)
     state = FitState()
@@ -64,11 +75,17 @@ def alone(plan: Plan) -> Iterator[list[Logger]]:
 
 
 def begin(learn: RetrievalLearner, plan: Plan, callbacks: list[Callback]) -> None:
-    """Go on from the last checkpoint, of the run folder or else of the plan, or begin at the plan's seed."""
-    latest = plan.folder / "checkpoints" / "latest.pt"
-    latest = latest if latest.exists() else plan.keeping.checkpoint
-    if latest:
-        resume(learn, callbacks, first_of(Checkpoints, callbacks), latest)
+    """Go on from the last checkpoint, of the run folder or else of the plan, or begin at the plan's seed.
+
+    Args:
+        learn: What is trained.
+        plan: Says where checkpoints are.
+        callbacks: Those of this fit.
+    """
+    own = plan.folder / "checkpoints" / "latest.pt"
+    last = own if own.exists() else plan.keeping.checkpoint
+    if last:
+        resume(learn, callbacks, first_of(Checkpoints, callbacks), last)
         inside = f" and step {learn.first_batch} of the next" if learn.first_batch else ""
         print(f"resuming behind epoch {learn.first_epoch} of {plan.schedule.epochs}{inside}")
     else:
@@ -78,7 +95,14 @@ def begin(learn: RetrievalLearner, plan: Plan, callbacks: list[Callback]) -> Non
 
 
 def keep(learn: RetrievalLearner, plan: Plan, state: FitState, average: MovingAverage | None) -> None:
-    """Give the model the weights of the best epoch, or where none was evaluated the last ones, and save it."""
+    """Give the model the weights of the best epoch, or where none was evaluated the last ones, and save it.
+
+    Args:
+        learn: What was trained.
+        plan: Says where to.
+        state: Says which epoch is the best.
+        average: The average of the weights, where there is one.
+    """
     if state.best:
         first_does(len, "")  # the file is whole
         best = load_file(plan.folder / "checkpoints" / "best.safetensors")
@@ -94,7 +118,13 @@ def keep(learn: RetrievalLearner, plan: Plan, state: FitState, average: MovingAv
 
 
 def fit_elsewhere(learn: RetrievalLearner, plan: Plan, on_epoch: Callable[[], object] | None) -> None:
-    """What fit_config does where it starts the processes that train, and shows what they print."""
+    """Start the processes that train, show what they print, and take the weights that they leave.
+
+    Args:
+        learn: Gets the weights.
+        plan: Says how many processes.
+        on_epoch: Called after each epoch.
+    """
     history = plan.folder / "history.csv"
     written = history.exists() and history.stat().st_mtime_ns
     for line in launch(plan.folder / "config.yaml", plan.folder, plan.devices):
@@ -117,6 +147,14 @@ def build_callbacks(
 
     Behind a batch gradients are summed, averaged over processes, looked through for what has no value, scaled back and
     used, and then the weights are averaged. Checkpoints come behind everything whose state they keep.
+
+    Args:
+        learn: What is trained.
+        plan: How.
+        state: What the callbacks share.
+        wish: Says when to stop.
+        loggers: Where curves go too.
+        on_epoch: Called after each epoch.
     """
     schedule = plan.schedule
     several, scaled = ranks()[1] > 1, schedule.half == torch.float16

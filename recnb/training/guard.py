@@ -69,7 +69,7 @@ class Guard(Callback):
 
 @contextmanager
 def explained(learn: Learner) -> Iterator[None]:
-    """Errors of memory and of dead workers leave the block as a TrainingError that says what to change."""
+    """Turn errors of memory and of dead workers in the block into a TrainingError that says what to change."""
     try:
         yield
     except TrainingError as error:  # fastai puts the callback before the message
@@ -100,7 +100,7 @@ class Wish:
 
 @contextmanager
 def stoppable() -> Iterator[Wish]:
-    """Within the block Ctrl-C and SIGTERM are a wish to stop, which the run follows when its state is whole.
+    """Take Ctrl-C and SIGTERM in the block as a wish to stop, which the run follows when its state is whole.
 
     A second one stops at once. Outside the main thread, where Python allows no handlers, nothing changes.
     """

@@ -28,7 +28,7 @@ from recnb.training.adaptor import (
     in_order,
 )
 from recnb.training.callbacks import PassLabels, RetrievalEvaluation
-from recnb.training.evaluation import DEFAULT_METRICS, Evaluation, Judge
+from recnb.training.evaluation import DEFAULT_METRICS, Accuracy, Evaluation, Judge
 from recnb.training.fit import fit_config
 from recnb.training.plan import Plan
 
@@ -65,7 +65,7 @@ class RetrievalLearner(Learner):
         loss: nn.Module,
         eval_loss: nn.Module | None = None,
         optimizer: Callable = torch.optim.AdamW,
-        metrics: Sequence[str] | Callable = DEFAULT_METRICS,
+        metrics: Sequence[str] | Judge | Accuracy = DEFAULT_METRICS,
         device: str | torch.device | None = None,
         path: str | Path = ".",
         cbs: Sequence[Callback] = (),
@@ -75,7 +75,7 @@ class RetrievalLearner(Learner):
         **kwargs,
     ):
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        judge = metrics if callable(metrics) else Judge(metrics)
+        judge = Judge(metrics) if isinstance(metrics, Sequence) else metrics
         self.names = list(judge.names)
         self.tested = RetrievalEvaluation(loaders.test, judge) if loaders.test else None
         self.watched = RetrievalEvaluation(loaders.validation, judge) if loaders.validation else self.tested
@@ -109,7 +109,7 @@ class RetrievalLearner(Learner):
         fit_config(self, self.plan, on_epoch)
 
     def freeze(self):
-        """From now on only what does not belong to the backbone is trained."""
+        """Train from now on only what does not belong to the backbone."""
         if self.opt is None:
             self.create_opt()
         self.freeze_to(sum(group["backbone"] for group in self.opt.opt.param_groups))
@@ -129,7 +129,7 @@ class RetrievalLearner(Learner):
         with self.removed_cbs(self.watched), self.added_cbs(self.tested):
             self.validate(dl=self.test_loader)
         result, self.tested.result = self.tested.result, None
-        return result
+        return result or Evaluation()
 
     def _do_epoch_validate(self, ds_idx: int = 1, dl=None):
         if dl is not None or len(self.dls.loaders) > 1:  # nothing to evaluate: train only
@@ -149,8 +149,11 @@ class RetrievalLearner(Learner):
 
 
 def backbone_and_rest(model: nn.Module, loss: nn.Module) -> list[dict]:
-    """The trainable parameters in two groups, the backbone's and the others' with the loss's, empty groups left out."""
-    backbone = set(model.backbone.parameters())
+    """Return the trainable parameters in two groups, the backbone's and the others' with the loss's.
+
+    Empty groups are left out.
+    """
+    backbone = set(model.get_submodule("backbone").parameters())
     both = [p for part in (model, loss) for p in part.parameters() if p.requires_grad]
     groups = [{"params": [p for p in both if (p in backbone) == own], "backbone": own} for own in (True, False)]
     return [group for group in groups if group["params"]]

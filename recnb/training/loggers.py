@@ -24,21 +24,21 @@ class Logger(NamedTuple):
 
 
 def tensorboard(folder: Path, config: dict) -> Logger:
-    """Event files in `tensorboard/`."""
+    """Open event files in `tensorboard/` of the run folder."""
     from torch.utils.tensorboard import SummaryWriter
 
     return scalars(SummaryWriter(str(folder / "tensorboard")))
 
 
 def visualdl(folder: Path, config: dict) -> Logger:
-    """Log files in `vdl/`."""
+    """Open log files in `vdl/` of the run folder."""
     from visualdl import LogWriter
 
     return scalars(LogWriter(logdir=str(folder / "vdl")))
 
 
 def scalars(writer) -> Logger:
-    """The log of a writer that takes one scalar at a time."""
+    """Return the log of a writer that takes one scalar at a time."""
 
     def write(values: dict[str, float], kind: str, number: int) -> None:
         for name, value in values.items():
@@ -48,7 +48,7 @@ def scalars(writer) -> Logger:
 
 
 def wandb(folder: Path, config: dict) -> Logger:
-    """A run of the folder's name in the project that the environment names, or `recnb`; offline where it says so."""
+    """Open a run of the folder's name in the project that the environment names, or else in `recnb`."""
     import wandb
 
     project = os.environ.get("WANDB_PROJECT", "recnb")
@@ -59,7 +59,7 @@ def wandb(folder: Path, config: dict) -> Logger:
 
 
 def mlflow(folder: Path, config: dict) -> Logger:
-    """A run of the folder's name on the tracking server of the environment, otherwise in the folder's `mlflow.db`."""
+    """Open a run of the folder's name on the environment's tracking server, or else in the folder's `mlflow.db`."""
     import mlflow
 
     if "MLFLOW_TRACKING_URI" not in os.environ:
@@ -91,7 +91,13 @@ def check_installed(names: Sequence[str], where: str) -> None:
 
 @contextmanager
 def opened(names: Sequence[str], folder: Path, config: dict) -> Iterator[list[Logger]]:
-    """Open the loggers of these names for the block."""
+    """Open loggers for the block.
+
+    Args:
+        names: Keys of LOGGERS.
+        folder: The run folder.
+        config: The configuration, for loggers that show it.
+    """
     loggers = [LOGGERS[name](folder, config) for name in names]
     try:
         yield loggers

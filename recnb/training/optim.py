@@ -28,10 +28,16 @@ REGULARIZERS = Registry("regularizer", "Optimizer.regularizer")
 
 
 def fused(kind: type, groups: list[dict], lr: float, **settings) -> torch.optim.Optimizer:
-    """An optimizer of torch that updates everything in one kernel where its parameters allow that.
+    """Return an optimizer of torch that updates everything in one kernel where its parameters allow that.
 
     They do as plain floating-point tensors on the CPU or on a CUDA GPU. A state that it loads does not change this:
     one that was written without the kernel, or with it on another device, goes on within rounding.
+
+    Args:
+        kind: The optimizer's class.
+        groups: Its groups of parameters.
+        lr: The learning rate to begin with.
+        settings: Its other arguments.
     """
     parameters = [p for group in groups for p in group["params"]]
     able = all(
@@ -46,14 +52,14 @@ def fused(kind: type, groups: list[dict], lr: float, **settings) -> torch.optim.
 
 
 def lay_out(optimizer: torch.optim.Optimizer, *_) -> None:
-    """Gradients that someone has set get the strides of their parameters: the CPU's kernel does not look at them."""
+    """Give gradients that someone has set the strides of their parameters: the CPU's kernel does not look at them."""
     for p in (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None):
         if not p.grad.is_sparse and p.grad.stride() != p.stride():
             p.grad = torch.empty_like(p).copy_(p.grad)
 
 
 def keep_kernel(optimizer: torch.optim.Optimizer, state: dict) -> dict:
-    """The state to be loaded, its groups with or without the fused kernel as those of the optimizer."""
+    """Return the state to be loaded, its groups with or without the fused kernel as those of the optimizer."""
     groups = [
         {**theirs, "fused": ours["fused"]}
         for theirs, ours in zip(state["param_groups"], optimizer.param_groups, strict=False)

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from recnb.data.features import with_features
 from recnb.data.lists import ImageList
-from recnb.data.loaders import ImageLoader, Loaders, Pair, batches_on, over
+from recnb.data.loaders import ImageLoader, Loaders, Pair, batch_size, batches_on, over
 from recnb.distributed.processes import first_does
 from recnb.models.recmodel import RecModel
 from recnb.registry import ConfigError
@@ -87,7 +87,7 @@ def write_features(path: Path, model: RecModel, loader: ImageLoader, images: Ima
 
 def outputs(model: RecModel, loader: ImageLoader, images: ImageList, seed: int | None) -> Iterator[Tensor]:
     """Yield what the backbone gives for the images, in the order of the list and in evaluation mode."""
-    device, size = next(model.parameters()).device, loader.batch_size or loader.batch_sampler.batch_size
+    device, size = next(model.parameters()).device, batch_size(loader)
     how = {}
     if seed is not None:  # a seed for each image, so that the number of workers changes nothing
         drawn = np.random.default_rng(seed).integers(2**62, size=len(images)).tolist()

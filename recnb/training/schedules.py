@@ -229,10 +229,18 @@ def warmed_up(
     last_epoch: int = -1,
     verbose: bool = False,
 ) -> Callable:
-    """The schedule `steps taken -> learning rate`: a linear warm-up to `rate(0)`, then `rate(epochs since)`.
+    """Return the schedule `steps taken -> learning rate`: a linear warm-up to `rate(0)`, then `rate(epochs since)`.
 
-    The rate begins anew behind the warm-up, so milestones come `warmup_epoch` later. With `by_epoch` it changes between
-    epochs only. `last_epoch: 0` starts one step (with `by_epoch`: one epoch) into the curve. `verbose` has no effect.
+    The rate begins anew behind the warm-up, so milestones come `warmup_epoch` later.
+
+    Args:
+        rate: The schedule in epochs.
+        step_each_epoch: Steps of the optimizer in an epoch.
+        warmup_epoch: How many epochs the warm-up has.
+        warmup_start_lr: Its first learning rate.
+        by_epoch: Whether the rate changes between epochs only.
+        last_epoch: 0 starts one step (with `by_epoch` one epoch) into the curve.
+        verbose: Without effect.
     """
     per_epoch = 1 if by_epoch else step_each_epoch
     warmup = round(warmup_epoch * per_epoch)

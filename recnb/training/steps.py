@@ -23,7 +23,7 @@ class Together(Callback):
     """Keeps several processes at one: the first one's weights to begin with and its buffers, averaged gradients."""
 
     def own(self) -> list[nn.Parameter]:
-        """The parameters that every process holds."""
+        """Return the parameters that every process holds."""
         shards = {self.model.get_parameter(name) for name in sharded_weights(self.model)}
         both = (*self.model.parameters(), *self.loss_func.parameters())
         return [p for p in both if p.requires_grad and p not in shards]
