@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 
 from recnb.retrieval.metrics import ranking_metrics, retrieval_metrics
 from recnb.retrieval.ranking import TIE
-from recnb.retrieval.scores import to_numpy
+from recnb.retrieval.scores import Array, to_numpy
 
 RIGHT, WRONG, EXCLUDED, END = "right", "wrong", "excluded", ""
 
@@ -76,38 +76,50 @@ class Ranking:
 
 
 def rank(
-    query,
-    gallery,
-    query_labels,
-    gallery_labels,
-    query_cameras=None,
-    gallery_cameras=None,
-    exclude_self=False,
+    query: Array | None,
+    gallery: Array | None,
+    query_labels: Array,
+    gallery_labels: Array,
+    query_cameras: Array | None = None,
+    gallery_cameras: Array | None = None,
+    exclude_self: bool | Array = False,
     k: int = 10,
     show_excluded: int = 2,
     missed: int = 3,
-    scores=None,
+    scores: Array | None = None,
 ) -> Ranking:
-    """The judged first k of every query's list, as a `Ranking`.
+    """Return the judged first k of every query's list; a query's own picture is never shown.
 
-    query (Q, D), gallery (G, D): compared by their cosine; or None, with scores (Q, G), higher for better, such as
-    minus a re-ranked distance. Labels and cameras (Q,) and (G,), exclude_self and ties as in `recnb.retrieval.metrics`.
-    A query's own picture is never shown. Up to `show_excluded` items of the same identity and camera are shown in their
-    place, marked: enough to see them, too few to crowd out the rest.
+    Args:
+        query: (Q, D) embeddings, compared by their cosine; or None where scores are given.
+        gallery: (G, D) likewise.
+        query_labels: (Q,) as in `retrieval_metrics`, like the labels, cameras and `exclude_self` that follow.
+        gallery_labels: (G,) see there.
+        query_cameras: (Q,) see there.
+        gallery_cameras: (G,) see there.
+        exclude_self: see there.
+        k: how many items of each list.
+        show_excluded: so many items of the same identity and camera are shown in their place, marked: enough to see
+            them, too few to crowd out the rest.
+        missed: so many positives beyond the first k are known.
+        scores: (Q, G), higher for better, such as minus a re-ranked distance.
     """
     given = query_labels, gallery_labels, query_cameras, gallery_cameras
-    if scores is None:
+    if scores is not None:
+        _, arrays = ranking_metrics(scores, *given, exclude_self, metrics=["mAP"], per_query=True)
+    elif query is not None:
         _, arrays = retrieval_metrics(query, gallery, *given, exclude_self, metrics=["mAP"], per_query=True)
     else:
-        _, arrays = ranking_metrics(scores, *given, exclude_self, metrics=["mAP"], per_query=True)
-    ql, gl, qc, gc = (None if values is None else to_numpy(values) for values in given)
+        raise ValueError("a ranking needs embeddings or scores")
+    ql, gl = to_numpy(query_labels), to_numpy(gallery_labels)
+    qc, gc = (None if values is None else to_numpy(values) for values in (query_cameras, gallery_cameras))
     own = to_numpy(exclude_self)
     if own.ndim == 0:
         own = np.arange(len(ql)) if own else np.full(len(ql), -1)
     rows = []
     for q, row in enumerate(_cosines(query, gallery) if scores is None else map(to_numpy, scores)):
         positive = gl == ql[q]
-        excluded = positive & (gc == qc[q]) if qc is not None else np.zeros(len(gl), bool)
+        excluded = positive & (gc == qc[q]) if qc is not None else np.zeros(len(gl), np.bool_)
         # as in the metrics, a positive stands behind the negatives that score as high, or so close that none can tell
         behind = row - np.float32(TIE if scores is None else 0)
         keys = np.where(positive, np.nextafter(behind.astype(float), -np.inf), row)
@@ -160,7 +172,7 @@ def _judge(keys, scores, positive, excluded, k: int, show_excluded: int, n_hits:
 
 def _best(keys: np.ndarray, n: int) -> np.ndarray:
     """The indices of the n highest finite keys, best first, equal ones in their order, without a whole sort."""
-    n = min(n, np.count_nonzero(keys > -np.inf))
+    n = min(n, int(np.count_nonzero(keys > -np.inf)))
     if not n:
         return np.zeros(0, int)
     near = np.flatnonzero(keys >= np.partition(keys, len(keys) - n)[len(keys) - n])

@@ -14,11 +14,23 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from recnb.retrieval.scores import to_numpy
+from recnb.retrieval.scores import Array, to_numpy
+
+Pair = tuple[np.ndarray, np.ndarray]  # integer codes of the queries (Q,) and of the gallery (G,)
+Given = tuple[Array | None, Array | None]  # what a caller gave for the queries and for the gallery
 
 
-def codes(query, gallery, name):
-    """Integer codes (Q,), (G,) of values that are integers of any size or strings; None where neither side is given."""
+def codes(query: Array | None, gallery: Array | None, name: str) -> Pair | None:
+    """Return integer codes (Q,) and (G,) of values that are integers of any size or strings; None for None.
+
+    Args:
+        query: (Q,) values, or None.
+        gallery: (G,) values, or None.
+        name: what messages call them.
+
+    Raises:
+        ValueError: One side alone is given, or the two are not of one kind.
+    """
     if query is None and gallery is None:
         return None
     if query is None or gallery is None:
@@ -28,11 +40,15 @@ def codes(query, gallery, name):
         both = [values.astype(object) for values in both]  # int64 beside uint64: numpy would make floats of them
     if {_is_text(values) for values in both if len(values)} == {True, False}:
         raise ValueError(f"{name} are strings on one side and integers on the other: give both sides the same kind")
-    flat = np.unique(np.concatenate(both), return_inverse=True)[1].reshape(-1)
-    return flat[: len(both[0])], flat[len(both[0]) :]
+    return _numbered(*both)
 
 
-def _labels(values, name):
+def _numbered(query: np.ndarray, gallery: np.ndarray) -> Pair:
+    flat = np.unique(np.concatenate([query, gallery]), return_inverse=True)[1].reshape(-1)
+    return flat[: len(query)], flat[len(query) :]
+
+
+def _labels(values: Array, name: str) -> np.ndarray:
     values = to_numpy(values)
     if values.ndim != 1:
         raise ValueError(f"{name} must be one-dimensional; got shape {values.shape}")
@@ -46,11 +62,13 @@ def _labels(values, name):
     return values
 
 
-def _is_text(values):
+def _is_text(values: np.ndarray) -> bool:
     return values.dtype.kind in "US" or (values.dtype == object and isinstance(values[0], str))
 
 
-def embeddings_protocol(query, gallery, exclude_self, labels, cameras, groups):
+def embeddings_protocol(
+    query: Array, gallery: Array | None, exclude_self: bool | Array, labels: Given, cameras: Given, groups: Given
+) -> Protocol:
     """Return the `Protocol` of embeddings; where `gallery` is None, the queries are it, with their own values.
 
     Args:
@@ -64,13 +82,35 @@ def embeddings_protocol(query, gallery, exclude_self, labels, cameras, groups):
     Raises:
         ValueError: Numbers disagree, or labels are missing.
     """
-    same = gallery is None
-    pairs = ((own, own if same else other) for own, other in (labels, cameras, groups))
-    return make_protocol(len(query), len(query if same else gallery), exclude_self, same, *pairs)
+    if gallery is None:
+        labels, cameras, groups = ((own, own) for own, _ in (labels, cameras, groups))
+    items = len(query if gallery is None else gallery)
+    return make_protocol(len(query), items, exclude_self, gallery is None, labels, cameras, groups)
 
 
-def make_protocol(queries, items, exclude_self, same, labels, cameras, groups):
-    """The `Protocol` of so many queries and gallery items, from (query, gallery) pairs of user values or Nones."""
+def make_protocol(
+    queries: int,
+    items: int,
+    exclude_self: bool | Array,
+    same: bool,
+    labels: Given,
+    cameras: Given = (None, None),
+    groups: Given = (None, None),
+) -> Protocol:
+    """Return the `Protocol` of so many queries and gallery items.
+
+    Args:
+        queries: Q.
+        items: G.
+        exclude_self: as in `retrieval_metrics`.
+        same: whether the queries are the gallery, each then without itself.
+        labels: (of the queries, of the gallery); `cameras` and `groups` likewise, each None where there are none.
+        cameras: see `labels`.
+        groups: see `labels`.
+
+    Raises:
+        ValueError: Numbers disagree, labels are missing, or no query has a positive.
+    """
     given = {"labels": labels, "cameras": cameras, "groups": groups}
     pairs = {name: codes(*values, name) for name, values in given.items()}
     for name, values in pairs.items():
@@ -79,15 +119,16 @@ def make_protocol(queries, items, exclude_self, same, labels, cameras, groups):
                 f"there are {queries} queries and {items} gallery items, but {len(values[0])} query {name}"
                 f" and {len(values[1])} gallery {name}"
             )
-    if pairs["labels"] is None or not queries or not items:
+    label, camera, group = pairs.values()
+    if label is None or not queries or not items:
         raise ValueError(
             f"query_labels and gallery_labels are needed, and images on both sides: there are {queries} "
             f"queries and {items} gallery items"
         )
-    return Protocol(*pairs.values(), _own_rows(exclude_self, queries, items, same))
+    return Protocol(label, camera, group, _own_rows(exclude_self, queries, items, same))
 
 
-def _own_rows(exclude_self, queries, items, same):
+def _own_rows(exclude_self: bool | Array, queries: int, items: int, same: bool) -> np.ndarray:
     """The gallery row of each query's own image (Q,), -1 for none, from what the caller gave as `exclude_self`."""
     if not isinstance(exclude_self, (bool, np.bool_)):
         own = to_numpy(exclude_self)
@@ -110,18 +151,19 @@ class Members:
     start: np.ndarray
 
     @classmethod
-    def of(cls, pair):
+    def of(cls, pair: Pair) -> Members:
+        """Return the members of each code of the gallery."""
         query, gallery = pair
         count = max(query.max(initial=0), gallery.max(initial=0)) + 1
         start = np.concatenate([[0], np.cumsum(np.bincount(gallery, minlength=count))])
         return cls(np.argsort(gallery, kind="stable"), start)
 
-    def bounds(self, wanted):
-        """order, and the first and last + 1 place in it of each code."""
+    def bounds(self, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return order, and the first and last + 1 place in it of each code."""
         return self.order, self.start[wanted], self.start[wanted + 1]
 
-    def rows(self, wanted):
-        """The rows of several codes, one after another."""
+    def rows(self, wanted: np.ndarray) -> np.ndarray:
+        """Return the rows of several codes, one after another."""
         return np.concatenate([self.order[self.start[c] : self.start[c + 1]] for c in wanted])
 
 
@@ -129,14 +171,14 @@ class Members:
 class Protocol:
     """Who is whose positive: pairs of integer codes ((Q,), (G,)) or None, and own images (Q,), rows or -1."""
 
-    label: tuple
-    camera: tuple | None
-    group: tuple | None
+    label: Pair
+    camera: Pair | None
+    group: Pair | None
     own: np.ndarray
     positives: np.ndarray = field(init=False)  # (Q,) how many each query has
     valid: np.ndarray = field(init=False)  # (Q,) has it any
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.by_label = Members.of(self.label)
         self.by_group = Members.of(self.group) if self.group else None
         self.positives = self._count()
@@ -147,7 +189,7 @@ class Protocol:
                 "check the labels, the cameras and how the data were split"
             )
 
-    def _count(self):
+    def _count(self) -> np.ndarray:
         """Positives by counting codes: same label, less same camera, less same group, less the own image."""
         count = _matches(self.label)
         own_counts = (self.own >= 0) & (self.label[0] == self.label[1][self.own])
@@ -159,11 +201,11 @@ class Protocol:
         return count - own_counts
 
 
-def _matches(pair):
+def _matches(pair: Pair) -> np.ndarray:
     query, gallery = pair
     return np.bincount(gallery, minlength=query.max() + 1)[query]
 
 
-def _joint(first, second):
+def _joint(first: Pair, second: Pair) -> Pair:
     width = max(second[0].max(), second[1].max()) + 1
-    return codes(first[0] * width + second[0], first[1] * width + second[1], "codes")
+    return _numbered(first[0] * width + second[0], first[1] * width + second[1])

@@ -13,19 +13,39 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from scipy import sparse
+from torch import Tensor
 
 from recnb.retrieval.ranking import njit
-from recnb.retrieval.scores import MEMORY, Rows, exact, pair, spans, to_numpy
+from recnb.retrieval.scores import MEMORY, Array, Rows, exact, pair, spans, to_numpy
 from recnb.retrieval.search import knn, nearest
 
 
-def k_reciprocal(query, gallery=None, k1=20, k2=6, lambda_value=0.3, distance="cosine", device=None, memory=MEMORY):
-    """Distances (Q, G) float32, smaller for better: k-reciprocal re-ranking (Zhong et al., CVPR 2017).
+def k_reciprocal(
+    query: Array,
+    gallery: Array | None = None,
+    k1: int = 20,
+    k2: int = 6,
+    lambda_value: float = 0.3,
+    distance: str = "cosine",
+    device: str | torch.device | None = None,
+    memory: int = MEMORY,
+) -> np.ndarray:
+    """Return distances (Q, G) float32, smaller for better: k-reciprocal re-ranking (Zhong et al., CVPR 2017).
 
-    query (Q, D), gallery (G, D): arrays or tensors; gallery None: the queries are their own gallery, (Q, Q).
-    distance: "cosine" (2 - 2 cos) or "euclidean" (squared), divided by each image's largest distance.
     Beside this matrix little memory is used; where the matrix itself is too large, use `KReciprocal`.
-    Raises ValueError for bad shapes, non-finite rows or parameters out of range.
+
+    Args:
+        query: (Q, D) embeddings.
+        gallery: (G, D) embeddings; None: the queries are their own gallery.
+        k1: neighbours whose reciprocal ones describe an image.
+        k2: neighbours over which these descriptions are averaged.
+        lambda_value: the share of the original distance, 0 to 1.
+        distance: "cosine" (2 - 2 cos) or "euclidean" (squared), divided by each image's largest distance.
+        device: where neighbours are searched; by default where the query is.
+        memory: bytes of working memory.
+
+    Raises:
+        ValueError: Shapes do not agree, a row is not finite, or a parameter is out of range.
     """
     rerank = KReciprocal(query, gallery, k1, k2, lambda_value, distance, device, memory)
     result = np.empty((rerank.queries, rerank.items), np.float32)
@@ -42,16 +62,24 @@ class KReciprocal:
     """
 
     def __init__(
-        self, query, gallery=None, k1=20, k2=6, lambda_value=0.3, distance="cosine", device=None, memory=MEMORY
+        self,
+        query: Array,
+        gallery: Array | None = None,
+        k1: int = 20,
+        k2: int = 6,
+        lambda_value: float = 0.3,
+        distance: str = "cosine",
+        device: str | torch.device | None = None,
+        memory: int = MEMORY,
     ):
         if distance not in ("cosine", "euclidean"):
             raise ValueError(f"k-reciprocal re-ranking needs the distance cosine or euclidean; got {distance!r}")
         if k1 < 1 or k2 < 1 or not 0 <= lambda_value <= 1:
             raise ValueError(f"k1 and k2 must be at least 1 and lambda_value in 0..1; got {k1}, {k2}, {lambda_value}")
-        query, gallery = pair(query, gallery, distance, device)
-        sides = [query] if gallery is query else [query, gallery]
-        self.queries, self.items = len(query), len(gallery)
-        self.first = 0 if gallery is query else len(query)
+        left, right = pair(query, gallery, distance, device)
+        sides = [left] if right is left else [left, right]
+        self.queries, self.items = len(left), len(right)
+        self.first = 0 if right is left else len(left)
         self.rows = Rows(torch.cat([side.raw(slice(None)) for side in sides]), distance)
         self.lambda_value, self.memory = lambda_value, memory
         with exact(self.rows.device):
@@ -61,15 +89,15 @@ class KReciprocal:
         vectors = _averaged(self._vectors(neighbours), to_numpy(neighbours[:, :k2]))
         self.vectors, self.by_column = vectors[: self.queries], vectors[self.first :].tocsc()
 
-    def __call__(self, queries):
+    def __call__(self, queries: np.ndarray) -> np.ndarray:
         return -self.distances(queries)
 
-    def distances(self, queries):
-        """Distances (B, G) float32 of the queries with these numbers (B,)."""
+    def distances(self, queries: np.ndarray) -> np.ndarray:
+        """Return distances (B, G) float32 of the queries with these numbers (B,)."""
         result, weight = self._unshared(queries), np.float32(1 - self.lambda_value)
-        subtract = _subtract_shared if njit else _subtract_shared_slowly
+        subtract = _subtract_shared_slowly if njit is None else _subtract_shared
 
-        def work(rows):
+        def work(rows: slice) -> None:
             subtract(*_parts(self.vectors[queries[rows]]), *_parts(self.by_column), weight, result[rows])
 
         workers = torch.get_num_threads()
@@ -77,7 +105,7 @@ class KReciprocal:
             list(pool.map(work, spans(len(queries), -(-len(queries) // workers))))
         return result
 
-    def _unshared(self, queries):
+    def _unshared(self, queries: np.ndarray) -> np.ndarray:
         """Distances (B, G) as if no two images shared a neighbour: 1 - lambda + lambda x the original distance."""
         result, least = np.empty((len(queries), self.items), np.float32), 1 - self.lambda_value
         weight = self.lambda_value / self.largest[queries]
@@ -89,28 +117,28 @@ class KReciprocal:
                 result[:, columns.start - self.first : columns.stop - self.first] = part.cpu().numpy()
         return result
 
-    def _squared(self, scores, queries):
+    def _squared(self, scores: Tensor, queries: np.ndarray | Tensor) -> Tensor:
         """Squared distances (n,) of unit or raw vectors, from the scores (n,) of these queries."""
         return (self._size(queries) - 2 * scores).clamp_min(0)
 
-    def _size(self, queries):
+    def _size(self, queries: np.ndarray | Tensor) -> Tensor:
         index = torch.as_tensor(queries, device=self.rows.device)
         return self.rows.norms[index].square() if self.rows.distance == "euclidean" else self.rows.norms.new_tensor(2.0)
 
-    def _vectors(self, neighbours):
+    def _vectors(self, neighbours: Tensor) -> sparse.csr_array:
         """Sparse (N, N): row i holds exp(-distance) of the members of i's extended neighbourhood, summing to 1."""
         count, parts, half = len(neighbours), [], neighbours[:, : int(np.around((neighbours.shape[1] - 1) / 2)) + 1]
         mutual = _mutual(half, self.memory)
-        for rows in spans(count, max(1, self.memory // (64 * neighbours.shape[1] ** 2 * half.shape[1]))):
-            owner, member = _members(neighbours, half, mutual, rows)
+        for part in spans(count, max(1, self.memory // (64 * neighbours.shape[1] ** 2 * half.shape[1]))):
+            owner, member = _members(neighbours, half, mutual, part)
             parts.append((owner, member, self._similarity(owner, member)))
-        owner, member, weight = (to_numpy(torch.cat(part)) for part in zip(*parts, strict=True))
-        places = owner.astype(np.int32), member.astype(np.int32)
+        rows, columns, weight = (to_numpy(torch.cat(column)) for column in zip(*parts, strict=True))
+        places = rows.astype(np.int32), columns.astype(np.int32)
         vectors = sparse.csr_array((weight, places), shape=(count, count))
         vectors.data /= np.repeat(vectors.sum(1), np.diff(vectors.indptr))
         return vectors
 
-    def _similarity(self, owner, member):
+    def _similarity(self, owner: Tensor, member: Tensor) -> Tensor:
         result = torch.empty(len(owner), device=self.rows.device)
         for part in spans(len(owner), max(1, self.memory // (128 * self.rows.width))):
             scores = (self.rows.queries(owner[part]) * self.rows.gallery(member[part])).sum(1)
@@ -118,7 +146,7 @@ class KReciprocal:
         return result
 
 
-def _neighbours(rows, k1, memory):
+def _neighbours(rows: Rows, k1: int, memory: int) -> tuple[Tensor, Tensor]:
     """Rows of each image's nearest, itself first, (N, k1 + 1), and each image's lowest score (N,)."""
     if len(rows) < 2:
         raise ValueError("re-ranking needs at least two images")
@@ -126,10 +154,11 @@ def _neighbours(rows, k1, memory):
     for part in spans(len(rows), max(1, min(1024, memory // (64 * k)))):
         _, ids, lowest = nearest(rows, rows, part, k, numbers[part], memory)
         found.append((torch.cat([numbers[part, None], ids], 1), lowest))
-    return tuple(torch.cat(part) for part in zip(*found, strict=True))
+    ids, lowest = (torch.cat(column) for column in zip(*found, strict=True))
+    return ids, lowest
 
 
-def _mutual(lists, memory):
+def _mutual(lists: Tensor, memory: int) -> Tensor:
     """Whether each image is also among the listed neighbours of its listed neighbour, bool (N, k)."""
     numbers = torch.arange(len(lists), device=lists.device)[:, None, None]
     return torch.cat(
@@ -140,7 +169,7 @@ def _mutual(lists, memory):
     )
 
 
-def _members(neighbours, half, half_mutual, rows):
+def _members(neighbours: Tensor, half: Tensor, half_mutual: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
     """(image, member) pairs of the extended k-reciprocal neighbourhoods of some images, without repetition.
 
     The k1-reciprocal neighbours, and the (k1 / 2)-reciprocal neighbours of each of those of which more than two
@@ -160,7 +189,7 @@ def _members(neighbours, half, half_mutual, rows):
     return owner[fresh], members[fresh]
 
 
-def _averaged(vectors, neighbours):
+def _averaged(vectors: sparse.csr_array, neighbours: np.ndarray) -> sparse.csr_array:
     """Each sparse row replaced by the mean of its neighbours' rows (the local query expansion of the paper)."""
     count, k = neighbours.shape
     weights = np.full(count * k, 1 / k, np.float32)
@@ -168,7 +197,7 @@ def _averaged(vectors, neighbours):
     return sparse.csr_array((weights, columns, starts), (count, count)) @ vectors
 
 
-def _parts(matrix):
+def _parts(matrix: sparse.sparray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return matrix.indptr, matrix.indices, matrix.data
 
 
@@ -196,28 +225,50 @@ if njit is not None:
                 result[i, item] -= weight * shared[item] / (np.float32(2) - shared[item])
 
 
-def alpha_query_expansion(query, gallery=None, k=10, alpha=3.0, device=None, memory=MEMORY):
-    """Queries (Q, D) float32, unit length, each added to its k nearest, weighted by cosine ** alpha (0 if negative).
+def alpha_query_expansion(
+    query: Array,
+    gallery: Array | None = None,
+    k: int = 10,
+    alpha: float = 3.0,
+    device: str | torch.device | None = None,
+    memory: int = MEMORY,
+) -> np.ndarray:
+    """Return the queries (Q, D) float32, unit length, each added to its k nearest, weighted by cosine ** alpha.
 
-    alpha 0 is average query expansion (Chum et al., ICCV 2007), larger values trust near neighbours more (Radenovic,
-    Tolias and Chum, TPAMI 2019). gallery None: the queries are their own gallery, each without itself.
+    Args:
+        query: (Q, D) embeddings.
+        gallery: (G, D) embeddings; None: the queries are their own gallery, each without itself.
+        k: how many neighbours.
+        alpha: 0 is average query expansion (Chum et al., ICCV 2007), larger values trust near neighbours more
+            (Radenovic, Tolias and Chum, TPAMI 2019). A negative cosine weighs nothing.
+        device: where to compute; by default where the query is.
+        memory: bytes of working memory.
     """
     scores, ids = knn(query, gallery, k, device=device, memory=memory)
-    query, gallery = pair(query, gallery, "cosine", device)
-    weights = torch.from_numpy(np.where(scores > 0, scores, 0) ** alpha * (scores > 0)).to(query.device)
+    left, right = pair(query, gallery, "cosine", device)
+    weights = torch.from_numpy(np.where(scores > 0, scores, 0) ** alpha * (scores > 0)).to(left.device)
     result = []
-    for rows in spans(len(query), max(1, memory // (16 * query.width))):
-        total = query.queries(rows).clone()
+    for rows in spans(len(left), max(1, memory // (16 * left.width))):
+        total = left.queries(rows).clone()
         for place in range(ids.shape[1]):
-            total += weights[rows, place, None] * gallery.gallery(ids[rows, place])
+            total += weights[rows, place, None] * right.gallery(ids[rows, place])
         result.append(torch.nn.functional.normalize(total))
     return torch.cat(result).cpu().numpy()
 
 
-def database_augmentation(gallery, k=10, alpha=3.0, device=None, memory=MEMORY):
-    """Gallery (G, D) float32, unit length, each item added to its k nearest with the weights of query expansion.
+def database_augmentation(
+    gallery: Array, k: int = 10, alpha: float = 3.0, device: str | torch.device | None = None, memory: int = MEMORY
+) -> np.ndarray:
+    """Return the gallery (G, D) float32, each item added to its k nearest as by `alpha_query_expansion`.
 
     Database-side feature augmentation (Arandjelovic and Zisserman, CVPR 2012).
+
+    Args:
+        gallery: (G, D) embeddings.
+        k: how many neighbours.
+        alpha: as in `alpha_query_expansion`; `device` and `memory` too.
+        device: see `alpha`.
+        memory: see `alpha`.
     """
     return alpha_query_expansion(gallery, None, k, alpha, device, memory)
 
@@ -229,26 +280,33 @@ class Whitening:
     mean: np.ndarray
     projection: np.ndarray
 
-    def __call__(self, vectors, memory=MEMORY):
+    def __call__(self, vectors: Array, memory: int = MEMORY) -> np.ndarray:
         rows = Rows(vectors, "dot", "vectors", "cpu")
         if rows.width != len(self.mean):
             raise ValueError(f"the whitening was fitted on {len(self.mean)} dimensions; got {rows.width}")
         return np.concatenate([self._apply(rows.raw(part)) for part in spans(len(rows), memory // (16 * rows.width))])
 
-    def _apply(self, rows):
+    def _apply(self, rows: Tensor) -> np.ndarray:
         mean, projection = map(torch.from_numpy, (self.mean, self.projection))
         return torch.nn.functional.normalize((rows - mean) @ projection).numpy()
 
 
-def fit_whitening(train, dimensions=None, whiten=True, memory=MEMORY):
-    """A `Whitening` to the leading principal components of a training gallery (N, D), never of the test gallery.
+def fit_whitening(train: Array, dimensions: int | None = None, whiten: bool = True, memory: int = MEMORY) -> Whitening:
+    """Return a `Whitening` to the leading principal components of training vectors, never of the test gallery.
 
-    whiten: divides each component by its standard deviation (Jegou and Chum, ECCV 2012); False: only rotates and cuts.
-    Raises ValueError for more dimensions than the training gallery has or spans.
+    Args:
+        train: (N, D) embeddings.
+        dimensions: how many components; None: all that the vectors span.
+        whiten: whether each component is divided by its standard deviation (Jegou and Chum, ECCV 2012); False only
+            rotates and cuts (PCA).
+        memory: bytes of working memory.
+
+    Raises:
+        ValueError: The training vectors have or span fewer dimensions.
     """
     rows = Rows(train, "dot", "train", "cpu")
     parts = spans(len(rows), max(1, memory // (16 * rows.width)))
-    mean = sum(rows.raw(part).double().sum(0) for part in parts) / len(rows)
+    mean = torch.stack([rows.raw(part).double().sum(0) for part in parts]).sum(0) / len(rows)
     centred = (rows.raw(part).double() - mean for part in parts)
     values, vectors = torch.linalg.eigh(sum(part.T @ part for part in centred) / len(rows))
     values, vectors = values.flip(0), vectors.flip(1)

@@ -13,25 +13,37 @@ one fast path, one precision (float32) and one set of checks. A higher score is 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
 DISTANCES = ("cosine", "dot", "euclidean", "hamming")
-MEMORY = 256 << 20
+MEMORY = 256 << 20  # bytes
+Array = np.ndarray | Tensor | Sequence
+Index = slice | np.ndarray | Tensor  # of some rows
 
 
 class Rows:
     """The rows of an (N, D) array, checked once and made ready for scoring a block at a time.
 
-    `array` may be a list, a numpy array (memory-mapped too, it is never read whole) or a torch tensor on any device.
-    Raises ValueError where it is empty, not two-dimensional, or holds NaN or infinity (the row is named).
+    Args:
+        array: a list, a numpy array (memory-mapped too, it is never read whole) or a tensor on any device.
+        distance: one of DISTANCES.
+        name: what messages call the array.
+        device: where rows are scored; by default where a tensor is, otherwise the CPU.
+
+    Raises:
+        ValueError: It is empty, not two-dimensional, or holds NaN or infinity (the row is named).
     """
 
-    def __init__(self, array, distance="cosine", name="query", device=None):
+    def __init__(
+        self, array: Array, distance: str = "cosine", name: str = "query", device: str | torch.device | None = None
+    ):
         if distance not in DISTANCES:
             raise ValueError(f"distance must be one of {', '.join(DISTANCES)}; got {distance!r}")
-        self.array = array if isinstance(array, (np.ndarray, torch.Tensor)) else np.asarray(array)
+        self.array = array if isinstance(array, (np.ndarray, Tensor)) else np.asarray(array)
         self.distance, self.name = distance, name
         if self.array.ndim != 2:
             raise ValueError(f"{name} must be two-dimensional (rows, dimensions); got shape {tuple(self.array.shape)}")
@@ -39,53 +51,53 @@ class Rows:
             raise ValueError(f"{name} is empty: shape {tuple(self.array.shape)}")
         if distance == "hamming" and str(self.array.dtype).removeprefix("torch.") != "uint8":
             raise ValueError(f"{name} must hold packed bits (uint8, see numpy.packbits) for the Hamming distance")
-        self.device = torch.device(device or (array.device if isinstance(array, torch.Tensor) else "cpu"))
+        self.device = torch.device(device or (array.device if isinstance(array, Tensor) else "cpu"))
         self.norms = self._checked_norms()
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.array.shape[0]
 
     @property
-    def width(self):
+    def width(self) -> int:
         """Columns of a block as `queries` and `gallery` return it."""
         return self.array.shape[1] * (8 if self.distance == "hamming" else 1) + (self.distance == "euclidean")
 
-    def raw(self, index):
-        """float32 values of some rows on the device, (n, D); `index` is a slice or an integer array."""
-        if isinstance(self.array, torch.Tensor):
+    def raw(self, index: Index) -> Tensor:
+        """Return the float32 values (n, D) of some rows, on the device."""
+        if isinstance(self.array, Tensor):
             index = index if isinstance(index, slice) else torch.as_tensor(index, device=self.array.device)
             rows = self.array[index].detach().to(self.device)
         else:  # torch must not be handed read-only memory, such as a memory-mapped file's
             rows = torch.from_numpy(np.require(self.array[index], requirements=["C", "W"])).to(self.device)
         return _signs(rows) if self.distance == "hamming" else rows.float()
 
-    def queries(self, index):
-        """Rows ready to be the left side of the product, (n, width)."""
+    def queries(self, index: Index) -> Tensor:
+        """Return rows ready to be the left side of the product, (n, width)."""
         rows = self.raw(index)
         if self.distance == "cosine":
             return rows / self._norms(index)
         return torch.cat([rows, rows.new_ones(len(rows), 1)], 1) if self.distance == "euclidean" else rows
 
-    def gallery(self, index):
-        """Rows ready to be the right side of the product (transposed), (n, width)."""
+    def gallery(self, index: Index) -> Tensor:
+        """Return rows ready to be the right side of the product (transposed), (n, width)."""
         if self.distance != "euclidean":
             return self.queries(index)
         rows = self.raw(index)
         return torch.cat([rows, rows.square().sum(1, keepdim=True) / -2], 1)
 
-    def scale(self, query, queries, rows):
-        """What float32 rounding of the scores is relative to: the product of the norms, (len(queries), len(rows))."""
+    def scale(self, query: Rows, queries: Index, rows: Index) -> Tensor | float:
+        """Return what float32 rounding is relative to: the products of the norms (len(queries), len(rows))."""
         if self.distance == "cosine":
             return 1.0
         left = query.norms[torch.as_tensor(queries, device=query.device)][:, None]
         right = self.norms[torch.as_tensor(rows, device=self.device)]
         return left * right + (right.square() / 2 if self.distance == "euclidean" else 0)
 
-    def _norms(self, index):
+    def _norms(self, index: Index) -> Tensor:
         index = index if isinstance(index, slice) else torch.as_tensor(index, device=self.device)
         return self.norms[index].clamp_min(1e-30)[:, None]
 
-    def _checked_norms(self):
+    def _checked_norms(self) -> Tensor:
         norms = torch.empty(len(self), device=self.device)
         for rows in spans(len(self), max(1, (16 << 20) // (4 * self.width))):
             torch.linalg.vector_norm(self.raw(rows), dim=1, out=norms[rows])
@@ -95,23 +107,35 @@ class Rows:
         return norms
 
 
-def pair(query, gallery, distance="cosine", device=None):
-    """The two sides of a comparison as `Rows` on one device; the same object twice where `gallery` is None."""
-    query = Rows(query, distance, "query", device)
-    gallery = query if gallery is None else Rows(gallery, distance, "gallery", query.device)
-    if query.array.shape[1] != gallery.array.shape[1]:
-        raise ValueError(f"query has {query.array.shape[1]} dimensions but gallery has {gallery.array.shape[1]}")
-    return query, gallery
+def pair(
+    query: Array, gallery: Array | None, distance: str = "cosine", device: str | torch.device | None = None
+) -> tuple[Rows, Rows]:
+    """Return the two sides of a comparison on one device; the same object twice where `gallery` is None.
+
+    Args:
+        query: (Q, D) embeddings.
+        gallery: (G, D) embeddings, or None.
+        distance: as in `Rows`; `device` too.
+        device: see `distance`.
+
+    Raises:
+        ValueError: The two have other numbers of dimensions, or one is not as `Rows` needs it.
+    """
+    left = Rows(query, distance, "query", device)
+    right = left if gallery is None else Rows(gallery, distance, "gallery", left.device)
+    if left.array.shape[1] != right.array.shape[1]:
+        raise ValueError(f"query has {left.array.shape[1]} dimensions but gallery has {right.array.shape[1]}")
+    return left, right
 
 
-def spans(length, step, start=0):
-    """Consecutive slices of at most `step` that cover range(start, length)."""
+def spans(length: int, step: int, start: int = 0) -> list[slice]:
+    """Return consecutive slices of at most `step` that cover range(start, length)."""
     return [slice(i, min(i + step, length)) for i in range(start, length, step)]
 
 
 @contextlib.contextmanager
-def exact(device, threads=None):
-    """A block in which float32 products are float32, whatever autocast or TF32 say; on so many threads each."""
+def exact(device: str | torch.device, threads: int | None = None) -> Iterator[None]:
+    """Make a block in which float32 products are float32, whatever autocast or TF32 say; on so many threads each."""
     before = torch.get_float32_matmul_precision(), torch.get_num_threads()
     torch.set_float32_matmul_precision("highest")
     torch.set_num_threads(threads or before[1])
@@ -123,12 +147,12 @@ def exact(device, threads=None):
         torch.set_num_threads(before[1])
 
 
-def to_numpy(values):
-    """A numpy array of labels, scores or indices given as a list, an array or a tensor."""
-    return values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
+def to_numpy(values: Array | bool) -> np.ndarray:
+    """Return labels, scores or indices, given as a list, an array or a tensor, as a numpy array."""
+    return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
 
 
-def _signs(packed):
+def _signs(packed: Tensor) -> Tensor:
     shifts = torch.arange(7, -1, -1, device=packed.device, dtype=torch.uint8)
     bits = (packed[:, :, None] >> shifts) & 1
     return bits.flatten(1).float() * 2 - 1

@@ -17,43 +17,75 @@ import hashlib
 import json
 import re
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import faiss
 import numpy as np
 import torch
+from torch import Tensor
 
-from recnb.retrieval.scores import DISTANCES, MEMORY, Rows, exact, pair, spans, to_numpy
+from recnb.retrieval.scores import DISTANCES, MEMORY, Array, Rows, exact, pair, spans, to_numpy
 
 
-def knn(query, gallery=None, k=10, distance="cosine", exclude=None, device=None, memory=MEMORY, backend="torch"):
-    """Scores (Q, k) float32 and gallery row numbers (Q, k) int64 of each query's k best matches, best first.
+def knn(
+    query: Array,
+    gallery: Array | None = None,
+    k: int = 10,
+    distance: str = "cosine",
+    exclude: Array | None = None,
+    device: str | torch.device | None = None,
+    memory: int = MEMORY,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the k best matches of each query, exact, best first, equal scores in the order of the gallery.
 
-    query (Q, D), gallery (G, D): numpy arrays (memory-mapped too) or tensors; gallery None: the queries are their own
-    gallery, each without itself. exclude (Q,): one gallery row that each query may not find, -1 for none.
-    Equal scores come in the order of the gallery. A k beyond the gallery gives all of it.
-    backend "faiss" holds the gallery in a faiss Flat index on the CPU: the same answers, but where several items have
-    exactly the k-th best score it may list others of them. Raises ValueError for empty, mismatched or non-finite input.
+    Args:
+        query: (Q, D) numpy array (memory-mapped too) or tensor.
+        gallery: (G, D) likewise; None: the queries are their own gallery, each without itself.
+        k: how many; beyond the gallery's size all of it.
+        distance: "cosine", "dot", "euclidean" or "hamming".
+        exclude: (Q,) one gallery row that each query may not find, -1 for none.
+        device: where to compute; by default where the query is.
+        memory: bytes of working memory.
+
+    Returns:
+        Scores (Q, k) float32, minus the distance for "euclidean" and "hamming", and gallery rows (Q, k) int64.
+
+    Raises:
+        ValueError: The input is empty, mismatched or not finite.
     """
-    query, gallery = pair(query, gallery, distance, "cpu" if backend == "faiss" else device)
-    if exclude is None and gallery is query:
-        exclude = np.arange(len(query))
-    exclude = None if exclude is None else torch.as_tensor(to_numpy(exclude).astype(np.int64), device=query.device)
-    if k < 1 or (exclude is not None and exclude.shape != (len(query),)):
+    left, right = pair(query, gallery, distance, device)
+    if exclude is None and right is left:
+        exclude = np.arange(len(left))
+    exclude = None if exclude is None else torch.as_tensor(to_numpy(exclude).astype(np.int64), device=left.device)
+    if k < 1 or (exclude is not None and exclude.shape != (len(left),)):
         raise ValueError(f"k must be at least 1 (got {k}) and exclude must have one row number for each query")
-    k = min(k, len(gallery) - (exclude is not None))
+    k = min(k, len(right) - (exclude is not None))
     if k < 1:
         raise ValueError("the gallery holds nothing but the query itself, so there is no neighbour to find")
-    find, found = nearest if backend == "torch" else _faiss_nearest(gallery), []
-    with exact(query.device):
-        for rows in spans(len(query), max(1, min(1024, memory // (64 * k)))):
-            scores, ids = find(query, gallery, rows, k, None if exclude is None else exclude[rows], memory)[:2]
-            found.append(_user_scores(query, gallery, rows, scores, ids))
-    return tuple(torch.cat(part).cpu().numpy() for part in zip(*found, strict=True))
+    found = []
+    with exact(left.device):
+        for rows in spans(len(left), max(1, min(1024, memory // (64 * k)))):
+            scores, ids, _ = nearest(left, right, rows, k, None if exclude is None else exclude[rows], memory)
+            found.append(_user_scores(left, right, rows, scores, ids))
+    scores, ids = (torch.cat(part) for part in zip(*found, strict=True))
+    return scores.cpu().numpy(), ids.cpu().numpy()
 
 
-def nearest(query, gallery, rows, k, exclude, memory):
-    """Scores (B, k), gallery rows (B, k) and the lowest score of all (B,), for one slice of the query `Rows`."""
+def nearest(
+    query: Rows, gallery: Rows, rows: slice, k: int, exclude: Tensor | None, memory: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the scores (B, k) and gallery rows (B, k) of some queries' best matches, and their lowest scores (B,).
+
+    Args:
+        query: the queries, made ready.
+        gallery: the gallery, made ready.
+        rows: which queries.
+        k: how many matches.
+        exclude: (B,) one gallery row that each query may not find, or None.
+        memory: bytes of working memory.
+    """
     left = query.queries(rows)
     best = left.new_zeros(len(left), 0), torch.zeros(len(left), 0, dtype=torch.int64, device=left.device)
     lowest = left.new_full((len(left),), torch.inf)
@@ -69,22 +101,7 @@ def nearest(query, gallery, rows, k, exclude, memory):
     return *best, lowest
 
 
-def _faiss_nearest(gallery):
-    index = faiss.IndexFlatIP(gallery.width)
-    for rows in spans(len(gallery), 1 << 16):
-        index.add(gallery.gallery(rows).numpy())
-
-    def find(query, gallery, rows, k, exclude, memory):
-        found = index.search(query.queries(rows).numpy(), k + (exclude is not None))
-        scores, ids = map(torch.from_numpy, found)
-        if exclude is not None:
-            scores[ids == exclude[:, None]] = -torch.inf
-        return tuple(part[:, :k] for part in _in_order(scores, ids))
-
-    return find
-
-
-def _best(tile, k, offset):
+def _best(tile: Tensor, k: int, offset: int) -> tuple[Tensor, Tensor]:
     """The k best columns of each row, equal scores in the order of the columns: topk alone picks any of them."""
     scores, ids = tile.topk(min(k + 1, tile.shape[1]))
     crowded = (scores[:, k - 1] == scores[:, -1]).nonzero()[:, 0] if tile.shape[1] > k else ()
@@ -95,19 +112,19 @@ def _best(tile, k, offset):
     return _in_order(scores, ids + offset)
 
 
-def _in_order(scores, ids):
+def _in_order(scores: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     """Best score first, equal scores by id."""
     ids, order = ids.sort(dim=1)
     scores, order = scores.gather(1, order).sort(dim=1, descending=True, stable=True)
     return scores, ids.gather(1, order)
 
 
-def _merged(old, new, k):
+def _merged(old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], k: int) -> tuple[Tensor, Tensor]:
     scores, order = torch.cat([old[0], new[0]], 1).sort(dim=1, descending=True, stable=True)
     return scores[:, :k], torch.cat([old[1], new[1]], 1).gather(1, order[:, :k])
 
 
-def _user_scores(query, gallery, rows, scores, ids):
+def _user_scores(query: Rows, gallery: Rows, rows: slice, scores: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     if query.distance == "hamming":
         return (scores - query.width) / 2, ids
     if query.distance != "euclidean":
@@ -118,8 +135,8 @@ def _user_scores(query, gallery, rows, scores, ids):
     return _in_order(exact, ids)
 
 
-def merge(results, k):
-    """Scores (Q, k) and ids (Q, k) of a gallery split in shards, from each shard's (scores, ids), best first.
+def merge(results: Iterable[tuple[np.ndarray, np.ndarray]], k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return scores (Q, k) and ids (Q, k) of a gallery split in shards, from each shard's (scores, ids), best first.
 
     Each shard's k best hold the whole gallery's k best, so shards on any number of machines give the exact answer.
     """
@@ -140,38 +157,55 @@ class Index:
     keeps it as `recall`.
     """
 
-    def __init__(self, distance="cosine", factory="auto", model=None, info=None, effort=None):
+    def __init__(
+        self,
+        distance: str = "cosine",
+        factory: str = "auto",
+        model: str | None = None,
+        info: dict | None = None,
+        effort: int | None = None,
+    ):
         if distance not in DISTANCES:
             raise ValueError(f"distance must be one of {', '.join(DISTANCES)}; got {distance!r}")
         self.distance, self.factory, self.model, self.info, self.effort = distance, factory, model, info or {}, effort
-        self.dimension, self.recall, self.faiss = None, None, None
-        self.ids, self.columns = np.zeros(0, np.int64), {}
+        self.dimension: int = 0  # until there are vectors
+        self.recall: float | None = None
+        self.faiss: Any = None
+        self.ids = np.zeros(0, np.int64)
+        self.columns: dict[str, list] = {}
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.ids)
 
-    def add(self, vectors, ids=None, model=None, **columns):
-        """The index itself, with vectors (N, D) under integer ids (N,) (None: the next free ones) and N-long columns.
+    def add(self, vectors: Array, ids: Array | None = None, model: str | None = None, **columns: Array) -> Index:
+        """Add vectors; return the index itself.
 
-        Raises ValueError for ids already in use, other dimensions, another model, or columns that do not fit.
+        Args:
+            vectors: (N, D).
+            ids: (N,) integers from 0; None: the next free ones.
+            model: the fingerprint of the model that made the vectors, compared with the index's.
+            columns: (N,) values of each.
+
+        Raises:
+            ValueError: Ids are in use already, dimensions or the model are others, or columns do not fit.
         """
         rows = Rows(vectors, self.distance, "vectors", "cpu")
         ids = self.ids.max(initial=-1) + 1 + np.arange(len(rows)) if ids is None else to_numpy(ids)
-        columns = {name: to_numpy(values).tolist() for name, values in columns.items()}
+        lists = {name: to_numpy(values).tolist() for name, values in columns.items()}
         self._check(rows.array, model)
-        self._check_new(len(rows), ids, columns)
+        self._check_new(len(rows), ids, lists)
         if self.faiss is None:
             self._start(rows)
         for part in spans(len(rows), 1 << 16):
             self.faiss.add_with_ids(self._ready(rows, part), ids[part].astype(np.int64))
         first, self.ids = not len(self.ids), np.concatenate([self.ids, ids.astype(np.int64)])
-        self.columns = {name: self.columns.get(name, []) + values for name, values in columns.items()}
+        self.columns = {name: self.columns.get(name, []) + values for name, values in lists.items()}
         if first and self.factory not in ("Flat", "BFlat") and len(rows) > 10:
             self._measure(rows, ids)
         return self
 
-    def remove(self, ids):
-        """The index itself without these ids. HNSW cannot forget, so it is built anew from the vectors it keeps."""
+    def remove(self, ids: Array) -> Index:
+        """Remove these ids; return the index itself. HNSW cannot forget: it is built anew from what it keeps."""
         gone = np.isin(self.ids, to_numpy(ids))
         if gone.sum() != len(np.unique(to_numpy(ids))):
             raise ValueError(f"{len(np.unique(to_numpy(ids))) - gone.sum()} of the ids to remove are not in the index")
@@ -186,8 +220,8 @@ class Index:
         self.columns = {name: [values[i] for i in keep] for name, values in self.columns.items()}
         return self
 
-    def search(self, query, k=10, model=None):
-        """Scores (Q, k) float32 and ids (Q, k) int64, best first, equal scores by id; -infinity and -1 where none."""
+    def search(self, query: Array, k: int = 10, model: str | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Return scores (Q, k) and ids (Q, k), best first, equal scores by id; -infinity and -1 where there is none."""
         if not len(self):
             raise ValueError("the index is empty: add vectors before searching")
         rows = Rows(query, self.distance, "query", "cpu")
@@ -199,15 +233,15 @@ class Index:
         scores[ids < 0] = -np.inf
         return merge([(scores, ids)], k)
 
-    def item(self, identity):
-        """The columns' values of one id, as a dict."""
+    def item(self, identity: int) -> dict:
+        """Return the columns' values of one id, as a dict."""
         place = np.flatnonzero(self.ids == identity)
         if not len(place):
             raise ValueError(f"there is no id {identity} in the index")
         return {name: values[place[0]] for name, values in self.columns.items()}
 
-    def save(self, path):
-        """The folder written: index.json, and the faiss file it names, which faiss alone can read too.
+    def save(self, path: str | Path) -> Path:
+        """Write a folder and return it: index.json, and the faiss file it names, which faiss alone can read too.
 
         A reader sees the old index or the new one, never half of one: index.json is replaced last, in one step.
         """
@@ -228,8 +262,8 @@ class Index:
         return folder
 
     @classmethod
-    def load(cls, path, dimension=None, model=None):
-        """The index saved in a folder; ValueError where it is damaged, or made for another dimension or model."""
+    def load(cls, path: str | Path, dimension: int | None = None, model: str | None = None) -> Index:
+        """Return the index saved in a folder; raise ValueError where it is damaged or of another model or size."""
         folder = Path(path)
         try:
             index = cls._read(folder)
@@ -241,7 +275,7 @@ class Index:
         return index
 
     @classmethod
-    def _read(cls, folder):
+    def _read(cls, folder: Path) -> Index:
         state = unsealed((folder / "index.json").read_bytes())
         file = folder / f"vectors-{state['sha256'][:16]}.faiss"
         if not file.exists() or _sha256(file) != state["sha256"]:
@@ -256,7 +290,7 @@ class Index:
         index._check_relations()
         return index
 
-    def _check_relations(self):
+    def _check_relations(self) -> None:
         """Raise ValueError where ids, columns and vectors, each whole, do not belong together."""
         if not isinstance(self.columns, dict) or not isinstance(self.info, dict):
             raise ValueError("index.json: columns and info must be mappings")
@@ -271,16 +305,16 @@ class Index:
                 if not np.isfinite(self.faiss.index.reconstruct_n(part.start, part.stop - part.start)).all():
                     raise ValueError("the vectors are not all finite")
 
-    def _check(self, array, model):
-        if self.dimension not in (None, array.shape[1]):
+    def _check(self, array: np.ndarray | Tensor, model: str | None) -> None:
+        if self.dimension not in (0, array.shape[1]):
             raise ValueError(f"the index takes vectors of {self.dimension} dimensions; got {array.shape[1]}")
         self._check_model(model)
 
-    def _check_model(self, model):
+    def _check_model(self, model: str | None) -> None:
         if model is not None and self.model is not None and model != self.model:
             raise ValueError(f"the index holds vectors of model {self.model}, not of {model}: embed the gallery again")
 
-    def _check_new(self, count, ids, columns):
+    def _check_new(self, count: int, ids: np.ndarray, columns: dict[str, list]) -> None:
         if ids.shape != (count,) or ids.dtype.kind not in "iu" or len(np.unique(ids)) != count or ids.min() < 0:
             raise ValueError(f"ids must be {count} different integers from 0; got {ids.dtype} of shape {ids.shape}")
         if np.isin(ids, self.ids).any():
@@ -291,7 +325,7 @@ class Index:
             if len(values) != count:
                 raise ValueError(f"column {name} has {len(values)} values for {count} vectors")
 
-    def _start(self, rows):
+    def _start(self, rows: Rows) -> None:
         self.dimension = rows.array.shape[1]
         if self.factory == "auto":
             self.factory = auto_factory(len(rows), self.dimension, self.distance)
@@ -299,29 +333,29 @@ class Index:
         sample = np.random.default_rng(0).choice(len(rows), min(len(rows), 200_000), replace=False)
         self.faiss.train(self._ready(rows, np.sort(sample)))
 
-    def _empty(self):
+    def _empty(self) -> Any:
         bits = self.distance == "hamming"
         kind = faiss.METRIC_L2 if self.distance == "euclidean" else faiss.METRIC_INNER_PRODUCT
-        index = (
+        index: Any = (
             faiss.index_binary_factory(self.dimension * 8, self.factory)
             if bits
             else faiss.index_factory(self.dimension, self.factory, kind)
         )
         if "IVF" in self.factory:  # keeps ids of its own, and an id map around it would lose count at a removal
-            lists = index if bits else faiss.extract_index_ivf(index)
+            lists: Any = index if bits else faiss.extract_index_ivf(index)
             lists.nprobe = self.effort or min(lists.nlist, max(8, lists.nlist // 16))
             return index
         if "HNSW" in self.factory:
             index.hnsw.efSearch = self.effort or 128
         return faiss.IndexBinaryIDMap2(index) if bits else faiss.IndexIDMap2(index)
 
-    def _ready(self, rows, index):
+    def _ready(self, rows: Rows, index: slice | np.ndarray) -> np.ndarray:
         if self.distance == "hamming":
             return np.ascontiguousarray(to_numpy(rows.array[index]))
         ready = rows.queries(index) if self.distance == "cosine" else rows.raw(index)
         return np.ascontiguousarray(ready.numpy())
 
-    def _measure(self, rows, ids):
+    def _measure(self, rows: Rows, ids: np.ndarray) -> None:
         sample = np.random.default_rng(0).choice(len(rows), min(len(rows), 200), replace=False)
         probe, own = to_numpy(rows.array[sample]), ids[sample][:, None]
         exact = ids[knn(probe, rows.array, 10, self.distance, exclude=sample)[1]]
@@ -330,15 +364,15 @@ class Index:
         self.recall = float(np.mean(hits)) / exact.shape[1]
         print(f"{self.factory}: finds {self.recall:.1%} of the exact {exact.shape[1]} nearest neighbours")
 
-    def _faiss_io(self, verb):
+    def _faiss_io(self, verb: str) -> Any:
         return getattr(faiss, f"{verb}_index" + ("_binary" if self.distance == "hamming" else ""))
 
 
 STATE = ("distance", "factory", "model", "info", "effort", "dimension", "recall", "columns")
 
 
-def auto_factory(count, dimension, distance="cosine"):
-    """The faiss factory string that suits so many vectors: exact while that is fast, then HNSW, then IVF-PQ."""
+def auto_factory(count: int, dimension: int, distance: str = "cosine") -> str:
+    """Return the faiss factory string that suits so many vectors: exact while that is fast, then HNSW, then IVF-PQ."""
     if distance == "hamming":
         return "BFlat"
     if count <= 100_000:
@@ -363,7 +397,7 @@ def unsealed(text: bytes) -> dict:
     return json.loads(b"{" + found[2])
 
 
-def _sha256(file):
+def _sha256(file: Path) -> str:
     digest = hashlib.sha256()
     with file.open("rb") as stream:
         while part := stream.read(1 << 20):

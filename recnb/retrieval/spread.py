@@ -7,12 +7,11 @@ label: compare them between epochs, or with those of the untrained network.
 from __future__ import annotations
 
 import torch
-from numpy.typing import ArrayLike
 
-from recnb.retrieval.scores import MEMORY, Rows, exact, spans
+from recnb.retrieval.scores import MEMORY, Array, Rows, exact, spans
 
 
-def effective_rank(vectors: ArrayLike, memory: int = MEMORY) -> float:
+def effective_rank(vectors: Array, memory: int = MEMORY) -> float:
     """Return how many directions the vectors use, from 1 to their number of dimensions.
 
     The exponential of the entropy of the singular values, as shares of their sum (Roy and Vetterli, EUSIPCO 2007).
@@ -33,7 +32,7 @@ def effective_rank(vectors: ArrayLike, memory: int = MEMORY) -> float:
     return float(torch.special.entr(shares).sum().exp())
 
 
-def uniformity(vectors: ArrayLike, t: float = 2.0, memory: int = MEMORY) -> float:
+def uniformity(vectors: Array, t: float = 2.0, memory: int = MEMORY) -> float:
     """Return how evenly unit vectors cover the sphere: 0 where all are the same, lower the better.
 
     The logarithm of the mean over pairs of exp(-t squared distance) (Wang and Isola, ICML 2020,
@@ -50,7 +49,8 @@ def uniformity(vectors: ArrayLike, t: float = 2.0, memory: int = MEMORY) -> floa
     rows = Rows(vectors, "cosine", "vectors")
     if len(rows) < 2:
         raise ValueError("uniformity is a mean over pairs: two vectors are needed at least")
-    unit, total = rows.queries(slice(None)), 0.0
+    unit = rows.queries(slice(None))
+    total = unit.new_zeros((), dtype=torch.float64)
     with exact(rows.device):
         for part in spans(len(rows), max(1, memory // (16 * len(rows)))):
             potential = (2 * t * (unit[part] @ unit.T - 1)).exp_()

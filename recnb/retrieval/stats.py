@@ -8,14 +8,13 @@ and fall together, so that resampling single queries promises too much: give the
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import ArrayLike
 from scipy import stats
 
-from recnb.retrieval.scores import to_numpy
+from recnb.retrieval.scores import Array, to_numpy
 
 
 def bootstrap_interval(
-    values: ArrayLike, clusters: ArrayLike | None = None, confidence: float = 0.95, samples: int = 2000, seed: int = 0
+    values: Array, clusters: Array | None = None, confidence: float = 0.95, samples: int = 2000, seed: int = 0
 ) -> dict[str, float]:
     """Return a mean and its percentile bootstrap interval (Efron, Annals of Statistics 1979).
 
@@ -33,8 +32,8 @@ def bootstrap_interval(
     Raises:
         ValueError: There is no value, one is not finite, or the clusters are not as many.
     """
-    values = _checked(values)
-    sums, counts = _by_cluster(values, clusters)
+    checked = _checked(values)
+    sums, counts = _by_cluster(checked, clusters)
     low = high = np.nan
     if len(sums) > 1:
         low, high = stats.bootstrap(
@@ -47,13 +46,13 @@ def bootstrap_interval(
             method="percentile",
             rng=np.random.default_rng(seed),
         ).confidence_interval
-    return {"mean": float(values.mean()), "low": float(low), "high": float(high)}
+    return {"mean": float(checked.mean()), "low": float(low), "high": float(high)}
 
 
 def paired_difference(
-    before: ArrayLike,
-    after: ArrayLike,
-    clusters: ArrayLike | None = None,
+    before: Array,
+    after: Array,
+    clusters: Array | None = None,
     confidence: float = 0.95,
     samples: int = 2000,
     seed: int = 0,
@@ -78,10 +77,10 @@ def paired_difference(
     Raises:
         ValueError: The two do not have the same queries, or a value is not finite.
     """
-    before, after = _checked(before), _checked(after)
-    if before.shape != after.shape:
-        raise ValueError(f"a paired comparison needs the same queries: got {len(before)} and {len(after)} values")
-    change = after - before
+    first, second = _checked(before), _checked(after)
+    if first.shape != second.shape:
+        raise ValueError(f"a paired comparison needs the same queries: got {len(first)} and {len(second)} values")
+    change = second - first
     interval = bootstrap_interval(change, clusters, confidence, samples, seed)
     sums, _ = _by_cluster(change, clusters)
     p_value = 1.0 if len(sums) == 1 else _swapping_test(sums, samples, seed)
@@ -106,18 +105,18 @@ def _batch(sums: np.ndarray) -> int:
     return max(1, (1 << 20) // len(sums))
 
 
-def _by_cluster(values: np.ndarray, clusters: ArrayLike | None) -> tuple[np.ndarray, np.ndarray]:
+def _by_cluster(values: np.ndarray, clusters: Array | None) -> tuple[np.ndarray, np.ndarray]:
     """Return the sum and the number of the values of each cluster."""
     if clusters is None:
         return values, np.ones(len(values))
-    clusters = np.unique(to_numpy(clusters), return_inverse=True)[1]
-    if len(clusters) != len(values):
-        raise ValueError(f"there are {len(values)} values but {len(clusters)} clusters: one is needed for each value")
-    return np.bincount(clusters, values), np.bincount(clusters)
+    codes = np.unique(to_numpy(clusters), return_inverse=True)[1]
+    if len(codes) != len(values):
+        raise ValueError(f"there are {len(values)} values but {len(codes)} clusters: one is needed for each value")
+    return np.bincount(codes, values), np.bincount(codes)
 
 
-def _checked(values: ArrayLike) -> np.ndarray:
-    values = to_numpy(values).astype(np.float64)
-    if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
-        raise ValueError(f"values must be a non-empty list of finite numbers, one per query; got shape {values.shape}")
-    return values
+def _checked(values: Array) -> np.ndarray:
+    found = to_numpy(values).astype(np.float64)
+    if found.ndim != 1 or not len(found) or not np.isfinite(found).all():
+        raise ValueError(f"values must be a non-empty list of finite numbers, one per query; got shape {found.shape}")
+    return found

@@ -1,7 +1,7 @@
 """Chapter: same or not?
 
 Verification decides about pairs: accept those that score at least a threshold. Positive pairs share the identity,
-negative pairs do not, and pairs that leave the ranking (see `recnb.protocol`) are not counted at all.
+negative pairs do not, and pairs that leave the ranking (see `recnb.retrieval.protocol`) are not counted at all.
 
     FPR            accepted negative pairs / negative pairs (also called FAR, FMR)
     TPR            accepted positive pairs / positive pairs (1 - FNR)
@@ -13,39 +13,61 @@ negative pairs do not, and pairs that leave the ranking (see `recnb.protocol`) a
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import numpy as np
 import torch
+from torch import Tensor
 
-from recnb.retrieval.protocol import embeddings_protocol
+from recnb.retrieval.protocol import Protocol, embeddings_protocol
 from recnb.retrieval.ranking import Block, label_blocks, share, sum_over_processes, tile_shape, tiles
-from recnb.retrieval.scores import MEMORY, exact, pair, spans, to_numpy
+from recnb.retrieval.scores import MEMORY, Array, Rows, exact, pair, spans, to_numpy
 
 LEVELS = 1 << 20
 
 
 def verification_metrics(
-    query,
-    gallery,
-    query_labels,
-    gallery_labels=None,
-    query_cameras=None,
-    gallery_cameras=None,
-    exclude_self=False,
-    fpr=(1e-2, 1e-3, 1e-4),
+    query: Array,
+    gallery: Array | None,
+    query_labels: Array,
+    gallery_labels: Array | None = None,
+    query_cameras: Array | None = None,
+    gallery_cameras: Array | None = None,
+    exclude_self: bool | Array = False,
+    fpr: Sequence[float] = (1e-2, 1e-3, 1e-4),
     *,
-    query_groups=None,
-    gallery_groups=None,
-    distance="cosine",
-    device=None,
-    memory=MEMORY,
-):
-    """A dict of floats: "ROC-AUC", "EER", "TPR@FPR=0.01" ..., their thresholds, and the numbers of pairs of each kind.
+    query_groups: Array | None = None,
+    gallery_groups: Array | None = None,
+    distance: str = "cosine",
+    device: str | torch.device | None = None,
+    memory: int = MEMORY,
+) -> dict[str, float]:
+    """Return how well one threshold tells pairs of one identity from others, in memory that does not grow with them.
 
-    Arguments as for `recnb.retrieval.metrics.retrieval_metrics`. All pairs count, in memory that does not grow with
-    them: scores are sorted into 2^20 levels over their possible range (2 parts in a million of a cosine),
-    ties within a level. Thresholds are scores as `recnb.retrieval.knn` gives them: a minus distance for "euclidean" and
-    "hamming".
-    Raises ValueError where there is no positive or no negative pair.
+    All pairs count. Scores are sorted into 2^20 levels over their possible range (2 parts in a million of a cosine),
+    ties within a level.
+
+    Args:
+        query: as in `recnb.retrieval.retrieval_metrics`, like all that follows but `fpr`.
+        gallery: see there.
+        query_labels: see there.
+        gallery_labels: see there.
+        query_cameras: see there.
+        gallery_cameras: see there.
+        exclude_self: see there.
+        fpr: the false positive rates at which the true positive rate is given.
+        query_groups: see there.
+        gallery_groups: see there.
+        distance: see there.
+        device: see there.
+        memory: see there.
+
+    Returns:
+        "ROC-AUC", "EER", "TPR@FPR=0.01" ..., their thresholds, and the numbers of pairs of each kind. Thresholds are
+        scores as `recnb.retrieval.knn` gives them: a minus distance for "euclidean" and "hamming".
+
+    Raises:
+        ValueError: There is no positive or no negative pair, or the input is not as `retrieval_metrics` needs it.
     """
     protocol = embeddings_protocol(
         query,
@@ -55,11 +77,11 @@ def verification_metrics(
         (query_cameras, gallery_cameras),
         (query_groups, gallery_groups),
     )
-    query, gallery = pair(query, gallery, distance, device)
-    low, high, levels = _range(query, gallery)
+    left, right = pair(query, gallery, distance, device)
+    low, high, levels = _range(left, right)
     counts = np.zeros((2, levels))
-    with exact(query.device):
-        for kind, scores in pair_scores(query, gallery, protocol, memory):
+    with exact(left.device):
+        for kind, scores in pair_scores(left, right, protocol, memory):
             counts[kind] += histogram(scores, low, high, levels)
     counts = sum_over_processes(counts)
     edges = low + np.arange(levels) * ((high - low) / levels)
@@ -69,25 +91,49 @@ def verification_metrics(
     return roc_metrics(edges, counts[1], counts[0], fpr)
 
 
-def pair_metrics(scores, same, fpr=(1e-2, 1e-3, 1e-4)):
-    """The metrics of `verification_metrics`, exact, for a list of pairs: scores (n,), same (n,) bool."""
-    scores, same = to_numpy(scores), to_numpy(same).astype(bool)
-    if scores.shape != same.shape or scores.ndim != 1 or not np.isfinite(scores).all():
-        raise ValueError(f"pairs need one finite score and one bool each; got shapes {scores.shape} and {same.shape}")
-    levels, place = np.unique(scores, return_inverse=True)
-    return roc_metrics(levels, *(np.bincount(place[kind], minlength=len(levels)) for kind in (same, ~same)), fpr)
+def pair_metrics(scores: Array, same: Array, fpr: Sequence[float] = (1e-2, 1e-3, 1e-4)) -> dict[str, float]:
+    """Return the metrics of `verification_metrics`, exact, for a list of pairs.
+
+    Args:
+        scores: (n,) higher for better.
+        same: (n,) whether the pair is of one identity.
+        fpr: as in `verification_metrics`.
+
+    Raises:
+        ValueError: There are not as many of both, a score is not finite, or one kind of pairs is missing.
+    """
+    given, positive = to_numpy(scores), to_numpy(same).astype(bool)
+    if given.shape != positive.shape or given.ndim != 1 or not np.isfinite(given).all():
+        shapes = f"{given.shape} and {positive.shape}"
+        raise ValueError(f"pairs need one finite score and one bool each; got shapes {shapes}")
+    levels, place = np.unique(given, return_inverse=True)
+    positives, negatives = (np.bincount(place[kind], minlength=len(levels)) for kind in (positive, ~positive))
+    return roc_metrics(levels, positives, negatives, fpr)
 
 
-def roc_metrics(levels, positives, negatives, fpr=(1e-2, 1e-3, 1e-4)):
-    """The same from counts: positives (L,) and negatives (L,) pairs at each of the ascending score `levels` (L,)."""
+def roc_metrics(
+    levels: Array, positives: Array, negatives: Array, fpr: Sequence[float] = (1e-2, 1e-3, 1e-4)
+) -> dict[str, float]:
+    """Return the metrics of `verification_metrics` from counts of pairs.
+
+    Args:
+        levels: (L,) ascending scores.
+        positives: (L,) how many pairs of one identity have each score.
+        negatives: (L,) how many other pairs.
+        fpr: as in `verification_metrics`.
+
+    Raises:
+        ValueError: One kind of pairs is missing.
+    """
+    levels, positives, negatives = (np.asarray(values) for values in (levels, positives, negatives))
     if not (np.sum(positives) and np.sum(negatives)):
         raise ValueError(
             f"verification needs both kinds of pairs; there are {np.sum(positives):.0f} positive and "
             f"{np.sum(negatives):.0f} negative pairs"
         )
-    used = np.flatnonzero(np.asarray(positives) + negatives)[::-1]
+    used = np.flatnonzero(positives + negatives)[::-1]
     tpr, fpr_at = (np.concatenate([[0], np.cumsum(c[used])]) / np.sum(c) for c in (positives, negatives))
-    thresholds = np.concatenate([[levels[used[0]] + 1.0], np.asarray(levels, dtype=np.float64)[used]])
+    thresholds = np.concatenate([[levels[used[0]] + 1.0], levels[used].astype(np.float64)])
     rate, place = _equal_error(tpr, fpr_at)
     result = {
         "ROC-AUC": np.sum(np.diff(fpr_at) * (tpr[1:] + tpr[:-1]) / 2),
@@ -101,23 +147,23 @@ def roc_metrics(levels, positives, negatives, fpr=(1e-2, 1e-3, 1e-4)):
     return {key: float(value) for key, value in result.items()}
 
 
-def histogram(scores, low, high, levels):
-    """How many scores lie in each of `levels` equal steps from `low` to `high`, (levels,); -infinity in none."""
+def histogram(scores: Tensor, low: float, high: float, levels: int) -> np.ndarray:
+    """Return how many scores lie in each of `levels` equal steps from `low` to `high`, (levels,); -infinity in none."""
     step = (high - low) / levels
     place = scores.clamp_min(low - step).sub_(low).div_(step).add_(1).to(torch.int32)  # -infinity goes to place 0
     return torch.bincount(place.flatten(), minlength=levels + 1)[1:].cpu().numpy()
 
 
-def _equal_error(tpr, fpr):
-    """The rate where FPR meets 1 - TPR, and the place of the first threshold at or past it."""
+def _equal_error(tpr: np.ndarray, fpr: np.ndarray) -> tuple[float, int]:
+    """Return the rate where FPR meets 1 - TPR, and the place of the first threshold at or past it."""
     excess = fpr + tpr - 1
     i = max(1, int(np.argmax(excess >= 0)))
     weight = -excess[i - 1] / (excess[i] - excess[i - 1])
     return fpr[i - 1] + weight * (fpr[i] - fpr[i - 1]), i
 
 
-def _range(query, gallery):
-    """Lowest and highest possible score, with room for rounding, and how many levels to tell apart between them."""
+def _range(query: Rows, gallery: Rows) -> tuple[float, float, int]:
+    """Return the lowest and highest possible score, with room for rounding, and how many levels lie between them."""
     if query.distance == "hamming":
         return -query.width - 0.5, 0.5, query.width + 1
     left, right = float(query.norms.max()), float(gallery.norms.max())
@@ -127,8 +173,8 @@ def _range(query, gallery):
     return -bound, bound, LEVELS
 
 
-def pair_scores(query, gallery, protocol, memory):
-    """Yields (1, scores of positive pairs) and (0, scores of negative pairs, -infinity for all other pairs)."""
+def pair_scores(query: Rows, gallery: Rows, protocol: Protocol, memory: int) -> Iterator[tuple[int, Tensor]]:
+    """Yield (1, scores of positive pairs) and (0, scores of negative pairs, -infinity for all other pairs)."""
     limit, width = tile_shape(gallery, memory, counted=False)
     for queries in label_blocks(share(protocol, np.arange(len(query))), protocol, memory, limit):
         block = Block(protocol, queries, query.queries(queries))
@@ -140,8 +186,8 @@ def pair_scores(query, gallery, protocol, memory):
                 yield 0, block.keep_negatives(_comparable(tile, query, queries), columns.start)
 
 
-def _comparable(scores, query, queries):
-    """Scores that mean the same for every query: minus the squared distance instead of what merely orders a gallery."""
+def _comparable(scores: Tensor, query: Rows, queries: np.ndarray) -> Tensor:
+    """Return scores that mean the same for every query: minus the squared distance, not what orders one gallery."""
     if query.distance == "hamming":
         return (scores - query.width) / 2
     if query.distance != "euclidean":
