@@ -6,11 +6,14 @@ import pkgutil
 import re
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 from size import sizes
 
 import recnb
-from recnb.registry import Registry
+from recnb.recipe import settings
+from recnb.recipe.parts import SLOTS
+from recnb.registry import Registry, written
 
 PAGES = {  # page: (its title, the kinds of parts on it)
     "data": ("Data", ("dataset", "transform", "batch transform", "sampler")),
@@ -18,6 +21,14 @@ PAGES = {  # page: (its title, the kinds of parts on it)
     "loss": ("Losses", ("loss",)),
     "optimizer": ("Optimizers and schedules", ("optimizer", "regularizer", "learning-rate schedule")),
     "evaluation": ("Metrics and post-processing", ("metric", "post-processing step")),
+}
+SETTINGS = {  # the sections that are no constructor calls
+    settings.Global: "Global",
+    settings.Amp: "AMP",
+    settings.Ema: "EMA",
+    settings.Retention: "Retention",
+    settings.Loader: "DataLoader.*.loader",
+    settings.HeldOut: "DataLoader.Validation",
 }
 SUPPLIED = ("class_num", "in_channels", "embedding_size", "num_features")  # the run knows them
 
@@ -30,8 +41,12 @@ def modules() -> dict:
 
 def registries() -> dict[str, Registry]:
     """Every registry by the kind of its parts."""
-    found = (value for module in modules().values() for value in vars(module).values() if isinstance(value, Registry))
-    return {registry.kind: registry for registry in found}
+    return {registry.kind: registry for registry in SLOTS.values()}
+
+
+def slots(registry: Registry) -> str:
+    """The places of a file where a registry's names stand, as code."""
+    return ", ".join(f"`{slot}`" for slot, parts in SLOTS.items() if parts is registry)
 
 
 def write_pages(docs: Path) -> None:
@@ -65,7 +80,7 @@ def reference_pages() -> dict[str, str]:
     if set(kinds) != set(parts):
         raise ValueError(f"docs/generate.py: PAGES has {sorted(kinds)}, the package has {sorted(parts)}")
     rows = [
-        f"| [{title}]({page}.md) | {', '.join(f'`{slot}`' for kind in kinds for slot in parts[kind].slots)} |"
+        f"| [{title}]({page}.md) | {', '.join(slots(parts[kind]) for kind in kinds)} |"
         for page, (title, kinds) in PAGES.items()
     ]
     index = [
@@ -76,13 +91,13 @@ def reference_pages() -> dict[str, str]:
         "",
         "| page | sections |",
         "|---|---|",
-        "| [Global](global.md) | `Global` |",
+        f"| [Settings](settings.md) | {', '.join(f'`{place}`' for place in SETTINGS.values())} |",
         *rows,
         "",
         "```{toctree}",
         ":hidden:",
         "",
-        "global",
+        "settings",
         *PAGES,
         "```",
     ]
@@ -90,7 +105,7 @@ def reference_pages() -> dict[str, str]:
         page: "\n".join([f"# {title}", "", *(line for kind in kinds for line in section(parts[kind]))])
         for page, (title, kinds) in PAGES.items()
     }
-    pages |= {"index": "\n".join(index), "global": global_page()}
+    pages |= {"index": "\n".join(index), "settings": settings_page()}
     return {f"reference/{page}.md": text + "\n" for page, text in pages.items()}
 
 
@@ -99,7 +114,7 @@ def section(registry: Registry) -> list[str]:
     title = {"batch transform": "Batch transforms", "learning-rate schedule": "Learning-rate schedule"}.get(
         registry.kind, registry.kind.capitalize()
     )
-    lines = [f"## {title}", "", f"Where: {', '.join(f'`{slot}`' for slot in registry.slots)}.", ""]
+    lines = [f"## {title}", "", f"Where: {slots(registry)}.", ""]
     if registry.beside:
         keys = ", ".join(f"`{key}` ({kind_of(kind)})" for key, kind in registry.beside.items())
         lines += [f"Each of them also takes {keys}.", ""]
@@ -137,7 +152,7 @@ def plain(text: str) -> str:
 
 def arguments(registry: Registry, name: str) -> list[str]:
     """The table of a part's arguments, with what its docstring says about them, if it does."""
-    rows, said = [], described(registry[name])
+    rows, said, hints = [], described(registry[name]), registry.hints(name)
     for key, parameter in registry.parameters(name).items():
         if parameter.kind is parameter.VAR_KEYWORD:
             rows.append(("others", "", "", said.get(key, "")))
@@ -147,7 +162,7 @@ def arguments(registry: Registry, name: str) -> list[str]:
             if parameter.default is not parameter.empty
             else ("from the run" if key in SUPPLIED else "required")
         )
-        rows.append((f"`{key}`", kind_of(parameter.annotation), cell(default), said.get(key, "")))
+        rows.append((f"`{key}`", kind_of(hints[key]), cell(default), said.get(key, "")))
     if not rows:
         return ["No arguments.", ""]
     width = 4 if said else 3
@@ -155,12 +170,9 @@ def arguments(registry: Registry, name: str) -> list[str]:
     return [*(f"| {' | '.join(row[:width])} |" for row in (*head, *rows)), ""]
 
 
-def kind_of(annotation) -> str:
+def kind_of(hint) -> str:
     """An annotation as code in a table's cell."""
-    if annotation is inspect.Parameter.empty:
-        return ""
-    text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
-    return cell(f"`{text}`")
+    return "" if hint is Any else cell(f"`{written(hint, bounds=True)}`")
 
 
 def cell(text: str) -> str:
@@ -181,64 +193,20 @@ def described(part) -> dict[str, str]:
     return found
 
 
-GLOBAL_KEYS = {
-    "epochs": "how many epochs to train",
-    "device": "`auto`: a GPU where there is one; `gpu`: the same, and a line says where there is none; `cpu`",
-    "devices": "how many processes, or `auto`: one for each GPU; see [](../devices.md)",
-    "seed": "of all random draws",
-    "class_num": "the number of training identities; counted where it is left out",
-    "image_shape": "what `transform_ops` make: [3, height, width]",
-    "eval_mode": "`retrieval`, or `classification` (the default with `Eval.dataset`)",
-    "eval_during_train": "evaluate while training",
-    "eval_interval": "evaluate after every so many epochs; the last one is always evaluated",
-    "start_eval_epoch": "evaluate from this epoch on",
-    "save_interval": "keep a checkpoint of every so many epochs; 0 for none",
-    "save_steps": "save every so many steps too, so that no more are repeated after a kill",
-    "patience": "stop behind so many epochs without a better first metric; never where it is left out",
-    "keep_checkpoints": "how many `epoch_N.pt` are kept; all where it is left out",
-    "checkpoints": "a checkpoint to go on from",
-    "pretrained_model": "weights of the whole model to start from: `.safetensors`, `.pth` or a run's checkpoint",
-    "output_dir": "the run folder, where none is given at the start",
-    "save_inference_dir": "where `05_export` writes; `export/` in the run folder where it is left alone",
-    "print_batch_step": "a line in `train.log` every so many steps",
-    "loggers": "where the curves go too: `tensorboard`, `wandb`, `mlflow`, `visualdl`; see [](../runs.md)",
-    "use_visualdl": "write scalars for VisualDL (`pip install 'recnb[track]'`)",
-    "update_freq": "how many batches a step of the optimizer sums",
-    "iter_per_epoch": "steps in an epoch; the sampler's length where it is left out",
-    "re_ranking": "k-reciprocal [re-ranking](../glossary.md#re-ranking) in evaluation",
-    "retrieval_feature_from": "which output is searched with: `features`, `neck` or `backbone`",
-    "feature_normalize": "embeddings at length 1",
-    "feature_binarize": "`round` or `sign`: binary codes",
-    "channels_last": "channels last in memory; faster on recent GPUs",
-    "compile": "`model.compile()`",
-    "grad_cache": "compute the backbone in parts of so many images; see [](../performance.md)",
-    "grad_checkpointing": "compute blocks again in the backward pass, to save memory",
-    "cache_images": "a folder for decoded and resized images",
-    "probe": "freeze the backbone, keep what it gives for so many views of each image, and train neck and head on that",
-    "probe_cache": "the folder for these features",
-    "on_nonfinite": "`stop` at a loss that is not finite, or `skip` the step",
-    "on_bad_image": "`stop` at an image that cannot be read, or `drop` it",
-}
-
-
-def global_page() -> str:
-    """The page of the keys of Global."""
-    schema = modules()["recnb.recipe.schema"]
-    if set(GLOBAL_KEYS) != set(schema.GLOBAL):
-        raise ValueError(f"docs/generate.py: GLOBAL_KEYS differs in {set(GLOBAL_KEYS) ^ set(schema.GLOBAL)}")
-    rows = [f"| `{key}` | `{schema.GLOBAL[key]!r}` | {meaning} |" for key, meaning in GLOBAL_KEYS.items()]
-    ignored = ", ".join(f"`{key}`" for key in schema.WITHOUT_EFFECT)
-    return "\n".join(
-        [
-            "# Global",
-            "",
-            "| key | default | meaning |",
-            "|---|---|---|",
-            *rows,
-            "",
-            f"Accepted for PaddleClas's sake, without effect: {ignored}.",
+def settings_page() -> str:
+    """The page of the sections that are no part's constructor call."""
+    ignored = ", ".join(f"`{key}`" for key in settings.WITHOUT_EFFECT)
+    lines = ["# Settings", ""]
+    for kind, place in SETTINGS.items():
+        said, hints, defaults = described(kind), settings.hints(kind), settings.defaults(kind)
+        lines += [f"## {place.split('.')[-1]}", "", f"Where: `{place}`.", ""]
+        lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
+        lines += [
+            f"| `{key}` | {kind_of(hint)} | {cell(f'`{defaults[key]!r}`')} | {said[key]} |"
+            for key, hint in hints.items()
         ]
-    )
+        lines += [""]
+    return "\n".join([*lines, f"Accepted in `Global` for PaddleClas's sake, without effect: {ignored}."])
 
 
 # ---- the API ---------------------------------------------------------------------------------------------------------

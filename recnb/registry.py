@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import types
 import typing
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
 
 class ConfigError(ValueError):
@@ -29,39 +32,119 @@ def suggest(word: str, known: typing.Iterable[str]) -> str:
     return f"there is {', '.join(known)}" if known else "there is none"
 
 
-def fits(value, hint) -> bool:
-    """Whether a value from YAML can be what an annotation asks for; annotations that YAML cannot express always fit."""
+@dataclass(frozen=True)
+class Range:
+    """The bounds of a number in an annotation, `Annotated[int, Range(1)]`; `above` and `below` are not reached."""
+
+    least: float | None = None
+    most: float | None = None
+    above: float | None = None
+    below: float | None = None
+
+    def problem(self, value: float | None) -> str | None:
+        """Return what is wrong with a number, as half a sentence, or None."""
+        if value is None:
+            return None
+        if self.least is not None and value < self.least:
+            return f"{value} is too small; the least is {self.least}"
+        if self.most is not None and value > self.most:
+            return f"{value} is too large; the most is {self.most:,}"
+        if self.above is not None and value <= self.above:
+            return f"{value} is too small; it has to be above {self.above}"
+        if self.below is not None and value >= self.below:
+            return f"{value} is too large; it has to be below {self.below}"
+        return None
+
+    def __str__(self) -> str:
+        words = {"from": self.least, "above": self.above, "up to": self.most, "below": self.below}
+        return " ".join(f"{word} {bound:,}" for word, bound in words.items() if bound is not None)
+
+
+Count = Annotated[int, Range(1, 10**9)]
+Natural = Annotated[int, Range(0, 2**63 - 1)]
+Side = Annotated[int, Range(1, 16_384)]  # pixels
+Rate = Annotated[float, Range(0)]
+Positive = Annotated[float, Range(above=0)]
+
+ACCEPTED: dict[typing.Any, type | tuple[type, ...]] = {
+    float: (int, float),
+    int: int,
+    bool: bool,
+    str: str,
+    list: list,
+    tuple: (list, tuple),
+    dict: dict,
+    type(None): type(None),
+}
+
+
+def problem(value, hint, wants: str = "not") -> str | None:
+    """Return why a value from YAML cannot be what an annotation asks for, as half a sentence, or None where it can.
+
+    Args:
+        value: A plain value.
+        hint: An annotation; what YAML cannot express always fits.
+        wants: The words before the type, such as `ArcMargin wants`.
+    """
     if isinstance(hint, str) or hint in (typing.Any, inspect.Parameter.empty):
-        return True
-    if typing.get_args(hint) and typing.get_origin(hint) not in (list, tuple, dict):
-        return any(fits(value, option) for option in typing.get_args(hint))
-    kind = typing.get_origin(hint) or hint
-    if kind in (int, float) and isinstance(value, bool):
-        return False
-    accepted = {
-        float: (int, float),
-        int: int,
-        bool: bool,
-        str: str,
-        list: list,
-        tuple: (list, tuple),
-        dict: dict,
-        type(None): type(None),
-    }
-    return kind not in accepted or isinstance(value, accepted[kind])
+        return None
+    origin, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
+    mistyped = f"{value!r} is a {type(value).__name__}, {wants} "
+    if origin is Annotated:
+        limits = (limit.problem(value) for limit in inner[1:] if isinstance(limit, Range))
+        return problem(value, inner[0], wants) or next(filter(None, limits), None)
+    if origin is Literal:
+        return None if value in inner else f"'{value}' is not supported; {suggest(value, map(str, inner))}"
+    if origin in (typing.Union, types.UnionType):
+        found = {option: problem(value, option, wants) for option in inner}
+        near = (text for option, text in found.items() if text != mistyped + written(option))
+        return None if None in found.values() else next(near, mistyped + written(hint))
+    if (origin in (int, float) and isinstance(value, bool)) or not isinstance(value, ACCEPTED.get(origin, object)):
+        return mistyped + written(hint)
+    if origin in (list, tuple) and inner:
+        return next(filter(None, (problem(item, inner[0], wants) for item in value)), None)
+    return None
+
+
+def fits(value, hint) -> bool:
+    """Return whether a value from YAML can be what an annotation asks for."""
+    return problem(value, hint) is None
+
+
+def written(hint, bounds: bool = False) -> str:
+    """Return an annotation as text, a type's bounds in brackets or left out."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        limits = f" ({', '.join(map(str, inner[1:]))})" if bounds else ""
+        return written(inner[0], bounds) + limits
+    if origin is Literal:
+        return " | ".join(map(repr, inner))
+    if origin in (typing.Union, types.UnionType):
+        return " | ".join(written(option, bounds) for option in inner)
+    if origin in (list, tuple, dict):
+        return f"{origin.__name__}[{', '.join(written(option, bounds) for option in inner)}]"
+    return "None" if hint is type(None) else inspect.formatannotation(hint)
+
+
+def check_values(section: dict, hints: dict[str, typing.Any], where: str, wants: str = "not") -> None:
+    """Raise ConfigError for the first value of a section that its annotation does not allow."""
+    for key, value in section.items():
+        if key in hints and (text := problem(value, hints[key], wants)):
+            raise ConfigError(f"{where}.{key}: {text}".lstrip("."))
 
 
 class Registry(dict):
     """Constructors by the name that a YAML file uses; the name is the class's or function's own."""
 
-    made: typing.ClassVar[list[Registry]] = []
+    def __init__(self, kind: str, beside: dict[str, typing.Any] | None = None):
+        """Make an empty registry.
 
-    def __init__(self, kind: str, *slots: str, beside: dict[str, type] | None = None):
-        """`slots`: the places of a file where these parts are named (`*`: each loader, `[]`: a list of them);
-        `beside`: keys of such a section that are not arguments of the part, and what their values must be."""
+        Args:
+            kind: What its parts are, for messages.
+            beside: Keys of a section that are not arguments of the part, and what their values must be.
+        """
         super().__init__()
-        self.kind, self.slots, self.beside = kind, slots, beside or {}
-        self.made.append(self)
+        self.kind, self.beside = kind, beside or {}
 
     def register(self, part):
         """The part itself, now known by its own name: use as a decorator."""
@@ -75,27 +158,25 @@ class Registry(dict):
     def parameters(self, name: str) -> dict[str, inspect.Parameter]:
         return {k: p for k, p in inspect.signature(self[name]).parameters.items() if k != "self"}
 
+    def hints(self, name: str) -> dict[str, typing.Any]:
+        """Return what a section of this name may say: each key with its annotation."""
+        part = self[name].__init__ if inspect.isclass(self[name]) else self[name]
+        known = typing.get_type_hints(part, include_extras=True)
+        hints = {k: known.get(k, typing.Any) for k, p in self.parameters(name).items() if p.kind is not p.VAR_KEYWORD}
+        return {**hints, **self.beside}
+
     def check(self, section, where: str) -> None:
-        """Raise ConfigError for an unknown name or argument, or a value of the wrong kind."""
+        """Raise ConfigError for an unknown name or argument, or a value that cannot be."""
         if not isinstance(section, dict) or section.get("name") is None:
             raise ConfigError(f"{where}: holds {section!r}, not a mapping with a 'name'; {suggest('', self)}")
         name = section["name"]
         if not isinstance(name, str) or name not in self:
             raise ConfigError(f"{where}: there is no {self.kind} '{name}'; {suggest(name, self)}")
-        part = self[name].__init__ if inspect.isclass(self[name]) else self[name]
-        hints = {**dict.fromkeys(self.parameters(name), typing.Any), **typing.get_type_hints(part), **self.beside}
-        hints.pop("return", None)
-        free = [k for k, p in self.parameters(name).items() if p.kind is p.VAR_KEYWORD]  # the part checks the rest
-        for key in free:
-            hints.pop(key)
-        for key, value in ((k, v) for k, v in section.items() if k != "name" and (k in hints or not free)):
-            if key not in hints:
-                raise ConfigError(f"{where}.{key}: {name} has no such argument; {suggest(key, hints)}")
-            if not fits(value, hints[key]):
-                raise ConfigError(
-                    f"{where}.{key}: {value!r} is a {type(value).__name__}, "
-                    f"{name} wants {inspect.formatannotation(hints[key])}"
-                )
+        hints, args = self.hints(name), {k: v for k, v in section.items() if k != "name"}
+        checks_the_rest = any(p.kind is p.VAR_KEYWORD for p in self.parameters(name).values())
+        for key in (key for key in args if key not in hints and not checks_the_rest):
+            raise ConfigError(f"{where}.{key}: {name} has no such argument; {suggest(key, hints)}")
+        check_values(args, hints, where, f"{name} wants")
 
     def build(self, section: dict, where: str, **known):
         """The object that a section describes.

@@ -36,7 +36,8 @@ from recnb.data.images import DataError, faults
 from recnb.data.lists import ImageList
 from recnb.gallery.page import gallery_html, gallery_static
 from recnb.models.weights import load_weights
-from recnb.registry import ConfigError, Registry
+from recnb.recipe.parts import SLOTS
+from recnb.registry import ConfigError
 from recnb.retrieval.lists import rank
 from recnb.retrieval.search import Index
 
@@ -365,7 +366,7 @@ def words(kind: str) -> list[str]:
     return sorted(
         {
             word
-            for registry in Registry.made
+            for registry in SLOTS.values()
             for name in registry
             for word in ([name] if kind == "names" else registry.parameters(name))
         }

@@ -22,10 +22,10 @@ from torch.nn.functional import one_hot
 from torchvision.transforms import AutoAugmentPolicy, v2
 
 from recnb.data.transforms import INTERPOLATION, MEAN, TRANSFORMS, affine_mode, of_bytes, per_channel, sometimes
-from recnb.registry import Registry, entry, fits, suggest
+from recnb.registry import Registry, Side, entry, fits, suggest
 
 MIXING = "DataLoader.Train.dataset.batch_transform_ops"
-BATCH_TRANSFORMS = Registry("batch transform", f"{MIXING}[]")
+BATCH_TRANSFORMS = Registry("batch transform")
 COUNTED = "the number of training identities is"
 GREY = [128, 128, 128]
 RESAMPLING = [("nearest", False), ("bilinear", False), ("bicubic", False), ("bilinear", True)]  # True: antialiased
@@ -72,7 +72,7 @@ def TrivialAugment(num_magnitude_bins: int = 31) -> v2.Transform:
 def TimmAutoAugment(
     config_str: str = "rand-m9-mstd0.5-inc1",
     interpolation: str = "bicubic",
-    img_size: int | list = 224,
+    img_size: Side | list[Side] = 224,
     mean: list | None = None,
     prob: float = 1.0,
 ) -> v2.Transform:

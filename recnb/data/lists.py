@@ -31,7 +31,7 @@ from recnb.data.pipeline import Pipeline
 from recnb.registry import Registry
 from recnb.storage import replacing, resolve
 
-DATASETS = Registry("dataset", "DataLoader.*.dataset", beside={"transform_ops": list, "batch_transform_ops": list})
+DATASETS = Registry("dataset", beside={"transform_ops": list, "batch_transform_ops": list})
 EXTENSIONS = tuple(ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN)
 EXTRAS = dict.fromkeys((".heic", ".heif", ".hif"), "pip install 'recnb[heic]'") | {".avif": "pip install -U pillow"}
 SYSTEM = ("thumbs.db", "desktop.ini", "__macosx")  # what Windows and macOS leave in folders

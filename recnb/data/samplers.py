@@ -14,9 +14,9 @@ from itertools import count, islice
 import numpy as np
 from torch.utils.data import Sampler
 
-from recnb.registry import Registry
+from recnb.registry import Count, Registry
 
-SAMPLERS = Registry("sampler", "DataLoader.*.sampler")
+SAMPLERS = Registry("sampler")
 
 
 class EpochSampler(Sampler):
@@ -81,8 +81,8 @@ class Identities:
 @SAMPLERS.register
 def DistributedRandomIdentitySampler(
     labels,
-    batch_size: int,
-    num_instances: int,
+    batch_size: Count,
+    num_instances: Count,
     drop_last: bool = False,
     shuffle: bool = True,
     max_iters: int | None = None,
@@ -135,8 +135,8 @@ def deal_groups(taken: np.ndarray, wanted: int, rng) -> tuple[np.ndarray, np.nda
 @SAMPLERS.register
 def PKSampler(
     labels,
-    batch_size: int,
-    sample_per_id: int,
+    batch_size: Count,
+    sample_per_id: Count,
     sample_method: str = "sample_avg_prob",
     id_list: list | None = None,
     ratio: list | None = None,
@@ -215,7 +215,7 @@ def distinct(cumulative: np.ndarray, count: int, rng) -> np.ndarray:
 @SAMPLERS.register
 def DistributedBatchSampler(
     labels,
-    batch_size: int,
+    batch_size: Count,
     drop_last: bool = False,
     shuffle: bool = False,
     seed: int = 0,

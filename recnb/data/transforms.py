@@ -21,9 +21,9 @@ from functools import partial
 import torch
 from torchvision.transforms import InterpolationMode, v2
 
-from recnb.registry import Registry, fits
+from recnb.registry import Registry, Side, fits
 
-TRANSFORMS = Registry("transform", "DataLoader.*.dataset.transform_ops[]")
+TRANSFORMS = Registry("transform")
 INTERPOLATION = {
     mode.value: mode for mode in InterpolationMode if mode not in (InterpolationMode.BOX, InterpolationMode.HAMMING)
 }  # which tensors do not have
@@ -46,7 +46,7 @@ def affine_mode(name: str) -> InterpolationMode:
     return INTERPOLATION["nearest" if name == "nearest" else "bilinear"]
 
 
-def height_width(size: int | list, order: str = WIDTH_HEIGHT) -> list[int]:
+def height_width(size: Side | list[Side], order: str = WIDTH_HEIGHT) -> list[int]:
     """[height, width] of a size that is one number, or two in this order; raises ValueError for anything else."""
     sides = size if isinstance(size, list | tuple) else [size, size]
     if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
@@ -107,7 +107,7 @@ def reversed_channels(image: torch.Tensor) -> torch.Tensor:
 
 @TRANSFORMS.register
 def ResizeImage(
-    size: int | list | None = None,
+    size: Side | list[Side] | None = None,
     resize_short: int | None = None,
     interpolation: str | None = None,
     backend: str = "pil",
@@ -121,16 +121,16 @@ def ResizeImage(
 
 
 @TRANSFORMS.register
-def CropImage(size: int | list) -> v2.Transform:
+def CropImage(size: Side | list[Side]) -> v2.Transform:
     """The central crop of `size` pixels (a number, or [width, height])."""
     return v2.CenterCrop(height_width(size))
 
 
 @TRANSFORMS.register
 def RandCropImage(
-    size: int | list,
-    scale: list | None = None,
-    ratio: list | None = None,
+    size: Side | list[Side],
+    scale: list[float] | None = None,
+    ratio: list[float] | None = None,
     interpolation: str | None = None,
     use_log_aspect: bool = False,
     backend: str = "pil",
@@ -168,33 +168,33 @@ def drawn(least: float, most: float) -> float:
 
 
 @TRANSFORMS.register
-def RandCropImageV2(size: int | list) -> v2.Transform:
+def RandCropImageV2(size: Side | list[Side]) -> v2.Transform:
     """A random crop of exactly `size` pixels (a number, or [width, height]), without resizing; none smaller goes in."""
     return v2.RandomCrop(height_width(size))
 
 
 @TRANSFORMS.register
-def RandomCropImage(size: int | list) -> v2.Transform:
+def RandomCropImage(size: Side | list[Side]) -> v2.Transform:
     """Another of the original's names for a random crop of `size` pixels (a number, or [width, height])."""
     return RandCropImageV2(size)
 
 
 @TRANSFORMS.register
-def Resize(size: int | list, interpolation: str = "bilinear") -> v2.Transform:
+def Resize(size: Side | list[Side], interpolation: str = "bilinear") -> v2.Transform:
     """Resizing of the shorter side to `size` pixels, or to [height, width]."""
     sides = height_width(size, HEIGHT_WIDTH)
     return v2.Resize(sides if isinstance(size, list) else size, interpolation_mode(interpolation), antialias=True)
 
 
 @TRANSFORMS.register
-def CenterCrop(size: int | list) -> v2.Transform:
+def CenterCrop(size: Side | list[Side]) -> v2.Transform:
     """The central crop of `size` pixels (a number, or [height, width]), with black where the image is smaller."""
     return v2.CenterCrop(height_width(size, HEIGHT_WIDTH))
 
 
 @TRANSFORMS.register
 def RandomCrop(
-    size: int | list,
+    size: Side | list[Side],
     padding: int | list | None = None,
     pad_if_needed: bool = False,
     fill: float | list = 0,
@@ -208,7 +208,10 @@ def RandomCrop(
 
 @TRANSFORMS.register
 def RandomResizedCrop(
-    size: int | list, scale: list | None = None, ratio: list | None = None, interpolation: str = "bilinear"
+    size: Side | list[Side],
+    scale: list[float] | None = None,
+    ratio: list[float] | None = None,
+    interpolation: str = "bilinear",
 ) -> v2.Transform:
     """A random crop of a random share and aspect of the image, resized to `size` (a number, or [height, width])."""
     return v2.RandomResizedCrop(
@@ -224,9 +227,9 @@ def RandomResizedCrop(
 def CropWithPadding(
     prob: float = 1.0,
     padding_num: float = 0,
-    size: int | list = 224,
-    scale: list | None = None,
-    ratio: list | None = None,
+    size: Side | list[Side] = 224,
+    scale: list[float] | None = None,
+    ratio: list[float] | None = None,
     interpolation: str = "bilinear",
 ) -> v2.Transform:
     """A random share and aspect of the image stays where it is, `padding_num` over the rest, with probability `prob`.

@@ -30,7 +30,7 @@ from recnb.deploy.graph import FORMATS, Plan, check_installed, embed_images, ope
 from recnb.deploy.index import build_index, labelled_images
 from recnb.deploy.modelcard import model_card
 from recnb.recipe.reading import as_yaml
-from recnb.recipe.schema import GLOBAL
+from recnb.recipe.settings import GLOBAL
 from recnb.registry import ConfigError, suggest
 from recnb.retrieval.search import knn
 from recnb.runs.folder import Run

@@ -16,9 +16,9 @@ from torch.utils.checkpoint import checkpoint
 from recnb.distributed.processes import everyone, ranks
 from recnb.distributed.rows import PartialLogits
 from recnb.models.heads import check_labels, precise, unit
-from recnb.registry import Registry
+from recnb.registry import Positive, Registry
 
-LOSSES = Registry("loss", "Loss.Train[]", "Loss.Eval[]", beside={"weight": float})
+LOSSES = Registry("loss", beside={"weight": float})
 
 
 @LOSSES.register
@@ -81,9 +81,9 @@ class SupConLoss(nn.Module):
     def __init__(
         self,
         views: int = 16,
-        temperature: float = 0.07,
+        temperature: Positive = 0.07,
         contrast_mode: str = "all",
-        base_temperature: float = 0.07,
+        base_temperature: Positive = 0.07,
         normalize_feature: bool = True,
         feature_from: str = "features",
         chunk: int | None = None,

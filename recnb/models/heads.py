@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from recnb.distributed.processes import all_rows, gather, ranks, share
 from recnb.distributed.rows import PartialLogits, draw_rows
 from recnb.models.necks import FC
-from recnb.registry import Registry
+from recnb.registry import Count, Registry
 
-HEADS = Registry("head", "Arch.Head")
+HEADS = Registry("head")
 HEADS.register(FC)
 
 
@@ -65,8 +65,8 @@ def check_labels(y: Tensor, count: int, owner: str, wait: bool = False) -> None:
 
 def hold_classes(
     head: nn.Module,
-    embedding_size: int,
-    class_num: int,
+    embedding_size: Count,
+    class_num: Count,
     sample_rate: float,
     sharded: bool,
     draw: Callable | None = None,
@@ -187,8 +187,8 @@ class ArcMargin(nn.Module):
 
     def __init__(
         self,
-        embedding_size: int,
-        class_num: int,
+        embedding_size: Count,
+        class_num: Count,
         margin: float | dict = 0.5,
         scale: float = 80.0,
         easy_margin: bool = False,
@@ -244,8 +244,8 @@ class CosMargin(nn.Module):
 
     def __init__(
         self,
-        embedding_size: int,
-        class_num: int,
+        embedding_size: Count,
+        class_num: Count,
         margin: float = 0.35,
         scale: float = 64.0,
         sample_rate: float = 1.0,
@@ -277,8 +277,8 @@ class CircleMargin(nn.Module):
 
     def __init__(
         self,
-        embedding_size: int,
-        class_num: int,
+        embedding_size: Count,
+        class_num: Count,
         margin: float,
         scale: float,
         sample_rate: float = 1.0,
@@ -315,8 +315,8 @@ class AdaMargin(nn.Module):
 
     def __init__(
         self,
-        embedding_size: int,
-        class_num: int,
+        embedding_size: Count,
+        class_num: Count,
         m: float = 0.4,
         h: float = 0.333,
         s: float = 64.0,

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recnb.registry import Registry, fits, suggest
+from recnb.registry import Count, Registry, fits, suggest
 
-NECKS = Registry("neck", "Arch.Neck")
+NECKS = Registry("neck")
 INITIALIZERS = {
     "Normal": lambda p, mean=0.0, std=1.0: nn.init.normal_(p, mean, std),
     "Constant": lambda p, value=0.0: nn.init.constant_(p, value),
@@ -121,7 +121,11 @@ class FC(nn.Module):
     """
 
     def __init__(
-        self, embedding_size: int, class_num: int, weight_attr: dict | None = None, bias_attr: dict | bool | None = None
+        self,
+        embedding_size: Count,
+        class_num: Count,
+        weight_attr: dict | None = None,
+        bias_attr: dict | bool | None = None,
     ):
         super().__init__()
         self.fc = nn.Linear(embedding_size, class_num, bias=bias_attr is not False)
@@ -193,7 +197,7 @@ class FRFNNeck(nn.Module):
 class MLP(nn.Module):
     """Linear, batch normalisation, ReLU, linear: (B, embedding_size) -> (B, class_num), the names as for FC."""
 
-    def __init__(self, embedding_size: int, class_num: int, hidden: int | None = None):
+    def __init__(self, embedding_size: Count, class_num: Count, hidden: int | None = None):
         super().__init__()
         hidden = hidden or embedding_size
         self.layers = nn.Sequential(

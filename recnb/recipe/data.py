@@ -252,7 +252,10 @@ def machine_options(options: dict) -> dict:
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = max(1, min(MOST_WORKERS, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
-    options = {"num_workers": workers, **{k: v for k, v in options.items() if k != "use_shared_memory"}}
+    options = {
+        "num_workers": workers,
+        **{k: v for k, v in options.items() if k != "use_shared_memory" and v is not None},
+    }
     if not options["num_workers"]:
         options.pop("prefetch_factor", None)  # which torch refuses without workers
     else:

@@ -17,7 +17,7 @@ from recnb.recipe.model import precision
 from recnb.recipe.objective import build_judge, build_loss
 from recnb.recipe.optimizer import build_optimizer, build_schedules, parameter_groups
 from recnb.recipe.resolved import check_same, resolved
-from recnb.recipe.schema import EMA, architectures, items, lookup
+from recnb.recipe.schema import architectures, items, lookup
 from recnb.registry import ConfigError
 from recnb.storage import resolve
 from recnb.training.learner import RetrievalLearner
@@ -100,7 +100,7 @@ def build_plan(cfg: dict, loaders: Loaders, folder: Path) -> Plan:
     if checkpoint and not checkpoint.is_file():
         raise ConfigError(f"Global.checkpoints: there is no file {checkpoint}")
     amp, ema = cfg.get("AMP"), cfg.get("EMA")
-    half = precision(amp, settings["device"]) if amp is not None and amp.get("use_amp", True) else None
+    half = precision(amp, settings["device"]) if amp is not None and amp["use_amp"] else None
     steps = -(-len(loaders.train) // settings["update_freq"])
     config = json.dumps(resolved(cfg, loaders.classes))
     return Plan(
@@ -109,7 +109,7 @@ def build_plan(cfg: dict, loaders: Loaders, folder: Path) -> Plan:
             epochs=settings["epochs"],
             rates=build_schedules(cfg, steps),
             update_freq=settings["update_freq"],
-            decay=None if ema is None else ema.get("decay", EMA["decay"]),
+            decay=None if ema is None else ema["decay"],
             half=half,
             skip_nonfinite=settings["on_nonfinite"] == "skip",
         ),

@@ -11,7 +11,8 @@ from typing import NamedTuple
 from recnb.data.lists import ImageList
 from recnb.data.loaders import Loaders
 from recnb.data.pipeline import output_shape
-from recnb.recipe.schema import LOADERS, WITHOUT_EFFECT, adds_softmax, architectures, items, lookup, optimizers
+from recnb.recipe.schema import LOADERS, adds_softmax, architectures, items, lookup, optimizers
+from recnb.recipe.settings import WITHOUT_EFFECT
 from recnb.registry import ConfigError
 
 PAIR_LOSSES = (

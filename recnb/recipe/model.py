@@ -67,9 +67,9 @@ def build_recmodel(cfg: dict, section: dict, where: str, classes: int | None) ->
     model.head_feature_from, model.grad_cache = given, cfg["Global"]["grad_cache"]
     model.retrieval_feature_from = cfg["Global"]["retrieval_feature_from"] if neck else "features"
     amp = cfg.get("AMP")
-    if amp is not None and amp.get("use_amp", True):
+    if amp is not None and amp["use_amp"]:
         model.precision = precision(amp, cfg["Global"]["device"])
-        model.half_evaluation = amp.get("use_fp16_test", False) or amp.get("level") == "O2"
+        model.half_evaluation = amp["use_fp16_test"] or amp["level"] == "O2"
     if ranks()[1] > 1 and (section.get("use_sync_bn") or cfg["Arch"].get("use_sync_bn")):
         on_gpu = cfg["Global"]["device"] != "cpu" and torch.cuda.is_available()
         (share_on_gpus if on_gpu else share_batches)(model)
@@ -85,7 +85,7 @@ def precision(amp: dict, device: str) -> torch.dtype:
     """The type of autocast: as AMP.dtype says, otherwise bfloat16 where it is fast or the only one, else float16."""
     on_gpu = device != "cpu" and torch.cuda.is_available()
     fallback = "float16" if on_gpu and not torch.cuda.is_bf16_supported() else "bfloat16"
-    return getattr(torch, amp.get("dtype") or fallback)
+    return getattr(torch, amp["dtype"] or fallback)
 
 
 def build_distillation(cfg: dict, models: dict[str, RecModel]) -> DistillationModel:

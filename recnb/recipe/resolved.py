@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from recnb.recipe.data import training_images
-from recnb.recipe.schema import GLOBAL, LOADERS, architectures, class_num, lookup, optimizers
+from recnb.recipe.schema import LOADERS, architectures, class_num, fill, lookup, optimizers
 from recnb.registry import ConfigError
 from recnb.storage import from_root, resolve
 from recnb.training.schedules import SCHEDULES
@@ -74,7 +74,7 @@ def with_paths(cfg: dict, change: Callable[[str], str]) -> dict:
 
 def check_same(ours: dict, theirs: dict, path: Path) -> None:
     """Raise ConfigError where a checkpoint's configuration differs from this one in what changes numbers."""
-    theirs["Global"] = {**GLOBAL, **theirs["Global"]}  # a key that is newer than the checkpoint had its default then
+    fill(theirs)  # a key that is newer than the checkpoint had its default then
     differences = compare(portable(theirs), portable(ours))
     bound = [
         section["lr"]["name"]

@@ -20,7 +20,8 @@ from recnb.data.images import DataError
 from recnb.data.prepare import SPLITS, Options, list_files, plain, write_files
 from recnb.models.backbones import create_backbone, hub_weights, list_backbones
 from recnb.recipe.reading import as_yaml
-from recnb.recipe.schema import GLOBAL, items, load_config, lookup, optimizers
+from recnb.recipe.schema import items, load_config, lookup, optimizers
+from recnb.recipe.settings import GLOBAL
 from recnb.registry import ConfigError
 from recnb.storage import ROOT, resolve
 

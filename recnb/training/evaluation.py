@@ -21,24 +21,24 @@ from tqdm.auto import tqdm
 from recnb.data.lists import ImageList, own_index
 from recnb.data.loaders import ImageLoader, batches_on, divided
 from recnb.distributed.processes import joined
-from recnb.registry import Registry
+from recnb.registry import Count, Registry
 from recnb.retrieval.metrics import ranking_metrics, retrieval_metrics
 from recnb.retrieval.rerank import KReciprocal, alpha_query_expansion, database_augmentation, fit_whitening
 from recnb.storage import replacing
 
-METRICS = Registry("metric", "Metric.Eval[]", "Metric.Train[]")
-POST_PROCESS = Registry("post-processing step", "PostProcess[]")
+METRICS = Registry("metric")
+POST_PROCESS = Registry("post-processing step")
 DEFAULT_METRICS = ("recall1", "recall5", "mAP")
 
 
 @METRICS.register
-def Recallk(topk: list | None = None) -> list[str]:
+def Recallk(topk: list[Count] | None = None) -> list[str]:
     """recall{k}: the share of queries with a right image among their first k."""
     return [f"recall{k}" for k in topk or (1, 5)]
 
 
 @METRICS.register
-def Precisionk(topk: list | None = None) -> list[str]:
+def Precisionk(topk: list[Count] | None = None) -> list[str]:
     """precision@{k}: how many of the first k are right."""
     return [f"precision@{k}" for k in topk or (1, 5)]
 
@@ -56,7 +56,7 @@ def mINP() -> list[str]:
 
 
 @METRICS.register
-def TopkAcc(topk: list | None = None) -> list[str]:
+def TopkAcc(topk: list[Count] | None = None) -> list[str]:
     """top{k}: in classification, the share of images with their class among the k most likely."""
     return [f"top{k}" for k in topk or (1, 5)]
 

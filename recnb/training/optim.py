@@ -23,8 +23,8 @@ BESIDE = {
     "one_dim_param_no_weight_decay": bool,
     "multi_precision": bool,
 }  # torch's parameters are float32 throughout
-OPTIMIZERS = Registry("optimizer", "Optimizer", beside=BESIDE)
-REGULARIZERS = Registry("regularizer", "Optimizer.regularizer")
+OPTIMIZERS = Registry("optimizer", beside=BESIDE)
+REGULARIZERS = Registry("regularizer")
 
 
 def fused(kind: type, groups: list[dict], lr: float, **settings) -> torch.optim.Optimizer:

@@ -14,14 +14,14 @@ from itertools import pairwise
 
 import torch
 
-from recnb.registry import Registry
+from recnb.registry import Rate, Registry
 
 WARMUP = {"warmup_epoch": float, "warmup_start_lr": float, "by_epoch": bool, "last_epoch": int, "verbose": bool}
-SCHEDULES = Registry("learning-rate schedule", "Optimizer.lr", beside=WARMUP)
+SCHEDULES = Registry("learning-rate schedule", beside=WARMUP)
 
 
 @SCHEDULES.register
-def ConstLR(learning_rate: float) -> Callable:
+def ConstLR(learning_rate: Rate) -> Callable:
     """The same learning rate throughout."""
     return lambda epoch: learning_rate
 
@@ -31,7 +31,7 @@ SCHEDULES["Constant"] = ConstLR
 
 @SCHEDULES.register
 def Linear(
-    learning_rate: float, epochs: float, end_lr: float = 0.0, power: float = 1.0, cycle: bool = False
+    learning_rate: Rate, epochs: float, end_lr: float = 0.0, power: float = 1.0, cycle: bool = False
 ) -> Callable:
     """From `learning_rate` to `end_lr` over `epochs`, as the `power` of what is left of them.
 
@@ -46,7 +46,7 @@ def Linear(
 
 
 @SCHEDULES.register
-def Cosine(learning_rate: float, epochs: float, eta_min: float = 0.0) -> Callable:
+def Cosine(learning_rate: Rate, epochs: float, eta_min: float = 0.0) -> Callable:
     """Half a cosine from `learning_rate` to `eta_min` over `epochs` (those that follow the warm-up)."""
 
     def rate(epoch: float) -> float:
@@ -58,7 +58,7 @@ def Cosine(learning_rate: float, epochs: float, eta_min: float = 0.0) -> Callabl
 
 @SCHEDULES.register
 def CosineFixmatch(
-    learning_rate: float, epochs: float, step_each_epoch: int, num_warmup_steps: int = 0, num_cycles: float = 7 / 16
+    learning_rate: Rate, epochs: float, step_each_epoch: int, num_warmup_steps: int = 0, num_cycles: float = 7 / 16
 ) -> Callable:
     """`learning_rate` times the cosine of `num_cycles` half turns (arXiv 2001.07685), after a warm-up."""
     warmup = num_warmup_steps / step_each_epoch
@@ -74,10 +74,10 @@ def CosineFixmatch(
 
 @SCHEDULES.register
 def OneCycleLR(
-    max_learning_rate: float,
+    max_learning_rate: Rate,
     epochs: float,
     divide_factor: float = 25.0,
-    end_learning_rate: float = 0.0001,
+    end_learning_rate: Rate = 0.0001,
     phase_pct: float = 0.3,
     anneal_strategy: str = "cos",
     three_phase: bool = False,
@@ -105,8 +105,8 @@ def OneCycleLR(
 
 @SCHEDULES.register
 def Cyclic(
-    base_learning_rate: float,
-    max_learning_rate: float,
+    base_learning_rate: Rate,
+    max_learning_rate: Rate,
     step_each_epoch: int,
     step_size_up: int,
     step_size_down: int | None = None,
@@ -138,7 +138,7 @@ def Cyclic(
 
 @SCHEDULES.register
 def ReduceOnPlateau(
-    learning_rate: float,
+    learning_rate: Rate,
     mode: str = "min",
     factor: float = 0.1,
     patience: int = 10,
@@ -184,7 +184,7 @@ class Plateau:
 
 
 @SCHEDULES.register
-def Step(learning_rate: float, step_size: int, gamma: float = 0.1) -> Callable:
+def Step(learning_rate: Rate, step_size: int, gamma: float = 0.1) -> Callable:
     """`learning_rate` times `gamma` every `step_size` epochs."""
     return lambda epoch: learning_rate * gamma ** (epoch // step_size)
 
@@ -196,7 +196,7 @@ def check_rising(name: str, epochs: list) -> None:
 
 
 @SCHEDULES.register
-def MultiStepDecay(learning_rate: float, milestones: list, gamma: float = 0.1) -> Callable:
+def MultiStepDecay(learning_rate: Rate, milestones: list, gamma: float = 0.1) -> Callable:
     """`learning_rate` times `gamma` at each milestone (in epochs)."""
     check_rising("milestones", milestones)
     return lambda epoch: learning_rate * gamma ** bisect_right(milestones, epoch)
@@ -204,7 +204,7 @@ def MultiStepDecay(learning_rate: float, milestones: list, gamma: float = 0.1) -
 
 @SCHEDULES.register
 def Piecewise(
-    learning_rate: float | None = None, decay_epochs: list | None = None, values: list | None = None
+    learning_rate: Rate | None = None, decay_epochs: list | None = None, values: list | None = None
 ) -> Callable:
     """`values[i]` between the i-th and the next of `decay_epochs`; without them, `learning_rate` / 10 every 30 epochs.
 

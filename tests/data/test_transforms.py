@@ -475,10 +475,10 @@ def test_display_undoes_the_normalisation(ops):
         ({"RandomErasing": {"mean": [0.5]}}, r"mean is \[0.5\], neither one number nor three, one a channel"),
         ({"ResizeImage": {"size": 8, "interpolation": "box"}}, "there is no interpolation 'box', only nearest, "),
         ({"Resize": {"size": [8]}}, r"size is \[8\], neither a number of pixels nor \[height, width\]"),
-        ({"RandCropImageV2": {"size": 0}}, r"size is 0, neither a number of pixels nor \[width, height\]"),
+        ({"RandCropImageV2": {"size": 0}}, "0 is too small; the least is 1"),
         ({"RandCropImage": {"size": 8, "ratio": [2, 1]}}, r"ratio is \[2, 1\], not two numbers above 0"),
         ({"RandomResizedCrop": {"size": 8, "scale": [0.5]}}, r"scale is \[0.5\], not two numbers above 0"),
-        ({"CropWithPadding": {"scale": ["a", "b"]}}, r"scale is \['a', 'b'\], not two numbers above 0"),
+        ({"CropWithPadding": {"scale": ["a", "b"]}}, "'a' is a str, CropWithPadding wants float"),
         ({"CropWithPadding": {"prob": 2}}, "prob is 2, not a probability from 0 to 1"),
         ({"RandomGrayscale": {"p": 1.1}}, "p is 1.1, not a probability from 0 to 1"),
         ({"RandFlipImage": {"prob": -0.1}}, "prob is -0.1, not a probability from 0 to 1"),
@@ -496,7 +496,7 @@ def test_display_undoes_the_normalisation(ops):
     ],
 )
 def test_arguments_that_mean_nothing(op, message):
-    with pytest.raises(ConfigError, match=rf"dataset\.transform_ops\.0\.{next(iter(op))}: {message}"):
+    with pytest.raises(ConfigError, match=rf"dataset\.transform_ops\.0\.{next(iter(op))}(\.\w+)?: {message}"):
         composed(op)
 
 

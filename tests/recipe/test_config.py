@@ -11,7 +11,7 @@ from conftest import tiny_config
 from recnb import build_learner, build_loaders, build_model, load_config
 from recnb.data.images import DataError
 from recnb.recipe.reading import read_yaml
-from recnb.recipe.schema import GLOBAL
+from recnb.recipe.settings import GLOBAL
 from recnb.registry import ConfigError, suggest
 
 TRAIN, QUERY = "DataLoader.Train", "DataLoader.Eval.Query"
@@ -220,16 +220,56 @@ KINDS = [
     ({f"{TRAIN}.sampler.batch_size": 8.5}, f"{TRAIN}.sampler.batch_size: 8.5 is a float, PKSampler wants int"),
     (
         {f"{TRAIN}.dataset.transform_ops.0.ResizeImage.size": "big"},
-        f"{TRAIN}.dataset.transform_ops.0.ResizeImage.size: 'big' is a str, ResizeImage wants int | list | None",
+        f"{TRAIN}.dataset.transform_ops.0.ResizeImage.size: 'big' is a str, ResizeImage wants int | list[int] | None",
     ),
-    ({f"{TRAIN}.loader.num_workers": "6"}, f"{TRAIN}.loader.num_workers: '6' is not a whole number from 0"),
-    ({f"{QUERY}.loader.num_workers": -1}, f"{QUERY}.loader.num_workers: -1 is not a whole number from 0"),
-    ({f"{TRAIN}.loader.use_shared_memory": 3}, f"{TRAIN}.loader.use_shared_memory: 3 is not True or False"),
+    ({f"{TRAIN}.loader.num_workers": "6"}, f"{TRAIN}.loader.num_workers: '6' is a str, not int | None"),
+    ({f"{QUERY}.loader.num_workers": -1}, f"{QUERY}.loader.num_workers: -1 is too small; the least is 0"),
+    ({f"{TRAIN}.loader.use_shared_memory": 3}, f"{TRAIN}.loader.use_shared_memory: 3 is a int, not bool"),
     ({"Loss.Train": {"CELoss": {}}}, "Loss.Train: must be a list of '- Name: {arguments}' entries"),
     ({"Loss.Train.0": "CELoss"}, "Loss.Train.0: 'CELoss' is not of the form '- Name: {arguments}'"),
     ({"Loss.Train.0": {"CELoss": 1.0}}, "Loss.Train.0: {'CELoss': 1.0} is not of the form '- Name: {arguments}'"),
     ({"Loss.Train.0": {"CELoss": {}, "SupConLoss": {}}}, "Loss.Train.0: {'CELoss': {}, 'SupConLoss': {}} is not of"),
     ({"Loss.Train.0": {"CELoss": {"name": "SupConLoss"}}}, "Loss.Train.0: {'CELoss': {'name': 'SupConLoss'}} is not"),
+]
+
+
+KINDS += [
+    ({"Optimizer": "x"}, "Optimizer: 'x' is a str, not dict | list"),
+    ({"Global.image_shape": [3, "wide", 32]}, "Global.image_shape: 'wide' is a str, not int"),
+    ({"Global.image_shape": [3, 10**9, 32]}, "Global.image_shape: 1000000000 is too large; the most is 16,384"),
+    ({"Global.seed": 10**70}, "Global.seed: the number is too large; the most is"),
+    ({"Global.devices": 0}, "Global.devices: 0 is too small; the least is 1"),
+    ({"Global.devices": "many"}, "Global.devices: 'many' is not supported; there is auto"),
+    ({f"{TRAIN}.loader.num_workers": 100_000}, f"{TRAIN}.loader.num_workers: 100000 is too large; the most is "),
+    ({f"{TRAIN}.loader.prefetch_factor": 10**6}, f"{TRAIN}.loader.prefetch_factor: 1000000 is too large; the most is"),
+    ({"Arch.BackboneStopLayer.name": ["layer3"]}, "Arch.BackboneStopLayer.name: ['layer3'] is a list, not str | None"),
+    ({"Arch.freeze": [3]}, "Arch.freeze: 3 is a int, not str"),
+    ({f"{TRAIN}.sampler.batch_size": 0}, f"{TRAIN}.sampler.batch_size: 0 is too small; the least is 1"),
+    ({f"{QUERY}.sampler.batch_size": -1}, f"{QUERY}.sampler.batch_size: -1 is too small; the least is 1"),
+    (
+        {"Arch.Neck.class_num": 10**18},
+        "Arch.Neck.class_num: 1000000000000000000 is too large; the most is 1,000,000,000",
+    ),
+    ({"Arch.Head.class_num": 0}, "Arch.Head.class_num: 0 is too small; the least is 1"),
+    ({"Optimizer.lr.learning_rate": float("inf")}, "Optimizer.lr.learning_rate: inf is not a finite number"),
+    ({"Optimizer.lr.learning_rate": -0.1}, "Optimizer.lr.learning_rate: -0.1 is too small; the least is 0"),
+    (
+        {"Loss.Train.1.SupConLoss.temperature": 0},
+        "Loss.Train.1.SupConLoss.temperature: 0 is too small; it has to be above",
+    ),
+    (
+        {"Metric.Eval.0": {"Recallk": {"topk": [None]}}},
+        "Metric.Eval.0.Recallk.topk: None is a NoneType, Recallk wants int",
+    ),
+    ({"Metric.Eval.0": {"Recallk": {"topk": [0]}}}, "Metric.Eval.0.Recallk.topk: 0 is too small; the least is 1"),
+    (
+        {f"{TRAIN}.dataset.transform_ops.1": {"RandCropImage": {"size": 32, "scale": ["big", 1.0]}}},
+        f"{TRAIN}.dataset.transform_ops.1.RandCropImage.scale: 'big' is a str, RandCropImage wants float",
+    ),
+    (
+        {f"{TRAIN}.dataset.transform_ops.0": {"ResizeImage": {"size": 0}}},
+        f"{TRAIN}.dataset.transform_ops.0.ResizeImage.size: 0 is too small; the least is 1",
+    ),
 ]
 
 
@@ -276,12 +316,15 @@ def test_a_sampler_without_a_name_is_the_plain_one(config):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"AMP": {"level": "O3"}}, "AMP.level: 'O3' is not O1 or O2"),
-        ({"AMP": {"scale_loss": "much"}}, "AMP.scale_loss: 'much' is not float"),
-        ({"AMP": {"dtype": "float8"}}, "AMP.dtype: 'float8' is neither"),
+        ({"AMP": {"level": "O3"}}, "AMP.level: 'O3' is not supported; there is O1, O2"),
+        ({"AMP": {"scale_loss": "much"}}, "AMP.scale_loss: 'much' is a str, not float"),
+        ({"AMP": {"dtype": "float8"}}, "AMP.dtype: 'float8' is not supported; did you mean 'float16'"),
         ({"AMP": {"levle": "O1"}}, "AMP.levle: there is no such key; did you mean 'level'"),
-        ({"EMA": {"decay": 1.5}}, "EMA.decay: 1.5 is not a number between 0 and 1"),
-        ({"Arch.head_feature_from": "head"}, "Arch.head_feature_from: 'head' is neither"),
+        ({"EMA": {"decay": 1.5}}, "EMA.decay: 1.5 is too large; it has to be below 1"),
+        (
+            {"Arch.head_feature_from": "head"},
+            "Arch.head_feature_from: 'head' is not supported; there is backbone, neck",
+        ),
         ({"Arch.name": "RecModle"}, "Arch.name: there is no model 'RecModle'; did you mean 'RecModel'"),
         ({"Arch": {"name": "DistillationModel", "models": []}}, "Arch.models: DistillationModel needs a list"),
         ({"Optimizer": [{"Adam": {"scope": "RecModel"}}]}, "Optimizer.0.Adam.lr: the file has no such section"),
@@ -297,10 +340,13 @@ def test_the_newer_sections_are_checked(config, changes, message):
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ({}, "DataLoader.Validation.share: None is not a share of the training identities, between 0 and 1"),
-        ({"share": 1.5}, "DataLoader.Validation.share: 1.5 is not a share"),
-        ({"share": "half"}, "DataLoader.Validation.share: 'half' is not a share"),
-        ({"share": 0.1, "seed": -1}, "DataLoader.Validation.seed: -1 is not a whole number from 0"),
+        (
+            {},
+            "DataLoader.Validation: has no images; give a share of the training identities, such as 'share: 0.15', or",
+        ),
+        ({"share": 1.5}, "DataLoader.Validation.share: 1.5 is too large; it has to be below 1"),
+        ({"share": "half"}, "DataLoader.Validation.share: 'half' is a str, not float | None"),
+        ({"share": 0.1, "seed": -1}, "DataLoader.Validation.seed: -1 is too small; the least is 0"),
         (
             {"share": 0.1, "Query": {"dataset": {}}},
             "DataLoader.Validation.Query: with a share, the images are those of",
@@ -492,7 +538,7 @@ LOADING = [
         f"{TRAIN}.sampler: a batch of 26 needs 13 identities (sample_per_id 2), "
         "the training list has 12; lower batch_size or raise sample_per_id",
     ),
-    ({f"{TRAIN}.sampler.batch_size": 0}, f"{TRAIN}.sampler: must name a sampler and its batch_size, at least 1"),
+    ({f"{TRAIN}.sampler.batch_size": 0}, f"{TRAIN}.sampler.batch_size: 0 is too small; the least is 1"),
     ({f"{QUERY}.sampler": ...}, f"{QUERY}.sampler: must name a sampler and its batch_size, at least 1"),
     ({f"{TRAIN}.sampler.seed": 4}, f"{TRAIN}.sampler.seed is 4, but Global.seed is 0"),
     ({f"{TRAIN}.sampler.labels": [1, 2]}, f"{TRAIN}.sampler.labels: comes from the data, and the file cannot say"),

@@ -52,7 +52,7 @@ def test_a_family_has_no_finding_and_says_how_to_run_it(name):
     assert lint(load_config(path)) == []
     text = (ROOT / path).read_text(encoding="utf-8")
     head = "".join(line.lstrip("# ") for line in text.splitlines() if line.startswith("#"))
-    assert f"runs/{name}/train.ipynb \\-p config {path} -p run_dir runs/{name}" in head
+    assert f"recnb run 02_train -p config {path}" in head
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import torch
 
 from recnb import build_learner, build_loaders, build_model, load_config
 from recnb.recipe.reading import read_yaml
-from recnb.recipe.schema import GLOBAL
+from recnb.recipe.settings import GLOBAL
 from recnb.registry import ConfigError
 
 LITERAL = """

@@ -195,9 +195,9 @@ def test_a_head_begins_at_the_class_means(config_file, tmp_path):
 @pytest.mark.parametrize(
     ("section", "said"),
     [
-        ({"thaw_epoch": -1}, "Retention.thaw_epoch: -1 is not a int from 0 on"),
+        ({"thaw_epoch": -1}, "Retention.thaw_epoch: -1 is too small; the least is 0"),
         ({"pul": 1.0}, "Retention.pul: there is no such key; did you mean 'pull'"),
-        ({"batch_norm": "off"}, "Retention.batch_norm: 'off' is neither trained nor frozen"),
+        ({"batch_norm": "off"}, "Retention.batch_norm: 'off' is not supported; there is frozen, trained"),
     ],
 )
 def test_what_retention_cannot_mean(config_file, section, said):
