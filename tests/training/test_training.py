@@ -240,7 +240,7 @@ def test_a_missing_logger_names_its_extra(config_file, tmp_path, monkeypatch, na
 
 
 def test_a_misspelt_logger_is_refused(config_file):
-    with pytest.raises(ConfigError, match=r"Global.loggers: no logger 'tensorbord'; did you mean 'tensorboard'"):
+    with pytest.raises(ConfigError, match=r"Global.loggers: 'tensorbord' is not supported; did you mean 'tensorboard'"):
         load_config(config_file({"Global.loggers": ["tensorbord"]}))
 
 
