@@ -146,10 +146,10 @@ class Retention:
 
     Args:
         batch_norm: `trained`, or `frozen`: batch statistics stay as they were
-        thaw_epoch: the backbone is frozen before this epoch
-        pull: how strongly weights are pulled towards their start
-        distill: how strongly embeddings are pulled towards those of the start
-        imprint: the head's weights begin as the mean embeddings of the classes
+        thaw_epoch: so many first epochs train only neck and head
+        pull: how strongly each step pulls the backbone's weights towards the starting ones
+        distill: weight of the cosine distance to the starting backbone's output for the same images
+        imprint: whether the head's weights begin as the classes' mean embeddings
     """
 
     batch_norm: Literal["trained", "frozen"] = "trained"
