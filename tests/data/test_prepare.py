@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from recnb import build_loaders, gallery, load_config
+from recnb import build_learner, build_loaders, build_model, gallery, load_config
 from recnb.data import lists
 from recnb.data.audit import audit, fingerprints
 from recnb.data.images import DataError
@@ -392,6 +392,22 @@ def test_sizes_follow_from_the_numbers(name, identities, each, side):
     assert 32 <= size <= 160 and (size <= max(32, side)) and cfg["Global"]["epochs"] >= 1
     ops = [args for op in cfg["DataLoader"]["Train"]["dataset"]["transform_ops"] for args in op.values()]
     assert {args["size"] for args in ops if "size" in args} == {size}
+
+
+@pytest.mark.parametrize("name", ["finetune_cnn", "probe", "scratch_small"])
+def test_a_recipe_trains(table, tmp_path, monkeypatch, name):
+    backbone = None if name == "scratch_small" else {"name": "test_resnet", "pretrained": False}
+    monkeypatch.setattr(starter, "pretrained", lambda options: (backbone, ""))
+    monkeypatch.setattr(starter, "recipe", lambda seen, backbone: (name, ""))
+    splits = split(table, 0.4, validation=0.25)
+    start = begun(splits, epochs=1, image_size=32)
+    cfg = load_config(starter.write(tmp_path, start, splits), {"Global.probe_cache": str(tmp_path / "cache")})
+    loaders = build_loaders(cfg)
+    learn = build_learner(cfg, build_model(cfg), loaders, run_dir=tmp_path / "run")
+    learn.fit_config()
+    assert (tmp_path / "run" / "model.safetensors").is_file() and set(learn.scores()) == {"recall1", "recall5", "mAP"}
+    rows = (tmp_path / "run" / "labels.csv").read_text().splitlines()
+    assert rows[1:] == [f"{i},{label}" for i, label in enumerate(sorted(set(splits.label[splits["split"] == "train"])))]
 
 
 def test_what_is_given_is_taken(table):
