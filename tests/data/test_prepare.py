@@ -405,7 +405,11 @@ def test_a_recipe_trains(table, tmp_path, monkeypatch, name):
     loaders = build_loaders(cfg)
     learn = build_learner(cfg, build_model(cfg), loaders, run_dir=tmp_path / "run")
     learn.fit_config()
-    assert (tmp_path / "run" / "model.safetensors").is_file() and set(learn.scores()) == {"recall1", "recall5", "mAP"}
+    assert (tmp_path / "run" / "model.safetensors").is_file() and set(learn.evaluate().metrics) == {
+        "recall1",
+        "recall5",
+        "mAP",
+    }
     rows = (tmp_path / "run" / "labels.csv").read_text().splitlines()
     assert rows[1:] == [f"{i},{label}" for i, label in enumerate(sorted(set(splits.label[splits["split"] == "train"])))]
 
