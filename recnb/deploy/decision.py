@@ -9,7 +9,7 @@ is in the index, each without itself, and of the same images with their identity
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -74,7 +74,8 @@ def evidence(found: Searches, rule: Rule) -> tuple[np.ndarray, np.ndarray]:
     too few images among the hits has the lowest score of all in the place of the others.
     """
     parts = [_evidence(found.scores[rows], found.identities[rows], rule) for rows in spans(len(found.scores), 1024)]
-    return tuple(np.concatenate(part) for part in zip(*parts, strict=True))
+    first, numbers = zip(*parts, strict=True)
+    return np.concatenate(first), np.concatenate(numbers)
 
 
 def _evidence(scores: np.ndarray, identities: np.ndarray, rule: Rule) -> tuple[np.ndarray, np.ndarray]:
@@ -117,12 +118,14 @@ def searches(
     Returns:
         The searches as known and as unknown, and (Q,) whether there is anything of its identity to find.
     """
-    found = _searched(asked, index, queries, items, distance)
-    known, unknown, has = (list(part) for part in zip(*found, strict=True))
-    return (
-        *(Searches(*map(np.concatenate, zip(*part, strict=True))) for part in (known, unknown)),
-        np.concatenate(has),
-    )
+    known, unknown, has = zip(*_searched(asked, index, queries, items, distance), strict=True)
+    return joined(known), joined(unknown), np.concatenate(has)
+
+
+def joined(parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> Searches:
+    """Return blocks of (scores, identities) as one."""
+    scores, identities = zip(*parts, strict=True)
+    return Searches(np.concatenate(scores), np.concatenate(identities))
 
 
 def _searched(asked, index, queries: Items, items: Items, distance: str) -> Iterator[tuple]:

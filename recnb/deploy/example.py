@@ -56,7 +56,7 @@ class Model:
 if __name__ == "__main__":
     if len(sys.argv) not in (2, 3):
         sys.exit(__doc__)
-    picture, path = (*sys.argv[1:], Path(__file__).with_name("model.onnx"))[:2]
+    picture, path = [*sys.argv[1:], str(Path(__file__).with_name("model.onnx"))][:2]
     try:
         print(*Model(path)(Image.open(picture)).tolist())
     except Exception as error:  # decoders and the runtime raise whatever a broken file leads them to

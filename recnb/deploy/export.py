@@ -64,7 +64,7 @@ class ExportError(RuntimeError):
 
 
 def taken(images: ImageList, rows: np.ndarray) -> ImageList:
-    """Some of the items of a list."""
+    """Return a list of some items of another, given by their rows (n,)."""
     return replace(
         images,
         paths=[images.paths[i] for i in rows],
@@ -76,15 +76,27 @@ def taken(images: ImageList, rows: np.ndarray) -> ImageList:
 
 
 def sample(query: ImageList, gallery: ImageList, most: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of both lists: of as many identities, drawn at random, as have `most` images together; one at the least."""
+    """Return rows of both lists: those of as many identities, drawn at random, as have `most` images together.
+
+    Args:
+        query: the query list.
+        gallery: the gallery list, labelled alike.
+        most: how many images to take at most; one identity is taken in any case.
+    """
     known = np.random.default_rng(0).permutation(np.unique(query.labels[positives(query, gallery) > 0]))
-    counts = sum(np.bincount(images.labels, minlength=len(query.names))[known] for images in (query, gallery))
+    counts = np.bincount(np.concatenate([query.labels, gallery.labels]))[known]
     kept = known[: max(1, int((np.cumsum(counts) <= most).sum()))]
-    return tuple(np.flatnonzero(np.isin(images.labels, kept)) for images in (query, gallery))
+    return np.flatnonzero(np.isin(query.labels, kept)), np.flatnonzero(np.isin(gallery.labels, kept))
 
 
 def pixels_and_input(outside: v2.Transform, whole: v2.Transform, image: Tensor) -> tuple[Tensor, Tensor]:
-    """What the exported graph takes of an image, uint8 (H, W, 3), and what the trained model takes, (3, H, W)."""
+    """Return what the exported graph takes of an image, uint8 (H, W, 3), and what the trained model takes, (3, H, W).
+
+    Args:
+        outside: what is done before the graph.
+        whole: what the evaluation does.
+        image: (3, H, W) uint8.
+    """
     return outside(image).permute(1, 2, 0), whole(image)
 
 
@@ -92,24 +104,44 @@ def pixels_and_input(outside: v2.Transform, whole: v2.Transform, image: Tensor) 
 def outputs(
     images: ImageList, outside: v2.Transform, runners: dict[str, Callable], batch: int, trained: Callable | None = None
 ) -> dict[str, np.ndarray]:
-    """(N, D) of a list's images by each exported model, and where given by the trained one, under 'trained'."""
+    """Return the vectors of a list's images by each exported model, and by the trained one under "trained".
+
+    Args:
+        images: N of them.
+        outside: what is done to an image before the graph.
+        runners: what each file computes, by its name.
+        batch: how many images at once.
+        trained: what the trained model computes; None leaves it out.
+
+    Returns:
+        (N, D) float32 by name.
+    """
     table = replace(images, transform=partial(pixels_and_input, outside, images.transform))
-    found = {name: [] for name in (*runners, *["trained"] * (trained is not None))}
+    found: dict[str, list] = {name: [] for name in (*runners, *["trained"] * (trained is not None))}
     for (pixels, x), _ in DataLoader(table, batch):
-        for name in found:
-            found[name].append(trained(x).numpy() if name == "trained" else runners[name](pixels))
+        for name, run in runners.items():
+            found[name].append(run(pixels))
+        if trained is not None:
+            found["trained"].append(trained(x).numpy())
     return {name: np.concatenate(parts).reshape(len(images), -1) for name, parts in found.items()}
 
 
 def agreement(trained: tuple, exported: tuple, query: ImageList, gallery: ImageList, distance: str) -> dict:
-    """How two pairs of (query (Q, D), gallery (G, D)) compare, as vectors and in what they retrieve."""
+    """Return how the vectors of two models compare, by themselves and in what they retrieve.
+
+    Args:
+        trained: (Q, D) of the queries and (G, D) of the gallery by the trained model.
+        exported: the same by an exported one.
+        query: the query list.
+        gallery: the gallery list.
+        distance: how vectors are compared.
+    """
     ours, theirs = (np.concatenate(pair).astype(np.float64) for pair in (trained, exported))
     length = np.linalg.norm(ours, axis=1) * np.linalg.norm(theirs, axis=1)
     cosine, difference = (ours * theirs).sum(1) / np.maximum(length, 1e-12), np.abs(ours - theirs)
     own = own_index(query, gallery)
-    first = [knn(*pair, 1, distance, exclude=own)[1][:, 0] for pair in (trained, exported)]
-    judge = Judge(("recall1", "mAP"), normalize=distance == "cosine")
-    scores = [judge(*pair, query, gallery).metrics for pair in (trained, exported)]
+    first = [knn(asked, items, 1, distance, exclude=own)[1][:, 0] for asked, items in (trained, exported)]
+    scores = [metrics(pair, query, gallery, distance) for pair in (trained, exported)]
     return {
         "cosine_least": float(cosine.min()),
         "cosine_mean": float(cosine.mean()),
@@ -119,6 +151,12 @@ def agreement(trained: tuple, exported: tuple, query: ImageList, gallery: ImageL
         **scores[1],
         "loss": {name: scores[0][name] - scores[1][name] for name in scores[0]},
     }
+
+
+def metrics(vectors: tuple, query: ImageList, gallery: ImageList, distance: str) -> dict[str, float]:
+    """Return recall1 and mAP of the vectors (Q, D) and (G, D) of two lists."""
+    asked, items = map(torch.from_numpy, vectors)
+    return Judge(("recall1", "mAP"), normalize=distance == "cosine")(asked, items, query, gallery).metrics
 
 
 def prove(run: Run, plan: Plan, runners: dict[str, Callable], example: Model, most: int) -> dict:
@@ -148,7 +186,7 @@ def prove(run: Run, plan: Plan, runners: dict[str, Callable], example: Model, mo
     report = {
         "images": {"query": len(query), "gallery": len(gallery), "of": [len(part) for part in parts]},
         "required": {"cosine_least": LEAST_COSINE, "metric_tolerance": METRIC_TOLERANCE},
-        "trained": Judge(("recall1", "mAP"), normalize=distance == "cosine")(*reference, query, gallery).metrics,
+        "trained": metrics(reference, query, gallery, distance),
         "model_parity": {
             name: {f"batch_{size}": compared((asked[size][name], items[name])) for size in (BATCH, 1)}
             for name in runners
@@ -161,7 +199,7 @@ def prove(run: Run, plan: Plan, runners: dict[str, Callable], example: Model, mo
 
 
 def failures(report: dict) -> list[str]:
-    """A sentence for each file that has to be exact and is not."""
+    """Return a sentence for each file that has to be exact and is not, from the content of parity.json."""
     rows = {(name, size): row for name, sizes in report["model_parity"].items() for size, row in sizes.items()}
     rows |= {(name, "from image files"): row for name, row in report["pipeline_parity"].items()}
     found = []
@@ -180,9 +218,10 @@ def failures(report: dict) -> list[str]:
 
 
 def export_folder(run: Run, folder: str | Path | None) -> Path:
-    """The folder asked for, or Global.save_inference_dir where a configuration sets one, or export in the run's folder.
+    """Return the folder asked for, or Global.save_inference_dir where that is set, or export in the run's folder.
 
-    Raises ConfigError where it holds other things than an export.
+    Raises:
+        ConfigError: It holds other things than an export.
     """
     given = run.cfg["Global"]["save_inference_dir"]
     target = resolve(folder or given) if folder or given != GLOBAL["save_inference_dir"] else run.folder / "export"
@@ -224,7 +263,7 @@ def clear_drafts(target: Path) -> None:
 
 
 def alive(process: int) -> bool:
-    """Whether there is a process of this number."""
+    """Return True if there is a process of this number on this machine."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -311,8 +350,8 @@ def export_model(
     """
     check_installed()
     check_arguments(formats, arch)
-    wanted = {"false_accept_rate": false_accept_rate, "unknown_rate": unknown_rate}
-    wanted = {name: rate for name, rate in wanted.items() if rate is not None}
+    given = {"false_accept_rate": false_accept_rate, "unknown_rate": unknown_rate}
+    wanted = {name: rate for name, rate in given.items() if rate is not None}
     target, plan = export_folder(run, folder), planned(run, normalize, dynamic_size, arch)
     known = labelled_images(run, index)
     check_wanted(wanted, len(known.asked))
@@ -335,7 +374,7 @@ def export_model(
 
 
 def summed(folder: Path) -> Iterator[str]:
-    """The files whose checksums an export keeps.
+    """Yield the files whose checksums an export keeps.
 
     Not README.md, which waits to be filled in, nor what the index checks by itself, since it changes with its items.
     """

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -46,10 +46,21 @@ INSIDE = (v2.ToDtype, v2.Normalize, v2.Lambda)  # what the graph does; v2.Lambda
 
 
 class Inference(nn.Module):
-    """The trained model from pixels on: `output` (see OUTPUTS) of `network`, at unit length or through a softmax.
+    """The trained model from pixels on.
 
-    mean, std: of pixels 0..255, in the channel_order that the network wants, RGB or BGR. half: float16 inside.
+    Args:
+        network: the trained model.
+        output: one of OUTPUTS.
+        mean: of pixels 0..255, in the order of channels that the network wants.
+        std: likewise.
+        channel_order: that order, RGB or BGR.
+        normalize: whether vectors come out at length 1.
+        softmax: whether logits come out as probabilities.
+        half: whether it computes in float16.
     """
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(
         self,
@@ -77,7 +88,7 @@ class Inference(nn.Module):
 
 
 def needed(network: RecModel, output: str) -> RecModel:
-    """A copy of a model in evaluation mode without the parts that `output` does not need."""
+    """Return a copy of a model in evaluation mode without the parts that `output` does not need."""
     network = copy.deepcopy(network).eval().requires_grad_(False)
     if output != "logits":
         network.head = None
@@ -87,22 +98,22 @@ def needed(network: RecModel, output: str) -> RecModel:
 
 
 def picked(network: RecModel, x: Tensor, output: str) -> Tensor:  # (B, 3, H, W) -> (B, D)
-    """One of the OUTPUTS; logits are computed from what the head was trained on."""
+    """Return one of the OUTPUTS; logits are computed from what the head was trained on."""
     out = network.parts(x)
-    if output != "logits":
+    if output != "logits" or network.head is None:
         return vectors(out[output])
     return network.head(network.head_input(out))
 
 
 def finished(x: Tensor, normalize: bool, softmax: bool) -> Tensor:
-    """float32 output, at unit length or as probabilities where asked for."""
+    """Return an output (B, D) in float32, at unit length or as probabilities where asked for."""
     x = x.float()
     return F.normalize(x, dim=1) if normalize else x.softmax(1) if softmax else x
 
 
 def trained_model(run: Run) -> RecModel:
-    """The run's model, the chosen one of several, computing in float32 on the CPU."""
-    model = run.model()
+    """Return the run's model, the chosen one of several, computing in float32 on the CPU."""
+    model: Any = run.model()
     model = model.models[model.chosen] if hasattr(model, "chosen") else model
     model.precision = None
     return model
@@ -163,7 +174,15 @@ def planned(run: Run, normalize: bool | None, dynamic_size: bool, arch: dict) ->
 
 
 def chosen_output(section: dict, network: RecModel) -> tuple[str, bool]:
-    """(infer_output_key, whether a softmax follows) of Arch; ConfigError for what the model has not or cannot mean."""
+    """Return infer_output_key of a section Arch, and whether a softmax follows.
+
+    Args:
+        section: the section.
+        network: the model that it has made.
+
+    Raises:
+        ConfigError: The model has no such output, or it cannot be meant.
+    """
     key, softmax = section.get("infer_output_key") or "features", adds_softmax(section)
     if key not in OUTPUTS:
         raise ConfigError(f"Arch.infer_output_key: there is no output '{key}'; {suggest(key, OUTPUTS)}")
@@ -178,9 +197,10 @@ def chosen_output(section: dict, network: RecModel) -> tuple[str, bool]:
 
 
 def preprocessing(run: Run) -> tuple[list[dict], v2.Transform, dict]:
-    """What the evaluation does to images: steps before the graph as data, the same as a transform, and what is inside.
+    """Return what the evaluation does to images: steps before the graph as data and as a transform, and what is inside.
 
-    Raises ConfigError where query and gallery differ, or for an op that example.py cannot do.
+    Raises:
+        ConfigError: Query and gallery differ, or example.py cannot do an op.
     """
     if str(run.query.transform) != str(run.gallery.transform):
         raise ConfigError(
@@ -200,7 +220,7 @@ def preprocessing(run: Run) -> tuple[list[dict], v2.Transform, dict]:
 
 
 def step(op: v2.Transform) -> dict:
-    """One resize or central crop as data: sizes are [height, width], resize_short the pixels of the shorter side."""
+    """Return a resize or central crop as data: sizes are [height, width], resize_short the shorter side in pixels."""
     if isinstance(op, v2.CenterCrop):
         return {"crop": list(op.size)}
     name = InterpolationMode(op.interpolation).value if isinstance(op, v2.Resize) else str(op)
@@ -214,7 +234,7 @@ def step(op: v2.Transform) -> dict:
 
 
 def values(ops: Sequence[v2.Transform]) -> dict:
-    """The mean and std (of pixels 0..255) and the channel order that ops on pixel values come to."""
+    """Return the mean and std, of pixels 0..255, and the channel order that ops on pixel values come to."""
     scale, mean, std, order = None, [0.0] * 3, [1.0] * 3, "RGB"
     for op in ops:
         if isinstance(op, v2.ToDtype) and scale is None:
@@ -229,7 +249,15 @@ def values(ops: Sequence[v2.Transform]) -> dict:
 
 
 def describe(run: Run, steps: list[dict], inside: dict, described: dict, dynamic_size: bool) -> dict:
-    """The content of inference.yml; `described` is its section output."""
+    """Return the content of inference.yml.
+
+    Args:
+        run: the run that is exported.
+        steps: what is done before the graph.
+        inside: what is done to pixels in it.
+        described: the section output.
+        dynamic_size: whether any height and width may come.
+    """
     if described["name"] == "logits":
         described = {**described, "labels": run.class_names}
     size = [None, None] if dynamic_size else run.cfg["Global"]["image_shape"][1:]
@@ -248,7 +276,7 @@ def describe(run: Run, steps: list[dict], inside: dict, described: dict, dynamic
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """What torch and onnxruntime print and log meanwhile is not shown: what goes wrong comes as an exception."""
+    """Show nothing of what torch and onnxruntime print and log meanwhile: what goes wrong comes as an exception."""
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
@@ -259,9 +287,15 @@ def quiet() -> Iterator[None]:
 
 
 def traced(model: nn.Module, size: Sequence[int], dynamic_size: bool = False) -> torch.export.ExportedProgram:
-    """The graph of a model over uint8 (B, H, W, 3) for any B, and any H and W where asked for.
+    """Return the graph of a model over uint8 (B, H, W, 3) for any B.
 
-    ConfigError if it fails.
+    Args:
+        model: the model.
+        size: (height, width) of the images.
+        dynamic_size: whether any height and width may come instead.
+
+    Raises:
+        ConfigError: The model cannot be traced.
     """
     sides = {1: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC} if dynamic_size else {}
     shapes = ({0: torch.export.Dim("batch", min=1), **sides},)
@@ -280,9 +314,10 @@ def write_onnx(program: torch.export.ExportedProgram, path: Path, meta: dict) ->
     import onnx
 
     with quiet():
-        proto = torch.onnx.export(
+        made: Any = torch.onnx.export(
             program, dynamo=True, input_names=["image"], output_names=[meta["output"]["name"]], verbose=False
-        ).model_proto
+        )
+    proto = made.model_proto
     given = (dim.dim_param for dim in proto.graph.input[0].type.tensor_type.shape.dim)
     names = {symbol: name for symbol, name in zip(given, ("batch", "height", "width", ""), strict=True) if symbol}
     for value in (*proto.graph.input, *proto.graph.output, *proto.graph.value_info):
@@ -326,7 +361,16 @@ def write_int8(source: Path, path: Path, meta: dict) -> None:
 
 
 def write_models(plan: Plan, formats: Sequence[str], folder: Path) -> dict[str, Callable]:
-    """Write the files of the formats; by name, the function from uint8 (B, H, W, 3) to (B, D) that each of them is."""
+    """Return by name what each file computes, from uint8 (B, H, W, 3) to (B, D); the files are written.
+
+    Args:
+        plan: what is exported.
+        formats: some of FORMATS.
+        folder: where to.
+
+    Raises:
+        ConfigError: A format cannot hold this model.
+    """
     program, runners = traced(plan.build(), plan.size, plan.dynamic_size), {}
     for name in (name for name in FORMATS if name in formats):
         path = folder / FORMATS[name]
@@ -346,7 +390,7 @@ def write_models(plan: Plan, formats: Sequence[str], folder: Path) -> dict[str, 
 
 
 def runner(path: Path) -> Callable[[Tensor], np.ndarray]:
-    """What a model file computes: from uint8 (B, H, W, 3) to float32 (B, D)."""
+    """Return what a model file computes: from uint8 (B, H, W, 3) to float32 (B, D)."""
     if path.suffix == ".pt2":
         module = torch.export.load(path).module()
         return lambda x: module(x).numpy()
