@@ -20,7 +20,7 @@ from recnb.runs import load_run
 
 def some(found: tuple[Searches, Searches, np.ndarray], which: np.ndarray) -> tuple[Searches, Searches, np.ndarray]:
     known, unknown, has = found
-    return *(Searches(part.scores[which], part.identities[which]) for part in (known, unknown)), has[which]
+    return known[which], unknown[which], has[which]
 
 
 def fares(found: tuple[Searches, Searches, np.ndarray], identity: np.ndarray, point: dict) -> list[float]:

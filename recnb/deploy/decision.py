@@ -1,10 +1,12 @@
 """Which identity, how sure, and from where on? From the nearest images of a search to a name or to "unknown".
 
-A `Rule` makes two numbers of a search: how alike the best identity is, and how much more than the next one. A logistic
-curve makes of them the probability that the name is right, where known and unknown images are equally frequent (Platt,
-1999). A name is given from a threshold of that probability on. What becomes of whole searches there is measured as in
-open-set identification (Phillips, Grother and Micheals, Handbook of Face Recognition, 2011): of images whose identity
-is in the index, each without itself, and of the same images with their identity taken out.
+Three numbers speak for the best identity of a search: how alike it is, how much more than the next one, and how much
+more than its own images are among themselves, since those that training has seen lie close together and attract what is
+unknown. A `Rule` says which of them count. A logistic curve makes of them the probability that the name is right, where
+known and unknown images are equally frequent (Platt, 1999). A name is given from a threshold of that probability on.
+What becomes of whole searches there is measured as in open-set identification (Phillips, Grother and Micheals, Handbook
+of Face Recognition, 2011): of images whose identity is in the index, each without itself, and of the same images with
+their identity taken out.
 """
 
 from __future__ import annotations
@@ -20,9 +22,10 @@ from scipy.special import expit
 from scipy.stats import binomtest
 
 from recnb.registry import ConfigError
-from recnb.retrieval.scores import MEMORY, pair, spans
+from recnb.retrieval.scores import MEMORY, pair, spans, to_numpy
 from recnb.retrieval.stats import paired_difference
 
+MOST = 2000  # images of an identity say how alike these are
 HITS = 50  # of a search's nearest images, these decide
 FOLDS = 5
 SHOWN = (0.01, 0.001)  # false-accept rates that are always shown
@@ -31,13 +34,23 @@ POINTS = 200  # of the curve, at most
 
 @dataclass(frozen=True)
 class Rule:
-    """How a search names: an identity is as alike as its `images` nearest on average; `margin`: the next one counts."""
+    """How a search names: an identity is as alike as its `images` nearest are on average.
+
+    `margin`: how far the next identity stays behind counts; `typical`: how alike its own images are counts.
+    """
 
     images: int = 1
     margin: bool = False
+    typical: bool = False
+
+    @property
+    def counted(self) -> list[bool]:
+        """Which of NUMBERS count."""
+        return [True, self.margin, self.typical]
 
 
-RULES = (Rule(), Rule(margin=True), Rule(2, True), Rule(3, True))
+NUMBERS = ("score", "margin", "typical")
+RULES = (Rule(), Rule(1, True), Rule(1, True, True), Rule(2, True, True))
 
 
 @dataclass(frozen=True)
@@ -58,44 +71,118 @@ class Items:
 
 @dataclass(frozen=True)
 class Searches:
-    """What Q searches found, best first: scores and identities (Q, K); -infinity and -1 where the list has ended."""
+    """What Q searches found, best first, (Q, K) each; scores are -infinity and identities -1 where a list has ended.
+
+    `typical` is how alike the images of the hit's identity are among themselves.
+    """
 
     scores: np.ndarray
     identities: np.ndarray
+    typical: np.ndarray
+
+    def __getitem__(self, rows: slice | np.ndarray) -> Searches:
+        return Searches(self.scores[rows], self.identities[rows], self.typical[rows])
 
 
 # ---- one search ------------------------------------------------------------------------------------------------------
 
 
 def evidence(found: Searches, rule: Rule) -> tuple[np.ndarray, np.ndarray]:
-    """Return the identity (Q,) that each search would name, and the numbers (Q, 1 or 2) that speak for it.
+    """Return the identity (Q,) that each search would name, and the NUMBERS (Q, 3) that speak for it.
 
-    These are the score of the identity and, with a margin, how far the next identity stays behind it. An identity with
-    too few images among the hits has the lowest score of all in the place of the others.
+    An identity with too few images among the hits has the lowest score of all in the place of the others.
     """
-    parts = [_evidence(found.scores[rows], found.identities[rows], rule) for rows in spans(len(found.scores), 1024)]
+    parts = [_evidence(found[rows], rule) for rows in spans(len(found.scores), 1024)]
     first, numbers = zip(*parts, strict=True)
     return np.concatenate(first), np.concatenate(numbers)
 
 
-def _evidence(scores: np.ndarray, identities: np.ndarray, rule: Rule) -> tuple[np.ndarray, np.ndarray]:
-    ended = ~np.isfinite(scores)
-    lowest = np.where(ended, np.inf, scores).min(1, keepdims=True)
-    gain = np.where(ended, 0, scores - lowest)  # (Q, K)
+def _evidence(found: Searches, rule: Rule) -> tuple[np.ndarray, np.ndarray]:
+    ended, identities = ~np.isfinite(found.scores), found.identities
+    lowest = np.where(ended, np.inf, found.scores).min(1, keepdims=True)
+    gain = np.where(ended, 0, found.scores - lowest)  # (Q, K)
     same = identities[:, :, None] == identities[:, None, :]  # (Q, K, K)
     counted = gain * (np.tril(same, -1).sum(2) < rule.images)
     alike = lowest + (same * counted[:, None, :]).sum(2) / rule.images
-    place, rows = alike.argmax(1), np.arange(len(scores))
+    place, rows = alike.argmax(1), np.arange(len(alike))
     first, best = identities[rows, place], alike[rows, place]
     following = np.where(identities == first[:, None], -np.inf, alike).max(1)
     margin = best - np.where(np.isfinite(following), following, lowest[:, 0])
-    return first, np.stack([best, margin] if rule.margin else [best], 1)
+    return first, np.stack([best, margin, best - found.typical[rows, place]], 1)
 
 
 def probability(numbers: np.ndarray, curve: Mapping[str, float]) -> np.ndarray:
-    """Return the probability (Q,) of a right name from the numbers (Q, 1 or 2) that `evidence` gives."""
-    weights = np.array([curve["score"], curve["margin"]][: numbers.shape[1]])
-    return np.clip(expit(numbers @ weights + curve["bias"]), 1e-6, 1 - 1e-6)
+    """Return the probability (Q,) of a right name from the NUMBERS (Q, 3), by a curve that weighs them."""
+    at = numbers @ np.array([curve[name] for name in NUMBERS]) + curve["bias"]
+    return np.clip(expit(at), 1e-6, 1 - 1e-6)
+
+
+# ---- how alike the images of an identity are -------------------------------------------------------------------------
+
+
+def mates(vectors: np.ndarray, identity: np.ndarray, distance: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return how alike each image and the most similar other one of its identity are.
+
+    Args:
+        vectors: (N, D) float32.
+        identity: (N,) integers.
+        distance: how vectors are compared, "cosine" or "dot".
+
+    Returns:
+        (N,) the similarity, (N,) the row of that mate, -1 for none, and (N,) the similarity of the next one; nan for
+        none.
+    """
+    if distance == "cosine":
+        vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    best, second, mate = np.full(len(vectors), np.nan), np.full(len(vectors), np.nan), np.full(len(vectors), -1)
+    order = np.argsort(identity, kind="stable")
+    for group in np.split(order, np.flatnonzero(np.diff(identity[order])) + 1):
+        rows = group[:MOST]
+        scores = vectors[rows] @ vectors[rows].T
+        np.fill_diagonal(scores, -np.inf)
+        if len(rows) > 1:
+            mate[rows], best[rows] = rows[scores.argmax(1)], scores.max(1)
+        if len(rows) > 2:
+            second[rows] = np.partition(scores, -2, axis=1)[:, -2]
+    return best, mate, second
+
+
+def typical(alike: np.ndarray, identity: np.ndarray, count: int) -> np.ndarray:
+    """Return the mean (C,) over each identity's images of how alike they and their mates are.
+
+    Args:
+        alike: (N,) as `mates` gives it.
+        identity: (N,) integers below C.
+        count: C. An identity without mates has the mean of the others.
+    """
+    known = np.isfinite(alike)
+    sums, counts = (np.bincount(identity[known], w, count) for w in (alike[known], None))
+    whole = float(alike[known].mean()) if known.any() else 0.0
+    return np.where(counts > 0, sums / np.maximum(counts, 1), whole)
+
+
+def typical_without(vectors: np.ndarray, items: Items, queries: Items, distance: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return how alike the images of each identity (C,) are, and those of each query's own without the query (Q,).
+
+    A picture to be recognised is no part of the index; so it must be no part of what is typical of its identity.
+
+    Args:
+        vectors: (N, D) of the index.
+        items: what is known of these.
+        queries: what is known of the Q queries.
+        distance: how vectors are compared.
+    """
+    best, mate, second = mates(vectors, items.identity, distance)
+    count = int(max(items.identity.max(), queries.identity.max())) + 1
+    table, own = typical(best, items.identity, count), np.empty(len(queries.identity))
+    rows_of = {name: np.flatnonzero(items.identity == name) for name in np.unique(queries.identity)}
+    for q, (name, content) in enumerate(zip(queries.identity, queries.content, strict=True)):
+        rows = rows_of[name]
+        others = rows[items.content[rows] != content]
+        hidden = np.isin(mate[others], rows[items.content[rows] == content])
+        left = np.where(hidden, second[others], best[others])
+        own[q] = left[np.isfinite(left)].mean() if np.isfinite(left).any() else np.nan
+    return table, np.where(np.isfinite(own), own, typical(best, np.zeros_like(items.identity), 1)[0])
 
 
 # ---- the searches of a calibration -----------------------------------------------------------------------------------
@@ -119,13 +206,16 @@ def searches(
         The searches as known and as unknown, and (Q,) whether there is anything of its identity to find.
     """
     known, unknown, has = zip(*_searched(asked, index, queries, items, distance), strict=True)
-    return joined(known), joined(unknown), np.concatenate(has)
+    table, own = typical_without(to_numpy(index), items, queries, distance)
+    (scores, names), others = joined(known), joined(unknown)
+    alike = np.where(names == queries.identity[:, None], own[:, None], table[names])
+    return Searches(scores, names, alike), Searches(*others, table[others[1]]), np.concatenate(has)
 
 
-def joined(parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> Searches:
+def joined(parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
     """Return blocks of (scores, identities) as one."""
     scores, identities = zip(*parts, strict=True)
-    return Searches(np.concatenate(scores), np.concatenate(identities))
+    return np.concatenate(scores), np.concatenate(identities)
 
 
 def _searched(asked, index, queries: Items, items: Items, distance: str) -> Iterator[tuple]:
@@ -148,26 +238,31 @@ def _searched(asked, index, queries: Items, items: Items, distance: str) -> Iter
 # ---- the choice ------------------------------------------------------------------------------------------------------
 
 
-def fitted(numbers: np.ndarray, right: np.ndarray, known: np.ndarray) -> dict[str, float]:
-    """Return the logistic curve of the numbers (n, 1 or 2) of searches that were `right` or not (n,).
+def fitted(numbers: np.ndarray, right: np.ndarray, known: np.ndarray, rule: Rule = RULES[-1]) -> dict[str, float]:
+    """Return the logistic curve of the numbers of searches that named rightly or not.
 
     Known and unknown searches weigh the same together, however many there are. No weight is negative: what is more
     alike is never less sure. The goals are Platt's, a little off 0 and 1, so that few searches give no certainty.
+
+    Args:
+        numbers: (n, 3) the NUMBERS of n searches.
+        right: (n,) whether the name is right.
+        known: (n,) whether the identity is in the index.
+        rule: which numbers count; the others weigh nothing.
     """
     goal = np.where(right, (right.sum() + 1) / (right.sum() + 2), 1 / ((~right).sum() + 2))
     weight = np.where(known, 1 / max(1, known.sum()), 1 / max(1, (~known).sum()))
-    centre, spread = numbers.mean(0), numbers.std(0) + 1e-9
+    centre, spread = numbers.mean(0), np.where(rule.counted, numbers.std(0) + 1e-9, np.inf)
     scaled = np.c_[(numbers - centre) / spread, np.ones(len(numbers))]
 
     def loss(curve: np.ndarray) -> float:
         at = scaled @ curve
         return float((weight * (np.logaddexp(0, at) - goal * at)).sum())
 
-    bounds = [(0, None)] * numbers.shape[1] + [(None, None)]
-    *slopes, bias = minimize(loss, np.zeros(scaled.shape[1]), method="L-BFGS-B", bounds=bounds).x
-    slopes = np.array(slopes) / spread
-    score, margin = [*slopes.tolist(), 0.0][:2]
-    return {"score": score, "margin": margin, "bias": float(bias - slopes @ centre)}
+    bounds = [(0, None)] * len(NUMBERS) + [(None, None)]
+    found = minimize(loss, np.zeros(scaled.shape[1]), method="L-BFGS-B", bounds=bounds).x
+    slopes = found[:-1] / spread
+    return {**dict(zip(NUMBERS, slopes.tolist(), strict=True)), "bias": float(found[-1] - slopes @ centre)}
 
 
 @dataclass(frozen=True)
@@ -256,8 +351,8 @@ def judged(rule: Rule, found: tuple[Searches, Searches, np.ndarray], identity: n
     for fold in range(min(FOLDS, len(names))):
         inside = np.isin(asked, names[fold :: min(FOLDS, len(names))])
         outside = ~inside if len(names) > 1 else inside
-        given[inside] = probability(both[inside], fitted(both[outside], answers[outside], kind[outside]))
-    return Judged(given[kind], right, given[~kind], has, fitted(both, answers, kind))
+        given[inside] = probability(both[inside], fitted(both[outside], answers[outside], kind[outside], rule))
+    return Judged(given[kind], right, given[~kind], has, fitted(both, answers, kind, rule))
 
 
 def choose(found: tuple[Searches, Searches, np.ndarray], identity: np.ndarray, wanted: Mapping[str, float]) -> dict:

@@ -18,7 +18,7 @@ import pandas as pd
 
 from recnb.data.images import DataError, printable, reason
 from recnb.data.lists import ImageList, drop_faults, own_index
-from recnb.deploy.decision import Items, check_wanted, choose, searches
+from recnb.deploy.decision import Items, check_wanted, choose, mates, searches
 from recnb.deploy.graph import embed_file, open_model
 from recnb.recipe.data import evaluation_images, training_split
 from recnb.recipe.schema import lookup
@@ -217,9 +217,9 @@ def build_index(
 ) -> tuple[Index, dict]:
     """Return the index of a run's labelled images, saved in FOLDER/index, and the content of operating_point.json.
 
-    The index has the columns path (below info["image_root"]) and label. Its info also says what it holds, how a search
-    is decided, what becomes of searches so, and the metrics with their intervals. Beside it lie embeddings.npy and
-    items.csv, what it was first made of.
+    The index has the columns path (below info["image_root"]), label, and mate: how alike an image and the most similar
+    other one of its identity are. Its info also says what it holds, how a search is decided, what becomes of searches
+    so, and the metrics with their intervals. Beside it lie embeddings.npy and items.csv, what it was first made of.
 
     Args:
         run: the run that is exported.
@@ -242,7 +242,9 @@ def build_index(
         "metrics": intervals(run, vectors[known.rows["query"]], vectors[known.rows["gallery"]], distance),
     }
     paths, labels = [known.path(row) for row in kept], known.names[kept].tolist()
-    index = Index(distance, model=sha256(folder / "model.onnx"), info=info).add(vectors[kept], path=paths, label=labels)
+    alike = mates(vectors[kept], items.identity[kept], distance)[0]
+    index = Index(distance, model=sha256(folder / "model.onnx"), info=info)
+    index.add(vectors[kept], path=paths, label=labels, mate=alike)
     index.save(folder / "index")
     np.save(folder / "index" / "embeddings.npy", vectors[kept])
     with (folder / "index" / "items.csv").open("w", encoding="utf-8", newline="") as file:

@@ -14,7 +14,7 @@ import pandas as pd
 from matplotlib.ticker import PercentFormatter
 
 from recnb.data.images import DataError, printable, reason
-from recnb.deploy.decision import HITS, Rule, Searches, evidence, probability
+from recnb.deploy.decision import HITS, NUMBERS, Rule, Searches, evidence, probability, typical
 from recnb.deploy.graph import embed_file, open_model
 from recnb.gallery.figure import COLOURS, INK, SOFT
 from recnb.gallery.pictures import Picture, read_picture, shorten
@@ -63,15 +63,13 @@ def check_index(index: Index, file: Path) -> None:
     for name in ("label", "path"):
         if not all(isinstance(text, str) for text in index.columns.get(name, [None])):
             raise ConfigError(f"{file}: the column {name} is not a text for each item; {again}")
+    if not all(isinstance(alike, float) for alike in index.columns.get("mate", [None])):
+        raise ConfigError(f"{file}: the column mate is not a number for each item; {again}")
     rule, curve = info.get("rule"), info.get("probability")
-    if not isinstance(rule, dict) or set(rule) != {"images", "margin"} or rule["images"] not in range(1, HITS):
+    if not isinstance(rule, dict) or set(rule) != {*vars(Rule())} or rule["images"] not in range(1, HITS):
         raise ConfigError(f"{file}: rule is {rule!r} and says not how many images decide; {again}")
-    if (
-        not isinstance(curve, dict)
-        or set(curve) != {"score", "margin", "bias"}
-        or not np.isfinite([*curve.values()]).all()
-    ):
-        raise ConfigError(f"{file}: probability is {curve!r} and not the three numbers of a curve; {again}")
+    if not isinstance(curve, dict) or set(curve) != {*NUMBERS, "bias"} or not np.isfinite([*curve.values()]).all():
+        raise ConfigError(f"{file}: probability is {curve!r} and not the four numbers of a curve; {again}")
     if not isinstance(info.get("image_root"), str):
         raise ConfigError(f"{file}: image_root is {info.get('image_root')!r} and not a folder; {again}")
     check_threshold(info.get("threshold"), f"{file}: threshold")
@@ -103,6 +101,7 @@ class Recognizer:
         self.threshold = info["threshold"] if threshold is None else threshold
         check_threshold(self.threshold, "threshold")
         root = self.folder / info["image_root"] if image_root is None else Path(image_root)
+        self._know()
         self.root = Path(os.path.normpath(root)) if image_root or info["image_root"] else Path()
 
     def embed(self, picture: Picture) -> np.ndarray:
@@ -151,10 +150,17 @@ class Recognizer:
         nearest = tuple(Hit(*row) for row in table[["label", "path", "similarity"]].head(3).itertuples(index=False))
         return Answer(name if sure >= self.threshold else UNKNOWN, sure, nearest), table.head(k)
 
+    def _know(self) -> None:
+        """Note how alike the images of each identity are."""
+        names, places = np.unique(self.index.columns["label"], return_inverse=True)
+        alike = typical(np.array(self.index.columns["mate"], float), places, len(names))
+        self.typical = dict(zip(names.tolist(), alike.tolist(), strict=True))
+
     def decide(self, scores: np.ndarray, labels: np.ndarray) -> tuple[str, float]:
         """Return the most probable identity of a search's hits, best first, and the probability that it is right."""
         names, identities = np.unique(labels.astype(str), return_inverse=True)
-        first, numbers = evidence(Searches(scores[None], identities[None]), self.rule)
+        alike = np.array([self.typical[label] for label in labels])
+        first, numbers = evidence(Searches(scores[None], identities[None], alike[None]), self.rule)
         return str(names[first[0]]), float(probability(numbers, self.curve)[0])
 
     def add(self, paths: Sequence[str | Path], labels: Sequence[str]) -> list[int]:
@@ -167,8 +173,17 @@ class Recognizer:
             model=self.fingerprint,
             path=[str(Path(path).absolute()) for path in paths],
             label=[printable(str(label)) for label in labels],
+            mate=[np.nan] * len(paths),
         )
-        return self.index.ids[-len(paths) :].tolist()
+        ids, column = self.index.ids.tolist(), self.index.columns
+        for place, vector in zip(range(len(ids) - len(paths), len(ids)), vectors, strict=True):
+            scores, near = (part[0].tolist() for part in self.index.search(vector[None], HITS))
+            for score, item in zip(scores, near, strict=True):
+                if item >= 0 and item != ids[place] and self.index.item(item)["label"] == column["label"][place]:
+                    column["mate"][place] = score
+                    break
+        self._know()
+        return ids[-len(paths) :]
 
     def remove(self, *labels: str) -> int:
         """Return how many items went: all those of the labels; ValueError for a label that the index does not have."""
@@ -176,6 +191,7 @@ class Recognizer:
             raise ValueError(f"the index has no items of the label '{label}'")
         gone = self.index.ids[np.isin(self.index.columns["label"], list(map(str, labels)))]
         self.index.remove(gone)
+        self._know()
         return len(gone)
 
     def save(self) -> Path:

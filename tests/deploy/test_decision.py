@@ -28,7 +28,8 @@ def test_evidence_is_what_loops_say(rule):
     scores = -np.sort(-rng.normal(size=(40, 9)), 1)
     scores[::4, 6:] = -np.inf
     names = np.where(np.isfinite(scores), rng.integers(0, 4, scores.shape), -1)
-    first, numbers = evidence(Searches(scores, names), rule)
+    typical = np.array([0.1, 0.2, 0.3, 0.4, 0.0])
+    first, numbers = evidence(Searches(scores, names, typical[names]), rule)
     for q in range(len(scores)):
         hits = [(s, n) for s, n in zip(scores[q], names[q], strict=True) if np.isfinite(s)]
         lowest = min(s for s, _ in hits)
@@ -40,7 +41,7 @@ def test_evidence_is_what_loops_say(rule):
         others = [value for name, value in alike.items() if name != wanted]
         margin = alike[wanted] - max(others, default=lowest)
         assert first[q] == wanted
-        assert numbers[q] == pytest.approx([alike[wanted], margin] if rule.margin else [alike[wanted]])
+        assert numbers[q] == pytest.approx([alike[wanted], margin, alike[wanted] - typical[wanted]])
 
 
 def test_a_search_finds_neither_itself_nor_copies_nor_its_own_camera():
@@ -62,12 +63,54 @@ def test_a_search_finds_neither_itself_nor_copies_nor_its_own_camera():
         assert has[q] == (same & ~hidden).any()
 
 
+def test_what_is_typical_of_an_identity_is_so_without_the_query():
+    vectors, items = clusters(identities=5, each=4)
+    keep = np.flatnonzero((items.identity != 4) | (np.arange(20) < 17))  # the last identity has one image
+    vectors, items = vectors[keep], items[keep]
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+    def alike(name: int, without: int | None = None) -> list[float]:
+        rows = [i for i in np.flatnonzero(items.identity == name) if i != without]
+        return [max(unit[i] @ unit[j] for j in rows if j != i) for i in rows if len(rows) > 1]
+
+    whole = np.mean([x for name in range(5) for x in alike(name)])
+    table, own = decision.typical_without(vectors, items, items, "cosine")
+    assert table == pytest.approx([np.mean(alike(name) or [whole]) for name in range(5)])
+    assert own == pytest.approx([np.mean(alike(n, q) or [whole]) for q, n in enumerate(items.identity)], abs=1e-6)
+    known, unknown, _ = searches(vectors, vectors, items, items, "cosine")
+    for q in range(len(own)):
+        for result in (known, unknown):
+            there = result.identities[q] >= 0
+            wanted = [own[q] if n == items.identity[q] else table[n] for n in result.identities[q][there]]
+            assert result.typical[q][there] == pytest.approx(wanted)
+
+
+def test_identities_that_attract_strangers_need_more():
+    """Training images lie close together; a stranger near them is as similar to them as a friend is to the others."""
+    rng = np.random.default_rng(4)
+    identity = np.repeat(np.arange(40), 6)
+    tight = rng.random(len(identity)) < 0.5
+    own, strange = rng.normal(0.7, 0.02, len(identity)), rng.normal(np.where(tight, 0.7, 0.5), 0.02)
+
+    def made(scores, names, typical):
+        return Searches(
+            np.stack([scores, scores - 0.1], 1), np.stack([names, names + 100], 1), np.stack([typical] * 2, 1)
+        )
+
+    known = made(own, identity, np.full(len(identity), 0.7))
+    unknown = made(strange, identity + 200, np.where(tight, 0.9, 0.7))
+    point = choose((known, unknown, np.ones(len(identity), bool)), identity, {})
+    assert point["rule"]["typical"] and point["points"]["chosen"]["false_accept_rate"]["share"] < 0.05
+
+
 def test_probabilities_are_shares_of_right_names():
     rng = np.random.default_rng(2)
-    numbers = rng.normal(size=(4000, 2))
+    numbers = rng.normal(size=(4000, 3))
     right = rng.random(4000) < 1 / (1 + np.exp(-(3 * numbers[:, 0] + numbers[:, 1] - 1)))
     curve = fitted(numbers, right, np.arange(4000) < 2000)
-    assert [curve["score"], curve["margin"], curve["bias"]] == pytest.approx([3, 1, -1], abs=0.4)
+    assert [curve[name] for name in (*decision.NUMBERS, "bias")] == pytest.approx([3, 1, 0, -1], abs=0.4)
+    plain = fitted(numbers, right, np.arange(4000) < 2000, Rule())
+    assert plain["score"] > 1 and (plain["margin"], plain["typical"]) == (0, 0)
     sure = probability(numbers, curve)
     for low in (0.0, 0.25, 0.5, 0.75):
         inside = (sure >= low) & (sure < low + 0.25)
@@ -75,7 +118,7 @@ def test_probabilities_are_shares_of_right_names():
 
 
 def test_no_curve_falls_and_few_searches_are_not_certain():
-    numbers = np.array([[0.1], [0.2], [0.8], [0.9]])
+    numbers = np.array([[0.1], [0.2], [0.8], [0.9]]) * np.ones(3)
     upside_down = fitted(numbers, np.array([True, True, False, False]), np.array([True, True, False, False]))
     assert upside_down["score"] == 0
     curve = fitted(numbers, np.array([False, False, True, True]), np.array([False, False, True, True]))
@@ -109,9 +152,9 @@ def test_intervals_are_wilsons():
 def test_each_identity_is_judged_by_a_curve_of_others(found, monkeypatch):
     fits = []
 
-    def watched(numbers, right, known):
+    def watched(numbers, right, known, rule):
         fits.append(len(numbers))
-        return fitted(numbers, right, known)
+        return fitted(numbers, right, known, rule)
 
     monkeypatch.setattr(decision, "fitted", watched)
     given = judged(Rule(), *found)
@@ -126,21 +169,24 @@ def test_the_nearest_image_decides_unless_another_rule_is_better_for_sure():
 
     def made(margin):
         scores = np.stack([base, base - margin, base - 0.5], 1)
-        return Searches(scores, np.stack([identity, identity + 100, identity + 200], 1))
+        return Searches(scores, np.stack([identity, identity + 100, identity + 200], 1), np.zeros((len(base), 3)))
 
     margins = rng.normal([[0.2], [0.05]], 0.03, (2, len(identity)))
-    has = np.ones(len(identity), bool)
-    point = choose(
-        (made(margins[0]), Searches(made(margins[1]).scores, made(margins[1]).identities + 300), has), identity, {}
-    )
+    has, strange = np.ones(len(identity), bool), made(margins[1])
+    strange = Searches(strange.scores, strange.identities + 300, strange.typical)
+    point = choose((made(margins[0]), strange, has), identity, {})
     assert point["rule"]["margin"] and point["rules"][1]["low"] > 0
     assert point["points"]["chosen"]["false_accept_rate"]["share"] < 0.1
     alike = rng.normal([[0.9], [0.5]], 0.03, (2, len(identity)))
     clear = [
-        Searches(np.stack([s, s - 0.1, s - 0.5], 1), np.stack([identity + shift + i for i in (0, 100, 200)], 1))
+        Searches(
+            np.stack([s, s - 0.1, s - 0.5], 1),
+            np.stack([identity + shift + i for i in (0, 100, 200)], 1),
+            np.zeros((len(s), 3)),
+        )
         for s, shift in zip(alike, (0, 300), strict=True)
     ]
-    assert choose((*clear, has), identity, {})["rule"] == {"images": 1, "margin": False}
+    assert choose((*clear, has), identity, {})["rule"] == {"images": 1, "margin": False, "typical": False}
 
 
 def test_what_cannot_be_measured_is_refused(found):

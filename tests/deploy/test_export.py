@@ -618,8 +618,8 @@ def test_the_checksums_are_those_of_sha256sum(folder):
         ({"threshold": "0.5"}, "threshold: '0.5' is not between"),
         ({"threshold": 2}, "threshold: 2 is not between"),
         ({"threshold": float("nan")}, "threshold: nan is not between"),
-        ({"rule": {"images": 0, "margin": False}}, "says not how many images decide"),
-        ({"probability": {"score": 1.0, "margin": 0.0, "bias": float("inf")}}, "not the three numbers"),
+        ({"rule": {"images": 0, "margin": False, "typical": True}}, "says not how many images decide"),
+        ({"probability": {"score": 1.0, "margin": 0.0, "typical": 0.0, "bias": float("inf")}}, "not the four numbers"),
         ({"image_root": None}, "image_root is None and not a folder"),
     ],
 )
