@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -249,16 +248,19 @@ class Index:
             raise ValueError("the index is empty: there is nothing to save")
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            draft = Path(scratch, "vectors")
+        draft = folder / ".draft"  # one name, so that what a killed process left is written over
+        try:
             self._faiss_io("write")(self.faiss, str(draft))
             digest = _sha256(draft)
             draft.replace(folder / f"vectors-{digest[:16]}.faiss")
             state = {name: getattr(self, name) for name in STATE} | {"ids": self.ids.tolist(), "sha256": digest}
             draft.write_text(sealed(state))
             draft.replace(folder / "index.json")
-        for other in set(folder.glob("vectors-*.faiss")) - {folder / f"vectors-{digest[:16]}.faiss"}:
-            other.unlink()
+        finally:
+            draft.unlink(missing_ok=True)
+        for other in folder.glob(f"vectors-{'[0-9a-f]' * 16}.faiss"):
+            if other.name != f"vectors-{digest[:16]}.faiss":
+                other.unlink()
         return folder
 
     @classmethod

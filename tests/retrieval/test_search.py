@@ -183,6 +183,15 @@ def test_an_interrupted_save_leaves_the_old_index(tmp_path, monkeypatch):
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".faiss", ".json"]
 
 
+def test_a_save_removes_only_what_a_save_has_made(tmp_path):
+    (tmp_path / "vectors-mine.faiss").write_text("mine")
+    (tmp_path / ".draft").write_text("left by a process that was killed")
+    for size in (3, 5):
+        Index().add(np.eye(size, dtype=np.float32)).save(tmp_path)
+    assert (tmp_path / "vectors-mine.faiss").read_text() == "mine" and not (tmp_path / ".draft").exists()
+    assert len(list(tmp_path.iterdir())) == 3 and len(Index.load(tmp_path)) == 5
+
+
 def test_a_damaged_file_is_noticed(tmp_path):
     Index().add(np.eye(3, dtype=np.float32)).save(tmp_path)
     file = next(tmp_path.glob("*.faiss"))
