@@ -75,3 +75,12 @@ def test_it_loads_a_config_that_it_ships(wheel, tmp_path):
     code = "import recnb; print(recnb.__version__, recnb.load_config('configs/demo.yaml')['Global']['epochs'])"
     version, epochs = run_installed(wheel, tmp_path, code).split()
     assert f"-{version}-" in wheel.name and int(epochs) > 0
+
+
+def test_its_command_finds_the_notebooks(wheel, tmp_path):
+    code = (
+        "from recnb.cli.main import main; from recnb.cli.notebook import find; "
+        "print(find('02_train'), main(['run', '02_train', '-p', 'overide', '{}']), sep='\\n')"
+    )
+    package = tmp_path / "installed" / "recnb"
+    assert run_installed(wheel, tmp_path, code).splitlines() == [str(package / "notebooks" / "02_train.ipynb"), "2"]
