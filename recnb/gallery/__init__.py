@@ -15,7 +15,7 @@ __getattr__, __dir__, __all__ = lazily(
         "report": "report_html Section",
         "curves": (
             "augmentation_figure history_figure histories_figure before_after_figure confusion_figure curves_figure "
-            "histogram_figure map_figure samples_figure"
+            "histogram_figure ladder_figure map_figure samples_figure"
         ),
     },
 )

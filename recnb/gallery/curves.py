@@ -114,6 +114,32 @@ def draw_ap(ax: Axes, arrays: dict) -> None:
     ax.set(title="Average precision of the queries", xlabel="AP", ylabel="queries", xlim=(0, 1))
 
 
+def ladder_figure(rows: Sequence[Mapping], metric: str = "mAP") -> Figure:
+    """Draw the rungs of a ladder, the first at the top: each value with its interval, in a picture and in numbers.
+
+    Args:
+        rows: of each rung `name`, `value`, `low`, `high` (the 95 % interval) and `kept`, whether it is the one to use;
+            `note`, where there is one, stands behind the numbers.
+        metric: what the values are, on the validation list.
+    """
+    figure, (ax,) = _panels(1, 9, 1.3 + 0.42 * len(rows))
+    for place, row in enumerate(rows):
+        colour, value = COLOURS[RIGHT] if row["kept"] else "#7F7F7F", row["value"]
+        ends = np.nan_to_num([[value - row["low"]], [row["high"] - value]]).clip(0)
+        ax.errorbar(value, place, xerr=ends, fmt="o", color=colour, capsize=4, markersize=9 if row["kept"] else 6)
+        interval = f" ({row['low']:.3f} to {row['high']:.3f})" if np.isfinite(row["low"]) else ""
+        said = [f"{value:.3f}{interval}", "kept" * row["kept"], row.get("note", "")]
+        weight = "bold" if row["kept"] else "normal"
+        style = {"fontsize": 9, "va": "center", "color": INK, "fontweight": weight, "parse_math": False}
+        ax.text(1.02, place, "  ".join(filter(None, said)), transform=ax.get_yaxis_transform(), **style)
+    first = rows[0]["value"]
+    ax.axvline(first, color=SOFT, linewidth=1, linestyle=(0, (4, 2)), zorder=0)
+    ax.set_yticks(range(len(rows)), [str(row["name"]).replace("$", r"\$") for row in rows], fontsize=10)
+    ax.set(xlabel=f"{metric} on validation, 95 % intervals; dashed: as it comes", ylim=(len(rows) - 0.5, -0.5))
+    ax.grid(axis="y", visible=False)
+    return figure
+
+
 def confusion_figure(table: pd.DataFrame) -> Figure:
     """Draw how often queries of each identity (rows) have each identity (columns) as their first hit.
 

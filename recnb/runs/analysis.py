@@ -29,6 +29,7 @@ from recnb.retrieval.protocol import Protocol, make_protocol
 from recnb.retrieval.ranking import TIE, embedding_ranks
 from recnb.retrieval.rerank import KReciprocal, alpha_query_expansion, database_augmentation
 from recnb.retrieval.scores import MEMORY, exact, pair
+from recnb.retrieval.spread import effective_rank, uniformity
 from recnb.retrieval.stats import bootstrap_interval, paired_difference
 from recnb.runs.folder import Run, below, image_root
 from recnb.storage import resolve
@@ -297,6 +298,14 @@ def effects(data: Embeddings, others: Mapping[str, tuple] | None = None) -> pd.D
             "high": gain["high"],
         }
     return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def spread(data: Embeddings, most: int = 2000) -> pd.DataFrame:
+    """Return in a row the dimensions of the embedding, its effective rank and its uniformity, of a sample of images."""
+    vectors, _, _ = data.union()
+    some = vectors[np.random.default_rng(0).permutation(len(vectors))[:most]]
+    row = {"dimensions": some.shape[1], "effective_rank": effective_rank(some), "uniformity": uniformity(some)}
+    return pd.DataFrame([row])
 
 
 def mirrored(run: Run) -> tuple[np.ndarray, np.ndarray]:

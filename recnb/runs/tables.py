@@ -22,7 +22,12 @@ def shown(table: pd.DataFrame, most: int | None = None, index: bool = False) -> 
     table = table if most is None else table.head(most)
     left = {"selector": "", "props": [("text-align", "left")]}
     text = {column: [left] for column in table if not is_numeric_dtype(table[column])}
-    rows = [{"selector": "th.row_heading, th.index_name, th.blank", "props": [("text-align", "left")]}]
+    rows = [
+        {
+            "selector": "th.row_heading, th.index_name, th.blank",
+            "props": [("text-align", "left"), ("white-space", "nowrap")],
+        }
+    ]
     styled = table.style.format(precision=3, na_rep="-", escape="html").set_table_styles(text)
     styled = styled if index else styled.hide(axis="index")
     return styled.set_table_styles(rows, overwrite=False)

@@ -187,6 +187,29 @@ def test_the_confusion_counts_first_hits(tmp_path):
     gallery.confusion_figure(table).savefig(tmp_path / "confusion.png")
 
 
+def test_a_collapsed_embedding_has_few_directions():
+    data = synthetic(noise=1.0)
+    whole = analysis.spread(data).iloc[0]
+    data.query, data.gallery = (np.outer(x[:, 0], np.ones(16, np.float32)) for x in (data.query, data.gallery))
+    flat = analysis.spread(data).iloc[0]
+    assert whole.dimensions == flat.dimensions == 16 and whole.effective_rank > 8
+    assert flat.effective_rank == pytest.approx(1, abs=1e-3) and flat.uniformity > whole.uniformity
+
+
+def test_the_rungs_of_a_ladder_in_a_picture(tmp_path):
+    rows = [
+        {"name": "as it comes $", "value": 0.51, "low": 0.4, "high": 0.6, "kept": False},
+        {"name": "probe", "value": 0.62, "low": 0.5, "high": 0.7, "kept": True, "note": "+0.11"},
+        {"name": "alone", "value": 0.5, "low": np.nan, "high": np.nan, "kept": False},
+    ]
+    figure = gallery.ladder_figure(rows)
+    figure.savefig(tmp_path / "ladder.png")
+    (ax,) = figure.axes
+    assert [text.get_text().replace("\\", "") for text in ax.get_yticklabels()] == ["as it comes $", "probe", "alone"]
+    said = [text.get_text() for text in ax.texts]
+    assert said[1] == "0.620 (0.500 to 0.700)  kept  +0.11" and "kept" not in said[0] and said[2] == "0.500"
+
+
 def test_tables_are_escaped_and_read_from_the_left():
     table = pd.DataFrame({"name": ["<b>", "b"], "value": [1 / 3, np.nan]})
     page = tables.shown(table, 1).to_html()
@@ -323,7 +346,8 @@ def check_results(folder, notebook):
     errors = pd.read_csv(folder / "label_errors.csv")
     assert "suggested" in errors and (folder / "suspects.csv").exists() == ("path" in errors)
     shown = [output for cell in nbformat.read(notebook, 4).cells for output in cell.get("outputs", [])]
-    assert sum("image/png" in output.get("data", {}) for output in shown) == 3  # the curves, the pairs, the map
+    figures = sum("image/png" in output.get("data", {}) for output in shown)
+    assert figures == 4 + ("path" in errors and len(errors) > 0)  # curves, pairs, confusion, map; suspects
     assert [output.text for output in shown if output.get("name") == "stderr"] == []
     assert notebook.stat().st_size < 1_500_000
     return report
