@@ -28,7 +28,7 @@ from recnb.retrieval.lists import rank
 pytestmark = pytest.mark.browser
 
 SCREENSHOTS = Path(os.environ.get("RECNB_SCREENSHOTS") or ROOT / "screenshots")
-WIDTHS = (1280, 800)
+WIDTHS = (1280, 400)
 LOOKS = list(product(WIDTHS, ("light", "dark")))
 FLAGS = [
     "--no-sandbox",
@@ -56,6 +56,7 @@ import numpy as np
 from recnb import gallery, retrieval
 data = np.load("drawn.npz")
 paths, labels, cameras = data["paths"].tolist(), data["labels"], data["cameras"]
+names = {label: f"Some_landwirtschaftliche Erzeugnisse {label}" for label in labels.tolist()}
 ranking = retrieval.rank(data["features"], data["features"], labels, labels, cameras, cameras, exclude_self=True, k=12)
 """
 
@@ -108,6 +109,17 @@ def screenshot(page, name: str, top=None) -> None:
     page.screenshot(path=SCREENSHOTS / f"{name}.png")
 
 
+def clipped(page) -> list[str]:
+    """The captions of the widget's tiles that are cut, or that reach out of their tile."""
+    return page.locator(".recnb-note:visible").evaluate_all(
+        """notes => notes.filter(note => {
+          const tile = note.closest(".recnb-tile").getBoundingClientRect(), box = note.getBoundingClientRect();
+          const cut = note.scrollHeight > note.clientHeight + 1 || note.scrollWidth > note.clientWidth + 1;
+          return cut || box.height < 10 || box.bottom > tile.bottom + 1 || box.right > tile.right + 1;
+        }).map(note => note.textContent)"""
+    )
+
+
 def unseen(where) -> list[str]:
     images = where.locator("img")
     assert images.count() > 0
@@ -149,6 +161,7 @@ def page_url(ranking, items, tmp_path_factory):
 def test_the_page_shows_every_picture_and_pages_by_key(browser, page_url, ranking, width, scheme):
     with opened(browser, page_url, width, scheme) as page:
         captions = []
+        assert page.evaluate("scrollY") == 0  # the controls are what a reader sees first
         for step in range(6):
             now = page.locator("article.now")
             assert now.count() == 1 and unseen(now) == []
@@ -365,11 +378,11 @@ def changed(page, before: str) -> str:
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_the_widget_answers_in_jupyterlab(browser, lab, folder, ranking, width):
-    notebook = write_notebook(folder / f"live{width}.ipynb", "gallery.gallery_widget(ranking, paths, paths, k=5)")
+    notebook = write_notebook(folder / f"live{width}.ipynb", "gallery.gallery_widget(ranking, paths, paths, 5, names)")
     with in_lab(browser, lab, notebook, width) as page:
         run_all(page)
         article, hits = page.locator(".recnb article"), page.locator("button.recnb-hit:visible")
-        assert hits.count() == 5 and unseen(page.locator(".recnb")) == []
+        assert hits.count() == 5 and unseen(page.locator(".recnb")) == [] and clipped(page) == []
         seen = [article.get_attribute("id")]
         for _ in range(3):
             slider(page, "query").press("ArrowRight")
@@ -380,7 +393,7 @@ def test_the_widget_answers_in_jupyterlab(browser, lab, folder, ranking, width):
         page.get_by_text(f"of {ranking.failed.sum()}").first.wait_for()
         slider(page, "k").press("ArrowRight")
         hits.nth(5).wait_for()
-        assert hits.count() == 6
+        assert hits.count() == 6 and clipped(page) == []
         before = article.get_attribute("id")
         page.locator("button[title*=query]:visible").nth(1).click()
         assert changed(page, before) in [f"q{q}" for q in ranking.ids[int(before.removeprefix("q")), :6]]
@@ -398,6 +411,7 @@ def test_the_gallery_notebook_in_jupyterlab(browser, lab, folder, trained_run):
         run_all(page)
         page.locator("select", has_text="re-ranked").last.select_option(index=2)
         page.get_by_text("re-ranked, AP").wait_for()
+        assert clipped(page) == [] and page.get_by_text("minus a distance").is_visible()
         page.get_by_role("button", name="filters").click()
         page.locator("select", has_text="fixed by").wait_for()
         screenshot(page, "lab-compare", page.locator(".widget-slider").first)

@@ -47,6 +47,7 @@ addEventListener("click", event => {
   const link = event.target.closest('a[href^="#q"]');
   if (!link) return;
   event.preventDefault();
+  if (shown.length) history.replaceState(null, "", "#q" + shown[now].dataset.q);
   history.pushState(null, "", link.getAttribute("href"));
   follow();
   if (!link.closest("nav")) article(shown[now]).focus({preventScroll: true});
@@ -63,4 +64,4 @@ for (const id of ["order", "failed", "find"]) at(id).oninput = update;
 at("controls").hidden = false;
 update();
 follow();
-if (!location.hash && shown.length) history.replaceState(null, "", "#q" + shown[now].dataset.q);
+addEventListener("load", () => scrollTo(0, 0));
