@@ -27,7 +27,8 @@ class Kept:
     """The images (3, H, W) of a list as the first `done` ops of a transform leave them, in a file."""
 
     def __init__(self, path: Path, transform: Pipeline, done: int):
-        self.path, self.transform, self.done, self.map = path, transform, done, None
+        self.path, self.transform, self.done = path, transform, done
+        self.map: np.ndarray | None = None
 
     def __getitem__(self, index: int) -> Tensor:
         if self.map is None:

@@ -51,6 +51,8 @@ class DataError(RuntimeError):
 class Cropped(str):
     """The path of an image of which only `box` is meant, (left, top, right, bottom) in pixels."""
 
+    box: tuple[int, ...]
+
     def __new__(cls, path: str, box: Sequence[int] = ()):
         self = super().__new__(cls, path)
         self.box = tuple(box)
@@ -79,7 +81,7 @@ def read_rgb(path: str, box: list[int] | None = None, draft: bool = False) -> Im
         if draft and box is None:
             image.draft(None, (1, 1))
         ImageOps.exif_transpose(image, in_place=True)
-        place = None if box is None else check_box(*box, *image.size)
+        place = None if box is None else check_box(box, *image.size)
         rgb = to_rgb(image)
         return rgb if place is None else rgb.crop(place)
 
@@ -98,7 +100,7 @@ def read_pixels(path: str, box: list[int] | None = None) -> torch.Tensor:
             pixels = decode_jpeg(data, ImageReadMode.RGB, apply_exif_orientation=True)
             if box is None:
                 return pixels
-            left, top, right, bottom = check_box(*box, pixels.shape[2], pixels.shape[1])
+            left, top, right, bottom = check_box(box, pixels.shape[2], pixels.shape[1])
             return pixels[:, top:bottom, left:right]
     return pil_to_tensor(read_rgb(path, box))
 
@@ -140,8 +142,9 @@ def reason(error: Exception) -> str:
     return f"cannot be decoded: {getattr(error, 'strerror', None) or printable(str(error)) or type(error).__name__}"
 
 
-def check_box(left: int, top: int, right: int, bottom: int, width: int, height: int) -> tuple[int, int, int, int]:
+def check_box(box: Sequence[int], width: int, height: int) -> tuple[int, int, int, int]:
     """The box; raises ValueError where a box holds no pixels or reaches out of the image."""
+    left, top, right, bottom = box
     if not (0 <= left < right <= width and 0 <= top < bottom <= height):
         raise ValueError(
             f"the box {left} {top} {right} {bottom} is not within the {width} x {height} pixels of the image"

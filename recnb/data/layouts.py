@@ -128,7 +128,7 @@ def listed_persons(path: Path) -> ImageList:
             f"{images.place(found.index(None))}: the third number of a file's name is its camera, as in "
             f"0000_000_01_0303morning_0008_0.jpg, and {images.paths[found.index(None)]} has none"
         )
-    cameras = np.array([int(match[1]) for match in found])
+    cameras = np.array([int(match[1]) for match in found if match])
     return ImageList(images.paths, named(images.labels), cameras, images.source, images.lines)
 
 
@@ -311,9 +311,8 @@ def stored(name: str, root: Path, split: str | None, download: bool) -> list[tup
             identity = names.get(int(label), f"{int(label):04d}")
             if not isinstance(picture, Image.Image):
                 path = picture
-            elif getattr(picture, "filename", ""):
+            elif path := getattr(picture, "filename", ""):
                 picture.close()
-                path = picture.filename
             else:
                 path = Path(identity.replace(os.sep, "_"), f"{number:05d}.png")
                 write(picture, path)

@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,12 +59,12 @@ class ImageList(Dataset):
     source: str = ""
     lines: np.ndarray | None = None  # (N,) line numbers in `source`
     names: np.ndarray | None = None
-    transform: object = field(default=None, repr=False)
+    transform: Any = field(default=None, repr=False)
     begun: torch.Tensor = field(default_factory=lambda: torch.full((64,), -1).share_memory_(), repr=False)
     boxes: np.ndarray | None = None  # (N, 4) int64
     dropped: list[tuple] = field(default_factory=list, repr=False)  # (list, line, path, reason) of what was left out
-    kept: object = field(default=None, repr=False)  # `recnb.data.cache.Kept`: images that need not be decoded again
-    features: object = field(default=None, repr=False)  # `recnb.data.features.Features` in place of the images
+    kept: Any = field(default=None, repr=False)  # `recnb.data.cache.Kept`: images that need not be decoded again
+    features: Any = field(default=None, repr=False)  # `recnb.data.features.Features` in place of the images
 
     def __post_init__(self):
         if self.labels.dtype.kind == "U":
@@ -441,7 +442,7 @@ def write_csv(rows: Iterable[tuple], path: str | Path) -> None:
 
 def save_label_map(images: ImageList, path: str | Path) -> None:
     """Write which label each identity has as CSV, `label,name`, in the order of the labels."""
-    write_csv([("label", "name"), *enumerate(images.names.tolist())], path)
+    write_csv([("label", "name"), *enumerate(np.asarray(images.names).tolist())], path)
 
 
 def number_alike(*tables: ImageList, first: np.ndarray | None = None) -> None:

@@ -38,7 +38,7 @@ class ImageLoader(DataLoader):
         whole = not isinstance(self.transform, Pipeline)
         super().__init__(dataset, collate_fn=finished_items if whole else raw_items, **options)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:  # type: ignore[override]
         return self.finished(super().__iter__())
 
     def finished(self, batches) -> Iterator[tuple[Tensor, Tensor]]:
@@ -99,7 +99,8 @@ def over(loader: DataLoader, dataset: Dataset, **changes) -> ImageLoader:
 def divided(loader: DataLoader) -> DataLoader:
     """This process's share of an evaluation loader: every n-th image of n processes."""
     rank, world = ranks()
-    return loader if world == 1 else over(loader, Subset(loader.dataset, range(rank, len(loader.dataset), world)))
+    own = range(rank, len(loader.dataset), world)  # type: ignore[arg-type]
+    return loader if world == 1 else over(loader, Subset(loader.dataset, own))
 
 
 def images_per_second(loader: ImageLoader, seconds: float = 2.0) -> float:
@@ -178,5 +179,5 @@ class Loaders:
         """
         for loader in self.parts.values():
             if loader._iterator is not None:  # torch has no public way
-                loader._iterator._shutdown_workers()
+                loader._iterator._shutdown_workers()  # type: ignore[attr-defined]
                 loader._iterator = None

@@ -29,9 +29,9 @@ class Pipeline(v2.Compose):
 
     def finish(self, images: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) on the device of the images, from those of `before` and their (B, E, 4) on the CPU."""
-        boxes = iter(boxes.unbind(1))
+        places = iter(boxes.unbind(1))
         for op in self.transforms[self.later :]:
-            images = erased(images, next(boxes), op.value) if isinstance(op, v2.RandomErasing) else op(images)
+            images = erased(images, next(places), op.value) if isinstance(op, v2.RandomErasing) else op(images)
         return images
 
     def erasing(self) -> list[v2.RandomErasing]:
@@ -48,7 +48,7 @@ def by_batch(op: v2.Transform) -> bool:
 
 def rectangle(op: v2.RandomErasing, image: torch.Tensor) -> list[int]:
     """[top, left, height, width] that an op draws for an image; height 0 where it erases nothing."""
-    drawn = op.make_params([image]) if torch.rand(1) < op.p else {"v": None}
+    drawn: dict = op.make_params([image]) if torch.rand(1) < op.p else {"v": None}
     return [0, 0, 0, 0] if drawn["v"] is None else [drawn[side] for side in "ijhw"]
 
 

@@ -215,7 +215,7 @@ def with_cameras(table: pd.DataFrame, pattern: str, root: Path) -> pd.DataFrame:
     found = [re.search(pattern, Path(os.path.relpath(path, root)).as_posix()) for path in table.path]
     if None in found:
         raise DataError(f"camera_pattern: '{pattern}' finds no camera in {table.path[found.index(None)]}")
-    return table.assign(camera=[match[1] for match in found])
+    return table.assign(camera=[match[1] for match in found if match])
 
 
 # --- Mending and grouping -------------------------------------------------------------------------------------------

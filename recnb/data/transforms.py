@@ -116,7 +116,7 @@ def ResizeImage(
     """Resizing to `size` (a number, or [width, height]), or of the shorter side to `resize_short` pixels."""
     if (size is None) == (resize_short is None):
         raise ValueError("ResizeImage needs either 'size' or 'resize_short'")
-    target = height_width(size) if resize_short is None else resize_short
+    target = resize_short if size is None else height_width(size)
     return v2.Resize(target, interpolation_mode(interpolation), antialias=True)
 
 

@@ -82,7 +82,8 @@ def choose(seen: Facts, options: Options, config: str | Path = "auto") -> Start:
     if config == "auto":
         backbone, source = pretrained(options)
         name, reason = recipe(seen, backbone)
-        path, why = f"{FOLDER}/{name}.yaml", f"{reason}; {source}"
+        path: str | Path = f"{FOLDER}/{name}.yaml"
+        why = f"{reason}; {source}"
     else:
         backbone = pretrained(options)[0] if options.weights or options.backbone else None
         name, path, why = Path(config).stem, config, "as you named it"
