@@ -222,8 +222,9 @@ def summary(to: Path) -> list[str]:
         "recipe": (to / "data" / "config.yaml").read_text(encoding="utf-8").partition("\n")[0].removeprefix("# "),
         **{spoken(name): before_after(judged.rows.loc[name]) for name in measured},
         "verdict": str(judged).partition(":")[0],
-        "look": f"{word(to / 'gallery.html')} in a browser, {word(to / '04_gallery.ipynb')} in Jupyter",
+        "gallery": f"{word(to / 'gallery.html')} in a browser, {word(to / '04_gallery.ipynb')} in Jupyter",
         "recogniser": word(to / "export"),
+        "one page": f"recnb report {word(to)}",
         "next": f"recnb identify {word(to / 'export')} PHOTO",
     }
     return ["", *(f"{name:>10}  {text}" for name, text in lines.items())]

@@ -165,6 +165,10 @@ def execute(notebook: Path, output: str | Path, parameters: dict) -> None:
     except papermill.PapermillExecutionError as error:
         name = "" if error.ename in OWN else f"{error.ename}: "
         raise FailedError(f"{name}{error.evalue}\n  see {output}") from None
+    except OSError as error:
+        raise FailedError(
+            f"{output}: cannot be written ({error.strerror or error}); make room, or choose another --to"
+        ) from None
     except (DeadKernelError, KeyboardInterrupt):
         raise FailedError(
             f"{output}: stopped, for its kernel has ended; the same command goes on from the last checkpoint"

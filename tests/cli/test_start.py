@@ -1,5 +1,6 @@
 """`recnb start` and the commands around it: what is done once, what is refused in a sentence, whose names come out."""
 
+import errno
 import json
 import shutil
 import subprocess
@@ -129,6 +130,19 @@ def test_other_photos_are_prepared_anew_until_there_is_a_training(executed, phot
     draw(mine / "Garlic" / "newer.jpg", 0, 100)
     with pytest.raises(ConfigError, match="a training on other photos or options; take another folder"):
         way.go()
+
+
+def test_a_disk_that_fills_is_told_with_the_file(monkeypatch, tmp_path):
+    import papermill
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(papermill, "execute_notebook", full)
+    with pytest.raises(
+        notebooks.FailedError, match=r"x.ipynb: cannot be written \(No space left on device\); make room"
+    ):
+        notebooks.execute(notebooks.find("01_prepare"), tmp_path / "x.ipynb", {})
 
 
 def test_photos_that_change_while_they_are_read_are_told(executed, photos, tmp_path, monkeypatch):
