@@ -14,7 +14,11 @@ if TYPE_CHECKING:
 
 
 def check(config: Annotated[str, typer.Argument(help="The YAML file.")], overrides: Overrides = None) -> None:
-    """Check a configuration: its keys, lists, images and model, and one batch. Nothing is trained or written."""
+    """Check a configuration without training.
+
+    Looks at its keys, lists, images and model, and puts one batch through the loss and the evaluation. Nothing is
+    written.
+    """
     from recnb.recipe.data import build_loaders
     from recnb.recipe.learner import build_learner
     from recnb.recipe.lint import lint, stop

@@ -20,9 +20,10 @@ def identify(
     images: Annotated[list[Path], typer.Argument(help="Photos, or folders of photos.")],
     table: Annotated[Path | None, typer.Option("--csv", help="A CSV file to write the answers to.")] = None,
 ) -> None:
-    """Name photos: the name, how probable it is, and the three most similar photos that are known.
+    """Name photos by an exported recogniser.
 
-    The answer is "unknown" where no name is probable enough.
+    A line a photo: the name, how probable it is, and the three most similar photos that are known. The answer is
+    "unknown" where no name is probable enough.
     """
     for path in (path for path in (export, *images) if not path.exists()):
         raise ConfigError(f"{path}: there is no such file or folder")

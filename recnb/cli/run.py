@@ -18,10 +18,10 @@ def run(
         str, typer.Option(metavar="PATH", help="The executed notebook; by default in the folder that it writes to.")
     ] = "",
 ) -> None:
-    """Run a notebook with other parameters; the result is an executed notebook.
+    """Run a notebook with other parameters.
 
-    A parameter that the notebook does not have, a value of another type, a misspelt key of the config: each is an
-    error before the notebook starts.
+    The result is an executed notebook. A parameter that the notebook does not have, a value of another type, a misspelt
+    key of the config: each is an error before the notebook starts.
     """
     from recnb.cli import notebook as notebooks
     from recnb.cli.progress import duration

@@ -13,13 +13,17 @@ def start(
     to: Annotated[Path, typer.Option(help="The folder to write to.")] = Path("runs/mine"),
     weights: Annotated[
         str | None,
-        typer.Option(metavar="FILE|True|False", help="A file, True for the hub's, False for none; by default any."),
+        typer.Option(
+            metavar="FILE|True|False", help="A file, True for the hub's, False for none; by default what there is."
+        ),
     ] = None,
-    backbone: Annotated[str | None, typer.Option(metavar="NAME", help="Any network that timm has.")] = None,
+    backbone: Annotated[str | None, typer.Option(metavar="NAME", help="Another network of timm.")] = None,
     epochs: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="By default as many as fit the photos.")
+        int | None, typer.Option(metavar="N", min=1, help="How long to train; by default as fits the photos.")
     ] = None,
-    image_size: Annotated[int | None, typer.Option(metavar="PIXELS", min=32, help="By default as fits them.")] = None,
+    image_size: Annotated[
+        int | None, typer.Option(metavar="PIXELS", min=32, help="Size of the images; by default as fits the photos.")
+    ] = None,
     tags: Annotated[Path | None, typer.Option(help="A CSV of labels to mend, as 04_gallery writes it.")] = None,
     opened: Annotated[bool, typer.Option("--open", help="Open the gallery in the browser at the end.")] = False,
 ) -> None:

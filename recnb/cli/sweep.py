@@ -17,11 +17,12 @@ def sweep(
         bool, typer.Option("--print", help="Print a command for each run still to be done; run nothing.")
     ] = False,
 ) -> None:
-    """Train a batch of configurations, each through 02_train into a folder of its own.
+    """Train many configurations, described in one file.
 
-    The file names a config, `overrides` for all runs, and what differs: `grid` (key: values, every combination) and
-    `list` (mappings of overrides). All are checked before the first one starts. Called again, it leaves out what is
-    done and goes on with what was interrupted. A run that fails does not stop the others.
+    Each is run through 02_train into a folder of its own. The file names a config, `overrides` for all runs, and what
+    differs: `grid` (key: values, every combination) and `list` (mappings of overrides). All are checked before the
+    first one starts. Called again, it leaves out what is done and goes on with what was interrupted. A run that
+    fails does not stop the others.
     """
     from recnb.cli.batch import run_all
 
