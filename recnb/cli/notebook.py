@@ -14,8 +14,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from recnb.cli.progress import epochs_shown
 from recnb.recipe.reading import parse
 from recnb.recipe.schema import load_config
@@ -83,14 +81,11 @@ def parameters_of(notebook: Path, pairs: list[tuple[str, str]], text: str = "") 
     Raises:
         ConfigError: The text is no YAML mapping, or `check` finds something.
     """
-    try:
-        kinds = {name: parameter.kind for name, parameter in known(notebook).items()}
-        given = parse(text) or {}
-        if not isinstance(given, dict):
-            raise ConfigError(f"-y: {text!r} is not a mapping of names to values")
-        given |= {name: value if kinds.get(name) is str else parse(value) for name, value in pairs}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"a parameter is no YAML: {' '.join(str(error).split())}") from None
+    kinds = {name: parameter.kind for name, parameter in known(notebook).items()}
+    given = parse(text, "-y") or {}
+    if not isinstance(given, dict):
+        raise ConfigError(f"-y: {text!r} is not a mapping of names to values")
+    given |= {name: value if kinds.get(name) is str else parse(value, f"-p {name}") for name, value in pairs}
     check(notebook, given)
     return given
 

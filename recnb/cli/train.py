@@ -58,7 +58,7 @@ def overrides_of(pairs: Sequence[str] | None) -> dict:
     parts = [text.partition("=") for text in pairs or ()]
     for key in (key for key, equals, _ in parts if not equals):
         raise ConfigError(f"-o {key}: is not of the form KEY=VALUE")
-    return {key: parse(value) for key, _, value in parts}
+    return {key: parse(value, f"-o {key}") for key, _, value in parts}
 
 
 def main(words: Sequence[str] | None = None) -> int:

@@ -10,6 +10,7 @@ import contextlib
 import re
 from itertools import chain
 from pathlib import Path
+from typing import ClassVar
 
 import yaml
 
@@ -20,7 +21,12 @@ LARGEST, VALUES, DEEPEST = 500_000, 100_000, 50  # bytes, values and levels of a
 
 
 class Loader(yaml.SafeLoader):
-    """Plain YAML values only, without two traps of YAML 1.1: `1e-3` is a number, a repeated key an error."""
+    """Plain values only, read as YAML 1.2 has them: `1e-3` and `0o17` are numbers, `yes` and `1:30:00` are text.
+
+    A repeated key is an error.
+    """
+
+    yaml_implicit_resolvers: ClassVar[dict] = {}
 
     def construct_document(self, node: yaml.Node):
         """The values of a document, once `measure` has found nothing in it to refuse."""
@@ -28,9 +34,30 @@ class Loader(yaml.SafeLoader):
         return super().construct_document(node)
 
 
-Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
+class Dumper(yaml.SafeDumper):
+    """Nothing is abbreviated by anchors; text that YAML 1.1 or 1.2 takes for something else is quoted."""
+
+    def ignore_aliases(self, data) -> bool:
+        """Return True: no value is an alias of another."""
+        return True
+
+
+NUMBERS = {  # of YAML 1.2, by the kind
+    "int": r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+",
+    "float": r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+}
+WORDS = {"bool": r"true|True|TRUE|false|False|FALSE", "null": r"~|null|Null|NULL|", "merge": r"<<"}
+for kind, pattern in {**NUMBERS, **WORDS}.items():
+    for reader in (Loader, Dumper) if kind in NUMBERS else (Loader,):
+        reader.add_implicit_resolver(f"tag:yaml.org,2002:{kind}", re.compile(f"^(?:{pattern})$"), None)
+
+
+def whole_number(loader: Loader, node: yaml.ScalarNode) -> int:
+    """Return the number of a YAML scalar: octal behind 0o, hexadecimal behind 0x, otherwise decimal."""
+    return int(node.value, {"0o": 8, "0x": 16}.get(node.value[:2], 10))
+
+
+Loader.add_constructor("tag:yaml.org,2002:int", whole_number)
 
 
 def mapping(loader: Loader, node: yaml.MappingNode) -> dict:
@@ -80,39 +107,44 @@ def refused(node: yaml.Node, problem: str) -> yaml.constructor.ConstructorError:
     return yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
 
 
-def parse(text: str) -> object:
-    """Return the plain values of YAML text; raise YAMLError for anything else."""
-    return yaml.load(text, Loader)  # a SafeLoader
+def parse(text: str, source: str | Path) -> object:
+    """Return the plain values of YAML text; raise ConfigError, with the source and the line, for anything else."""
+    try:
+        return yaml.load(text, Loader)  # a SafeLoader
+    except RecursionError:
+        raise ConfigError(f"{source}: more than {DEEPEST} levels, one in another") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a number of more digits than Python reads
+        mark = getattr(error, "problem_mark", None)
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        if "could not determine a constructor" in problem:
+            problem = f"{problem.split(' for ')[-1]} would build an object, and only plain values are allowed here"
+        raise ConfigError(f"{source}{f' line {mark.line + 1}' if mark else ''}: {problem}") from None
 
 
-def plain_yaml(path: Path) -> object:
-    """What a YAML file holds, plain values only; raises YAMLError, OSError or ValueError where it cannot be read."""
+def read_text(path: Path) -> str:
+    """Return the text of a file; raise OSError or ValueError where it is none, or too large for a configuration."""
     if path.exists() and not path.is_file() and not path.is_dir():  # opening a pipe would wait for ever
         raise ValueError("is a pipe or a device, not a file")
     with path.open("rb") as file:
         data = file.read(LARGEST + 1)
     if len(data) > LARGEST:
         raise ValueError(f"is larger than {LARGEST:,} bytes, which no configuration needs")
-    return parse(data.decode("utf-8-sig"))
+    return data.decode("utf-8-sig")
 
 
-def read_plain(path: Path) -> dict:
+def read_yaml(path: str | Path) -> dict:
     """The mapping that a YAML file holds; raises ConfigError with file and line where it is anything else."""
+    path = resolve(path)
     try:
-        content = plain_yaml(path)
-    except RecursionError:
-        raise ConfigError(f"{path}: more than {DEEPEST} levels, one in another") from None
+        text = read_text(path)
     except FileNotFoundError:
         here = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
         raise ConfigError(f"{path}: there is no such file; {suggest(path.name, here)}") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date or number that cannot be
-        mark = getattr(error, "problem_mark", None)
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        if "could not determine a constructor" in problem:
-            problem = f"{problem.split(' for ')[-1]} would build an object, and only plain values are allowed here"
-        raise ConfigError(f"{path}{f' line {mark.line + 1}' if mark else ''}: {problem}") from None
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    content = parse(text, path)
     if not isinstance(content, dict):
         raise ConfigError(
             f"{path}: holds a {type(content).__name__}, not a mapping of sections such as 'Global:' and 'Arch:'"
@@ -120,15 +152,9 @@ def read_plain(path: Path) -> dict:
     return content
 
 
-def read_yaml(path: str | Path) -> dict:
-    """The mapping that a YAML file holds; raises ConfigError with file and line where it is anything else."""
-    return read_plain(resolve(path))
-
-
 def as_yaml(cfg: dict) -> str:
     """The YAML text of a configuration: short sections on one line, the order kept, nothing abbreviated by anchors."""
-    dumper = type("Dumper", (yaml.SafeDumper,), {"ignore_aliases": lambda self, data: True})
-    return yaml.dump(cfg, Dumper=dumper, sort_keys=False, default_flow_style=None, width=110)
+    return yaml.dump(cfg, Dumper=Dumper, sort_keys=False, default_flow_style=None, width=110)
 
 
 def plain_number(value, like):
@@ -140,12 +166,17 @@ def plain_number(value, like):
     return value
 
 
+def is_index(step: str) -> bool:
+    """Return whether a step of a dotted key is a number, in ASCII digits."""
+    return step.isascii() and step.isdecimal()
+
+
 def item_index(entries: list, step: str, where: str) -> int:
     """Which entry of a list a step of a dotted key means: it is a number from 0, or the only entry of that name."""
     names = [next(iter(entry), None) if isinstance(entry, dict) else None for entry in entries]
     if names.count(step) > 1:
         raise ConfigError(f"{where} has {names.count(step)} entries '{step}'; give the number of one, counted from 0")
-    index = int(step) if step.isdigit() else names.index(step) if step in names else len(entries)
+    index = int(step) if is_index(step) else names.index(step) if step in names else len(entries)
     if index >= len(entries):
         raise ConfigError(f"{where} has no entry '{step}'; {suggest(step, [name for name in names if name])}")
     return index
@@ -158,7 +189,7 @@ def override(cfg: dict, key: str, value) -> None:
         last = depth == len(steps) - 1
         if isinstance(node, list):
             index = item_index(node, step, f"override '{key}': '{'.'.join(steps[:depth])}'")
-            node, step = (node, index) if step.isdigit() else (node[index], step)
+            node, step = (node, index) if is_index(step) else (node[index], step)
         elif not isinstance(node, dict) or (step not in node and not last):
             known = node if isinstance(node, dict) else ()
             raise ConfigError(f"override '{key}': there is no '{'.'.join(steps[: depth + 1])}'; {suggest(step, known)}")

@@ -223,7 +223,7 @@ def test_unknown_parameters_and_wrong_types_are_refused(called, tmp_path):
         (["-p", "overrides", "[1]"], "overrides: [1] is a list, not dict"),
         (["-y", "{overrides: {Global.epoch: 1}}"], "Global.epoch: there is no such key; did you mean 'epochs'?"),
         (["-p", "config", "configs/dmo.yaml"], "there is no such file; did you mean 'demo.yaml'?"),
-        (["-p", "overrides", "{"], "a parameter is no YAML"),
+        (["-p", "overrides", "{"], "-p overrides line 1: "),
         (["-p", "options", "{test_shar: 0.2}"], "options: there is no 'test_shar'; did you mean 'test_share'?"),
     ):
         notebook_name = "01_prepare" if "options" in words else "02_train"

@@ -10,7 +10,7 @@ from conftest import tiny_config
 
 from recnb import build_learner, build_loaders, build_model, load_config
 from recnb.data.images import DataError
-from recnb.recipe.reading import read_yaml
+from recnb.recipe.reading import as_yaml, parse, read_yaml
 from recnb.recipe.settings import GLOBAL
 from recnb.registry import ConfigError, suggest
 
@@ -70,7 +70,6 @@ def test_a_key_given_twice(tmp_path):
     [
         ("Global: {epochs: 3\nArch: 1\n", " line 2: "),
         ("Global:\n\tepochs: 3\n", " line 2: "),
-        ("Global: {seed: 2024-13-45}\n", ": month must be in 1..12"),
         ("Global: {[1, 2]: 3}\n", " line 1: found unhashable key"),
     ],
 )
@@ -96,6 +95,39 @@ def test_byte_order_mark_comments_and_other_scripts(config, tmp_path):
 @pytest.mark.parametrize("text", ["1e-3", "1E-3", "1.e-3", "0.001", "+1e-3"])
 def test_numbers_with_exponents(tmp_path, text):
     assert read_yaml(written(tmp_path, f"rate: {text}\n")) == {"rate": 0.001}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("0o17", 15), ("017", 17), ("0x1F", 31), ("-8", -8), (".5", 0.5), ("yes", "yes"), ("off", "off"), ("True", True),
+     ("1:30:00", "1:30:00"), ("1_000", "1_000"), ("2024-13-45", "2024-13-45"), ("2024-01-02", "2024-01-02"),
+     ("~", None), ("'0o17'", "0o17"), ("'1e3'", "1e3")],
+)  # fmt: skip
+def test_values_are_those_of_yaml_1_2(tmp_path, text, value):
+    read = read_yaml(written(tmp_path, f"key: {text}\n"))["key"]
+    assert read == value and type(read) is type(value)
+    assert read_yaml(written(tmp_path, as_yaml({"key": value}))) == {"key": value}
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("[", " line 1: expected the node content"),
+        ("*a", " line 1: found undefined alias"),
+        ("{a: 1, a: 2}", " line 1: the key 'a' is given twice"),
+        ("!!python/name:os.system x", "python/name:os.system' would build an object"),
+        ("&a [*a]", " line 1: an anchor contains itself"),
+        ("9" * 5000, ": Exceeds the limit"),
+    ],
+)
+def test_a_value_by_itself_ends_in_the_same_sentence(text, problem):
+    with pytest.raises(ConfigError, match=r"^-o Global\.epochs") as error:
+        parse(text, "-o Global.epochs")
+    assert problem in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_index_is_written_in_plain_digits(config):
+    assert "override 'Loss.Train.\u00b2'" in refused(config(), {"Loss.Train.\u00b2": 1})
 
 
 def test_merged_keys_are_not_given_twice(tmp_path):

@@ -93,7 +93,7 @@ HOSTILE = {
     "levels by aliases": (f"a: &a {'[' * 40}{']' * 40}\nb: {'[' * 40}*a{']' * 40}\n", "more than 50 levels"),
     "a large file": ("#" * (LARGEST + 1), "is larger than 500,000 bytes"),
     "a number of many digits": (f"a: {'9' * 5000}\n", "4300 digits"),
-    "a date that is none": ("a: 2001-99-99\n", "month must be in 1..12"),
+    "a date that is none": ("a: !!timestamp 2001-99-99\n", "month must be in 1..12"),
     "a zero byte": ("a: \0\n", "special characters are not allowed"),
     "half a character": (b"a: \xc3\n", "codec can't decode"),
 }
@@ -172,10 +172,10 @@ def test_an_override_that_contains_itself(config_file):
 
 
 def test_overrides_of_the_command_line_are_plain_too():
-    with pytest.raises(yaml.YAMLError, match="an anchor contains itself"):
-        parse("&a [*a]")
-    with pytest.raises(yaml.YAMLError, match="could not determine a constructor"):
-        parse("!!python/name:os.system")
+    with pytest.raises(ConfigError, match=r"^here line 1: an anchor contains itself"):
+        parse("&a [*a]", "here")
+    with pytest.raises(ConfigError, match=r"^here line 1: .* would build an object"):
+        parse("!!python/name:os.system", "here")
 
 
 # --- List files -------------------------------------------------------------------------------------------------------
