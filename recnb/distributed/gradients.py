@@ -9,6 +9,7 @@ otherwise its statistics are each process's own. The weights of sharded heads st
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,7 +32,7 @@ def share_batches(model: nn.Module) -> None:
 
 
 @torch.compiler.disable
-def take_all_rows(norm: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
+def take_all_rows(norm: Any, args: tuple[Tensor]) -> tuple[Tensor] | None:
     """The rows of all processes in place of this one's, while a module trains."""
     if not norm.training or ranks()[1] == 1:
         return None
@@ -41,7 +42,7 @@ def take_all_rows(norm: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
 
 
 @torch.compiler.disable
-def keep_own_rows(norm: nn.Module, args: tuple, output: Tensor) -> Tensor:
+def keep_own_rows(norm: Any, args: tuple, output: Tensor) -> Tensor:
     """This process's rows of what a module has made of all."""
     return output[norm.own_rows] if norm.training and ranks()[1] > 1 else output
 
@@ -64,7 +65,8 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """
     for p in (parameters := list(parameters)):
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad.coalesce() if p.grad.is_sparse else p.grad
-    for bucket in buckets(p.grad.values() if p.grad.is_sparse else p.grad for p in parameters):
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    for bucket in buckets(gradient.values() if gradient.is_sparse else gradient for gradient in gradients):
         flat = torch.cat([gradient.flatten() for gradient in bucket]) / ranks()[1]
         dist.all_reduce(flat)
         write_back(flat, bucket)

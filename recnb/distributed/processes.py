@@ -103,7 +103,7 @@ def launch(config: Path, run_dir: Path, count: int) -> Iterator[str]:
         str(run_dir),
     ]
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        yield from process.stdout
+        yield from process.stdout or ()
     if process.returncode:
         raise RuntimeError(
             f"training in {count} processes has ended with an error, shown above; {run_dir} holds its last checkpoint"
@@ -134,12 +134,12 @@ def all_rows(x: Tensor) -> list[Tensor]:
         return [x]
     counts = [torch.zeros(1, dtype=torch.long, device=x.device) for _ in range(world)]
     dist.all_gather(counts, counts[0] + len(x))
-    counts = torch.cat(counts).tolist()
-    padded = x.new_zeros(max(counts), *x.shape[1:])
+    lengths = torch.cat(counts).tolist()
+    padded = x.new_zeros((max(lengths), *x.shape[1:]))
     padded[: len(x)] = x
     parts = [torch.empty_like(padded) for _ in range(world)]
     dist.all_gather(parts, padded)
-    return [part[:count] for part, count in zip(parts, counts, strict=True)]
+    return [part[:count] for part, count in zip(parts, lengths, strict=True)]
 
 
 class Gather(torch.autograd.Function):

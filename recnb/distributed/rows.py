@@ -95,7 +95,8 @@ def step_by_rows(optimizer: torch.optim.Optimizer) -> None:
             for _, _, p, rows, index in held:
                 put_back(rows, self.state.pop(rows, {}), p, self.state[p], index)
 
-    optimizer.step = types.MethodType(by_rows, optimizer)  # a method, as torch's schedulers want it
+    # a method, as torch's schedulers want it
+    optimizer.step = types.MethodType(by_rows, optimizer)  # type: ignore[method-assign]
 
 
 def put_back(rows: Tensor, used: dict, p: Tensor, state: dict, index: Tensor) -> None:
@@ -120,14 +121,14 @@ def sharded_weights(model: nn.Module, optimizer: torch.optim.Optimizer | None = 
 
     With an optimizer by its number in `optimizer.state_dict()["state"]`. `merge`, `split` and `collect` take either.
     """
-    counts = {
+    counts: dict[Hashable, int] = {
         f"{name}.weight".lstrip("."): part.class_num
         for name, part in model.named_modules()
         if getattr(part, "sharded", False)
     }
     if optimizer is None:
         return counts
-    named = {model.get_parameter(name): count for name, count in counts.items()}
+    named = {model.get_parameter(str(name)): count for name, count in counts.items()}
     order = [p for group in optimizer.param_groups for p in group["params"]]
     return {i: named[p] for i, p in enumerate(order) if p in named}
 

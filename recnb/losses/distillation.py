@@ -6,6 +6,7 @@ the other losses see one model.
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -34,12 +35,12 @@ class DistillationGTCELoss(nn.Module):
         self.model_names, self.epsilon, self.key = model_names, epsilon or 0.0, key or "logits"
 
     def forward(self, out: dict[str, Tensor], y: Tensor) -> Tensor:
-        total = 0
+        values = []
         for name in self.model_names:
             logits = precise(output(out, name, self.key))
             check_labels(y, logits.shape[1], f"the model {name}")
-            total = total + F.cross_entropy(logits, y, label_smoothing=self.epsilon)
-        return total
+            values.append(F.cross_entropy(logits, y, label_smoothing=self.epsilon))
+        return torch.stack(values).sum()
 
 
 @LOSSES.register
@@ -60,12 +61,12 @@ class DistillationDMLLoss(nn.Module):
         self.log_act = F.logsigmoid if act == "sigmoid" else lambda x: x.log_softmax(-1)
 
     def forward(self, out: dict[str, Tensor], y: Tensor) -> Tensor:
-        total = 0
+        values = []
         for pair in self.model_name_pairs:
             a, b = (self.log_act(output(out, name, self.key).float()) for name in pair)
             both = ((a.exp() - b.exp()) * (a - b)).flatten(1).sum(1)  # of the two divergences
-            total = total + both.mean() / 2
-        return total
+            values.append(both.mean() / 2)
+        return torch.stack(values).sum()
 
 
 @LOSSES.register
@@ -89,4 +90,4 @@ class DistillationDistanceLoss(nn.Module):
                     f"the outputs '{self.key}' of the models have the sizes {tuple(a.shape[1:])} and "
                     f"{tuple(b.shape[1:])}; compare outputs of one size, such as logits"
                 )
-        return sum(self.distance(a, b) for a, b in pairs)
+        return torch.stack([self.distance(a, b) for a, b in pairs]).sum()

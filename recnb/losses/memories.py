@@ -42,6 +42,10 @@ class CrossBatchMemory(nn.Module):
     not fit goes round the end, and where it goes on is a part of the state.
     """
 
+    features: Tensor
+    labels: Tensor
+    position: Tensor
+
     def __init__(self, size: int, feat_dim: int):
         super().__init__()
         if size < 1:
@@ -74,8 +78,15 @@ class AcrossBatches(nn.Module):
     """
 
     needs_logits = False
+    steps: Tensor
 
-    def __init__(self, loss: nn.Module, memory: CrossBatchMemory, xbm_weight: float, start_iter: int):
+    def __init__(
+        self,
+        loss: ContrastiveLoss | TripletAngularMarginLoss,
+        memory: CrossBatchMemory,
+        xbm_weight: float,
+        start_iter: int,
+    ):
         super().__init__()
         self.loss, self.memory, self.xbm_weight, self.start_iter = loss, memory, xbm_weight, start_iter
         self.register_buffer("steps", torch.tensor(0))
@@ -90,8 +101,7 @@ class AcrossBatches(nn.Module):
         features = rows(out, self.loss.feature_from, self.loss.normalize_feature)
         self.memory.add(features, y)
         similarity, same = self.memory(features), y[:, None] == self.memory.written()[1]
-        masks = (same, ~same) if isinstance(self.loss, TripletAngularMarginLoss) else (same,)
-        return value + self.xbm_weight * self.loss.between(similarity, *masks)
+        return value + self.xbm_weight * self.loss.between(similarity, same, ~same)
 
 
 @LOSSES.register

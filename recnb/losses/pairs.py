@@ -284,10 +284,11 @@ class ContrastiveLoss(nn.Module):
 
     def forward(self, out: dict[str, Tensor], y: Tensor) -> Tensor:
         features = rows(out, self.feature_from, self.normalize_feature)
-        return self.between(products(features, features), y[:, None] == y)
+        same = y[:, None] == y
+        return self.between(products(features, features), same, ~same)
 
-    def between(self, similarity: Tensor, same: Tensor) -> Tensor:
-        """The loss of the rows of a matrix of similarities (B, M), with the mask of its pairs of one identity."""
-        near = torch.where(same & (similarity < 1 - self.epsilon), 1 - similarity, 0)
-        far = torch.where(~same & (similarity > self.margin), similarity, 0)
-        return (near + far).sum() / len(same)
+    def between(self, similarity: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
+        """The loss of the rows of a matrix of similarities (B, M), with the masks of its positives and negatives."""
+        near = torch.where(positive & (similarity < 1 - self.epsilon), 1 - similarity, 0)
+        far = torch.where(negative & (similarity > self.margin), similarity, 0)
+        return (near + far).sum() / len(similarity)

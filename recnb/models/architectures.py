@@ -7,6 +7,7 @@ there, and `group_matcher` sorts their parameters by stage as that of timm's mod
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +40,7 @@ class BranchedConv(nn.Module):
             _conv(channels, channels, size, stride, channels, act=False)
             for size in range(kernel_size, smallest - 1, -2)
         )
-        self.dw_conv = None
+        self.dw_conv: nn.Module | None = None
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, H / stride, W / stride)
         return sum(branch(x) for branch in self.dw_conv_list) if self.dw_conv is None else self.dw_conv(x)
@@ -49,17 +50,19 @@ class BranchedConv(nn.Module):
         """From now on one convolution in place of the branches; there is no way back."""
         if self.dw_conv is not None:
             return
-        first, kernel, bias = self.dw_conv_list[0].conv, 0, 0
-        for branch in self.dw_conv_list:
+        branches: Any = self.dw_conv_list
+        first, kernel, bias = branches[0].conv, torch.zeros(()), torch.zeros(())
+        for branch in branches:
             scale = branch.bn.weight / (branch.bn.running_var + branch.bn.eps).sqrt()
             margin = (first.kernel_size[0] - branch.conv.kernel_size[0]) // 2
             kernel = kernel + F.pad(branch.conv.weight * scale[:, None, None, None], [margin] * 4)
             bias = bias + branch.bn.bias - branch.bn.running_mean * scale
-        self.dw_conv = nn.Conv2d(
+        whole: Any = nn.Conv2d(
             first.in_channels, first.out_channels, first.kernel_size, first.stride, first.padding, groups=first.groups
         ).to(kernel)
-        self.dw_conv.weight.copy_(kernel)
-        self.dw_conv.bias.copy_(bias)
+        whole.weight.copy_(kernel)
+        whole.bias.copy_(bias)
+        self.dw_conv = whole
         self.dw_conv_list = nn.ModuleList()
 
 
@@ -133,10 +136,10 @@ class PPLCNetV2(nn.Module):
             _stage(512, 2, 5, stride=1 if shitu else 2, branched=True, shortcut=True),
         )
         self.avg_pool = nn.AdaptiveAvgPool2d(1)
-        self.last_conv, self.act, self.dropout = nn.Identity(), nn.Identity(), nn.Identity()
-        if use_last_conv:
-            self.last_conv, self.dropout = nn.Conv2d(1024, class_expand, 1, bias=False), nn.Dropout(dropout_prob)
-            self.act = nn.Identity() if shitu else nn.ReLU()
+        last = use_last_conv
+        self.last_conv = nn.Conv2d(1024, class_expand, 1, bias=False) if last else nn.Identity()
+        self.act = nn.ReLU() if last and not shitu else nn.Identity()
+        self.dropout = nn.Dropout(dropout_prob) if last else nn.Identity()
         self.flatten = nn.Flatten()
         self.fc = nn.Linear(class_expand if use_last_conv else 1024, class_num)
         _draw(self)

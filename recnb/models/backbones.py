@@ -9,9 +9,11 @@ from __future__ import annotations
 import contextlib
 import difflib
 import re
+from collections.abc import Callable
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import timm
@@ -55,7 +57,7 @@ ALIASES = {
     "CLIP_vit_large_patch14_224": "vit_large_patch14_clip_quickgelu_224.openai",
 }
 # The original's networks that no library has under any name, widths of PP-LCNet that timm can make and does not list.
-NETWORKS = {
+NETWORKS: dict[str, Callable] = {
     **{
         f"PPLCNet_x{width}": partial(_gen_lcnet, "lcnet", float(width.replace("_", ".")), pretrained_cfg={"url": ""})
         for width in ("0_25", "2_0", "2_5")
@@ -144,7 +146,7 @@ def create_backbone(
     result = cut(model, "" if pool else _end(name, model, class_num, stop, kwargs), input_size)
     kept = dict(result.model.named_parameters())
     for parameter in multipliers.keys() & kept.keys():
-        kept[parameter].lr_multiplier = multipliers[parameter]
+        kept[parameter].lr_multiplier = multipliers[parameter]  # type: ignore[attr-defined]
         kept[parameter].requires_grad_(kept[parameter].requires_grad and multipliers[parameter] > 0)
     if stop is not None and set(skipped) & set(result.model.state_dict()):
         raise ValueError(
@@ -177,7 +179,7 @@ def share_on_gpus(model: nn.Module) -> nn.Module:
     return model
 
 
-def _depths(model: nn.Module, coarse: bool) -> dict[str, int]:
+def _depths(model: Any, coarse: bool) -> dict[str, int]:
     if isinstance(model, Cut):
         return {f"model.{name}": depth for name, depth in _depths(model.model, coarse).items()}
     names = [name for name, _ in model.named_parameters()]
@@ -236,7 +238,7 @@ def _build(name: str, pretrained: bool, class_num: int | None, input_size: Size 
         options = _embedding(**options)
     if name == "ResNet50_adaptive_max_pool2d":
         options["global_pool"] = "max"
-    model = _create(arch, pretrained, class_num, input_size, options)
+    model: Any = _create(arch, pretrained, class_num, input_size, options)
     if expand is not None:
         model.conv_head = nn.Conv2d(model.conv_head.in_channels, expand, 1)
         model.classifier = nn.Linear(expand, model.num_classes)
@@ -261,7 +263,7 @@ def _endings(name: str, options: dict) -> list[nn.Module]:
     return [ENDINGS[name]()] if name in ENDINGS else []
 
 
-def _deactivate_stem(model: nn.Module) -> None:
+def _deactivate_stem(model: Any) -> None:
     model.act1 = nn.Identity()
     for name, module in model.conv1.named_children():  # three convolutions in the original's vd
         if isinstance(module, nn.ReLU):
@@ -280,7 +282,7 @@ def _end(name: str, model: nn.Module, class_num: int | None, stop: str | None, o
     return stop or ""
 
 
-def _pool_tokens(model: nn.Module, pool: str) -> None:
+def _pool_tokens(model: Any, pool: str) -> None:
     """Put this pooling of the tokens in place of a transformer's own, and nothing in place of its classifier."""
     if pool not in POOLS:
         raise ValueError(f"pool is '{pool}', and there is {listed([*POOLS])}")
@@ -300,7 +302,7 @@ def _pool_tokens(model: nn.Module, pool: str) -> None:
 def _input_options(arch: str, input_size: Size | None) -> dict:
     """What timm has to be told of images that are not of the model's own size."""
     try:
-        config = timm.get_pretrained_cfg(arch)
+        config: Any = timm.get_pretrained_cfg(arch)
     except RuntimeError as error:  # what follows the dot in 'resnet50.a1_in1k' names no weights
         raise ValueError(f"no backbone is called '{arch}': {first_line(error)}") from error
     if input_size is None or tuple(input_size) == tuple(config.input_size):
@@ -311,7 +313,9 @@ def _input_options(arch: str, input_size: Size | None) -> dict:
 
 def _create(arch: str, pretrained: bool, class_num: int | None, input_size: Size | None, options: dict) -> nn.Module:
     library = "timm" if timm.is_model(arch) else "torchvision"
-    if pretrained and (arch in NETWORKS or (library == "timm" and not timm.get_pretrained_cfg(arch).has_weights)):
+    if pretrained and (
+        arch in NETWORKS or (library == "timm" and not getattr(timm.get_pretrained_cfg(arch), "has_weights", False))
+    ):
         raise ValueError(f"timm has no weights for {arch}: {LOCAL_WEIGHTS}")
     try:
         if library != "timm":

@@ -11,6 +11,7 @@ import copy
 import difflib
 import math
 import re
+from typing import Any
 
 import torch
 from torch import nn
@@ -76,10 +77,11 @@ def cut(model: nn.Module, stop: str, input_size: Size | None = None) -> Cut:
     Raises ValueError for a layer that is unknown, not called exactly once, or does not give one tensor per image.
     """
     model = copy.deepcopy(model.model if isinstance(model, Cut) else model)
-    if hasattr(model, "set_grad_checkpointing"):
-        model.set_grad_checkpointing(False)  # with it some models call the blocks of a stage, never the stage
+    if (checkpoint := getattr(model, "set_grad_checkpointing", None)) is not None:
+        checkpoint(False)  # with it some models call the blocks of a stage, never the stage
     layer = _resolve(model, stop)
-    input_size = tuple(input_size or _default_input_size(model))
+    size = input_size or _default_input_size(model)
+    input_size = (size[0], size[1], size[2])
     with torch.random.fork_rng(devices=[]):
         trial = _trial(model)
         x = _three_images(trial, input_size)
@@ -242,7 +244,9 @@ def _output(module: nn.Module, x: torch.Tensor, train: bool) -> torch.Tensor:
 
 def _parameters_behind(output: torch.Tensor) -> set[int]:
     """The ids of all parameters that the output depends on, read off the autograd graph without a backward pass."""
-    nodes, seen, found = [output.grad_fn], {None}, set()
+    nodes: list[Any] = [output.grad_fn]
+    seen: set[Any] = {None}
+    found = set()
     while nodes:
         node = nodes.pop()
         if node not in seen:
@@ -260,7 +264,9 @@ def _unused(module: nn.Module, used: set[int], finished: set[nn.Module], prefix:
         # A submodule without parameters stays: others may read its settings (timm's attn_drop.p) without calling it.
         # One that ran stays even where the output does not need it: behind an Identity, an in-place activation
         # would write into what the output does need.
-        parameters = [] if child is None else list(child.parameters())
+        if child is None:
+            continue
+        parameters = list(child.parameters())
         if parameters and not any(id(p) in used for p in parameters) and finished.isdisjoint(child.modules()):
             names.append(prefix + name)
         elif parameters:
@@ -270,7 +276,7 @@ def _unused(module: nn.Module, used: set[int], finished: set[nn.Module], prefix:
 
 def _drop(result: Cut, names: list[str], x: torch.Tensor, expected: dict[bool, torch.Tensor]) -> bool:
     trial = _trial(result)
-    _remove(trial.model, names)
+    _remove(trial.get_submodule("model"), names)
     try:
         same = all(torch.equal(_output(trial, x, train), wanted) for train, wanted in expected.items())
     except Exception:  # a forward that reads what was dropped can fail in any way
@@ -282,8 +288,8 @@ def _drop(result: Cut, names: list[str], x: torch.Tensor, expected: dict[bool, t
 
 def _remove(model: nn.Module, names: list[str]) -> None:
     for name in names:
-        parent, _, last = name.rpartition(".")
-        parent = model.get_submodule(parent)
+        path, _, last = name.rpartition(".")
+        parent = model.get_submodule(path)
         setattr(parent, last, nn.Identity() if isinstance(getattr(parent, last), nn.Module) else None)
 
 

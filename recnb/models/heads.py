@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -64,7 +65,7 @@ def check_labels(y: Tensor, count: int, owner: str, wait: bool = False) -> None:
 
 
 def hold_classes(
-    head: nn.Module,
+    head: Any,
     embedding_size: Count,
     class_num: Count,
     sample_rate: float,
@@ -92,7 +93,7 @@ def xavier(std: float, weight: Tensor, generator: torch.Generator | None = None)
     return nn.init.normal_(weight, 0, std, generator)
 
 
-def margin_logits(head: nn.Module, features: Tensor, y: Tensor | None) -> Tensor | PartialLogits:
+def margin_logits(head: Any, features: Tensor, y: Tensor | None) -> Tensor | PartialLogits:
     """The logits (B, class_num) of features (B, D); the cosines in evaluation and without labels.
 
     The head says what becomes of the cosine with a row's own class (`target`) and of those with the others (`others`).
@@ -117,7 +118,7 @@ def margin_logits(head: nn.Module, features: Tensor, y: Tensor | None) -> Tensor
     return PartialLogits(logits, torch.where(here, column, -1), world > 1)
 
 
-def sampled(head: nn.Module, column: Tensor, here: Tensor) -> tuple[Tensor, Tensor]:  # (M,), (M,) -> (S, D), (M,)
+def sampled(head: Any, column: Tensor, here: Tensor) -> tuple[Tensor, Tensor]:  # (M,), (M,) -> (S, D), (M,)
     """The weights of the batch's classes that are here and of others drawn; where each row's class stands in them.
 
     Ranks that all hold the whole weight take the same rows of it, for the classes of all their batches.
@@ -134,7 +135,7 @@ def sampled(head: nn.Module, column: Tensor, here: Tensor) -> tuple[Tensor, Tens
 
 
 def with_target(
-    head: nn.Module, features: Tensor, y: Tensor, weight: Tensor, column: Tensor, here: Tensor | None = None
+    head: Any, features: Tensor, y: Tensor, weight: Tensor, column: Tensor, here: Tensor | None = None
 ) -> Tensor:
     """Return (M, S) from features (M, D), labels (M,), class weights (S, D) and where each row's class stands (M,).
 
@@ -184,6 +185,9 @@ class ArcMargin(nn.Module):
             looks (sub-center ArcFace, Deng et al., ECCV 2020).
         class_counts: the number of images of each class, which a margin by frequency needs in training.
     """
+
+    weight: nn.Parameter
+    margins: Tensor | None
 
     def __init__(
         self,
@@ -312,6 +316,9 @@ class AdaMargin(nn.Module):
     The margin grows with the length of the feature, which stands for the quality of the image. `t_alpha` is the rate
     at which mean and deviation of the lengths follow the batches; they are learnt in training only.
     """
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(
         self,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from recnb.registry import Count, Registry, fits, suggest
 
 NECKS = Registry("neck")
-INITIALIZERS = {
+INITIALIZERS: dict[str, Callable] = {
     "Normal": lambda p, mean=0.0, std=1.0: nn.init.normal_(p, mean, std),
     "Constant": lambda p, value=0.0: nn.init.constant_(p, value),
     "KaimingUniform": lambda p, fan_in=None, negative_slope=0.0, nonlinearity="relu": nn.init.uniform_(
@@ -34,10 +35,11 @@ def kaiming(p: Tensor, fan_in: int | None, negative_slope: float, nonlinearity: 
 
     `fan_in` is by default how many inputs reach an output.
     """
-    return nn.init.calculate_gain(nonlinearity, negative_slope) / math.sqrt(fan_in or p[0].numel())
+    gain = nn.init.calculate_gain(nonlinearity, negative_slope)  # type: ignore[arg-type]
+    return gain / math.sqrt(fan_in or p[0].numel())
 
 
-def initialize(parameter: nn.Parameter, attr: dict | bool | None, default: dict) -> None:
+def initialize(parameter: Any, attr: dict | bool | None, default: dict) -> None:
     """Fill a parameter as `attr` (`{initializer: {name: Normal, std: 0.01}}`) says, otherwise as `default` does.
 
     `learning_rate` in it is a share of the optimizer's, 0 of which is no training, `regularizer` (L2) replaces its
@@ -64,7 +66,7 @@ def choose(section, known: dict, kind: str, example: str) -> Callable:
     """The function of one parameter that a section names, with its arguments; raises ValueError for an unknown one."""
     name = section.get("name") if isinstance(section, dict) else section
     if not isinstance(section, dict) or name not in known:
-        raise ValueError(f"there is no {kind} '{name}' (written {example}); {suggest(name, known)}")
+        raise ValueError(f"there is no {kind} '{name}' (written {example}); {suggest(str(name), known)}")
     args = {k: v for k, v in section.items() if k != "name"}
     accepted = list(inspect.signature(known[name]).parameters)[1:]
     for key in set(args) - set(accepted):
@@ -103,7 +105,7 @@ class VehicleNeck(nn.Module):
             dilation,
             groups,
             bias=bias_attr is not False,
-            padding_mode=padding_mode,
+            padding_mode=padding_mode,  # type: ignore[arg-type]
         )
         std = math.sqrt(2 / (kernel_size**2 * in_channels))
         initialize(self.conv.weight, weight_attr, {"name": "Normal", "std": std})

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from fnmatch import fnmatch
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -123,16 +124,20 @@ class DistillationModel(nn.Module):
         self.models, self.chosen = nn.ModuleDict(models), chosen
 
     @property
+    def used(self) -> Any:
+        return self.models[self.chosen]
+
+    @property
     def backbone(self) -> nn.Module:
-        return self.models[self.chosen].backbone
+        return self.used.backbone
 
     @property
     def sizes(self) -> dict[str, int]:
-        return self.models[self.chosen].sizes
+        return self.used.sizes
 
     @property
     def head(self) -> nn.Module | None:
-        return self.models[self.chosen].head
+        return self.used.head
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor | dict]:  # (B, 3, H, W), (B,)
         names = self.models if self.training else [self.chosen]
@@ -141,11 +146,12 @@ class DistillationModel(nn.Module):
 
     def head_input(self, out: dict) -> Tensor:
         """Return what the chosen model's head reads of the outputs, (B, D)."""
-        return self.models[self.chosen].head_input(out)
+        return self.used.head_input(out)
 
     def describe(self) -> str:
         """The lines of each model, under its name."""
+        models: Any = self.models
         return "\n".join(
             f"{name}{' (the one that is used)' * (name == self.chosen)}\n{model.describe()}"
-            for name, model in self.models.items()
+            for name, model in models.items()
         )

@@ -42,8 +42,8 @@ def _load(model: nn.Module, path: str | Path) -> list[str]:
     }
     names = sorted(set().union(*wrong.values()))
     classifier = tuple(f"{name}." for name in classifiers(model))
-    wrong = {kind: sorted(name for name in group if not name.startswith(classifier)) for kind, group in wrong.items()}
-    parts = [f"{len(group)} are {kind} ({listed(group, 3)})" for kind, group in wrong.items() if group]
+    serious = {what: sorted(name for name in group if not name.startswith(classifier)) for what, group in wrong.items()}
+    parts = [f"{len(group)} are {what} ({listed(group, 3)})" for what, group in serious.items() if group]
     if parts:
         raise ValueError(f"'{path}' does not fit {kind(model)}: of {len(own)} tensors " + ", ".join(parts))
     model.load_state_dict({name: given[name] for name in own.keys() - set(names)}, strict=False)
