@@ -135,7 +135,7 @@ def check_recnb(words: list[str]) -> None:
     elif command == "sweep" and (ROOT / given["batch"]).is_file():
         batch = yaml.safe_load((ROOT / given["batch"]).read_text(encoding="utf-8"))
         load_config(ROOT / batch["config"], batch.get("overrides"))
-    elif given.get("config", "").islower():
+    elif str(given.get("config", "")).islower():
         load_config(ROOT / given["config"], train.overrides_of(given["overrides"]))
 
 

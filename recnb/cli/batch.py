@@ -86,7 +86,7 @@ def command_of(folder: Path, parameters: dict) -> list[str]:
     return [*words, "--to", str((folder / "train.ipynb").absolute()), "-y", text]
 
 
-def plan(path: str, run_dir: str = "") -> list[Job]:
+def plan(path: str | Path, run_dir: str = "") -> list[Job]:
     """Return every run of a batch, checked and with its state.
 
     Raise ConfigError naming run and key before anything is run.
@@ -201,7 +201,7 @@ def table(jobs: list[Job]) -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
-def run_all(path: str, run_dir: str = "", at_once: int = 1, printed: bool = False) -> int:
+def run_all(path: str | Path, run_dir: str = "", at_once: int = 1, printed: bool = False) -> int:
     """Run what a batch has still to do and return the exit code: 1 where a run of it is not done at the end.
 
     Args:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from recnb.training.learner import RetrievalLearner
 
 
-def check(config: Annotated[str, typer.Argument(help="The YAML file.")], overrides: Overrides = None) -> None:
+def check(config: Annotated[Path, typer.Argument(help="The YAML file.")], overrides: Overrides = None) -> None:
     """Check a configuration without training.
 
     Looks at its keys, lists, images and model, and puts one batch through the loss and the evaluation. Nothing is

@@ -7,9 +7,18 @@ from typing import Annotated
 
 import typer
 
+from recnb.storage import resolve
+
+
+def names(incomplete: str) -> list[str]:
+    """Return the notebooks in notebooks/ whose names begin like a word, for the shell to complete it."""
+    return sorted(path.stem for path in resolve("notebooks").glob(f"{incomplete}*.ipynb"))
+
 
 def run(
-    notebook: Annotated[str, typer.Argument(help="A file, or the name of one in notebooks/ such as 02_train.")],
+    notebook: Annotated[
+        str, typer.Argument(help="A file, or the name of one in notebooks/ such as 02_train.", autocompletion=names)
+    ],
     pairs: Annotated[
         list[str] | None, typer.Option("-p", metavar="NAME VALUE", help="A parameter; may be repeated.")
     ] = None,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 
 def sweep(
-    batch: Annotated[str, typer.Argument(help="The YAML file of the batch.")],
+    batch: Annotated[Path, typer.Argument(help="The YAML file of the batch.")],
     run_dir: Annotated[
         str, typer.Option(help="The folder of the runs' folders; by default runs and the file's name.")
     ] = "",

@@ -19,7 +19,7 @@ Overrides = Annotated[
 
 
 def train(
-    config: Annotated[str, typer.Argument(help="The YAML file.")],
+    config: Annotated[Path, typer.Argument(help="The YAML file.")],
     run_dir: Annotated[
         str, typer.Option(help="The folder to write to; by default Global.output_dir, else runs and the name.")
     ] = "",
@@ -42,7 +42,7 @@ def train(
         return
     try:
         with processes(cfg["Global"]["device"]):
-            result = trained(cfg, run_dir or cfg["Global"]["output_dir"] or f"runs/{Path(config).stem}")
+            result = trained(cfg, run_dir or cfg["Global"]["output_dir"] or f"runs/{config.stem}")
     except KeyboardInterrupt as wish:
         print(wish, file=sys.stderr)
         raise typer.Exit(130) from None

@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw
 from recnb.cli import journey, progress
 from recnb.cli import notebook as notebooks
 from recnb.cli.main import main
+from recnb.cli.run import names
 from recnb.registry import ConfigError
 
 NAMES = ["Garlic", "Red Beet", "Åpple Äkerö", "檸檬", "Лимон", "Lime", "Mango", "Kiwi", "Plum", "Leek"]
@@ -263,6 +264,7 @@ def test_what_a_shell_completes():
         [sys.executable, "-m", "recnb", "--show-completion", "bash"], cwd=ROOT, capture_output=True, text=True
     )
     assert result.returncode == 0 and "complete" in result.stdout
+    assert names("02") == ["02_train"] and len(names("")) == 7
 
 
 @pytest.mark.slow
