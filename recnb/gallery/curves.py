@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import cycle, islice
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -15,9 +16,9 @@ from matplotlib.figure import Figure
 from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from PIL import Image, ImageOps
-from torch.utils.data import DataLoader
 
 from recnb.data.images import printable, to_rgb
+from recnb.data.loaders import ImageLoader
 from recnb.data.pipeline import display_image
 from recnb.gallery.figure import COLOURS, INK, SOFT
 from recnb.gallery.fonts import drawn_label, legible
@@ -97,7 +98,7 @@ def draw_pairs(ax: Axes, edges: np.ndarray, counts: np.ndarray, point: dict) -> 
 def draw_ap(ax: Axes, arrays: dict) -> None:
     """Draw how the average precision is spread over the queries, and its mean."""
     ap = arrays["AP"][arrays["valid"]]
-    ax.hist(ap, np.linspace(0, 1, 21), color=COLOURS[RIGHT], edgecolor="white", linewidth=0.8)
+    ax.hist(ap, np.linspace(0, 1, 21).tolist(), color=COLOURS[RIGHT], edgecolor="white", linewidth=0.8)
     ax.axvline(ap.mean(), color=COLOURS[WRONG], linewidth=1.8)
     ax.set_ylim(0, 1.18 * ax.get_ylim()[1])
     ax.annotate(
@@ -137,7 +138,7 @@ def ladder_figure(rows: Sequence[Mapping], metric: str = "mAP") -> Figure:
     ax.set_yticks(range(len(rows)), [str(row["name"]).replace("$", r"\$") for row in rows], fontsize=10)
     ax.set(xlabel=f"{metric} on validation, 95 % intervals; dashed: as it comes", ylim=(len(rows) - 0.5, -0.5))
     ax.grid(axis="y", visible=False)
-    return figure
+    return legible(figure)
 
 
 def confusion_figure(table: pd.DataFrame) -> Figure:
@@ -166,7 +167,7 @@ def confusion_figure(table: pd.DataFrame) -> Figure:
     ax.grid(visible=False)
     ax.spines[:].set_visible(False)
     ax.set(xlabel="first hit", ylabel="query")
-    return figure
+    return legible(figure)
 
 
 def map_figure(
@@ -198,13 +199,14 @@ def map_figure(
         ax.plot(
             [], [], "o", color=colour, markersize=7, label=shorten(drawn_label(group, names), 24).replace("$", r"\$")
         )  # no formula
-    ax.scatter(*points.T, s=16, c=list(colours), linewidths=0)
+    ax.scatter(points[:, 0], points[:, 1], s=16, c=list(colours), linewidths=0)
     ax.margins(0.04)
     ax.set(xticks=[], yticks=[])
     ax.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK)
     ax.spines[:].set_color("#DDDDDD")
-    for i in _apart(points, np.isin(labels, groups), most) if pictures is not None else ():
-        picture = OffsetImage(np.asarray(read_picture(pictures[i], 34)), zoom=1, dpi_cor=False)
+    shown = {} if pictures is None else {i: pictures[i] for i in _apart(points, np.isin(labels, groups), most)}
+    for i, source in shown.items():
+        picture = OffsetImage(np.asarray(read_picture(source, 34)), zoom=1, dpi_cor=False)
         frame = {"edgecolor": colours[i], "linewidth": 2 if colours[i] != "#C4C4C4" else 0.8}
         ax.add_artist(AnnotationBbox(picture, points[i], pad=0.08, bboxprops=frame))
     if groups:
@@ -280,16 +282,17 @@ def samples_figure(table: pd.DataFrame, rows: int = 6, columns: int = 8) -> Figu
     return legible(figure)
 
 
-def augmentation_figure(loader: DataLoader, count: int = 8) -> Figure:
+def augmentation_figure(loader: ImageLoader, count: int = 8) -> Figure:
     """Return images of the first training batch in pairs: above as in the file, below as the model gets them."""
-    items, images = list(islice(next(iter(loader.batch_sampler)), count)), loader.dataset
+    sampler: Any = loader.batch_sampler
+    items, images = list(islice(next(iter(sampler)), count)), loader.dataset
     figure = plt.figure(figsize=(1.25 * len(items), 2.9), facecolor="white", dpi=90)
     plt.close(figure)
     axes = figure.subplots(2, len(items), squeeze=False)
     for (before, after), item in zip(axes.T, items, strict=True):
         index = item[0] if isinstance(item, tuple) else item  # the other number is the seed of its augmentation
         before.imshow(images.image(index).permute(1, 2, 0))
-        before.set_title(shorten(printable(images.name(images.labels[index])), 14), fontsize=8, parse_math=False)
+        before.set_title(shorten(printable(images.name(int(images.labels[index]))), 14), fontsize=8, parse_math=False)
         after.imshow(display_image(images[item][0], images.transform))
     for ax in axes.ravel():
         ax.set(xticks=[], yticks=[])
@@ -328,7 +331,7 @@ def histories_figure(histories: Mapping[str, pd.DataFrame], columns: Sequence[st
             _draw_epochs(ax, history, column, name, style)
         ax.set_title(column)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
-    return figure
+    return legible(figure)
 
 
 def _draw_epochs(ax: Axes, history: pd.DataFrame, column: str, name: str, style: tuple[str, str]) -> None:

@@ -11,14 +11,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from torch.utils.data import DataLoader
 
-from recnb.data.lists import own_index
+from recnb.data.lists import ImageList, own_index
+from recnb.data.loaders import ImageLoader
 from recnb.gallery.curves import _panels, draw_ap, draw_cmc, draw_pairs
 from recnb.gallery.pictures import label_text
 from recnb.registry import ConfigError, suggest
@@ -65,11 +65,11 @@ class Embeddings:
     exclude_self: bool | np.ndarray = False  # True, or (Q,) the gallery row of each query's own image, -1 for none
     query_paths: Sequence | None = None
     gallery_paths: Sequence | None = None
-    names: Sequence | Mapping | None = None
+    names: Any = None  # identity -> text: a sequence, an array or a mapping
     root: str = ""  # the folder below which the paths are named
 
     @property
-    def lists(self) -> tuple:
+    def lists(self) -> tuple[Any, Any, Any, Any, Any]:
         """What `recnb.retrieval.metrics` and `recnb.retrieval.verification` take after the vectors."""
         return self.query_labels, self.gallery_labels, self.query_cameras, self.gallery_cameras, self.exclude_self
 
@@ -87,12 +87,11 @@ class Embeddings:
     def union(self) -> tuple[np.ndarray, np.ndarray, list | None]:
         """Vectors, labels and paths of all images, once each: the gallery, then the queries that are not in it."""
         new = np.flatnonzero(self.protocol.own < 0)
-        known = self.query_paths is not None and self.gallery_paths is not None
-        return (
-            np.concatenate([self.gallery, self.query[new]]),
-            np.concatenate([self.gallery_labels, np.asarray(self.query_labels)[new]]),
-            [*self.gallery_paths, *(self.query_paths[i] for i in new)] if known else None,
-        )
+        paths = None
+        if self.query_paths is not None and self.gallery_paths is not None:
+            paths = [*self.gallery_paths, *(self.query_paths[i] for i in new.tolist())]
+        labels = np.concatenate([self.gallery_labels, np.asarray(self.query_labels)[new]])
+        return np.concatenate([self.gallery, self.query[new]]), labels, paths
 
     def short(self, path) -> str:
         """Return a path as it stands below the root, or whole where it lies elsewhere."""
@@ -148,8 +147,8 @@ def of_files(files: Mapping[str, str]) -> Embeddings:
     if not two:
         both = {key.replace("query", "gallery"): value for key, value in values.items()}
         return Embeddings(**values, **both, exclude_self=True)
-    paths = [SimpleNamespace(paths=values.get(f"{side}_paths", [])) for side in ("query", "gallery")]
-    return Embeddings(**values, exclude_self=own_index(*paths) if all(p.paths for p in paths) else False)
+    paths = [ImageList(values.get(f"{side}_paths", []), np.empty(0)) for side in ("query", "gallery")]
+    return Embeddings(**values, exclude_self=own_index(paths[0], paths[1]) if all(p.paths for p in paths) else False)
 
 
 def _read(key: str, path: Path):
@@ -283,10 +282,10 @@ def effects(data: Embeddings, others: Mapping[str, tuple] | None = None) -> pd.D
         **(others or {}),
     }
     labels, rows, first = np.asarray(data.query_labels), {}, None
-    options = {"topk": (1,), "metrics": ("recall{k}", "mAP", "mINP"), "per_query": True}
+    options: dict[str, Any] = {"topk": (1,), "metrics": ("recall{k}", "mAP", "mINP"), "per_query": True}
     for name, vectors in ways.items():
         scores, arrays = (
-            retrieval_metrics(*vectors, *data.lists, **options)
+            retrieval_metrics(vectors[0], vectors[1], *data.lists, **options)
             if vectors
             else ranking_metrics(KReciprocal(data.query, gallery), *data.lists, **options)
         )
@@ -311,7 +310,7 @@ def spread(data: Embeddings, most: int = 2000) -> pd.DataFrame:
 def mirrored(run: Run) -> tuple[np.ndarray, np.ndarray]:
     """Return query and gallery vectors of a run, each image's averaged with those of its mirror image."""
     model = run.model()
-    loaders = [DataLoader(images, batch_size=64) for images in (run.query, run.gallery)]
+    loaders = [ImageLoader(images, batch_size=64) for images in (run.query, run.gallery)]
     query, gallery = (embed(model, loader, flip=True, progress=False).numpy() for loader in loaders)
     return query, gallery
 

@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -245,7 +246,7 @@ def stacked(entries: Sequence[tuple[Ranking, int, str]], label_names=None) -> Ra
         label_names: identity -> text.
     """
     first = entries[0][0]
-    shared = {
+    shared: dict[str, Any] = {
         "gallery_labels": np.array([label_text(x, label_names) for x in first.gallery_labels.tolist()]),
         "gallery_cameras": first.gallery_cameras,
         "query_labels": np.array(

@@ -29,7 +29,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from recnb.data.images import DataError
 from recnb.data.lists import ImageList, own_index, same_list
 from recnb.gallery.pictures import read_picture
-from recnb.models.recmodel import RecModel
+from recnb.models.recmodel import DistillationModel, RecModel
 from recnb.models.weights import load_weights
 from recnb.recipe.data import build_transform, evaluation_images, evaluation_places
 from recnb.recipe.model import build_model
@@ -196,7 +196,7 @@ class Run:
             scores=scores,
         )
 
-    def model(self) -> RecModel:
+    def model(self) -> RecModel | DistillationModel:
         """The trained model in evaluation mode, on the CPU."""
         model = build_model(untrained(self.cfg))
         load_weights(model, self.folder / "model.safetensors")
@@ -212,7 +212,7 @@ def below(path: str, root: str) -> str:
 def image_root(cfg: dict, part: str = "Query") -> str:
     """Return the folder that the paths of the query list, or of the gallery list, start from."""
     sections = (lookup(cfg, f"{place}.dataset") for place in (f"DataLoader.Eval.{part}", "DataLoader.Eval"))
-    return str(resolve(next(filter(None, sections), {}).get("image_root") or ""))
+    return str(resolve((next(filter(None, sections), None) or {}).get("image_root") or ""))
 
 
 def model_input(run: Run, picture) -> torch.Tensor:
@@ -221,7 +221,7 @@ def model_input(run: Run, picture) -> torch.Tensor:
     return transform(pil_to_tensor(read_picture(picture, 4096)))
 
 
-def embed_picture(run: Run, model: RecModel, picture) -> np.ndarray:
+def embed_picture(run: Run, model: torch.nn.Module, picture) -> np.ndarray:
     """(D,) the feature of one picture."""
     with torch.inference_mode():
         return model(model_input(run, picture)[None])["features"][0].float().numpy()
@@ -257,7 +257,7 @@ def load_run(folder: str | Path) -> Run:
         raise ConfigError(f"{run}: embeddings/query.npy and gallery.npy are of two runs, with {sizes} dimensions")
     metrics = undamaged(run, run / "metrics.json", read_metrics)
     lists = cache(partial(read_lists, run, cfg, features))
-    return Run(run, cfg, lists, *features, metrics, undamaged(run, run / "history.csv", read_history))
+    return Run(run, cfg, lists, features[0], features[1], metrics, undamaged(run, run / "history.csv", read_history))
 
 
 def beside(run: Path, path: str) -> str:

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from recnb.data.images import read_pixels
 from recnb.data.lists import ImageList
+from recnb.data.loaders import ImageLoader
 from recnb.registry import ConfigError
 from recnb.retrieval.metrics import retrieval_metrics
 from recnb.retrieval.stats import bootstrap_interval
@@ -34,6 +36,7 @@ class Blanked(Dataset):
 
     def __init__(self, images: ImageList, mask: Mask, foreground: bool):
         self.images, self.mask, self.foreground = images, mask, foreground
+        self.whole: Any = images.transform  # by another name: a loader would leave part of `transform` to itself
 
     def __len__(self) -> int:
         return len(self.images)
@@ -42,7 +45,7 @@ class Blanked(Dataset):
         pixels = self.images.image(index)
         kept = self.mask(self.images.pictures[index], pixels) == self.foreground
         filled = torch.where(kept, pixels, torch.tensor(FILL, dtype=torch.uint8)[:, None, None])
-        return self.images.transform(filled), int(self.images.labels[index])
+        return self.whole(filled), int(self.images.labels[index])
 
 
 def centre(share: float = 0.6) -> Mask:
@@ -87,14 +90,14 @@ def shortcut_table(run: Run, masks: str = "", share: float = 0.6) -> pd.DataFram
     rows = {"whole image": _row(data, data.query, data.gallery)}
     for name, foreground in (("foreground only", True), ("background only", False)):
         parts = (Blanked(images, mask, foreground) for images in (run.query, run.gallery))
-        vectors = [embed(model, DataLoader(part, batch_size=64), progress=False).numpy() for part in parts]
+        vectors = [embed(model, ImageLoader(part, batch_size=64), progress=False).numpy() for part in parts]
         rows[name] = _row(data, *vectors)
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
 def _row(data: Embeddings, query: np.ndarray, gallery: np.ndarray) -> dict:
     names = ("recall{k}", "mAP")
-    scores, arrays = retrieval_metrics(query, gallery, *data.lists, topk=(1,), metrics=names, per_query=True)
+    scores, arrays = retrieval_metrics(query, gallery, *data.lists, (1,), metrics=names, per_query=True)
     valid = arrays["valid"]
     interval = bootstrap_interval(arrays["AP"][valid], np.asarray(data.query_labels)[valid])
     return {"recall1": scores["recall1"], "mAP": scores["mAP"], "low": interval["low"], "high": interval["high"]}

@@ -42,7 +42,7 @@ def label_errors(features, labels, k: int = 5, agreement: float = 1.0) -> pd.Dat
             "suggested": names[suggested[items]],
             "agreement": votes.max(1)[items] / ids.shape[1],
             "similarity": [scores[i][near[i] == suggested[i]].mean() for i in items],
-            "own_similarity": [_best_of_own(features, codes, i) for i in items],
+            "own_similarity": [_best_of_own(features, codes, i) for i in items.tolist()],
         }
     )
     return table.sort_values(["agreement", "similarity"], ascending=False, kind="stable").reset_index(drop=True)
@@ -71,7 +71,8 @@ def corrections(table: pd.DataFrame) -> pd.DataFrame:
 
 def suspects_figure(data: Embeddings, table: pd.DataFrame, k: int = 6) -> Figure:
     """Return a row per image of `suspects`: its label, its picture and its nearest neighbours with theirs."""
-    vectors, labels, paths = data.union()
+    vectors, labels, known = data.union()
+    paths = known or []
     items, names = table["item"].to_numpy(), np.array(data.text(labels))
     ranking = rank(vectors[items], vectors, labels[items], labels, exclude_self=items, k=k)
     called = [f"{n}. {shorten(names[item], 30)}" for n, item in enumerate(items, 1)]
