@@ -27,6 +27,7 @@ SETTINGS = {  # the sections that are no constructor calls
     settings.Amp: "AMP",
     settings.Ema: "EMA",
     settings.Retention: "Retention",
+    settings.Ladder: "Ladder",
     settings.Loader: "DataLoader.*.loader",
     settings.HeldOut: "DataLoader.Validation",
 }

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recnb.registry import Count, Registry, fits, suggest
+from recnb.retrieval.rerank import fit_whitening
 
 NECKS = Registry("neck")
 INITIALIZERS: dict[str, Callable] = {
@@ -168,6 +169,40 @@ class BNNeck(nn.Module):
         if self.use_global_stats:
             self.bn.eval()
         return self.bn(x.flatten(1))
+
+
+@NECKS.register
+class Whitening(nn.Module):
+    """Unit vectors on their principal components, each divided by its deviation: (B, C) -> (B, dimensions).
+
+    It begins where `fit` puts it, on the features of the training images, and is a linear layer that can be trained on
+    from there (Jegou and Chum, ECCV 2012).
+
+    Args:
+        num_features: C, the size of the backbone's output.
+        dimensions: How many components are kept.
+        power: By which power of its deviation each is divided: 0 only rotates and cuts, 1 whitens.
+    """
+
+    def __init__(self, num_features: int, dimensions: int = 512, power: float = 0.5):
+        super().__init__()
+        self.project, self.power = nn.Linear(num_features, dimensions), power
+
+    def fit(self, vectors: Tensor) -> None:
+        """Fit the projection to vectors (N, C); raise ValueError where these do not span so many dimensions."""
+        size = self.project.out_features
+        unit = F.normalize(vectors.float())
+        fitted = fit_whitening(unit.numpy(), size, self.power)
+        mean, projection = torch.from_numpy(fitted.mean), torch.from_numpy(fitted.projection)
+        projection = (
+            projection / ((unit - mean) @ projection).square().sum(1).mean().sqrt()
+        )  # lengths of 1, to train on
+        with torch.no_grad():
+            self.project.weight.copy_(projection.T)
+            self.project.bias.copy_(-mean @ projection)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, C) or (B, C, 1, 1) -> (B, dimensions)
+        return self.project(F.normalize(x.flatten(1)))
 
 
 @NECKS.register

@@ -33,13 +33,14 @@ FREE = (
             "device",
             "devices",
             "cache_images",
+            "probe_cache",
         )
     ),
     *(f"DataLoader.{part}.loader" for part in LOADERS),
 )
 PATHS = {
     **{f"DataLoader.{part}.dataset": ("image_root", "cls_label_path") for part in LOADERS},
-    "Global": ("pretrained_model", "checkpoints", "cache_images"),
+    "Global": ("pretrained_model", "checkpoints", "cache_images", "probe_cache"),
 }
 
 

@@ -16,12 +16,14 @@ from recnb.recipe.settings import (
     AMP,
     EMA,
     GLOBAL,
+    LADDER,
     Amp,
     Arch,
     Distillation,
     Ema,
     Global,
     HeldOut,
+    Ladder,
     Lists,
     Loader,
     Retention,
@@ -42,13 +44,27 @@ UNSUPPORTED = {
 }
 LISTS = ("Eval", "Validation")  # judged: by a query and a gallery list or, in classification, by one list
 LOADERS = ("Train", *(f"{part}{each}" for part in LISTS for each in (".Query", ".Gallery", "")))
-SECTIONS = ("Global", "AMP", "EMA", "DataLoader", "Arch", "Loss", "Metric", "PostProcess", "Slim", "Infer", "Retention")
+SECTIONS = (
+    "Global",
+    "AMP",
+    "EMA",
+    "Retention",
+    "Ladder",
+    "DataLoader",
+    "Arch",
+    "Loss",
+    "Metric",
+    "PostProcess",
+    "Slim",
+    "Infer",
+)
 KEYS: dict[str, dict[str, Any]] = {  # what the sections that are not constructor calls may say
     "": {**dict.fromkeys(SECTIONS, Any), "Optimizer": dict | list},
     "Global": hints(Global, WithoutEffect),
     "AMP": hints(Amp),
     "EMA": hints(Ema),
     "Retention": hints(Retention),
+    "Ladder": hints(Ladder),
     "DataLoader": dict.fromkeys(("Train", *LISTS), Any),
     "DataLoader.Eval": hints(Lists),
     "DataLoader.Validation": hints(Lists, HeldOut),
@@ -83,10 +99,10 @@ def load_config(path: str | Path, overrides: dict | None = None) -> dict:
 
 
 def fill(cfg: dict) -> None:
-    """Give Global and, where they are there, AMP and EMA, in place, every key that they leave out."""
-    for where, known in (("Global", GLOBAL), ("AMP", AMP), ("EMA", EMA)):
+    """Give Global and, where they count, AMP, EMA and Ladder, in place, every key that they leave out."""
+    for where, known in (("Global", GLOBAL), ("AMP", AMP), ("EMA", EMA), ("Ladder", LADDER)):
         given = cfg.get(where)
-        if given is None and where != "Global":
+        if given is None and where != "Global" and not (where == "Ladder" and cfg["Global"]["recipe"]):
             continue
         check_keys(given or {}, where)
         mode = {"eval_mode": "classification"} if known is GLOBAL and lookup(cfg, "DataLoader.Eval.dataset") else {}

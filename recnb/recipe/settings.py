@@ -50,6 +50,7 @@ class Global:
         retrieval_feature_from: which output is searched with: `features`, `neck` or `backbone`
         feature_normalize: embeddings at length 1
         feature_binarize: `round` or `sign`: binary codes
+        recipe: `ladder`: climb from the untouched features to fine-tuned ones, keep the best; see [](../ladder.md)
         probe: freeze the backbone, keep what it gives for so many views of each image, and train neck and head on that
         probe_cache: the folder for these features
     """
@@ -88,6 +89,7 @@ class Global:
     retrieval_feature_from: Literal["features", "neck", "backbone"] = "features"
     feature_normalize: bool = True
     feature_binarize: Literal["round", "sign"] | None = None
+    recipe: Literal["ladder"] | None = None
     probe: Count | None = None
     probe_cache: str = "./cache/features"
 
@@ -138,6 +140,21 @@ class Ema:
     """
 
     decay: Annotated[float, Range(above=0, below=1)] = 0.9999
+
+
+@dataclass
+class Ladder:
+    """How a ladder is climbed (`Global.recipe: ladder`).
+
+    Args:
+        minutes: behind so many it ends with the best rung so far; null for as long as it takes
+        folds: how often identities are held out in turn; where it is left out 4, and 1 from 40 identities on
+        refit: train the kept rung again on all training identities, those held out included
+    """
+
+    minutes: Rate | None = 20.0
+    folds: Count | None = None
+    refit: bool = True
 
 
 @dataclass
@@ -255,5 +272,5 @@ def defaults(section: type) -> dict[str, Any]:
     return {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(section)}
 
 
-GLOBAL, AMP, EMA = (defaults(section) for section in (Global, Amp, Ema))
+GLOBAL, AMP, EMA, LADDER = (defaults(section) for section in (Global, Amp, Ema, Ladder))
 WITHOUT_EFFECT = (*defaults(WithoutEffect),)

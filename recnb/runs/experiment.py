@@ -7,20 +7,17 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
-from recnb.data.lists import ImageList
 from recnb.distributed.processes import first_does
 from recnb.recipe.data import build_loaders
+from recnb.recipe.ladder import is_ladder, start
 from recnb.recipe.learner import build_learner
 from recnb.recipe.lint import lint, stop
 from recnb.recipe.model import build_model
-from recnb.runs.folder import open_run, resolve_run, save_embeddings, save_metrics
-from recnb.runs.rows import save_rows
-from recnb.storage import from_root, replacing
-from recnb.training.evaluation import Evaluation
-from recnb.training.learner import RetrievalLearner
+from recnb.runs.folder import open_run, resolve_run
+from recnb.runs.ladder import climb
+from recnb.runs.results import evaluate_start, save_results
 
 
 def train(cfg: dict, run_dir: str | Path) -> dict:
@@ -29,83 +26,28 @@ def train(cfg: dict, run_dir: str | Path) -> dict:
     Raises:
         ConfigError: The lint has found what makes the run useless.
     """
-    loaders, run = build_loaders(cfg), resolve_run(run_dir)
-    first_does(open_run, run, cfg, loaders.classes)
+    first, run = start(cfg) if is_ladder(cfg) else cfg, resolve_run(run_dir)
+    loaders = build_loaders(first)
+    first_does(open_run, run, first, loaders.classes)
     findings = lint(cfg, loaders)
     for finding in findings:
         print(f"{finding.place}: {finding.what}: {finding.why}; {finding.mend}")
     stop(findings)
-    learn = build_learner(cfg, build_model(cfg, loaders.classes), loaders, run)
+    learn = build_learner(first, build_model(first, loaders.classes), loaders, run)
     print(learn.model.describe())
     with contextlib.ExitStack() as quiet:
         if not sys.stdout.isatty():  # bars are redrawn, lines stay
             quiet.enter_context(learn.no_bar())
             quiet.enter_context(learn.no_logging())
         before = evaluate_start(run, learn)
-        learn.fit_config(on_epoch=None if sys.stdout.isatty() else partial(print_epoch, run, cfg["Global"]["epochs"]))
+        if is_ladder(cfg):
+            learn, _ = climb(cfg, run)
+        else:
+            say = None if sys.stdout.isatty() else partial(print_epoch, run, cfg["Global"]["epochs"])
+            learn.fit_config(on_epoch=say)
         after = learn.evaluate()
     first_does(save_results, run, learn, before, after)
     return {**after.metrics, "before": before.metrics}
-
-
-def evaluate_start(run: Path, learn: RetrievalLearner) -> Evaluation:
-    """Return the evaluation of the model before training, and keep each query's values in queries.csv.
-
-    Where a run goes on, the metrics and the values are those that it kept, and there are no features.
-    """
-    if learn.tested is None:
-        return Evaluation()
-    path, columns = run / "queries.csv", {f"{name}_before": name for name in learn.names}
-    if (run / "checkpoints" / "latest.pt").exists() and path.exists():
-        table = pd.read_csv(path, float_precision="round_trip")
-        if set(columns) <= set(table) and len(table) == len(learn.tested.query):
-            values = {name: table[column].to_numpy(float) for column, name in columns.items()}
-            return Evaluation(metrics={name: mean_of_valid(v) for name, v in values.items()}, per_query=values)
-    start = learn.evaluate()
-    first_does(save_queries, path, learn.tested.query, start)
-    return start
-
-
-def mean_of_valid(values: np.ndarray) -> float:
-    """Return the mean over the queries that have something to find."""
-    return float(values[~np.isnan(values)].mean())
-
-
-def save_queries(path: Path, images: ImageList, before: Evaluation, after: Evaluation | None = None) -> None:
-    """Write a row for each query: its path, its identity, and each metric's value before and after training.
-
-    A query that has nothing to find has no value.
-
-    Args:
-        path: The CSV file.
-        images: The queries.
-        before: The evaluation before training.
-        after: The one after it; None while there is none.
-    """
-    names = [images.name(label) for label in images.labels.tolist()]
-    table = pd.DataFrame({"path": [*map(from_root, images.paths)], "label": names})
-    for name, values in before.per_query.items():
-        table[f"{name}_before"] = values
-        if after is not None:
-            table[f"{name}_after"] = after.per_query[name]
-    with replacing(path) as temporary:
-        table.to_csv(temporary, index=False, errors="backslashreplace")
-
-
-def save_results(run: Path, learn: RetrievalLearner, before: Evaluation, after: Evaluation) -> None:
-    """Write metrics.json, and where there are test lists queries.csv and the embeddings.
-
-    Args:
-        run: The run folder.
-        learn: What was trained.
-        before: The evaluation before training.
-        after: The one after it.
-    """
-    if learn.tested is not None:
-        save_queries(run / "queries.csv", learn.tested.query, before, after)
-        save_embeddings(run, query=after.query, gallery=after.gallery)
-        save_rows(run, {"query": learn.tested.query, "gallery": learn.tested.gallery})
-    save_metrics(run, before.metrics, after.metrics)
 
 
 def print_epoch(run: Path, epochs: int) -> None:

@@ -24,7 +24,7 @@ from recnb.training.checkpoints import Checkpoints, resume, save_weights, whole_
 from recnb.training.guard import Guard, Wish, explained, stoppable
 from recnb.training.loggers import Logger, opened
 from recnb.training.plan import FitState, Plan
-from recnb.training.retention import callbacks_of, imprint
+from recnb.training.retention import callbacks_of, fit_neck, imprint
 from recnb.training.steps import Accumulate, MovingAverage, ScaleLoss, Together
 
 if TYPE_CHECKING:
@@ -90,6 +90,8 @@ def begin(learn: RetrievalLearner, plan: Plan, callbacks: list[Callback]) -> Non
         print(f"resuming behind epoch {learn.first_epoch} of {plan.schedule.epochs}{inside}")
     else:
         torch.manual_seed(plan.seed + ranks()[0])  # of dropout and of blended batches
+        if hasattr(learn.model.neck, "fit"):
+            fit_neck(learn.model, learn.loaders)
         if plan.retention.imprint:
             imprint(learn.model, learn.loaders)
 

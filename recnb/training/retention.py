@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recnb.data.loaders import Loaders, over
+from recnb.data.loaders import ImageLoader, Loaders, over
 from recnb.models.recmodel import RecModel
 from recnb.training.adaptor import Callback
 from recnb.training.evaluation import embed
@@ -100,9 +100,25 @@ def imprint(model: RecModel, loaders: Loaders) -> None:
 
     They are of length 1, the mean being of normalised embeddings of the training images as the evaluation sees them.
     """
-    images, judged = loaders.train.dataset, loaders.query or loaders.train
-    plain = images if images.features is not None else replace(images, transform=judged.dataset.transform)
-    features = F.normalize(embed(model, over(judged, plain)))  # (N, D)
+    images = loaders.train.dataset
+    features = F.normalize(embed(model, as_evaluated(loaders)))  # (N, D)
     means = torch.zeros(len(images.names), features.shape[1]).index_add_(0, torch.from_numpy(images.labels), features)
     with torch.no_grad():
         model.head.weight.copy_(F.normalize(means))
+
+
+def fit_neck(model: RecModel, loaders: Loaders) -> None:
+    """Let a neck that has a closed form fit itself to the backbone's outputs for the training images."""
+    neck, model.neck = model.neck, None
+    try:
+        vectors = embed(model, as_evaluated(loaders))
+    finally:
+        model.neck = neck
+    neck.fit(vectors)
+
+
+def as_evaluated(loaders: Loaders) -> ImageLoader:
+    """Return a loader of the training images in the order of their list, each as the evaluation sees it."""
+    images, judged = loaders.train.dataset, loaders.query or loaders.train
+    plain = images if images.features is not None else replace(images, transform=judged.dataset.transform)
+    return over(judged, plain)

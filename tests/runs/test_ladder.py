@@ -1,0 +1,103 @@
+"""The ladder on drawn images: what is kept, what is left alone, and that a climb that was interrupted ends the same."""
+
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from recnb.recipe import ladder as rungs
+from recnb.recipe.model import build_model
+from recnb.recipe.schema import load_config
+from recnb.registry import ConfigError
+from recnb.runs import ladder
+from recnb.runs.experiment import train
+from recnb.runs.folder import load_run
+
+
+@pytest.fixture
+def pretrained(config_file, tmp_path, monkeypatch):
+    """Weights of the tiny backbone to begin with, and the changes that make its configuration a (short) ladder's."""
+    for name, value in (("POWERS", (0.5, 1.0)), ("ALPHAS", (0.5,)), ("PROBE_STEPS", 20), ("VIEWS", 2)):
+        monkeypatch.setattr(rungs, name, value)
+    cfg = load_config(config_file())
+    torch.save(build_model(cfg).backbone.model.state_dict(), tmp_path / "weights.pth")
+    workers = {f"DataLoader.{part}.loader.num_workers": 0 for part in ("Train", "Eval.Query", "Eval.Gallery")}
+    return workers | {
+        "Global.recipe": "ladder",
+        "Global.probe_cache": str(tmp_path / "features"),
+        "Arch.Backbone.pretrained": str(tmp_path / "weights.pth"),
+    }
+
+
+HURTING = {"name": "AdamW", "weight_decay": 15.0, "lr": {"name": "Constant", "learning_rate": 0.05}}  # all weights go
+
+
+def climbed(cfg: dict, run) -> tuple[dict, pd.DataFrame]:
+    return train(cfg, run), pd.read_csv(run / "ladder.csv", index_col="rung")
+
+
+def test_a_climb_that_is_interrupted_keeps_the_same_rung_and_bits(
+    config_file, tmp_path, pretrained, monkeypatch, capsys
+):
+    cfg = load_config(config_file(pretrained | {"Optimizer": HURTING, "Ladder": {"minutes": None, "folds": 2}}))
+    result, table = climbed(cfg, tmp_path / "run")
+    assert list(table.index) == ["start", "whiten", "probe", "finetune", "interpolate"]
+    assert table.kept.sum() == 1 and not table.kept["finetune"] and table.gain["finetune"] < 0 == table.gain["start"]
+    assert table["images"].eq(table["images"].iloc[0]).all()  # of all folds together
+    kept = table.index[table.kept][0]
+    assert f"kept: {kept}, " in capsys.readouterr().out
+    run = load_run(tmp_path / "run")
+    assert {key: run.metrics[key] for key in ("recall1", "mAP")} == {key: result[key] for key in ("recall1", "mAP")}
+    assert run.model().state_dict().keys() == load_file(tmp_path / "run" / "model.safetensors").keys()
+    assert run.cfg["Global"]["recipe"] is None and "Validation" not in run.cfg["DataLoader"]
+
+    real, done = ladder.finish, []
+
+    def killed(folder, *rest):
+        if folder.parent.name == "probe" and not done:
+            done.append(folder)
+            raise KeyboardInterrupt
+        real(folder, *rest)
+
+    monkeypatch.setattr(ladder, "finish", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(cfg, tmp_path / "again")
+    train(cfg, tmp_path / "again")
+    for name in ("model.safetensors", "queries.csv", "metrics.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "run" / name).read_bytes(), name
+
+
+def test_without_time_the_start_is_kept(config_file, tmp_path, pretrained, capsys):
+    cfg = load_config(config_file(pretrained | {"Ladder": {"minutes": 0.0}, "DataLoader.Validation": {"share": 0.4}}))
+    result, table = climbed(cfg, tmp_path)
+    assert "the 0 minutes ended before the ladder did; run again with more" in capsys.readouterr().out
+    assert list(table.index) == ["start"] and result["mAP"] == result["before"]["mAP"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"Arch.Backbone.pretrained": False}, "a ladder begins with pretrained weights"),
+        ({"Ladder": {"folds": 1.5}}, "Ladder.folds: 1.5 is not a int"),
+        ({"Ladder": {"minute": 3}}, "Ladder.minute: there is no such key; did you mean 'minutes'"),
+        ({"Global.recipe": "leiter"}, "Global.recipe: 'leiter' is not supported"),
+    ],
+)
+def test_what_cannot_be_climbed(config_file, tmp_path, pretrained, changes, said):
+    with pytest.raises(ConfigError, match=said):
+        train(load_config(config_file(pretrained | changes)), tmp_path)
+
+
+def rung(name: str, before: list[float], after: list[float]) -> ladder.Rung:
+    labels = [f"id {i // 2}" for i in range(len(before))]
+    return ladder.Rung(name, {}, pd.DataFrame({"label": labels, "mAP_before": before, "mAP_after": after}))
+
+
+def test_a_gain_that_the_images_cannot_show_is_not_kept():
+    values = [0.1 * (i % 7) + 0.2 for i in range(40)]
+    start = rung("start", values, values)
+    surely = rung("whiten", values, [v + 0.05 for v in values])
+    chance = rung("probe", values, [v + (2.1 if i == 3 else 0.0) for i, v in enumerate(values)])
+    worse = rung("finetune", values, [v - 0.05 for v in values])
+    assert ladder.best([start, chance, worse], "mAP") is start
+    assert ladder.best([start, surely, chance, worse], "mAP") is surely
