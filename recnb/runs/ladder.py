@@ -7,7 +7,6 @@ that is there already is read, and one that was interrupted goes on where it sto
 
 from __future__ import annotations
 
-import copy
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -19,25 +18,23 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from recnb.data.lists import ImageList
-from recnb.data.loaders import Loaders
+from recnb.data.lists import save_label_map
 from recnb.models.weights import interpolate
 from recnb.recipe import ladder
 from recnb.recipe.data import build_loaders
 from recnb.recipe.learner import build_learner
 from recnb.recipe.model import build_model
 from recnb.recipe.schema import lookup
-from recnb.registry import ConfigError
+from recnb.recipe.splits import Split, split_lists, unjudged, whole_list
 from recnb.runs.folder import open_run
 from recnb.runs.results import save_results
 from recnb.runs.verdict import BETTER, WORSE, Verdict, verdict
-from recnb.storage import replacing, resolve, write_text
+from recnb.storage import replacing
 from recnb.training.adaptor import Callback
 from recnb.training.evaluation import Evaluation
 from recnb.training.learner import RetrievalLearner
-
-FEWEST = 4  # validation identities, below which there is nothing to choose by
 
 
 class OutOfTime(Exception):
@@ -58,21 +55,13 @@ class Deadline(Callback):
 
 
 @dataclass
-class Split:
-    """Images to train on and others, of other identities, to choose by; sections of data sets."""
-
-    train: dict
-    query: dict
-    gallery: dict
-
-
-@dataclass
 class Rung:
     """A rung that was climbed: its values for each validation query beside those of the start."""
 
     name: str
     cfg: dict
     queries: pd.DataFrame = field(repr=False)
+    folder: str = ""  # in rungs/, of what was trained
     alpha: float | None = None
     minutes: float = 0.0
 
@@ -131,7 +120,7 @@ def climb(cfg: dict, run: Path, show: Callable[[Ladder], object] | None = None) 
     except OutOfTime:
         said.append(f"the {minutes:g} minutes ended before the ladder did; run again with more, and it goes on")
     result = Ladder(rungs, best(rungs, metric_of(rungs[0])), metric_of(rungs[0]), said)
-    learn = refit(cfg, run, result, splits, at)
+    learn = handed_back(cfg, run, result, splits, at)
     said.append(f"kept: {result.kept.name}, {ladder.RUNGS[result.kept.name]}, chosen on validation")
     print(*said, sep="\n", flush=True)
     with replacing(run / "ladder.csv") as path:
@@ -162,7 +151,7 @@ def climbed(cfg: dict, folder: Path, splits: list[Split], at: float) -> Iterator
     """Yield each rung once it is climbed on every split."""
     first = partial(over_splits, splits=splits, at=float("inf"), start=None)
     began = time.monotonic()
-    start = Rung("start", ladder.start(cfg), first(folder / "start", ladder.start(cfg)))
+    start = Rung("start", ladder.start(cfg), first(folder / "start", ladder.start(cfg)), "start")
     start.minutes = (time.monotonic() - began) / 60
     yield start
     rung = partial(over_splits, splits=splits, at=at, start=start)
@@ -172,16 +161,16 @@ def climbed(cfg: dict, folder: Path, splits: list[Split], at: float) -> Iterator
         began, tried = time.monotonic(), []
         for value in ladder.POWERS:
             made = ladder.whiten(cfg, width, value)
-            tried.append(Rung("whiten", made, rung(folder / f"whiten-{value:g}", made)))
+            tried.append(Rung("whiten", made, rung(folder / f"whiten-{value:g}", made), f"whiten-{value:g}"))
         chosen = max(tried, key=lambda rung: rung.queries[f"{metric_of(rung)}_after"].mean())
         chosen.minutes, power = (time.monotonic() - began) / 60, chosen.cfg["Arch"]["Neck"]["power"]
         yield chosen
         began, made = time.monotonic(), ladder.probe(cfg, width, power, images, identities)
         queries = rung(folder / "probe", made)
-        yield Rung("probe", made, queries, minutes=(time.monotonic() - began) / 60)
+        yield Rung("probe", made, queries, "probe", minutes=(time.monotonic() - began) / 60)
     began, made = time.monotonic(), ladder.plain(cfg)
     queries = rung(folder / "finetune", made)
-    tuned = Rung("finetune", made, queries, minutes=(time.monotonic() - began) / 60)
+    tuned = Rung("finetune", made, queries, "finetune", minutes=(time.monotonic() - began) / 60)
     yield tuned
     yield between(tuned, folder, splits, start, at)
 
@@ -252,7 +241,7 @@ def finish(folder: Path, learn: RetrievalLearner, after: Evaluation, start: dict
         else Evaluation(metrics={k: float(np.nanmean(v)) for k, v in start.items()}, per_query=start)
     )
     if not (folder / "history.csv").exists():
-        write_text(folder / "history.csv", "epoch\n")
+        write_history(folder, after.metrics)
     save_results(folder, learn, before, after)
 
 
@@ -280,70 +269,77 @@ def between(tuned: Rung, folder: Path, splits: list[Split], start: Rung, at: flo
     joined = {alpha: pd.concat(parts, ignore_index=True) for alpha, parts in tables.items()}
     metric = f"{metric_of(tuned)}_after"
     alpha = max(joined, key=lambda alpha: joined[alpha][metric].mean())
-    return Rung("interpolate", tuned.cfg, joined[alpha], alpha, (time.monotonic() - began) / 60)
+    return Rung("interpolate", tuned.cfg, joined[alpha], "finetune", alpha, (time.monotonic() - began) / 60)
 
 
 def write_between(cfg: dict, learn: RetrievalLearner, trained: Path, alpha: float, folder: Path) -> None:
     """Give the learner's model the weights between its configuration's start and a file, and save them."""
-    first = build_model(cfg, learn.loaders.classes).state_dict()
-    weights = interpolate(first, load_file(trained), alpha)
+    start = build_model(cfg, learn.loaders.classes).state_dict()
+    weights = interpolate(start, load_file(trained), alpha)
     learn.model.load_state_dict(weights)
-    with replacing(folder / "model.safetensors") as path:
-        save_file({name: value.contiguous() for name, value in weights.items()}, path)
+    save_weights(weights, folder)
 
 
 # ---- what is handed back ---------------------------------------------------------------------------------------------
 
 
-def refit(cfg: dict, run: Path, climbed: Ladder, splits: list[Split], at: float) -> RetrievalLearner:
-    """Return the learner of the kept rung over the test lists, its files copied into the run folder.
-
-    Where Ladder.refit says so, and always where there were folds, the rung is trained again on all training images, the
-    validation ones included, for as many epochs as were best.
-    """
-    kept, rungs = climbed.kept, run / "rungs"
-    final = copy.deepcopy(kept.cfg)
-    final["DataLoader"].pop("Validation", None)
-    name = {"whiten": f"whiten-{lookup(kept.cfg, 'Arch.Neck.power') or 0:g}", "interpolate": "finetune"}.get(
-        kept.name, kept.name
-    )
-    source = rungs / name
-    again = kept.name != "start" and (cfg["Ladder"]["refit"] or len(splits) > 1)
-    if again:
-        whole = whole_list(cfg, run / "lists")
-        section = final["DataLoader"]["Train"]
-        section["dataset"] = ladder.with_ops(section["dataset"], whole)
-        final["Global"] |= {"epochs": best_epoch([*source.rglob("history.csv")]), "eval_during_train": False}
-        source = rungs / f"{name}-refit"
-        if not (source / "model.safetensors").exists():
-            learn = learner_of(unjudged(final), source)
-            with learn.no_bar(), learn.no_logging():
-                learn.fit_config()
-    else:
-        section = final["DataLoader"]["Train"]
-        section["dataset"] = ladder.with_ops(section["dataset"], splits[0].train)
+def handed_back(cfg: dict, run: Path, climbed: Ladder, splits: list[Split], at: float) -> RetrievalLearner:
+    """Return the learner of the kept rung over the test lists; its weights and history stand in the run folder."""
+    kept = climbed.kept
+    final, source = refitted(cfg, run, kept, splits, at)
     learn = learner_of({**final, "Global": {**final["Global"], "probe": None}}, run)
-    weights = load_file(source / "model.safetensors")
+    start = learn.model.state_dict()
+    weights = start if source is None else load_file(source / "model.safetensors")
     if kept.alpha is not None:
-        first = build_model(final, learn.loaders.classes).state_dict()
-        weights = interpolate(first, weights, kept.alpha)
+        weights = interpolate(start, weights, kept.alpha)
+    save_weights(weights, run)
     learn.model.load_state_dict(weights)
     open_run(run, final, learn.loaders.classes)
-    for file in ("history.csv", "labels.csv"):
-        if (source / file).exists():
+    if source is None:
+        save_label_map(learn.loaders.train.dataset, run / "labels.csv")
+        write_history(run, {})
+    else:
+        for file in ("history.csv", "labels.csv"):
             shutil.copyfile(source / file, run / file)
-    if not (run / "history.csv").exists():
-        write_text(run / "history.csv", "epoch\n")
-    with replacing(run / "model.safetensors") as path:
-        save_file({key: value.contiguous() for key, value in weights.items()}, path)
     return learn
 
 
-def unjudged(cfg: dict) -> dict:
-    """Return the configuration without lists to be judged by: nothing is held out any more."""
-    cfg = copy.deepcopy(cfg)
-    cfg["DataLoader"].pop("Eval", None)
-    return cfg
+def refitted(cfg: dict, run: Path, kept: Rung, splits: list[Split], at: float) -> tuple[dict, Path | None]:
+    """Return the kept rung's configuration and the folder of its weights, None where these are the start's.
+
+    Where Ladder.refit says so and there is time, and always where there were folds, the rung is trained again on all
+    training images, those held out included, for as many epochs as were best.
+    """
+    final = unjudged(kept.cfg)
+    final["DataLoader"]["Eval"] = cfg["DataLoader"]["Eval"]
+    section = final["DataLoader"]["Train"]
+    again = len(splits) > 1 or (cfg["Ladder"]["refit"] and time.monotonic() < at)
+    if kept.name == "start" or not again:
+        section["dataset"] = ladder.with_ops(section["dataset"], splits[0].train)
+        return final, None if kept.name == "start" else run / "rungs" / kept.folder
+    section["dataset"] = ladder.with_ops(section["dataset"], whole_list(cfg, run / "lists"))
+    histories = [*(run / "rungs" / kept.folder).rglob("history.csv")]
+    final["Global"] |= {"epochs": best_epoch(histories), "eval_during_train": False}
+    source = run / "rungs" / f"{kept.folder}-refit"
+    if not (source / "model.safetensors").exists():
+        learn = learner_of(unjudged(final), source)
+        with learn.no_bar(), learn.no_logging():
+            learn.fit_config()
+    if not (source / "history.csv").exists():
+        write_history(source, {})
+    return final, source
+
+
+def save_weights(weights: dict[str, Tensor], folder: Path) -> None:
+    """Write model.safetensors."""
+    with replacing(folder / "model.safetensors") as path:
+        save_file({name: value.contiguous() for name, value in weights.items()}, path)
+
+
+def write_history(folder: Path, metrics: dict[str, float]) -> None:
+    """Write the history of a rung that has no epochs: one row, of epoch 0."""
+    with replacing(folder / "history.csv") as path:
+        pd.DataFrame([{"epoch": 0, "lr": 0.0, **metrics}]).to_csv(path, index=False)
 
 
 def best_epoch(histories: list[Path]) -> int:
@@ -356,94 +352,3 @@ def best_epoch(histories: list[Path]) -> int:
         )
         epochs.append(int(judged.epoch[judged[name][::-1].idxmax()]) if len(judged) else 0)
     return int(np.median(epochs)) if epochs else 0
-
-
-# ---- lists -----------------------------------------------------------------------------------------------------------
-
-
-def split_lists(cfg: dict, folder: Path) -> Iterator[Split]:
-    """Yield the splits of the training identities: the Validation lists, one share of them, or folds.
-
-    Raise ConfigError where there are too few identities with two images to choose by.
-    """
-    section = lookup(cfg, "DataLoader.Validation") or {}
-    if section.get("Query"):
-        train = cfg["DataLoader"]["Train"]["dataset"]
-        yield Split(
-            {k: v for k, v in train.items() if k != "transform_ops"},
-            *(
-                {k: v for k, v in section[part]["dataset"].items() if k != "transform_ops"}
-                for part in ("Query", "Gallery")
-            ),
-        )
-        return
-    images = training_table(cfg)
-    names = np.array([images.name(label) for label in images.labels])
-    found, counts = np.unique(names, return_counts=True)
-    able = found[counts > 1]
-    if len(able) < 2 * FEWEST:
-        raise ConfigError(
-            f"Global.recipe: a ladder needs {2 * FEWEST} identities with two images, to train on some and choose by "
-            f"others, and there are {len(able)}; take more, or leave recipe out"
-        )
-    folds = cfg["Ladder"]["folds"] or (1 if section.get("share") or len(able) >= 40 else 4)
-    order = np.random.default_rng(section.get("seed", 0)).permutation(able)
-    share = section.get("share") or 0.25
-    parts = (
-        [order[: max(FEWEST, round(share * len(able)))]]
-        if folds == 1
-        else np.array_split(order, min(folds, len(able) // 2))
-    )
-    for number, held in enumerate(parts):
-        inside = np.isin(names, held)
-        train, validation = (
-            write_list(cfg, images, rows, folder / f"{name}-{number}.txt")
-            for name, rows in (("train", ~inside), ("validation", inside))
-        )
-        yield Split(train, validation, validation)
-
-
-def training_table(cfg: dict) -> ImageList:
-    """Return every training image, those that Validation.share would hold out included."""
-    whole = copy.deepcopy(cfg)
-    whole["DataLoader"].pop("Validation", None)
-    loaders: Loaders = build_loaders(unjudged({**whole, "Global": {**whole["Global"], "eval_during_train": False}}))
-    return loaders.train.dataset
-
-
-def whole_list(cfg: dict, folder: Path) -> dict:
-    """Return the section of all training images, validation ones included."""
-    section = lookup(cfg, "DataLoader.Validation") or {}
-    images = training_table(cfg)
-    if not section.get("Query"):
-        return write_list(cfg, images, np.ones(len(images), bool), folder / "all.txt")
-    held = build_loaders(cfg).validation
-    tables = [images, *{id(part.dataset): part.dataset for part in (held.query, held.gallery)}.values()]
-    return write_list(cfg, images, np.ones(len(images), bool), folder / "all.txt", tables[1:])
-
-
-def write_list(cfg: dict, images: ImageList, rows: np.ndarray, path: Path, more: list[ImageList] | None = None) -> dict:
-    """Write the chosen rows of a table, and all rows of others, as a list file, and return its section."""
-    if images.boxes is not None:
-        raise ConfigError("Global.recipe: a ladder cannot hold out images with boxes; give DataLoader.Validation lists")
-    root = Path(images.paths[0]).anchor or "."
-    lines = dict.fromkeys(
-        "\t".join(
-            [str(Path(table.paths[i]).absolute().relative_to(root)), table.name(table.labels[i]), *camera(table, i)]
-        )
-        for table, chosen in [(images, np.flatnonzero(rows)), *((table, range(len(table))) for table in more or ())]
-        for i in chosen
-    )
-    write_text(path, "\n".join(lines) + "\n")
-    return {
-        "name": "VeriWild",
-        "image_root": root,
-        "cls_label_path": str(resolve(path)),
-        "delimiter": "\t",
-        "names": True,
-    }
-
-
-def camera(images: ImageList, index: int) -> list[str]:
-    """Return the third column of a list, where it has one."""
-    return [] if images.cameras is None else [str(images.cameras[index])]

@@ -78,7 +78,7 @@ def test_without_time_the_start_is_kept(config_file, tmp_path, pretrained, capsy
     ("changes", "said"),
     [
         ({"Arch.Backbone.pretrained": False}, "a ladder begins with pretrained weights"),
-        ({"Ladder": {"folds": 1.5}}, "Ladder.folds: 1.5 is not a int"),
+        ({"Ladder": {"folds": 1.5}}, "Ladder.folds: 1.5 is a float, not int"),
         ({"Ladder": {"minute": 3}}, "Ladder.minute: there is no such key; did you mean 'minutes'"),
         ({"Global.recipe": "leiter"}, "Global.recipe: 'leiter' is not supported"),
     ],

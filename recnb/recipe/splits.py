@@ -1,0 +1,120 @@
+"""Training identities held out to choose by: as lists, so that every choice can be looked at and repeated."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from recnb.data.lists import ImageList
+from recnb.recipe.data import build_loaders
+from recnb.recipe.schema import lookup
+from recnb.registry import ConfigError
+from recnb.storage import resolve, write_text
+
+FEWEST = 4  # validation identities, below which there is nothing to choose by
+MANY = 40  # identities, from which one quarter of them is enough to choose by
+
+
+@dataclass
+class Split:
+    """Images to train on and others, of other identities, to choose by; sections of data sets."""
+
+    train: dict
+    query: dict
+    gallery: dict
+
+
+def split_lists(cfg: dict, folder: Path) -> Iterator[Split]:
+    """Yield the splits of the training identities: the Validation lists, one share of them, or folds.
+
+    Raise ConfigError where there are too few identities with two images to choose by.
+    """
+    section = lookup(cfg, "DataLoader.Validation") or {}
+    if section.get("Query"):
+        train = cfg["DataLoader"]["Train"]["dataset"]
+        yield Split(
+            {k: v for k, v in train.items() if k != "transform_ops"},
+            *(
+                {k: v for k, v in section[part]["dataset"].items() if k != "transform_ops"}
+                for part in ("Query", "Gallery")
+            ),
+        )
+        return
+    images = training_table(cfg)
+    names = np.array([images.name(label) for label in images.labels])
+    found, counts = np.unique(names, return_counts=True)
+    able = found[counts > 1]
+    if len(able) < 2 * FEWEST:
+        raise ConfigError(
+            f"Global.recipe: a ladder needs {2 * FEWEST} identities with two images, to train on some and choose by "
+            f"others, and there are {len(able)}; take more, or leave recipe out"
+        )
+    folds = cfg["Ladder"]["folds"] or (1 if section.get("share") or len(able) >= MANY else 4)
+    order = np.random.default_rng(section.get("seed", 0)).permutation(able)
+    share = section.get("share") or 0.25
+    parts = (
+        [order[: max(FEWEST, round(share * len(able)))]]
+        if folds == 1
+        else np.array_split(order, min(folds, len(able) // 2))
+    )
+    for number, held in enumerate(parts):
+        inside = np.isin(names, held)
+        train, validation = (
+            write_list(folder / f"{name}-{number}.txt", (images, np.flatnonzero(rows)))
+            for name, rows in (("train", ~inside), ("validation", inside))
+        )
+        yield Split(train, validation, validation)
+
+
+def training_table(cfg: dict) -> ImageList:
+    """Return every training image, those that Validation.share would hold out included."""
+    return build_loaders(unjudged(cfg)).train.dataset
+
+
+def whole_list(cfg: dict, folder: Path) -> dict:
+    """Return the section of all training images, those held out included."""
+    tables = [training_table(cfg)]
+    if lookup(cfg, "DataLoader.Validation.Query"):
+        held = build_loaders(cfg).validation
+        tables += {id(part.dataset): part.dataset for part in (held.query, held.gallery)}.values()
+    return write_list(folder / "all.txt", *((table, np.arange(len(table))) for table in tables))
+
+
+def write_list(path: Path, *parts: tuple[ImageList, np.ndarray]) -> dict:
+    """Write rows of tables as one list file, each image once, and return its data set section.
+
+    Args:
+        path: The file.
+        parts: Tables with the indices of their rows.
+    """
+    if any(images.boxes is not None for images, _ in parts):
+        raise ConfigError("Global.recipe: a ladder cannot hold out images with boxes; give DataLoader.Validation lists")
+    root = Path(parts[0][0].paths[0]).absolute().anchor
+    lines = dict.fromkeys(
+        "\t".join(
+            [str(Path(images.paths[i]).absolute().relative_to(root)), images.name(images.labels[i]), *camera(images, i)]
+        )
+        for images, rows in parts
+        for i in rows.tolist()
+    )
+    write_text(path, "\n".join(lines) + "\n")
+    section = {"name": "VeriWild", "image_root": root, "cls_label_path": str(resolve(path))}
+    return section | {"delimiter": "\t", "names": True}
+
+
+def camera(images: ImageList, index: int) -> list[str]:
+    """Return the third column of a list, where it has one."""
+    return [] if images.cameras is None else [str(images.cameras[index])]
+
+
+def unjudged(cfg: dict) -> dict:
+    """Return the configuration without lists to be judged by."""
+    cfg = copy.deepcopy(cfg)
+    for part in ("Eval", "Validation"):
+        cfg["DataLoader"].pop(part, None)
+    cfg["Global"]["eval_during_train"] = False
+    return cfg
