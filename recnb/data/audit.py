@@ -81,9 +81,14 @@ def exact_copies(table: pd.DataFrame, prints: pd.DataFrame) -> list[tuple[str, s
 def audit(table: pd.DataFrame, prints: pd.DataFrame | None = None, distance: int = 4) -> dict[str, pd.DataFrame]:
     """Return tables of what is in a table: identities, sizes, unreadable, duplicates, leaks.
 
-    `duplicates` pairs the images with the same bytes, and those whose perceptual hashes differ in at most `distance` of
-    64 bits and whose colours agree (each with its nearest few). `leaks` are the pairs that stand under two identities
-    or, after `split`, in two splits. A flat picture has nothing to hash and is compared by its bytes alone.
+    `duplicates` pairs the images with the same bytes, and those that look alike (each with its nearest few). `leaks`
+    are the pairs that stand under two identities or, after `split`, in two splits.
+
+    Args:
+        table: images with `path` and `label`, and where known `camera`, `group` and `split`.
+        prints: what `fingerprints` found in them; None reads them now.
+        distance: in how many of 64 bits the perceptual hashes of two that look alike may differ; their colours agree
+            too. A flat picture has nothing to hash and is compared by its bytes alone.
     """
     prints = fingerprints(table.path) if prints is None else prints.loc[table.path]
     table = table.reset_index(drop=True)
@@ -120,7 +125,13 @@ def same_bytes(digests: np.ndarray, rows: np.ndarray) -> list[tuple]:
 
 
 def alike(prints: pd.DataFrame, rows: np.ndarray, distance: int) -> list[tuple]:
-    """Return (row, row, differing bits, kind) of different files that look alike, nearest first."""
+    """Return (row, row, differing bits, kind) of different files that look alike, nearest first.
+
+    Args:
+        prints: the rows of `fingerprints`.
+        rows: which of them can be read.
+        distance: how many bits may differ.
+    """
     kinds = prints.iloc[rows].assign(row=rows).drop_duplicates("sha256").dropna(subset=["hash"])
     if len(kinds) < 2:
         return []

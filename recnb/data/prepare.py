@@ -13,7 +13,7 @@ import io
 import os
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from datetime import datetime
@@ -88,7 +88,7 @@ def read_table(
     columns: dict | None = None,
     camera_pattern: str | None = None,
 ) -> pd.DataFrame:
-    """Return the table of `read_source` alone."""
+    """Return the table of `read_source`, which says what the arguments mean, without the files that are left out."""
     return read_source(source, image_root, columns, camera_pattern)[0]
 
 
@@ -197,7 +197,7 @@ def plain(path: str | Path) -> str:
     return os.path.normpath(Path(path).absolute())
 
 
-def check_paths(paths, places: list[str]) -> None:
+def check_paths(paths: Iterable[str], places: list[str]) -> None:
     """Raise DataError for the first image that does not exist or stands there twice."""
     first = {}
     for path, place in zip(paths, places, strict=True):
@@ -209,7 +209,16 @@ def check_paths(paths, places: list[str]) -> None:
 
 
 def with_cameras(table: pd.DataFrame, pattern: str, root: Path) -> pd.DataFrame:
-    """The table with the camera that a regular expression finds in each path below `root`."""
+    """Return the table with the camera of each image.
+
+    Args:
+        table: images with `path`.
+        pattern: a regular expression whose one group finds the camera in a path.
+        root: the folder that paths are searched from.
+
+    Raises:
+        DataError: It has no such group, or finds none in a path.
+    """
     if re.compile(pattern).groups != 1:
         raise DataError(f"camera_pattern: '{pattern}' does not have one group, which finds the camera")
     found = [re.search(pattern, Path(os.path.relpath(path, root)).as_posix()) for path in table.path]
@@ -300,7 +309,13 @@ def with_groups(table: pd.DataFrame, by: str, root: Path, taken: pd.Series) -> p
 
 
 def used(table: pd.DataFrame, left: list[tuple[str, str]], root: Path) -> pd.DataFrame:
-    """Return what is used and what is left out, a row a reason, with the first file of each."""
+    """Return what is used and what is left out, a row a reason, with the first file of each.
+
+    Args:
+        table: the images that are used.
+        left: (path, reason) of the others.
+        root: the folder that paths are shown from.
+    """
     rows = pd.DataFrame(left, columns=["path", "why"])
     rows["path"] = [os.path.relpath(path, root) for path in rows.path]
     counts = rows.groupby("why", sort=False).path.agg(["size", "first"]).reset_index()
@@ -321,7 +336,13 @@ def moment(text: str | None) -> datetime | None:
 
 
 def write_lists(splits: pd.DataFrame, folder: str | Path, image_root: str | Path | None = None) -> Path:
-    """Write the lists of a split into a folder and return the folder that their paths start from."""
+    """Write the lists of a split into a folder and return the folder that their paths start from.
+
+    Args:
+        splits: the images with their `split` and `source`.
+        folder: where to write.
+        image_root: what the paths start from, by default the deepest folder that they share.
+    """
     root, files = list_files(splits, image_root)
     write_files(folder, files)
     return root

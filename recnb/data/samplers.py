@@ -8,7 +8,7 @@ draw the epoch of one with N x B, and each takes its part of every batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from itertools import count, islice
 
 import numpy as np
@@ -44,7 +44,7 @@ class EpochSampler(Sampler):
     def __iter__(self):
         return islice((batch for again in count() for batch in self.one_pass(again)), self.first, len(self))
 
-    def one_pass(self, again: int):
+    def one_pass(self, again: int) -> Iterator[list[tuple[int, int]]]:
         """The batches of the first pass of the epoch, or of a pass `again` behind it."""
         rng = np.random.default_rng([self.seed, self.epoch, *[again] * (again > 0)])
         batches = self.draw(rng)
@@ -58,7 +58,9 @@ class EpochSampler(Sampler):
 class Identities:
     """The images of each identity in a label array: how many, and in random order within each."""
 
-    def __init__(self, labels, batch_size: int, per_identity: int, key: str, world_size: int):
+    def __init__(
+        self, labels: Sequence[int] | np.ndarray, batch_size: int, per_identity: int, key: str, world_size: int
+    ):
         self.labels = np.asarray(labels)
         if per_identity < 1 or batch_size < 1 or batch_size % per_identity:
             raise ValueError(f"batch_size {batch_size} is not divisible by {key} {per_identity}")
@@ -73,14 +75,14 @@ class Identities:
         self.start = np.cumsum(self.counts) - self.counts
         self.sorted = np.argsort(self.labels, kind="stable")  # identity i begins at start[i]
 
-    def shuffled(self, rng) -> np.ndarray:
+    def shuffled(self, rng: np.random.Generator) -> np.ndarray:
         """All indices, sorted by identity and in random order within each: identity i begins at start[i]."""
         return np.lexsort((rng.random(len(self.labels)), self.labels))
 
 
 @SAMPLERS.register
 def DistributedRandomIdentitySampler(
-    labels,
+    labels: Sequence[int] | np.ndarray,
     batch_size: Count,
     num_instances: Count,
     drop_last: bool = False,
@@ -100,7 +102,7 @@ def DistributedRandomIdentitySampler(
     groups = np.maximum(ids.counts // num_instances, 1)
     batches = most_batches(groups, ids.per_batch)
 
-    def draw(rng) -> np.ndarray:
+    def draw(rng: np.random.Generator) -> np.ndarray:
         identity, nth = deal_groups(np.minimum(groups, batches), batches * ids.per_batch, rng)
         place = nth[:, None] * num_instances + np.arange(num_instances)  # (groups, K) within the identity
         count = ids.counts[identity][:, None]
@@ -123,7 +125,7 @@ def most_batches(groups: np.ndarray, per_batch: int) -> int:
     return low
 
 
-def deal_groups(taken: np.ndarray, wanted: int, rng) -> tuple[np.ndarray, np.ndarray]:
+def deal_groups(taken: np.ndarray, wanted: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """(identity, n-th group of it) of `wanted` groups, the surplus dropped at random, identities in random order."""
     surplus = rng.permutation(np.repeat(np.arange(len(taken)), taken))[wanted:]
     taken = taken - np.bincount(surplus, minlength=len(taken))
@@ -134,7 +136,7 @@ def deal_groups(taken: np.ndarray, wanted: int, rng) -> tuple[np.ndarray, np.nda
 
 @SAMPLERS.register
 def PKSampler(
-    labels,
+    labels: Sequence[int] | np.ndarray,
     batch_size: Count,
     sample_per_id: Count,
     sample_method: str = "sample_avg_prob",
@@ -162,7 +164,7 @@ def PKSampler(
     cumulative = cumulative / cumulative[-1]
     length = max(1, len(ids.labels) // (batch_size * world_size))
 
-    def draw(rng) -> np.ndarray:
+    def draw(rng: np.random.Generator) -> np.ndarray:
         identity = np.concatenate([distinct(cumulative, ids.per_batch, rng) for _ in range(length)])
         images = ids.start[identity][:, None] + picks(ids.counts[identity], sample_per_id, rng)
         return ids.sorted[images].reshape(length, -1)
@@ -171,7 +173,13 @@ def PKSampler(
 
 
 def picks(counts: np.ndarray, each: int, rng: np.random.Generator) -> np.ndarray:
-    """Return (rows, each) random numbers below each row's count, repeated only once all of them have been drawn."""
+    """Return (rows, each) random numbers below each row's count, repeated only once all of them have been drawn.
+
+    Args:
+        counts: (rows,) how many numbers there are for a row.
+        each: how many to draw.
+        rng: what draws them.
+    """
     chosen = np.empty((len(counts), each), int)
     for j in range(each):
         before = j % counts  # how many this round has drawn already: these are stepped over
@@ -202,7 +210,7 @@ def ratios(identities: int, id_list: list[int], ratio: list[float]) -> np.ndarra
     return factors
 
 
-def distinct(cumulative: np.ndarray, count: int, rng) -> np.ndarray:
+def distinct(cumulative: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
     """`count` distinct numbers; drawing again what was drawn before equals drawing without replacement."""
     chosen, tries = np.empty(0, int), count
     while len(chosen) < count:
@@ -214,7 +222,7 @@ def distinct(cumulative: np.ndarray, count: int, rng) -> np.ndarray:
 
 @SAMPLERS.register
 def DistributedBatchSampler(
-    labels,
+    labels: Sequence[int] | np.ndarray,
     batch_size: Count,
     drop_last: bool = False,
     shuffle: bool = False,
@@ -229,7 +237,7 @@ def DistributedBatchSampler(
     items, whole = len(labels), batch_size * world_size
     length = items // whole + (items % whole > 0 and not drop_last)
 
-    def draw(rng) -> list[np.ndarray]:
+    def draw(rng: np.random.Generator) -> list[np.ndarray]:
         indices = rng.permutation(items) if shuffle else np.arange(items)
         indices = np.resize(indices, -(-items // world_size) * world_size)  # which begins again at its end
         return [indices[i : i + whole] for i in range(0, items, whole)]

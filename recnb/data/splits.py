@@ -68,7 +68,15 @@ def split(
 def validation_rows(
     identity: np.ndarray, unit: np.ndarray, source: np.ndarray, share: float, rng: np.random.Generator
 ) -> np.ndarray:
-    """(rows,) True for the images of the identities to validate on; of none where too few are left to train on."""
+    """Return (rows,) True for the images of the identities to validate on; of none where too few stay to train on.
+
+    Args:
+        identity: (rows,) the identity of each image that is not tested.
+        unit: (rows,) what must not be torn apart.
+        source: (rows,) what an image may not find of its own identity.
+        share: the share of the identities to take, three at least; 0 for none.
+        rng: what draws them.
+    """
     number, ids = pd.factorize(identity)
     taken = np.zeros(len(ids), bool)
     if share and len(ids) >= 3 * FEWEST:
@@ -96,7 +104,14 @@ def sources(table: pd.DataFrame) -> np.ndarray:
 
 
 def test_identities(identity: np.ndarray, unit: np.ndarray, share: float, rng: np.random.Generator) -> np.ndarray:
-    """Return (identities,) True for those to test: `share` of those that can be, whatever their number of images."""
+    """Return (identities,) True for those to test: a share of those that can be, whatever their number of images.
+
+    Args:
+        identity: (rows,) the identity of each image.
+        unit: (rows,) what must not be torn apart; identities that share one stay together.
+        share: how many of the identities with two images or more.
+        rng: what draws them.
+    """
     images = np.bincount(identity)
     nodes = len(images) + unit.max() + 1
     links = coo_matrix((np.ones(len(unit)), (identity, len(images) + unit)), shape=(nodes, nodes))
@@ -120,7 +135,15 @@ def test_identities(identity: np.ndarray, unit: np.ndarray, share: float, rng: n
 def query_rows(
     identity: np.ndarray, unit: np.ndarray, source: np.ndarray, share: float, rng: np.random.Generator
 ) -> np.ndarray:
-    """Return which rows are queries: units in random order, each taken only if all queries still find something."""
+    """Return which rows are queries: units in random order, each taken only if all queries still find something.
+
+    Args:
+        identity: (rows,) the identity of each image.
+        unit: (rows,) what is a query together or not at all.
+        source: (rows,) what a query may not find of its own identity.
+        share: how many of an identity's images become queries.
+        rng: what orders the units.
+    """
     members, left, asked = defaultdict(list), defaultdict(Counter), defaultdict(list)
     for row, (i, u, s) in enumerate(zip(identity, unit, source, strict=True)):
         members[u].append(row)

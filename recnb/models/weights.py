@@ -18,7 +18,7 @@ LOCAL_WEIGHTS = "give a local file in Arch.Backbone.pretrained, or False"
 
 def _read_weights(path: str | Path) -> dict[str, torch.Tensor]:
     if not Path(path).is_file():
-        raise ValueError(f"there is no weights file '{path}': {LOCAL_WEIGHTS}")
+        raise ValueError(f"there is no weights file '{path}': {LOCAL_WEIGHTS}; True takes the library's from its hub")
     try:
         safe = str(path).endswith(".safetensors")
         state = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)

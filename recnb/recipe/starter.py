@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -203,10 +204,16 @@ def resize(cfg: dict, side: int) -> None:
 
 
 def with_lists(cfg: dict, folder: str | Path, image_root: str | Path, files: Mapping[str, str]) -> dict:
-    """Return a configuration with the lists of `prepare.list_files`, which lie in this folder.
+    """Return a configuration with other lists; the number of classes is left to them.
 
-    The number of classes is left to the list, and a validation list is judged as the test lists are. Raise ConfigError
-    where the configuration has no section for one of the others.
+    Args:
+        cfg: the configuration; a validation list is judged as its test lists are.
+        folder: where the lists lie.
+        image_root: what their paths start from.
+        files: their texts by name, as `prepare.list_files` gives them.
+
+    Raises:
+        ConfigError: The configuration has no section for a list.
     """
     cfg = copy.deepcopy(cfg)
     cfg["DataLoader"].pop("Validation", None)
@@ -252,7 +259,10 @@ def write(
     root, files = list_files(splits, image_root)
     cfg = with_lists(start.cfg, folder, root, files)
     more = {f"{name}.csv": table.to_csv(index=False, lineterminator="\n") for name, table in (tables or {}).items()}
-    write_files(folder, {**files, **more, "config.yaml": f"# {start.why}\n{as_yaml(cfg)}"})
+    said = textwrap.fill(start.why, 100, initial_indent="# ", subsequent_indent="# ")
+    write_files(folder, {**files, **more, "config.yaml": f"{said}\n{as_yaml(cfg)}"})
+    if "validation.txt" not in files:  # one of an earlier split
+        (resolve(folder) / "validation.txt").unlink(missing_ok=True)
     load_config(resolve(folder) / "config.yaml")
     return resolve(folder) / "config.yaml"
 
