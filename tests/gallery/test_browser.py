@@ -354,7 +354,7 @@ def answering(url: str, server: subprocess.Popen, log: Path) -> str:
 def in_lab(browser, lab: str, notebook: Path, width: int = 1280):
     """The notebook's page in JupyterLab, its kernel ready."""
     allowed = (*LOCAL, lab, lab.replace("http:", "ws:"))
-    with opened(browser, f"{lab}/lab/tree/{notebook.name}?reset", width, allowed=allowed, strict=False) as page:
+    with opened(browser, f"{lab}/doc/tree/{notebook.name}?reset", width, allowed=allowed, strict=False) as page:
         page.set_default_timeout(90_000)
         page.get_by_text(re.compile(r"\| Idle$")).wait_for()  # before it, running cells asks for a kernel
         yield page
