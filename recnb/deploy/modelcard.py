@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from huggingface_hub import ModelCard, ModelCardData
@@ -154,7 +155,8 @@ def proofs(report: dict) -> list[tuple]:
 
 def proof_section(report: dict) -> str:
     """Return the table of `proofs` in Markdown, as the card shows it."""
-    return TEMPLATES.get_template("tables.md").module.proof(report, proofs(report))
+    tables: Any = TEMPLATES.get_template("tables.md").module
+    return tables.proof(report, proofs(report))
 
 
 def config(run: Run) -> str:

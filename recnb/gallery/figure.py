@@ -71,14 +71,14 @@ def gallery_figure(
         label_names: from identity to text, a list or a mapping.
         title: the heading.
     """
-    rows, k = choose_rows(ranking) if rows is None else np.asarray(rows), min(k, ranking.ids.shape[1])
-    width, height = NOTES + (k + 1) * (TILE + GAP) + 3 * GAP, HEAD + len(rows) * (TILE + CAPTION)
+    shown, k = choose_rows(ranking) if rows is None else np.asarray(rows), min(k, ranking.ids.shape[1])
+    width, height = NOTES + (k + 1) * (TILE + GAP) + 3 * GAP, HEAD + len(shown) * (TILE + CAPTION)
     fig = plt.figure(figsize=(width, height), dpi=100, facecolor=PAPER, layout="none")
     plt.close(fig)  # shown once, as a cell's value, and not again when pyplot shows what is open
     PaletteCanvas(fig)
     head = fig.add_axes((0, 1 - HEAD / height, 1, HEAD / height), xlim=(0, width), ylim=(0, HEAD), label="head")
-    _draw_head(head, title, [s for s in SIGNS if (ranking.state[rows, :k] == s).any()])
-    for line, q in enumerate(rows):
+    _draw_head(head, title, [s for s in SIGNS if (ranking.state[shown, :k] == s).any()])
+    for line, q in enumerate(shown):
         bottom = height - HEAD - line * (TILE + CAPTION) - TILE
         for place in range(-1, k):  # -1: the query itself
             left = NOTES + (place + 1) * (TILE + GAP) + (2 * GAP if place >= 0 else 0)

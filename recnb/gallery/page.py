@@ -34,6 +34,7 @@ MEANING = {RIGHT: "right", WRONG: "wrong", EXCLUDED: "own camera, not counted", 
 ORDERS = {"worst": "worst AP first", "best": "best AP first", "index": "by number"}
 EMPTY = "data:image/gif;base64,R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7"  # one clear pixel
 CALLS = count()
+FOLDER = Path(__file__).with_name("templates")
 
 
 def wrapped(text: str) -> Markup:
@@ -46,11 +47,7 @@ def wrapped(text: str) -> Markup:
 
 
 TEMPLATES = Environment(
-    loader=FileSystemLoader(Path(__file__).with_name("templates")),
-    autoescape=True,
-    trim_blocks=True,
-    lstrip_blocks=True,
-    undefined=StrictUndefined,
+    loader=FileSystemLoader(FOLDER), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
 )
 TEMPLATES.filters["wrapped"] = wrapped
 TEMPLATES.globals |= {"MARKS": MARKS, "PATHS": PATHS, "MEANING": MEANING}
@@ -58,7 +55,7 @@ TEMPLATES.globals |= {"MARKS": MARKS, "PATHS": PATHS, "MEANING": MEANING}
 
 def source(name: str) -> str:
     """Return a file of `templates/` as it stands."""
-    return TEMPLATES.loader.get_source(TEMPLATES, name)[0]
+    return (FOLDER / name).read_text(encoding="utf-8")
 
 
 class Hit(NamedTuple):

@@ -11,11 +11,16 @@ from PIL import Image, ImageOps
 from recnb.data.images import printable, reason, to_rgb
 
 Picture = str | Path | Image.Image | np.ndarray  # an array is uint8, (H, W) or (H, W, 3)
-Names = Sequence[str] | Mapping | None  # identity -> text
+Names = Sequence[str] | np.ndarray | Mapping | None  # identity -> text
 
 
 def read_picture(picture: Picture, size: int) -> Image.Image:
-    """The picture in RGB, upright, at most size x size; FileNotFoundError or ValueError names the file."""
+    """Return the picture in RGB, upright, at most size x size.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it cannot be read; the message names it.
+    """
     if isinstance(picture, (str, Path)):
         return _read_file(Path(picture), size, getattr(picture, "box", None))
     if isinstance(picture, np.ndarray):
@@ -46,7 +51,7 @@ def _from_array(array: np.ndarray) -> Image.Image:
 
 
 def label_text(label, names: Names = None) -> str:
-    """An identity as it is shown: its name where a list or mapping has one, itself if it is text, otherwise 'id 7'."""
+    """Return what an identity is called: its name where there is one, itself if it is text, otherwise 'id 7'."""
     plain = str(label) if isinstance(label, str) else f"id {label}"
     if isinstance(names, Mapping):
         return printable(str(names.get(label, plain)))
@@ -54,6 +59,6 @@ def label_text(label, names: Names = None) -> str:
 
 
 def shorten(text: str, n: int) -> str:
-    """The text in at most n characters, the middle left out: names differ at either end."""
+    """Return the text in at most n characters, the middle left out: names differ at either end."""
     head = (n - 1) // 2
     return text if len(text) <= n else f"{text[:head]}…{text[len(text) - (n - 1 - head) :]}"

@@ -6,6 +6,8 @@ The scale is fixed, so heats of different pairs compare.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -13,24 +15,34 @@ from torch.nn.functional import interpolate, normalize
 
 
 def agreement(model: nn.Module, a: Tensor, b: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """The heats (H, W) in [0, 1] of two model inputs (3, H, W), each against the other."""
-    maps = [spatial_map(model, x) for x in (a, b)]
-    return tuple(heat(own, other, x.shape[1:]) for own, other, x in zip(maps, maps[::-1], (a, b), strict=True))
+    """Return the heats (H, W) in [0, 1] of two model inputs (3, H, W), each against the other."""
+    first, second = spatial_map(model, a), spatial_map(model, b)
+    return heat(first, second, a.shape[1:]), heat(second, first, b.shape[1:])
 
 
-def heat(own: Tensor, other: Tensor, size: tuple[int, int]) -> np.ndarray:
-    """(H, W) in [0, 1] of size: the cosine of each location of map `own` (C, h, w) with the mean vector of `other`."""
+def heat(own: Tensor, other: Tensor, size: Sequence[int]) -> np.ndarray:
+    """Return the cosine of each location of map `own` with the mean vector of `other`, below 0 as 0.
+
+    Args:
+        own: (C, h, w).
+        other: (C, h2, w2).
+        size: height and width of the result.
+    """
     own, other = (normalize(x.float(), dim=0) for x in (own, other))
     cosine = torch.einsum("chw,c->hw", own, normalize(other.mean((1, 2)), dim=0)).clamp(0, 1)
-    return interpolate(cosine[None, None], tuple(size), mode="bilinear")[0, 0].cpu().numpy()
+    return interpolate(cosine[None, None], list(size), mode="bilinear")[0, 0].cpu().numpy()
 
 
 def spatial_map(model: nn.Module, x: Tensor) -> Tensor:
-    """The last map (C, h, w) of at least 4 x 4 places that the backbone makes of one input (3, H, W).
+    """Return the last map (C, h, w) of at least 4 x 4 places that the backbone makes of one input (3, H, W).
 
-    Where it has none so fine, the last of any size; ValueError where it makes no map at all.
+    Where it has none so fine, it is the last of any size.
+
+    Raises:
+        ValueError: the backbone makes no map at all.
     """
-    backbone, found = getattr(model, "backbone", model), {}
+    backbone = getattr(model, "backbone", model)
+    found: dict[bool, Tensor] = {}
     prefix = getattr(backbone, "prefix_tokens", 0) or 0
 
     def keep(_, __, out) -> None:
@@ -47,11 +59,17 @@ def spatial_map(model: nn.Module, x: Tensor) -> Tensor:
             hook.remove()
     if not found:
         raise ValueError("the backbone makes no spatial map, so there are no regions to compare")
-    return found.get(True, found.get(False))
+    return found[max(found)]
 
 
 def as_map(out: Tensor, aspect: float, prefix: int = 0) -> Tensor | None:
-    """One output as (C, h, w), from (C, h, w), (h, w, C) or tokens (prefix + h * w, C); None for what has no place."""
+    """Return an output as a map (C, h, w); None for what has no place.
+
+    Args:
+        out: (C, h, w), (h, w, C), or tokens (prefix + h * w, C).
+        aspect: height of the input by its width.
+        prefix: how many tokens stand for no place.
+    """
     if out.ndim == 2 and len(out) - prefix > 1:
         tokens = out[prefix:]
         height = max(1, round((len(tokens) * aspect) ** 0.5))

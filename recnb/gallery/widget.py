@@ -181,7 +181,7 @@ class GalleryWidget(widgets.VBox):
         self.hit.observe(self._show_heat, "value")
         self.panels.observe(self._show_heat, "selected_index")
         self.upload.observe(self._uploaded, "value")
-        self.path.observe(lambda change: change["new"] and self._search(change["new"], change["new"]), "value")
+        self.path.observe(self._named, "value")
         self.as_html.on_click(lambda _: self.save_html())
         self.as_png.on_click(lambda _: self.save_png())
 
@@ -327,6 +327,10 @@ class GalleryWidget(widgets.VBox):
     def _pickable(self, item: int) -> bool:
         return item in self.pages.query_of or self.features is not None
 
+    def _named(self, change: dict) -> None:
+        if change["new"]:  # else the field was emptied
+            self._search(change["new"], change["new"])
+
     def _uploaded(self, change: dict) -> None:
         for file in change["new"]:
             self._search(io.BytesIO(file["content"]), file["name"])
@@ -339,6 +343,8 @@ class GalleryWidget(widgets.VBox):
         except Exception as error:  # decoders raise whatever a broken file leads them to
             self._show_own(name, note=f"{printable(name)} cannot be searched: it {reason(error)}.")
             self.hits.show("", [], self._pickable)
+            return
+        if self.embed is None:  # there is no panel to search from
             return
         states = np.full(len(self.pages.ranking.gallery_labels), END)
         self._show_found(np.asarray(self.embed(image)), as_uri(image), name, states)
@@ -359,7 +365,7 @@ class GalleryWidget(widgets.VBox):
     def _show_heat(self, _=None) -> None:
         """Show the picture of the query and of the hit chosen, each with the regions that agree with the other."""
         opened = self.panels.selected_index
-        if opened is None or self.panels.titles[opened] != AGREE or self.hit.value is None:
+        if self.regions is None or opened is None or self.panels.titles[opened] != AGREE or self.hit.value is None:
             return
         pair = [self.pages.images["query"][self.query], self.pages.images["item"][self.hit.value]]
         heats = self.regions(*pair)
