@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from pathlib import Path
 
 import pandas as pd
@@ -31,6 +32,14 @@ def shown(table: pd.DataFrame, most: int | None = None, index: bool = False) -> 
     styled = table.style.format(precision=3, na_rep="-", escape="html").set_table_styles(text)
     styled = styled if index else styled.hide(axis="index")
     return styled.set_table_styles(rows, overwrite=False)
+
+
+def say(*sentences: str) -> None:
+    """Display sentences as a paragraph, which a page breaks between words only, unlike printed text."""
+    from IPython.display import display  # what only writes tables needs no notebook
+
+    text = " ".join(sentences)
+    display({"text/html": f"<p>{html.escape(text)}</p>", "text/plain": text}, raw=True)
 
 
 def files(folder: Path) -> str:

@@ -7,7 +7,6 @@ identities of the same kind; for all else, the queries were too few to tell.
 from __future__ import annotations
 
 import re
-import textwrap
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +16,7 @@ from matplotlib.figure import Figure
 from recnb.gallery.curves import before_after_figure
 from recnb.registry import ConfigError
 from recnb.retrieval.stats import bootstrap_interval, paired_difference
+from recnb.runs import tables
 from recnb.storage import resolve
 
 BETTER, SAME, WORSE = "better", "no difference that {} could show", "worse: keep the start"
@@ -109,11 +109,11 @@ def show_verdict(run) -> None:
     try:
         result = verdict(run)
     except ConfigError as error:
-        print(error)
+        tables.say(str(error))
         return
-    print(textwrap.fill(str(result), 100))  # a page would break longer lines within a word
+    tables.say(str(result))
     display(result.figure())
-    display(result.table().style.format(precision=3).set_properties(subset=["verdict"], **{"text-align": "left"}))
+    display(tables.shown(result.table(), index=True))
 
 
 def spoken(metric: str) -> str:

@@ -1,5 +1,6 @@
 """Whether training helped: values made by hand, where the answer is known."""
 
+import html
 import json
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 
 from recnb.registry import ConfigError
 from recnb.runs.folder import save_metrics
-from recnb.runs.verdict import BETTER, WORSE, spoken, verdict
+from recnb.runs.verdict import BETTER, WORSE, show_verdict, spoken, verdict
 
 
 def queries(identities=10, each=4, **changes):
@@ -102,6 +103,18 @@ def test_what_is_wrong_with_the_file_is_said(tmp_path, content, message):
         (tmp_path / "queries.csv").write_text(content)
     with pytest.raises(ConfigError, match=message):
         verdict(tmp_path)
+
+
+def test_a_notebook_shows_the_sentence_the_bars_and_the_table(tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr("IPython.display.display", lambda thing, **_: shown.append(thing))
+    show_verdict(tmp_path)
+    assert "queries.csv is missing" in shown.pop()["text/html"]
+    queries(mAP=0.1).to_csv(tmp_path / "queries.csv", index=False)
+    show_verdict(tmp_path)
+    sentence, bars, table = shown
+    assert sentence["text/html"] == f"<p>{html.escape(str(verdict(tmp_path)))}</p>" and bars.axes
+    assert "better" in table.to_html()
 
 
 def test_the_bars_show_every_metric(tmp_path):
