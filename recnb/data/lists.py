@@ -382,34 +382,6 @@ def check_images(*tables: ImageList) -> None:
         )
 
 
-def hold_out(images: ImageList, share: float, seed: int) -> tuple[ImageList, ImageList]:
-    """Return (those to train on, those to validate on): a share of the identities, drawn by a seed, is held out.
-
-    Args:
-        images: A training list.
-        share: How many of its identities are held out, between 0 and 1.
-        seed: The same seed holds out the same identities.
-
-    Raises:
-        DataError: Fewer than two of the identities held out have two images to find each other, or fewer than two are
-            left to train on.
-    """
-    identities = np.unique(images.labels)
-    count = round(share * len(identities))
-    chosen = np.random.default_rng(seed).permutation(identities)[:count]
-    out = np.isin(images.labels, chosen)
-    held = images.subset(out)
-    usable = len(set(held.labels[positives(held, held) > 0].tolist())) if count else 0
-    left = len(identities) - count
-    if min(usable, left) < 2:
-        raise DataError(
-            f"{images.source} has {len(identities)} identities, and {share} of them leaves {left} to train on and "
-            f"{usable} with two images (of different cameras, if there are any) to validate on; both need two: "
-            "take another share or more images, or leave DataLoader.Validation out"
-        )
-    return images.subset(~out), held
-
-
 def drop_faults(images: ImageList) -> None:
     """Leave out, in place, the images that cannot be used, and says so; raises DataError where none is left."""
     found, identities = faults(images.paths, images.boxes), set(images.labels.tolist())

@@ -20,11 +20,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import get_type_hints
 
+import numpy as np
 import pandas as pd
 
 from recnb.data.audit import exact_copies
 from recnb.data.images import DataError, printable
-from recnb.data.lists import VeriWild, no_images, scan
+from recnb.data.lists import ImageList, VeriWild, no_images, positives, scan
 from recnb.registry import ConfigError, fits, suggest
 from recnb.storage import replacing, resolve
 
@@ -382,3 +383,31 @@ def write_files(folder: str | Path, files: Mapping[str, str]) -> None:
                 part.write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
     except OSError as error:
         raise DataError(f"{folder}: cannot be written to: {error.strerror or error}; nothing was changed") from None
+
+
+def hold_out(images: ImageList, share: float, seed: int) -> tuple[ImageList, ImageList]:
+    """Return (those to train on, those to validate on): a share of the identities, drawn by a seed, is held out.
+
+    Args:
+        images: A training list.
+        share: How many of its identities are held out, between 0 and 1.
+        seed: The same seed holds out the same identities.
+
+    Raises:
+        DataError: Fewer than two of the identities held out have two images to find each other, or fewer than two are
+            left to train on.
+    """
+    identities = np.unique(images.labels)
+    count = round(share * len(identities))
+    chosen = np.random.default_rng(seed).permutation(identities)[:count]
+    out = np.isin(images.labels, chosen)
+    held = images.subset(out)
+    usable = len(set(held.labels[positives(held, held) > 0].tolist())) if count else 0
+    left = len(identities) - count
+    if min(usable, left) < 2:
+        raise DataError(
+            f"{images.source} has {len(identities)} identities, and {share} of them leaves {left} to train on and "
+            f"{usable} with two images (of different cameras, if there are any) to validate on; both need two: "
+            "take another share or more images, or leave DataLoader.Validation out"
+        )
+    return images.subset(~out), held

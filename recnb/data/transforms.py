@@ -350,8 +350,14 @@ def NormalizeImage(
     order: str = "",
     output_fp16: bool = False,
     channel_num: int = 3,
+    auto: bool = False,
 ) -> v2.Transform:
-    """(image * scale - mean) / std per channel; scale defaults to 1/255, mean and std to ImageNet's."""
+    """(image * scale - mean) / std per channel; scale defaults to 1/255, mean and std to ImageNet's.
+
+    With `auto`, mean and std are those of the backbone's pretrained weights; `load_config` writes them out.
+    """
+    if auto:
+        raise ValueError("auto is for configurations, in which load_config replaces it; give mean and std")
     if order not in ("", "hwc", "chw"):
         raise ValueError(f"order is '{order}', only '', 'hwc' and 'chw' exist (all three mean the same here)")
     factor = number(scale) if scale is not None else 1 / 255

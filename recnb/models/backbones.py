@@ -106,6 +106,19 @@ def hub_weights(name: str) -> str:
     return f"model.safetensors of {config.hf_hub_id}" if config.hf_hub_id else str(config.url)
 
 
+def pretrained_images(name: str) -> dict | None:
+    """Return how the images were prepared on which timm trained a backbone; None where the model is not one of timm's.
+
+    The keys are mean and std (of an image between 0 and 1), input_size (C, H, W), fixed_input_size, crop_pct and
+    interpolation.
+    """
+    arch = ALIASES.get(name, name)
+    if not timm.is_model(arch):
+        return None
+    keys = ("mean", "std", "input_size", "fixed_input_size", "crop_pct", "interpolation")
+    return {key: getattr(timm.get_pretrained_cfg(arch), key) for key in keys}
+
+
 def create_backbone(
     name: str,
     pretrained: bool | str | Path = False,

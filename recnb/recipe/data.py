@@ -12,19 +12,10 @@ from torchvision.transforms import v2
 from recnb.data.augment import BATCH_TRANSFORMS, COUNTED, MIXING
 from recnb.data.cache import keep
 from recnb.data.images import DataError
-from recnb.data.lists import (
-    DATASETS,
-    MOST,
-    ImageList,
-    check_images,
-    drop_faults,
-    hold_out,
-    number_alike,
-    positives,
-    same_list,
-)
+from recnb.data.lists import DATASETS, MOST, ImageList, check_images, drop_faults, number_alike, positives, same_list
 from recnb.data.loaders import ImageLoader, Loaders, Pair
 from recnb.data.pipeline import Pipeline, output_shape
+from recnb.data.prepare import hold_out
 from recnb.data.samplers import SAMPLERS
 from recnb.data.transforms import TRANSFORMS
 from recnb.distributed.processes import ranks

@@ -8,9 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
+import torch
+from torchvision.transforms.v2 import Transform
+
 from recnb.data.lists import ImageList
 from recnb.data.loaders import Loaders
 from recnb.data.pipeline import output_shape
+from recnb.models.backbones import pretrained_images
 from recnb.recipe.schema import LOADERS, adds_softmax, architectures, items, lookup, optimizers
 from recnb.recipe.settings import WITHOUT_EFFECT
 from recnb.registry import ConfigError
@@ -47,7 +52,7 @@ def lint(cfg: dict, loaders: Loaders | None = None) -> list[Finding]:
     if loaders is None:
         return findings
     judged = identities(loaders) if cfg["Global"]["eval_mode"] == "retrieval" else ()
-    return [*findings, *judged, *shapes(cfg, loaders)]
+    return [*findings, *judged, *shapes(cfg, loaders), *pretraining(cfg, loaders)]
 
 
 def stop(findings: list[Finding]) -> None:
@@ -198,6 +203,42 @@ def shapes(cfg: dict, loaders: Loaders) -> Iterator[Finding]:
             "width]: training and evaluation see different sizes",
             "write the same size in both",
         )
+
+
+def pretraining(cfg: dict, loaders: Loaders) -> Iterator[Finding]:
+    """Images that are prepared in another way than those that the weights were trained on."""
+    for place, section in architectures(cfg):
+        backbone = section["Backbone"]
+        facts = pretrained_images(backbone["name"]) if backbone.get("pretrained") else None
+        if facts is None:
+            continue
+        mean, std = normalisation(loaders.train.dataset.transform)
+        if not np.allclose([*mean, *std], [*facts["mean"], *facts["std"]], atol=0.01):
+            yield Finding(
+                "DataLoader.Train.dataset.transform_ops",
+                f"mean {mean} and std {std}, but the weights of {backbone['name']} were trained with mean "
+                f"{[*facts['mean']]} and std {[*facts['std']]}",
+                "features of images in other colours are worse from the start",
+                "write NormalizeImage: {auto: True} in each transform_ops",
+                backbone["pretrained"] is True,
+            )
+        if facts["fixed_input_size"] and cfg["Global"]["image_shape"] != [*facts["input_size"]]:
+            yield Finding(
+                "Global.image_shape",
+                f"{cfg['Global']['image_shape']}, but the weights of {place}.Backbone were trained with "
+                f"{[*facts['input_size']]}",
+                "the position of a patch is learnt for this size and has to be interpolated for another",
+                "take this size, unless the images are too many for it",
+            )
+
+
+def normalisation(transform: Transform) -> tuple[list[float], list[float]]:
+    """Return the mean and std that a transform takes off an image between 0 and 1, one of each a channel."""
+    with torch.random.fork_rng(devices=[]):
+        black, white = (transform(torch.full((3, 256, 256), value, dtype=torch.uint8)) for value in (0, 255))
+    (black, white) = (image[:, image.shape[1] // 2, image.shape[2] // 2].double() for image in (black, white))
+    std = 1 / (white - black)
+    return (-black * std).round(decimals=3).tolist(), std.round(decimals=3).tolist()
 
 
 def identities(loaders: Loaders) -> Iterator[Finding]:

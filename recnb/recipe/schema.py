@@ -94,6 +94,7 @@ def load_config(path: str | Path, overrides: dict | None = None) -> dict:
             raise ConfigError(f"override '{key}': its value contains itself, or is too deeply nested") from None
     fill(cfg)
     fill_loaders(cfg)
+    fill_normalisation(cfg)
     check(cfg)
     return cfg
 
@@ -120,6 +121,24 @@ def fill_loaders(cfg: dict) -> None:
         for one, other in (("Query", "Gallery"), ("Gallery", "Query")):
             if lists.get(other) and not lists.get(one):
                 lists[one] = unshared(lists[other])
+
+
+def fill_normalisation(cfg: dict) -> None:
+    """Replace `auto: True` of each NormalizeImage by the mean and std of the first backbone's pretrained weights."""
+    places = [f"DataLoader.{part}.dataset.transform_ops" for part in LOADERS]
+    lists = ((place, ops) for place in places if isinstance(ops := lookup(cfg, place), list))
+    for place, op in [(f"{place}.{i}", op) for place, ops in lists for i, op in enumerate(ops)]:
+        args = op.get("NormalizeImage") if isinstance(op, dict) else None
+        if not isinstance(args, dict) or args.get("auto") is not True:
+            continue
+        for key in (key for key in ("mean", "std", "scale") if args.get(key) is not None):
+            raise ConfigError(f"{place}.NormalizeImage.{key}: comes from the backbone with auto: True; keep one")
+        from recnb.models.backbones import pretrained_images  # loads timm
+
+        name = lookup(architectures(cfg)[0][1], "Backbone.name")
+        facts = pretrained_images(name) if isinstance(name, str) else None
+        given = {key: list(facts[key]) for key in ("mean", "std")} if facts else {}  # otherwise ImageNet's, the default
+        op["NormalizeImage"] = {**{key: value for key, value in args.items() if key != "auto"}, **given}
 
 
 def check_keys(section, where: str, known: Iterable[str] | None = None) -> None:

@@ -72,6 +72,47 @@ def test_validation_identities_that_are_trained_or_tested_on_are_counted(config_
     assert lint(cfg, build_loaders(cfg)) == []
 
 
+@pytest.mark.parametrize(
+    ("name", "ops", "strict"),
+    [
+        ("test_resnet", {"auto": True}, None),
+        ("test_resnet", {}, True),  # trained with 0.5, the default is ImageNet's
+        ("test_resnet", {"mean": [0.5] * 3, "std": [0.5] * 3}, None),
+        ("test_resnet", {"mean": [127.5] * 3, "std": [127.5] * 3, "scale": 1}, None),
+        ("ResNet18", {}, None),
+        ("ResNet18", {"auto": True}, None),
+        ("mobilenetv2_100", {"mean": [0.5] * 3, "std": [0.5] * 3}, True),
+    ],
+)
+def test_other_colours_than_the_weights_were_trained_on(config_file, name, ops, strict):
+    transforms = [{"ResizeImage": {"size": 32}}, {"NormalizeImage": ops}]
+    changes = {"Arch.Backbone.name": name, "DataLoader.Train.dataset.transform_ops": transforms}
+    cfg = load_config(config_file(changes))
+    loaders = build_loaders(cfg)
+    assert lint(cfg, loaders) == [], "weights that are not pretrained take any"
+    cfg["Arch"]["Backbone"]["pretrained"] = True
+    assert [finding.strict for finding in lint(cfg, loaders)] == ([strict] if strict else [])
+    cfg["Arch"]["Backbone"]["pretrained"] = "own.pth"
+    assert [finding.strict for finding in lint(cfg, loaders)] == ([False] if strict else [])
+
+
+def test_auto_is_written_out(config_file):
+    transforms = [{"ResizeImage": {"size": 32}}, {"NormalizeImage": {"auto": True}}]
+    cfg = load_config(config_file({"DataLoader.Train.dataset.transform_ops": transforms}))
+    ops = cfg["DataLoader"]["Train"]["dataset"]["transform_ops"]
+    assert ops[1] == {"NormalizeImage": {"mean": [0.5] * 3, "std": [0.5] * 3}}
+    transforms[1]["NormalizeImage"]["mean"] = [0.5] * 3
+    with pytest.raises(ConfigError, match=r"ops\.1\.NormalizeImage\.mean: comes from the backbone with auto: True"):
+        load_config(config_file({"DataLoader.Train.dataset.transform_ops": transforms}))
+
+
+def test_weights_of_one_size(config_file):
+    cfg = load_config(config_file({"Arch.Backbone.name": "vit_tiny_patch16_224"}))
+    cfg["Arch"]["Backbone"]["pretrained"] = "own.pth"
+    found = [finding for finding in lint(cfg, build_loaders(cfg)) if finding.place == "Global.image_shape"]
+    assert "[3, 32, 32], but the weights of Arch.Backbone were trained with [3, 224, 224]" in found[0].what
+
+
 @pytest.mark.parametrize("name", ["demo", "grocery", "omniglot"])
 def test_the_shipped_configurations_have_no_finding(name):
     assert mends(f"configs/{name}.yaml") == []
