@@ -11,15 +11,17 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from recnb.data.lists import ImageList, own_index
-from recnb.data.loaders import ImageLoader, batches_on, divided
+from recnb.data.loaders import batches_on, divided
 from recnb.distributed.processes import joined
 from recnb.registry import Count, Registry
 from recnb.retrieval.metrics import ranking_metrics, retrieval_metrics
@@ -77,7 +79,7 @@ def DatabaseAugmentation(k: int = 10, alpha: float = 3.0) -> Callable:
 def Whitening(dimensions: int | None = None, whiten: bool = True) -> Callable:
     """Projection to the leading principal components of the training images; `whiten: False` leaves their lengths."""
 
-    def step(query: Tensor, gallery: Tensor, train: Callable) -> tuple[Tensor, Tensor]:
+    def step(query: Tensor, gallery: Tensor, train: Callable) -> tuple:
         project = fit_whitening(train(), dimensions, whiten)
         return project(query), project(gallery)
 
@@ -137,7 +139,7 @@ class Judge:
         for step in self.steps:
             first, second = step(first, second, train)
         lists = (asked.labels, items.labels, asked.cameras, items.cameras)
-        options = {
+        options: dict[str, Any] = {
             "exclude_self": own_index(asked, items),
             "metrics": list(dict.fromkeys(re.sub(r"\d+$", "{k}", name) for name in self.names)),
             "topk": sorted({int(name) for key in self.names for name in re.findall(r"\d+$", key)}) or (1,),
@@ -180,7 +182,7 @@ class Accuracy:
 
 def embed(
     model: nn.Module,
-    loader: ImageLoader,
+    loader: DataLoader,
     flip: bool = False,
     scales: Sequence[float] = (1.0,),
     amp: bool = False,
@@ -231,8 +233,8 @@ def views(model: nn.Module, x: Tensor, flip: bool, scales: Sequence[float]) -> T
     return features[0] if len(features) == 1 else torch.stack([F.normalize(f.float()) for f in features]).mean(0)
 
 
-def fingerprint(model: nn.Module, images: ImageList, *options) -> str:
-    """Return a key of all that features depend on: weights, transforms, files with their sizes and times, options."""
+def fingerprint(model: nn.Module, images: Any, *options) -> str:
+    """Return a key of all that features of an ImageList depend on: weights, transforms, files with times, options."""
     boxes = None if images.boxes is None else images.boxes.tolist()
     key = hashlib.sha256(repr((str(model), str(images.transform), boxes, options)).encode())
     for name, value in model.state_dict().items():

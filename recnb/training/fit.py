@@ -59,9 +59,9 @@ def fit_config(learn: RetrievalLearner, plan: Plan, on_epoch: Callable[[], objec
         finally:
             learn.first_epoch = learn.first_batch = 0
             learn.loaders.stop_workers()
-        keep(learn, plan, state, first_of(MovingAverage, callbacks))
         if (pace := first_of(Pace, callbacks)).images:
             print(pace)
+        keep(learn, plan, state, first_of(MovingAverage, callbacks))
 
 
 @contextlib.contextmanager
