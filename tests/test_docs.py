@@ -123,8 +123,9 @@ def check_recnb(words: list[str]) -> None:
     if words[0].startswith("--"):
         return
     command, *rest = main.joined(words)
-    given = typer.main.get_command(main.app).commands[command].make_context(command, rest).params
-    if command == "run" and given["notebook"].islower():
+    parser = typer.main.get_command(main.app).commands[command]
+    given = parser.make_context(command, rest).params if rest else {}  # none: prose that names the command
+    if command == "run" and given.get("notebook", "").islower():
         pairs = [pair.partition("=")[::2] for pair in given["pairs"] or ()]
         written = [(name, value) for name, value in pairs if not value.startswith(("runs/", "data/"))]
         text = yaml.safe_load(given["text"]) or {}
@@ -132,7 +133,7 @@ def check_recnb(words: list[str]) -> None:
             text["run"] = ""  # there need be none
         notebooks.parameters_of(notebooks.find(given["notebook"]), written, yaml.safe_dump(text))
         assert dict(pairs).keys() <= notebooks.known(notebooks.find(given["notebook"])).keys()
-    elif command == "sweep" and (ROOT / given["batch"]).is_file():
+    elif command == "sweep" and given and (ROOT / given["batch"]).is_file():
         batch = yaml.safe_load((ROOT / given["batch"]).read_text(encoding="utf-8"))
         load_config(ROOT / batch["config"], batch.get("overrides"))
     elif str(given.get("config", "")).islower():
