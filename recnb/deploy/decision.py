@@ -16,13 +16,12 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
 from scipy.optimize import minimize
 from scipy.special import expit
 from scipy.stats import binomtest
 
 from recnb.registry import ConfigError
-from recnb.retrieval.scores import MEMORY, pair, spans, to_numpy
+from recnb.retrieval.scores import MEMORY, pair, spans
 from recnb.retrieval.stats import paired_difference
 
 MOST = 2000  # images of an identity say how alike these are
@@ -189,7 +188,7 @@ def typical_without(vectors: np.ndarray, items: Items, queries: Items, distance:
 
 
 def searches(
-    asked: ArrayLike, index: ArrayLike, queries: Items, items: Items, distance: str
+    asked: np.ndarray, index: np.ndarray, queries: Items, items: Items, distance: str
 ) -> tuple[Searches, Searches, np.ndarray]:
     """Search with each query twice: as somebody known and, its identity taken out of the index, as somebody unknown.
 
@@ -206,7 +205,7 @@ def searches(
         The searches as known and as unknown, and (Q,) whether there is anything of its identity to find.
     """
     known, unknown, has = zip(*_searched(asked, index, queries, items, distance), strict=True)
-    table, own = typical_without(to_numpy(index), items, queries, distance)
+    table, own = typical_without(index, items, queries, distance)
     (scores, names), others = joined(known), joined(unknown)
     alike = np.where(names == queries.identity[:, None], own[:, None], table[names])
     return Searches(scores, names, alike), Searches(*others, table[others[1]]), np.concatenate(has)
@@ -218,7 +217,7 @@ def joined(parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, 
     return np.concatenate(scores), np.concatenate(identities)
 
 
-def _searched(asked, index, queries: Items, items: Items, distance: str) -> Iterator[tuple]:
+def _searched(asked: np.ndarray, index: np.ndarray, queries: Items, items: Items, distance: str) -> Iterator[tuple]:
     query, gallery = pair(asked, index, distance)
     theirs = items.tensors(slice(None))
     for rows in spans(len(query), max(1, MEMORY // (32 * len(gallery)))):

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -50,7 +50,7 @@ class Answer:
         return f"{self.name} ({self.probability:.0%})"
 
 
-def check_threshold(threshold: float, where: str) -> None:
+def check_threshold(threshold: Any, where: str) -> None:
     """Raise ConfigError unless a probability to accept from can be one."""
     number = isinstance(threshold, int | float | np.floating) and not isinstance(threshold, bool)
     if not number or not -1 <= threshold <= 1:
