@@ -47,7 +47,7 @@ class Answer:
     nearest: tuple[Hit, ...]
 
     def __str__(self) -> str:
-        return f"{self.name} ({self.probability:.0%})"
+        return UNKNOWN if self.name == UNKNOWN else f"{self.name} ({self.probability:.0%})"
 
 
 def check_threshold(threshold: Any, where: str) -> None:
