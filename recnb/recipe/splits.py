@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +15,8 @@ from recnb.registry import ConfigError
 from recnb.storage import resolve, write_text
 
 FEWEST = 4  # validation identities, below which there is nothing to choose by
+ENOUGH = 10  # identities in Validation lists, which then are taken as they are
+SHARE = 0.25  # of many identities
 MANY = 40  # identities, from which one quarter of them is enough to choose by
 
 
@@ -28,46 +29,50 @@ class Split:
     gallery: dict
 
 
-def split_lists(cfg: dict, folder: Path) -> Iterator[Split]:
-    """Yield the splits of the training identities: the Validation lists, one share of them, or folds.
+def split_lists(cfg: dict, folder: Path) -> list[Split]:
+    """Return the splits of the training identities: the Validation lists, or a share of them, or folds.
 
-    Raise ConfigError where there are too few identities with two images to choose by.
+    Lists of fewer than ENOUGH identities are no basis for a choice: they are joined to the training list, and others
+    are held out of it in turn.
+
+    Raises:
+        ConfigError: There are too few identities with two images to choose by.
     """
     section = lookup(cfg, "DataLoader.Validation") or {}
-    if section.get("Query"):
-        train = cfg["DataLoader"]["Train"]["dataset"]
-        yield Split(
-            {k: v for k, v in train.items() if k != "transform_ops"},
-            *(
-                {k: v for k, v in section[part]["dataset"].items() if k != "transform_ops"}
-                for part in ("Query", "Gallery")
-            ),
-        )
-        return
-    images = training_table(cfg)
-    names = np.array([images.name(label) for label in images.labels])
-    found, counts = np.unique(names, return_counts=True)
+    tables = [training_table(cfg), *held_tables(cfg)]
+    if len({table.name(label) for table in tables[1:] for label in table.labels}) >= ENOUGH:
+        given = (cfg["DataLoader"]["Train"], section["Query"], section["Gallery"])
+        return [Split(*({k: v for k, v in part["dataset"].items() if k != "transform_ops"} for part in given))]
+    names = [np.array([table.name(label) for label in table.labels]) for table in tables]
+    found, counts = np.unique(np.concatenate(names), return_counts=True)
     able = found[counts > 1]
     if len(able) < 2 * FEWEST:
         raise ConfigError(
             f"Global.recipe: a ladder needs {2 * FEWEST} identities with two images, to train on some and choose by "
             f"others, and there are {len(able)}; take more, or leave recipe out"
         )
+    order, share = np.random.default_rng(section.get("seed", 0)).permutation(able), section.get("share") or SHARE
     folds = cfg["Ladder"]["folds"] or (1 if section.get("share") or len(able) >= MANY else 4)
-    order = np.random.default_rng(section.get("seed", 0)).permutation(able)
-    share = section.get("share") or 0.25
-    parts = (
-        [order[: max(FEWEST, round(share * len(able)))]]
-        if folds == 1
-        else np.array_split(order, min(folds, len(able) // 2))
-    )
-    for number, held in enumerate(parts):
-        inside = np.isin(names, held)
-        train, validation = (
-            write_list(folder / f"{name}-{number}.txt", (images, np.flatnonzero(rows)))
-            for name, rows in (("train", ~inside), ("validation", inside))
-        )
-        yield Split(train, validation, validation)
+    once = [order[: max(FEWEST, round(share * len(able)))]]
+    parts = once if folds == 1 else np.array_split(order, min(folds, len(able) // 2))
+
+    def written(name: str, number: int, inside: bool) -> dict:
+        rows = [np.flatnonzero(np.isin(own, parts[number]) == inside) for own in names]
+        return write_list(folder / f"{name}-{number}.txt", *zip(tables, rows, strict=True))
+
+    splits = []
+    for number in range(len(parts)):
+        validation = written("validation", number, True)
+        splits.append(Split(written("train", number, False), validation, validation))
+    return splits
+
+
+def held_tables(cfg: dict) -> list[ImageList]:
+    """Return the tables of the Validation lists, each once."""
+    if not lookup(cfg, "DataLoader.Validation.Query"):
+        return []
+    held = build_loaders(cfg).validation
+    return [*{id(part.dataset): part.dataset for part in (held.query, held.gallery)}.values()]
 
 
 def training_table(cfg: dict) -> ImageList:
@@ -77,10 +82,7 @@ def training_table(cfg: dict) -> ImageList:
 
 def whole_list(cfg: dict, folder: Path) -> dict:
     """Return the section of all training images, those held out included."""
-    tables = [training_table(cfg)]
-    if lookup(cfg, "DataLoader.Validation.Query"):
-        held = build_loaders(cfg).validation
-        tables += {id(part.dataset): part.dataset for part in (held.query, held.gallery)}.values()
+    tables = [training_table(cfg), *held_tables(cfg)]
     return write_list(folder / "all.txt", *((table, np.arange(len(table))) for table in tables))
 
 

@@ -106,7 +106,7 @@ def climb(cfg: dict, run: Path, show: Callable[[Ladder], object] | None = None) 
     """
     ladder.climbable(cfg)
     began, minutes = time.monotonic(), cfg["Ladder"]["minutes"]
-    splits = [*split_lists(cfg, run / "lists")]
+    splits = split_lists(cfg, run / "lists")
     at = float("inf") if minutes is None else began + 60 * minutes
     said: list[str] = []
     rungs = []
