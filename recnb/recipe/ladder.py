@@ -29,6 +29,11 @@ def is_ladder(cfg: dict) -> bool:
     return cfg["Global"]["recipe"] == "ladder"
 
 
+def base(cfg: dict) -> dict:
+    """Return the configuration of the model that training begins with: the first rung, or the whole file."""
+    return start(cfg) if is_ladder(cfg) else cfg
+
+
 def start(cfg: dict) -> dict:
     """Return the configuration of the untrained network: no neck, no head, no epoch."""
     cfg = plain(cfg)

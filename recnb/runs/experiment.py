@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import pandas as pd
+from matplotlib.figure import Figure
 
 from recnb.distributed.processes import first_does
+from recnb.gallery.curves import history_figure
 from recnb.recipe.data import build_loaders
-from recnb.recipe.ladder import is_ladder, start
+from recnb.recipe.ladder import base, is_ladder
 from recnb.recipe.learner import build_learner
 from recnb.recipe.lint import lint, stop
 from recnb.recipe.model import build_model
 from recnb.runs.folder import open_run, resolve_run
 from recnb.runs.ladder import climb
 from recnb.runs.results import evaluate_start, save_results
+from recnb.training.learner import RetrievalLearner
 
 
 def train(cfg: dict, run_dir: str | Path) -> dict:
@@ -26,7 +30,7 @@ def train(cfg: dict, run_dir: str | Path) -> dict:
     Raises:
         ConfigError: The lint has found what makes the run useless.
     """
-    first, run = start(cfg) if is_ladder(cfg) else cfg, resolve_run(run_dir)
+    first, run = base(cfg), resolve_run(run_dir)
     loaders = build_loaders(first)
     first_does(open_run, run, first, loaders.classes)
     findings = lint(cfg, loaders)
@@ -40,14 +44,26 @@ def train(cfg: dict, run_dir: str | Path) -> dict:
             quiet.enter_context(learn.no_bar())
             quiet.enter_context(learn.no_logging())
         before = evaluate_start(run, learn)
-        if is_ladder(cfg):
-            learn, _ = climb(cfg, run)
-        else:
-            say = None if sys.stdout.isatty() else partial(print_epoch, run, cfg["Global"]["epochs"])
-            learn.fit_config(on_epoch=say)
+        learn = fit(cfg, learn, run)
         after = learn.evaluate()
     first_does(save_results, run, learn, before, after)
     return {**after.metrics, "before": before.metrics}
+
+
+def fit(cfg: dict, learn: RetrievalLearner, run: Path, show: Callable[[Figure], object] | None = None):
+    """Train as the file says, or climb its ladder, and return the learner of the result.
+
+    Args:
+        cfg: The configuration.
+        learn: The learner of `base(cfg)`.
+        run: The run folder.
+        show: Called with the curves after each epoch, or the ladder after each rung; without it lines are printed.
+    """
+    if is_ladder(cfg):
+        return climb(cfg, run, show and (lambda found: show(found.figure())))[0]
+    lines = None if sys.stdout.isatty() else partial(print_epoch, run, cfg["Global"]["epochs"])
+    learn.fit_config(on_epoch=(lambda: show(history_figure(run))) if show else lines)
+    return learn
 
 
 def print_epoch(run: Path, epochs: int) -> None:

@@ -17,10 +17,12 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from recnb.data.lists import save_label_map
+from recnb.gallery.curves import ladder_figure
 from recnb.models.weights import interpolate
 from recnb.recipe import ladder
 from recnb.recipe.data import build_loaders
@@ -91,6 +93,15 @@ class Ladder:
                 | {"minutes": rung.minutes, "kept": rung is self.kept}
             )
         return pd.DataFrame(rows).set_index("rung")
+
+    def figure(self) -> Figure:
+        """Return each rung's metric with its interval, the kept one marked."""
+        rows = [
+            {"name": name, "value": row[self.metric], "low": row.low, "high": row.high, "kept": row.kept}
+            | {"note": f"{row.gain:+.3f}, {row.minutes:.1f} min" if name != "start" else ""}
+            for name, row in self.table().iterrows()
+        ]
+        return ladder_figure(rows, self.metric)
 
 
 def climb(cfg: dict, run: Path, show: Callable[[Ladder], object] | None = None) -> tuple[RetrievalLearner, Ladder]:

@@ -10,8 +10,9 @@ from conftest import make
 from recnb.data.lists import ImageList
 from recnb.recipe import data
 from recnb.recipe.schema import load_config
-from recnb.runs.experiment import evaluate_start, save_results, train
+from recnb.runs.experiment import train
 from recnb.runs.folder import load_run
+from recnb.runs.results import evaluate_start, save_results
 from recnb.training.adaptor import Callback
 
 
