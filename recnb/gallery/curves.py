@@ -33,7 +33,7 @@ STYLES = [(colour, line) for line in ("-", "--", ":") for colour in PALETTE]  # 
 
 
 def curves_figure(arrays: dict, recall: np.ndarray, precision: np.ndarray) -> Figure:
-    """Two panels: CMC, and precision over recall."""
+    """Draw two panels: CMC, and precision over recall."""
     figure, axes = _panels(2)
     draw_cmc(axes[0], arrays)
     axes[1].plot(recall, precision, color=COLOURS[RIGHT], linewidth=2)
@@ -45,7 +45,7 @@ def curves_figure(arrays: dict, recall: np.ndarray, precision: np.ndarray) -> Fi
 
 
 def histogram_figure(edges: np.ndarray, counts: np.ndarray, point: dict) -> Figure:
-    """The similarities of pairs, with the operating threshold."""
+    """Draw the similarities of pairs, with the operating threshold."""
     figure, (ax,) = _panels(1, 7)
     draw_pairs(ax, edges, counts, point)
     return figure
@@ -303,7 +303,7 @@ def augmentation_figure(loader: ImageLoader, count: int = 8) -> Figure:
 
 
 def history_figure(run: Path) -> Figure:
-    """Two panels over the epochs of history.csv: the losses, and the retrieval metrics."""
+    """Draw two panels over the epochs of history.csv: the losses, and the retrieval metrics."""
     history = pd.read_csv(run / "history.csv").drop(columns="lr")
     losses = [c for c in history if "loss" in c.lower()]
     figure, axes = _panels(2)
@@ -344,7 +344,7 @@ def _draw_epochs(ax: Axes, history: pd.DataFrame, column: str, name: str, style:
 
 
 def before_after_figure(table: pd.DataFrame) -> Figure:
-    """Bars of each metric before and after training, with 95 % intervals, and above them the difference.
+    """Draw bars of each metric before and after training, with 95 % intervals, and above them the difference.
 
     Args:
         table: a row per metric with before, before_low, before_high, the same of after, difference, low, high and

@@ -103,7 +103,7 @@ class Embeddings:
 
 
 def chosen(given: Mapping) -> dict:
-    """OPTIONS with the values given; raises ConfigError for a name that does not exist."""
+    """Return OPTIONS with the values given; raise ConfigError for a name that does not exist."""
     for name in given:
         if name not in OPTIONS:
             raise ConfigError(f"options: there is no '{name}'; {suggest(name, OPTIONS)}")
@@ -128,7 +128,7 @@ def of_run(run: Run) -> Embeddings:
 
 
 def of_files(files: Mapping[str, str]) -> Embeddings:
-    """The embeddings of .npy files, or .txt files with a value a line; keys as in FILES, raises ConfigError for others.
+    """Return the embeddings of .npy files, or .txt files with a value a line; keys as in FILES, ConfigError for others.
 
     Without a gallery the queries search each other. Where both have paths, an image is known to be its own by them.
     """
@@ -173,7 +173,7 @@ def _read(key: str, path: Path):
 
 
 def judge(data: Embeddings, topk: Sequence[int] = (1, 5, 10)) -> tuple[pd.DataFrame, dict]:
-    """A row per metric with its 95 % interval, and the arrays of `retrieval_metrics(per_query=True)`.
+    """Return a row per metric with its 95 % interval, and the arrays of `retrieval_metrics(per_query=True)`.
 
     Identities are resampled whole: the intervals are for other identities, not only for other pictures of these.
     Precision and NDCG at 1 are recall1 by other names and left out.
@@ -189,9 +189,15 @@ def judge(data: Embeddings, topk: Sequence[int] = (1, 5, 10)) -> tuple[pd.DataFr
 
 
 def precision_recall(data: Embeddings, points: int = 101, memory: int = MEMORY) -> tuple[np.ndarray, np.ndarray]:
-    """Recall (P,) and the precision (P,) there, interpolated per query and averaged over the queries.
+    """Return recall (P,) and the precision (P,) there, interpolated per query and averaged over the queries.
 
-    Exact, from the ranks of all positives: at recall t, the best precision at any recall of at least t.
+    Exact, from the ranks of all positives: at recall t, the best precision at any recall of at least t (Manning et al.,
+    Introduction to Information Retrieval, 2008, 8.4).
+
+    Args:
+        data: the embeddings.
+        points: P, spread evenly from 0 to 1.
+        memory: bytes of working memory.
     """
     protocol = data.protocol
     recall, total = np.linspace(0, 1, points), np.zeros(points)
@@ -206,7 +212,16 @@ def precision_recall(data: Embeddings, points: int = 101, memory: int = MEMORY) 
 
 
 def pair_histogram(data: Embeddings, bins: int = 100, memory: int = MEMORY) -> tuple[np.ndarray, np.ndarray]:
-    """Edges (bins + 1,) of equal bins over all cosines, and the negative and positive pairs in each (2, bins)."""
+    """Return the edges (bins + 1,) of equal bins over all cosines, and how many pairs are in each (2, bins).
+
+    Args:
+        data: the embeddings; each pair of a query and a gallery image that counts is in one bin.
+        bins: how many there are between -1 and 1.
+        memory: bytes of working memory.
+
+    Returns:
+        The edges, and the counts of negative (row 0) and positive pairs (row 1).
+    """
     protocol, counts = data.protocol, np.zeros((2, bins), np.int64)
     query, gallery = pair(data.query, data.gallery)
     with exact(query.device):
@@ -216,7 +231,7 @@ def pair_histogram(data: Embeddings, bins: int = 100, memory: int = MEMORY) -> t
 
 
 def operating_point(data: Embeddings, rate: float = 1e-3) -> dict:
-    """`verification_metrics`, with the threshold for a false-match rate and the TPR there as plain names."""
+    """Return `verification_metrics`, with the threshold for a false-match rate and the TPR there as plain names."""
     result = verification.verification_metrics(data.query, data.gallery, *data.lists, fpr=(rate,))
     return {
         "rate": rate,
@@ -227,13 +242,13 @@ def operating_point(data: Embeddings, rate: float = 1e-3) -> dict:
 
 
 def identities(data: Embeddings, arrays: dict) -> pd.DataFrame:
-    """A row per identity of the queries, the worst AP first."""
+    """Return a row per identity of the queries, the worst AP first."""
     table = per_class(arrays, data.query_labels)
     return table.assign(label=data.text(table.label))
 
 
 def confused(data: Embeddings, ranking: Ranking | None = None) -> pd.DataFrame:
-    """A row per pair (identity, taken_for): how many queries of the first have the second as first hit, most first.
+    """Return a row per pair (identity, taken_for): how many queries of the first have the second as first hit.
 
     `share` is of the identity's queries that have a positive; `back` counts the other way round.
     """
@@ -266,7 +281,7 @@ def confusion(data: Embeddings, ranking: Ranking | None = None) -> pd.DataFrame:
 
 
 def effects(data: Embeddings, others: Mapping[str, tuple] | None = None) -> pd.DataFrame:
-    """A row per way of searching: its metrics, what it adds to the mAP, and the 95 % interval of that.
+    """Return a row per way of searching: its metrics, what it adds to the mAP, and the 95 % interval of that.
 
     k-reciprocal re-ranking, query expansion, database augmentation, and `others`: name -> (query, gallery) vectors.
     """
@@ -316,7 +331,7 @@ def mirrored(run: Run) -> tuple[np.ndarray, np.ndarray]:
 
 
 def project(features, seed: int = 0) -> tuple[np.ndarray, str]:
-    """Points (N, 2) of unit vectors and how they were made: by UMAP where it is installed, otherwise by PCA."""
+    """Return points (N, 2) of unit vectors and how they were made: by UMAP where it is installed, otherwise by PCA."""
     unit = np.asarray(features, np.float32)
     unit = unit / np.maximum(np.linalg.norm(unit, axis=1, keepdims=True), 1e-30)
     if find_spec("umap"):
@@ -330,7 +345,7 @@ def project(features, seed: int = 0) -> tuple[np.ndarray, str]:
 
 
 def overview_figure(data: Embeddings, rate: float = 1e-3) -> Figure:
-    """In a row: CMC, similarities of pairs with the threshold, AP of the queries."""
+    """Draw in a row: CMC, similarities of pairs with the threshold, AP of the queries."""
     _, arrays = judge(data)
     figure, axes = _panels(3)
     draw_cmc(axes[0], arrays)

@@ -30,7 +30,7 @@ PATH_KEYS = {*(key for keys in PATHS.values() for key in keys), "pretrained"}
 
 
 def find_runs(run_dirs: Sequence[str | Path] = (), pattern: str = "") -> list[Path]:
-    """The folders named, and those of the pattern that hold a config.yaml; raises ConfigError where there is none."""
+    """Return the folders named, and those of the pattern that hold a config.yaml; ConfigError where there is none."""
     base = Path("/") if Path(pattern).is_absolute() else ROOT
     found = sorted(base.glob(pattern.lstrip("/"))) if pattern else []
     folders = [*map(resolve, run_dirs), *(path for path in found if (path / "config.yaml").is_file())]
@@ -43,7 +43,7 @@ def find_runs(run_dirs: Sequence[str | Path] = (), pattern: str = "") -> list[Pa
 
 
 def short_names(keys: Iterable[Sequence[str]], joint: str = "/") -> list[str]:
-    """Each key (its steps) by its last step, or as many of the last steps as tell it from the others."""
+    """Return each key (its steps) by its last step, or as many of the last steps as tell it from the others."""
     keys, names = [tuple(key) for key in keys], []
     for key in keys:
         same = [sum(other[-n:] == key[-n:] for other in keys) for n in range(1, len(key) + 1)]
@@ -52,7 +52,7 @@ def short_names(keys: Iterable[Sequence[str]], joint: str = "/") -> list[str]:
 
 
 def load_runs(folders: Sequence[Path]) -> tuple[dict[str, Run], dict[str, str]]:
-    """The finished runs by name, and for each of the others the reason why it cannot be compared."""
+    """Return the finished runs by name, and for each of the others the reason why it cannot be compared."""
     runs, unusable = {}, {}
     for name, folder in zip(short_names(folder.absolute().parts for folder in folders), folders, strict=True):
         try:
@@ -122,7 +122,7 @@ def comparable(board: pd.DataFrame, runs: dict[str, Run], baseline: str = "") ->
 
 
 def flat(node, place: str = "") -> dict:
-    """A configuration as {dotted key: value}, keys as overrides spell them; of a list of parts, their order as well."""
+    """Return a configuration as {dotted key: value}, spelt as overrides are; of a list of parts, the order as well."""
     if isinstance(node, dict) and node:
         return {k: v for key, value in node.items() for k, v in flat(value, f"{place}.{key}".lstrip(".")).items()}
     if isinstance(node, list) and node and all(isinstance(entry, dict) and len(entry) == 1 for entry in node):
@@ -163,7 +163,7 @@ def curves(runs: dict[str, Run], metric: str = "") -> Figure:
 
 
 def judge(run: Run, k: int = 10) -> Ranking:
-    """The run's judged lists as its own evaluation ranks them."""
+    """Return the run's judged lists as its own evaluation ranks them."""
     return run.rank(k, re_ranking=run.cfg["Global"]["re_ranking"])
 
 
@@ -205,7 +205,7 @@ def test_sets(runs: dict[str, Run]) -> pd.DataFrame:
 
 
 def paired(rankings: dict[str, Ranking], baseline: str) -> pd.DataFrame:
-    """A row per run and metric: the mean difference from the baseline, its 95 % interval and p-value, queries gained.
+    """Return a row per run and metric: the mean difference from the baseline, its 95 % interval, queries gained.
 
     Identities are resampled whole: their queries rise and fall together.
     """

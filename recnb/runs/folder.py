@@ -47,7 +47,7 @@ PACKAGES = ("recnb", "torch", "torchvision", "fastai", "timm", "faiss-cpu", "num
 
 
 def open_run(run_dir: str | Path, cfg: dict, classes: int | None = None) -> Path:
-    """The run folder, made where it is missing, with config.yaml and env.json written.
+    """Return the run folder, made where it is missing, with config.yaml and env.json written.
 
     `classes` is the number of training identities, for config.yaml; where it is not known their list is read.
     """
@@ -62,13 +62,13 @@ def open_run(run_dir: str | Path, cfg: dict, classes: int | None = None) -> Path
 
 
 def resolve_run(run_dir: str | Path) -> Path:
-    """Where a run folder is: as it stands, or below the project's root."""
+    """Return where a run folder is: as it stands, or below the project's root."""
     run = Path(run_dir)
     return run if run.is_absolute() else ROOT / run
 
 
 def environment(cfg: dict) -> dict:
-    """What env.json holds: versions, device, threads, seed, commit, and a hash of every list file."""
+    """Return what env.json holds: versions, device, threads, seed, commit, and a hash of every list file."""
 
     def installed(package: str) -> str | None:
         try:
@@ -90,14 +90,14 @@ def environment(cfg: dict) -> dict:
 
 
 def list_hashes(cfg: dict) -> dict[str, str]:
-    """The SHA-256 of each list file that the configuration names."""
+    """Return the SHA-256 of each list file that the configuration names."""
     named = {lookup(cfg, f"DataLoader.{part}.dataset.cls_label_path") for part in LOADERS} - {None}
     files = [path for path in map(resolve, sorted(named)) if path.is_file()]
     return {from_root(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def commit() -> str | None:
-    """The project's git commit, with a plus where files differ from it, or None outside a checkout."""
+    """Return the project's git commit, with a plus where files differ from it, or None outside a checkout."""
 
     def git(*args: str) -> str:
         return subprocess.check_output(["git", "-C", str(ROOT), *args], text=True, stderr=subprocess.DEVNULL).strip()
@@ -181,7 +181,7 @@ class Run:
         return own_index(self.query, self.gallery)
 
     def rank(self, k: int = 10, re_ranking: bool = False) -> Ranking:
-        """The judged first k of every query, by cosine or by k-reciprocal distance."""
+        """Return the judged first k of every query, by cosine or by k-reciprocal distance."""
         others = None if same_list(self.query, self.gallery) else self.gallery_features
         scores = -k_reciprocal(self.query_features, others) if re_ranking else None
         return rank(
@@ -197,7 +197,7 @@ class Run:
         )
 
     def model(self) -> RecModel | DistillationModel:
-        """The trained model in evaluation mode, on the CPU."""
+        """Return the trained model in evaluation mode, on the CPU."""
         model = build_model(untrained(self.cfg))
         load_weights(model, self.folder / "model.safetensors")
         return model.eval()
@@ -216,19 +216,19 @@ def image_root(cfg: dict, part: str = "Query") -> str:
 
 
 def model_input(run: Run, picture) -> torch.Tensor:
-    """(3, H, W): a picture (path, PIL image or array) as the run's evaluation shows it to the model."""
+    """Return (3, H, W), a picture (path, PIL image or array) as the run's evaluation shows it to the model."""
     transform = build_transform(run.cfg, f"{evaluation_places(run.cfg)[0]}.dataset")
     return transform(pil_to_tensor(read_picture(picture, 4096)))
 
 
 def embed_picture(run: Run, model: torch.nn.Module, picture) -> np.ndarray:
-    """(D,) the feature of one picture."""
+    """Return the feature (D,) of one picture."""
     with torch.inference_mode():
         return model(model_input(run, picture)[None])["features"][0].float().numpy()
 
 
 def untrained(cfg: dict) -> dict:
-    """The configuration for use only: without pretrained weights, which the run's replace, and recomputed blocks."""
+    """Return the configuration for use only: without pretrained weights, and without recomputed blocks."""
     cfg = copy.deepcopy(cfg)
     cfg["Global"] |= {"pretrained_model": None, "grad_checkpointing": False}
     cfg["Arch"].pop("pretrained_list", None)
@@ -320,7 +320,7 @@ def read_lists(run: Path, cfg: dict, features: Sequence[np.ndarray]) -> tuple[Im
 
 
 def undamaged(run: Path, path: Path, read: Callable):
-    """What `read` makes of a file of a run; raises ConfigError where it cannot."""
+    """Return what `read` makes of a file of a run; raise ConfigError where it cannot."""
     try:
         return read(path)
     except Exception as error:  # readers raise whatever a damaged file leads them to

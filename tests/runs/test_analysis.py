@@ -11,6 +11,7 @@ from conftest import run_notebook
 from PIL import Image
 
 from recnb import gallery, retrieval
+from recnb.data.prepare import with_tags
 from recnb.registry import ConfigError
 from recnb.runs import analysis, suspects, tables
 from recnb.storage import ROOT, from_root
@@ -164,6 +165,11 @@ def test_suspects_have_names_and_paths_and_become_corrections(tmp_path):
     tags = suspects.corrections(table)
     assert tags.columns.tolist() == ["path", "action", "label"] and set(tags.action) == {"relabel"}
     assert dict(zip(tags.path, tags.label, strict=True)) == planted
+    tags.to_csv(tmp_path / "suspects.csv", index=False)
+    found = pd.DataFrame({"path": data.gallery_paths, "label": data.text(data.gallery_labels)})
+    mended, left = with_tags(found, tmp_path / "suspects.csv", tmp_path / "images")
+    true = synthetic(noise=0.05, each=8, cameras=False).gallery_labels
+    assert mended.label.tolist() == data.text(true) and not left
 
 
 def test_suspects_are_shown_with_their_neighbours(tmp_path):
