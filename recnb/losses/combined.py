@@ -42,11 +42,20 @@ class CELoss(nn.Module):
 
 
 def in_blocks(per_row: Callable, features: Tensor, y: Tensor, chunk: int | None = None) -> tuple[Tensor, ...]:
-    """What `per_row` makes of the rows of a batch, `chunk` rows at a time: tensors (B,), each joined.
+    """Return what `per_row` makes of the rows of a batch, `chunk` rows at a time: tensors (B,).
 
-    `per_row(rows (C, D), features (B, D), positive (C, B), negative (C, B))` gives a tuple of tensors (C,); positives
-    are without the row itself. Blocks are computed anew for their gradients, so that memory grows with B x chunk and
-    not with B x B; values and gradients are the same. Raises ValueError for a chunk below 1.
+    Blocks are computed anew for their gradients, so that memory grows with B x chunk and not with B x B; values and
+    gradients are the same.
+
+    Args:
+        per_row: of (rows (C, D), features (B, D), positive (C, B), negative (C, B)) gives a tuple of tensors (C,);
+            positives are without the row itself.
+        features: (B, D).
+        y: (B,) labels.
+        chunk: rows of a block; None: all at once.
+
+    Raises:
+        ValueError: The chunk is below 1.
     """
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk is {chunk}: a block has one row at least")
@@ -71,9 +80,16 @@ class SupConLoss(nn.Module):
 
     For an anchor, minus the mean over its positives of the log-softmax of the similarities to all other items, times
     temperature / base_temperature. Positives are found by label; an anchor that has none does not count, and a batch
-    without any gives 0. `contrast_mode: one` takes each identity's first row as its only anchor. `views` changes
-    nothing: the original needs to be told how many consecutive rows share an identity. `chunk` rows of the matrix of
-    similarities (B, B) are in memory at a time, by default all.
+    without any gives 0.
+
+    Args:
+        views: changes nothing: the original needs to be told how many consecutive rows share an identity.
+        temperature: what similarities are divided by.
+        contrast_mode: `all` rows are anchors, or `one`, the first of each identity.
+        base_temperature: see above.
+        normalize_feature: whether features are brought to length 1.
+        feature_from: the model's output that is compared.
+        chunk: rows of the matrix of similarities (B, B) in memory at a time, by default all.
     """
 
     needs_logits = False
@@ -114,7 +130,7 @@ class SupConLoss(nn.Module):
 
 
 def first_rows(y: Tensor) -> Tensor:
-    """(B,) whether a row is the first of its identity."""
+    """Return (B,) whether a row is the first of its identity."""
     order = y.argsort(stable=True)
     return torch.ones_like(y, dtype=torch.bool).scatter(0, order[1:], y[order].diff() != 0)
 

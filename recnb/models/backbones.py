@@ -93,7 +93,7 @@ REFUSED = {
 
 
 def list_backbones(pattern: str = "*") -> list[str]:
-    """Names that `create_backbone` takes, the original's first, that match a pattern such as '*resnet50*'."""
+    """Return the names that `create_backbone` takes, the original's first, that match a pattern as '*resnet50*'."""
     names = [*ALIASES, *NETWORKS, *timm.list_models(), *TORCHVISION]
     return [name for name in names if fnmatch(name.lower(), pattern.lower())]
 
@@ -130,18 +130,27 @@ def create_backbone(
     pool: str | None = None,
     **kwargs,
 ) -> Cut:
-    """The model `name` cut at `stop`; without `stop`, its pooled features, or `class_num` outputs of a last layer.
+    """Return a model cut at a layer; without one, its pooled features, or `class_num` outputs of its last layer.
 
-    pretrained: True for the library's weights from its hub, or the path of a local .pth or .safetensors file of the
-    whole model. input_size: (C, H, W) of the images, default the model's own. lr_mult_list: a number for each of the
-    model's stages (5 for a ResNet, 6 for PPLCNet), kept as `lr_multiplier` of each parameter; what follows the stages
-    has 1, and 0 freezes. use_ssld: which of the original's files to take; has no effect here. kwargs: go to timm, such
-    as pad_type; with the original's names also stem_act (ResNet), class_expand and dropout_prob, default 0.2 (PPLCNet,
-    MobileNetV3; a VGG's drop_rate is 0.5); of CLIP, return_embed for the tokens projected to output_dim: 512 numbers,
-    and return_mean_embed for their mean. A WideResNet cut at 'bn1' gives the mean of that map, (B, C), as the original.
-    pool: what becomes of a transformer's tokens, one of POOLS; by default what its weights were trained with, which
-    differs: DINOv2 gives its class token, timm's DINOv3 the mean.
-    Raises ValueError for an unknown name or argument, and for weights that cannot be had or do not fit.
+    Args:
+        name: of timm, of torchvision, or the original's.
+        pretrained: True for the library's weights from its hub, or the path of a local .pth or .safetensors file of the
+            whole model.
+        class_num: size of a last linear layer; None takes the classifier off.
+        stop: the layer to cut at, as `cut` takes it. A WideResNet cut at 'bn1' gives the mean of that map, (B, C), as
+            the original.
+        input_size: (C, H, W) of the images, by default the model's own.
+        lr_mult_list: a number for each of the model's stages (5 for a ResNet, 6 for PPLCNet), kept as `lr_multiplier`
+            of each parameter; what follows the stages has 1, and 0 freezes.
+        use_ssld: which of the original's files to take; has no effect here.
+        pool: what becomes of a transformer's tokens, one of POOLS; by default what its weights were trained with, which
+            differs: DINOv2 gives its class token, timm's DINOv3 the mean.
+        **kwargs: go to timm, such as pad_type. With the original's names also stem_act (ResNet), class_expand and
+            dropout_prob, default 0.2 (PPLCNet, MobileNetV3; a VGG's drop_rate is 0.5); of CLIP, return_embed for the
+            tokens projected to output_dim: 512 numbers, and return_mean_embed for their mean.
+
+    Raises:
+        ValueError: A name or argument is unknown, or weights cannot be had or do not fit.
     """
     _check(name, class_num, stop, kwargs)
     if pool is not None and (class_num is not None or stop is not None or kwargs.get("return_embed")):
@@ -169,7 +178,7 @@ def create_backbone(
 
 
 def stages(model: nn.Module) -> list[list[str]]:
-    """The names of all parameters by stage, from the image to the output: a stem, the stages, then what follows them.
+    """Return the names of all parameters by stage, from the image on: a stem, the stages, then what follows them.
 
     `model` is what `create_backbone` returns, or any model of timm's. One that does not say its stages is sorted by its
     own submodules, in the order of their registration.
@@ -179,12 +188,12 @@ def stages(model: nn.Module) -> list[list[str]]:
 
 
 def layer_depths(model: nn.Module) -> dict[str, int]:
-    """How deep each parameter lies, counted in blocks from 0 at the image; otherwise as `stages`."""
+    """Return how deep each parameter lies, counted in blocks from 0 at the image; otherwise as `stages`."""
     return _depths(model, coarse=False)
 
 
 def share_on_gpus(model: nn.Module) -> nn.Module:
-    """The model; its batch normalisations share their statistics with all processes while they train on GPUs."""
+    """Return the model; its batch normalisations share their statistics with all processes while they train on GPUs."""
     model = timm.layers.convert_sync_batchnorm(model)
     for part in model.modules():
         if isinstance(part, Cut):

@@ -24,12 +24,21 @@ from recnb.models.cutting import Cut
 
 
 def in_chunks(part: Callable[[Tensor], dict[str, Tensor]], x: Tensor, chunk: int | None, module: nn.Module) -> dict:
-    """`part(x)`, a dict of tensors (B, ...), from up to `chunk` rows of `x` at a time.
+    """Return `part(x)`, a dict of tensors (B, ...), from up to `chunk` rows of `x` at a time.
 
-    Each is computed by `module` again when its gradients are asked for, with the same random numbers, in the same
-    precision and without touching the module's buffers: batch statistics count once. A batch normalisation that trains
-    still normalises each chunk by itself; without one, or with one in evaluation, the gradients are those of the
-    undivided batch. Raises ValueError for a chunk below 1.
+    Each is computed again when its gradients are asked for, with the same random numbers, in the same precision and
+    without touching the module's buffers: batch statistics count once. A batch normalisation that trains still
+    normalises each chunk by itself; without one, or with one in evaluation, the gradients are those of the undivided
+    batch.
+
+    Args:
+        part: what is computed.
+        x: (B, ...) images.
+        chunk: rows at a time; None: all.
+        module: whose buffers are kept while a part is computed again.
+
+    Raises:
+        ValueError: The chunk is below 1.
     """
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk is {chunk}: one image at least is computed at a time")

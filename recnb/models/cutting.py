@@ -67,14 +67,20 @@ class Cut(nn.Module):
 
 
 def cut(model: nn.Module, stop: str, input_size: Size | None = None) -> Cut:
-    """A copy of `model` that ends at layer `stop`; nothing after it is stored or executed.
+    """Return a copy of `model` that ends at a layer; nothing after it is stored or executed.
 
-    Gradient checkpointing is off in the copy; `.model.set_grad_checkpointing()` turns it on.
-    stop: a module's name ('layer3.2.bn1', 'blocks.7' or 'blocks[7]'), or one of the original's: 'avg_pool' /
-    'adaptive_avg_pool2d_0' is the (B, C, 1, 1) pooled map, 'flatten' / 'flatten_0' the (B, C) vector that the
-    classifier reads, 'blocks[5]' of a ResNet the sixth block of all its stages, 'blocks' the last.
-    input_size: (C, H, W) of one image; default: that of the model's pretrained configuration.
-    Raises ValueError for a layer that is unknown, not called exactly once, or does not give one tensor per image.
+    Gradient checkpointing is off in the copy; `.model.set_grad_checkpointing()` turns it on. `torch.export.export`
+    takes the copy with `strict=True`.
+
+    Args:
+        model: any torch model.
+        stop: a module's name ('layer3.2.bn1', 'blocks.7' or 'blocks[7]'), or one of the original's: 'avg_pool' /
+            'adaptive_avg_pool2d_0' is the (B, C, 1, 1) pooled map, 'flatten' / 'flatten_0' the (B, C) vector that the
+            classifier reads, 'blocks[5]' of a ResNet the sixth block of all its stages, 'blocks' the last.
+        input_size: (C, H, W) of one image; by default that of the model's pretrained configuration.
+
+    Raises:
+        ValueError: The layer is unknown, is not called exactly once, or does not give one tensor for each image.
     """
     model = copy.deepcopy(model.model if isinstance(model, Cut) else model)
     if (checkpoint := getattr(model, "set_grad_checkpointing", None)) is not None:

@@ -51,7 +51,7 @@ def _load(model: nn.Module, path: str | Path) -> list[str]:
 
 
 def load_weights(model: nn.Module, path: str | Path, where: str = "Global.pretrained_model") -> str:
-    """A sentence that says what was loaded; tensors that are missing or of another shape keep their values.
+    """Load what fits and return a sentence that says so; tensors that are missing or of another shape stay.
 
     Reads .safetensors and weights-only .pth / .pt files (also checkpoints of a run). Raises ConfigError where the file
     cannot be read or where nothing in it fits.

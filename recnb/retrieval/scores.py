@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 DISTANCES = ("cosine", "dot", "euclidean", "hamming")
@@ -147,7 +148,7 @@ def exact(device: str | torch.device, threads: int | None = None) -> Iterator[No
         torch.set_num_threads(before[1])
 
 
-def to_numpy(values: Array | bool) -> np.ndarray:
+def to_numpy(values: ArrayLike) -> np.ndarray:
     """Return labels, scores or indices, given as a list, an array or a tensor, as a numpy array."""
     return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
 
