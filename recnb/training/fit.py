@@ -90,7 +90,7 @@ def begin(learn: RetrievalLearner, plan: Plan, callbacks: list[Callback]) -> Non
         print(f"resuming behind epoch {learn.first_epoch} of {plan.schedule.epochs}{inside}")
     else:
         torch.manual_seed(plan.seed + ranks()[0])  # of dropout and of blended batches
-        if hasattr(learn.model.neck, "fit"):
+        if hasattr(getattr(learn.model, "neck", None), "fit"):  # models that are distilled together have no neck
             fit_neck(learn.model, learn.loaders)
         if plan.retention.imprint:
             imprint(learn.model, learn.loaders)
