@@ -101,7 +101,7 @@ def problem(value, hint, wants: str = "not") -> str | None:
         return None if None in found.values() else next(near, mistyped + written(hint))
     if (origin in (int, float) and isinstance(value, bool)) or not isinstance(value, ACCEPTED.get(origin, object)):
         return mistyped + written(hint)
-    if origin in (list, tuple) and inner:
+    if isinstance(value, list | tuple) and origin in (list, tuple) and inner:
         return next(filter(None, (problem(item, inner[0], wants) for item in value)), None)
     return None
 

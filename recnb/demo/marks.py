@@ -11,6 +11,7 @@ import io
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -108,7 +109,8 @@ def _values(attribute: str, n: int, rng: np.random.Generator) -> list:
     """Different values of one attribute; several colours are swaps within one palette."""
     palette = PALETTES[rng.integers(len(PALETTES))]
     swaps = [tuple(palette[i] for i in swap) for swap in SWAPS]
-    pool = {"shape": list(SHAPES), "glyph": list(GLYPHS), "colours": swaps, "trim": TRIMS}[attribute]
+    pools: dict[str, Sequence] = {"shape": list(SHAPES), "glyph": list(GLYPHS), "colours": swaps, "trim": TRIMS}
+    pool = pools[attribute]
     return [pool[i] for i in rng.permutation(len(pool))[:n]]
 
 
@@ -135,8 +137,9 @@ def draw_mark(mark: Mark, size: int = 156) -> Image.Image:
     draw = ImageDraw.Draw(art)
     ImageDraw.Draw(mask).polygon(_pixels(outline, side, 0.47), fill=255)
     _draw_trim(draw, mark.trim, outline, ground, accent, side)
-    if GLYPHS[mark.glyph] is not None:
-        draw.polygon(_pixels(GLYPHS[mark.glyph], side, 0.28), fill=ink)
+    glyph = GLYPHS[mark.glyph]
+    if glyph is not None:
+        draw.polygon(_pixels(glyph, side, 0.28), fill=ink)
     else:
         font = ImageFont.load_default(size=0.64 * side)
         draw.text((side / 2, side / 2), mark.glyph, ink, font, anchor="mm", stroke_width=side // 40, stroke_fill=ink)

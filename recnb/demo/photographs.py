@@ -82,7 +82,8 @@ def _panel(art: Image.Image, rng: np.random.Generator) -> Image.Image:
         draw.rectangle((CANVAS * 0.42, 0, CANVAS * 0.58, CANVAS), fill=tuple(min(255, c + 22) for c in colour))
     elif material in ("metal", "paint"):
         draw.rounded_rectangle((left + 5, top + 5, right - 5, bottom - 5), 16, outline=dark, width=3)
-    panel.paste(art, tuple(int(v) for v in (CANVAS - art.width) // 2 + rng.integers(-6, 7, 2)), art)
+    x, y = ((CANVAS - art.width) // 2 + rng.integers(-6, 7, 2)).tolist()
+    panel.paste(art, (x, y), art)
     panel = ImageChops.multiply(panel, _texture(material))
     panel.putalpha(mask)
     return panel

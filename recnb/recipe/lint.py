@@ -258,4 +258,4 @@ def identities(loaders: Loaders) -> Iterator[Finding]:
 
 def seen(images: ImageList) -> set:
     """The names of the identities that a table has images of."""
-    return {images.names[label] for label in images.labels.tolist()}
+    return {images.name(label) for label in images.labels.tolist()}

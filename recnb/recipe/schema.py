@@ -204,7 +204,7 @@ def check_retention(cfg: dict) -> None:
     if not (cfg.get("Retention") or {}).get("imprint"):
         return
     for place, arch in architectures(cfg):
-        head = arch.get("Head") if isinstance(arch.get("Head"), dict) else {}
+        head = arch["Head"] if isinstance(arch.get("Head"), dict) else {}
         plain = head and not head.get("sharded") and head.get("sub_centers", 1) == 1
         if not (plain and head.get("name") != "FC"):
             raise ConfigError(f"Retention.imprint: needs {place}.Head with one cosine weight per class, not sharded")
@@ -315,7 +315,7 @@ def check_validation(cfg: dict) -> None:
 
 def lookup(cfg: dict, where: str):
     """What stands at a dotted place, or None."""
-    node = cfg
+    node: Any = cfg
     for step in where.split("."):
         node = node.get(step) if isinstance(node, dict) else None
     return node
