@@ -1,7 +1,8 @@
 """How do files become batches? Lists of images, their transforms, samplers and loaders.
 
 The way of an image: `images` decodes, `transforms` and `augment` change it, `pipeline` splits the work between workers
-and the device, `loaders` makes the batches. `layouts` reads data sets as they are distributed.
+and the device, `loaders` makes the batches. `layouts` reads data sets as they are distributed;
+`prepare`, `audit` and `splits` turn one's own photographs into lists.
 """
 
 from recnb import lazily
@@ -10,7 +11,7 @@ __getattr__, __dir__, __all__ = lazily(
     __name__,
     {
         "images": "DataError read_rgb",
-        "lists": "DATASETS ImageList VeriWild ImageNetDataset ImageFolder seeded own_index",
+        "lists": "DATASETS ImageList VeriWild ImageNetDataset ImageFolder number_alike seeded own_index",
         "layouts": "Market1501 DukeMTMC MSMT17 CompCars ICartoonDataset LogoDataset Cifar10 Cifar100 Torchvision",
         "transforms": "TRANSFORMS",
         "augment": "BATCH_TRANSFORMS",
