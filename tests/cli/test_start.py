@@ -133,6 +133,28 @@ def test_other_photos_are_prepared_anew_until_there_is_a_training(executed, phot
         way.go()
 
 
+def test_the_summary_says_what_was_found_left_out_and_learnt(tmp_path):
+    lists = {"train": "檸檬 檸檬 Kiwi", "query": "Lime Plum", "gallery": "Lime Plum Plum"}
+    (tmp_path / "data").mkdir()
+    for name, labels in lists.items():
+        lines = (f"{i}.jpg\t{label}\t{i}\n" for i, label in enumerate(labels.split()))
+        (tmp_path / "data" / f"{name}.txt").write_text("".join(lines), encoding="utf-8")
+    (tmp_path / "data" / "left_out.csv").write_text("path,reason\na,broken\nb,a copy\nc,broken\n", encoding="utf-8")
+    (tmp_path / "data" / "config.yaml").write_text("# probe, with few photos\nGlobal: {}\n", encoding="utf-8")
+    queries = pd.DataFrame({"label": ["Lime", "Plum"]})
+    for metric in ("recall1", "mAP"):
+        queries = queries.assign(**{f"{metric}_before": [0.0, 0.5], f"{metric}_after": [0.5, 1.0]})
+    queries.to_csv(tmp_path / "queries.csv", index=False)
+    blank, *lines = journey.summary(tmp_path)
+    assert blank == "" and len(lines) == 10
+    said = {line[:10].strip(): line[12:] for line in lines}
+    assert said["photos"] == "8 of 4 identities, 3 of 2 to train on, 5 of 2 to test on"
+    assert said["left out"].startswith("3: 2 broken; 1 a copy (") and said["recipe"] == "probe, with few photos"
+    assert said["recall@1"].startswith("0.250 (") and "-> 0.750 (" in said["mAP"]
+    assert said["verdict"] == "Training made no difference that 2 queries of 2 identities could show"
+    assert said["next"] == f"recnb identify {tmp_path / 'export'} PHOTO"
+
+
 def test_a_disk_that_fills_is_told_with_the_file(monkeypatch, tmp_path):
     import papermill
 
