@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import importlib
 import json
+import logging
 import re
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -140,6 +141,7 @@ def execute(notebook: Path, output: str | Path, parameters: dict) -> None:
     import papermill  # seconds, which a mistake need not wait for
     from nbclient.exceptions import DeadKernelError
 
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # it prints what a cell raised while the kernel was ended
     output, values = Path(output), values_of(notebook, parameters)
     if output.suffix != ".ipynb":
         raise ConfigError(f"--to {output}: is not the name of a notebook, NAME.ipynb")
@@ -166,5 +168,5 @@ def execute(notebook: Path, output: str | Path, parameters: dict) -> None:
         ) from None
     except (DeadKernelError, KeyboardInterrupt):
         raise FailedError(
-            f"{output}: stopped, for its kernel has ended; the same command goes on from the last checkpoint"
+            f"{output}: stopped, as its kernel has ended; a training goes on from its last checkpoint"
         ) from None
