@@ -24,7 +24,7 @@ from recnb.storage import resolve
 KINDS = {kind.__name__: kind for kind in (str, int, float, bool, dict, list)}
 OPTIONS = {"01_prepare": ("recnb.data.prepare", "read_options"), "03_evaluate": ("recnb.runs.analysis", "chosen")}
 OWN = ("ConfigError", "DataError", "ExportError", "LockedError", "TrainingError")  # their messages need no name
-KERNEL = ["--IPKernelApp.log_level=ERROR"]  # a kernel warns that it talks to this process over TCP, as all do
+KERNEL = ["--IPKernelApp.log_level=CRITICAL"]  # it warns of TCP, and tells how it was ended
 
 
 class FailedError(RuntimeError):

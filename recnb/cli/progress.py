@@ -42,8 +42,9 @@ def follow(history: Path, first: int, epochs: int, ended: threading.Event) -> No
         now = rows(history)
         for row in now[shown:]:
             left = ""
-            if began is not None and len(now) > first + 1:
-                each = (time.monotonic() - began) / (len(now) - first - 1)
+            passed = time.monotonic() - began if began else 0.0
+            if passed > EVERY:  # not of two rows that were read at once
+                each = passed / (len(now) - first - 1)
                 left = f"; about {duration(each * (epochs - len(now)))} left" * (len(now) < epochs)
             began = began or time.monotonic()
             print(f"  epoch {row['epoch']} of {epochs}: {values(row)}{left}", flush=True)

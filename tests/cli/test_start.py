@@ -219,7 +219,7 @@ def test_an_epoch_is_a_line(tmp_path, capsys):
         if "epoch 2" in (printed := printed + capsys.readouterr().out):
             break
         watch.join(0.1)
-    assert printed.splitlines()[1] == "  epoch 2 of 3: train_loss 1.250, recall@1 0.500, mAP 0.250; about 0 s left"
+    assert printed.splitlines()[1] == "  epoch 2 of 3: train_loss 1.250, recall@1 0.500, mAP 0.250"
     assert [progress.duration(t) for t in (3, 150, 7500)] == ["3 s", "2 min", "2 h 5 min"]
 
 
