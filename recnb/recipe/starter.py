@@ -29,7 +29,7 @@ from recnb.storage import ROOT, resolve
 FOLDER = "configs/starters"
 BACKBONE = "mobilenetv2_100"  # small enough for a CPU
 BATCH = 64  # images, which the recipes' learning rates are meant for
-FEW = {"images": 100, "identities": 5, "each": 3}  # below these, fine-tuning learns the photos by heart
+FEW = {"images": 100, "identities": 8, "each": 3}  # below these, fine-tuning learns the photos by heart
 MANY = 20_000  # images, more than a CPU fine-tunes on in an evening
 PADDED = "_imagenetnorm"  # files with this in their names were made by TensorFlow, which pads as pad_type 'same' does
 STEPS = {"scratch_small": (600, 10, 60), "finetune_cnn": (120, 3, 20), "probe": (300, 5, 30)}  # steps; epochs from, to
