@@ -18,6 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 
 from recnb.cli.notebook import FailedError, execute, find
@@ -214,12 +215,13 @@ def summary(to: Path) -> list[str]:
     from recnb.runs.verdict import spoken, verdict
 
     counts = {said: list_counts([to / "data" / f"{name}.txt" for name in names]) for said, names in SIDES.items()}
+    config = (to / "data" / "config.yaml").read_text(encoding="utf-8").splitlines()
     judged = verdict(to)
     measured = [name for name in METRICS if name in judged.rows.index]
     lines = {
         "photos": ", ".join(f"{images:,} of {names:,} {said}" for said, (images, names) in counts.items() if images),
         "left out": left_out(to / "data" / "left_out.csv"),
-        "recipe": (to / "data" / "config.yaml").read_text(encoding="utf-8").partition("\n")[0].removeprefix("# "),
+        "recipe": " ".join(line.removeprefix("# ") for line in takewhile(is_comment, config)),
         **{spoken(name): before_after(judged.rows.loc[name]) for name in measured},
         "verdict": str(judged).partition(":")[0],
         "gallery": f"{word(to / 'gallery.html')} in a browser, {word(to / '04_gallery.ipynb')} in Jupyter",
@@ -228,6 +230,11 @@ def summary(to: Path) -> list[str]:
         "next": f"recnb identify {word(to / 'export')} PHOTO",
     }
     return ["", *(f"{name:>10}  {text}" for name, text in lines.items())]
+
+
+def is_comment(line: str) -> bool:
+    """Return whether a line of YAML is a comment."""
+    return line.startswith("#")
 
 
 def before_after(row) -> str:

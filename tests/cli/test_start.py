@@ -140,7 +140,7 @@ def test_the_summary_says_what_was_found_left_out_and_learnt(tmp_path):
         lines = (f"{i}.jpg\t{label}\t{i}\n" for i, label in enumerate(labels.split()))
         (tmp_path / "data" / f"{name}.txt").write_text("".join(lines), encoding="utf-8")
     (tmp_path / "data" / "left_out.csv").write_text("path,reason\na,broken\nb,a copy\nc,broken\n", encoding="utf-8")
-    (tmp_path / "data" / "config.yaml").write_text("# probe, with few photos\nGlobal: {}\n", encoding="utf-8")
+    (tmp_path / "data" / "config.yaml").write_text("# probe, with\n# few photos\nGlobal: {}\n", encoding="utf-8")
     queries = pd.DataFrame({"label": ["Lime", "Plum"]})
     for metric in ("recall1", "mAP"):
         queries = queries.assign(**{f"{metric}_before": [0.0, 0.5], f"{metric}_after": [0.5, 1.0]})
