@@ -5,7 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
-import threading
+import time
 from collections import namedtuple
 from pathlib import Path
 
@@ -209,17 +209,16 @@ def test_a_full_disk_is_said_before_anything_is_written(called, photos, tmp_path
     assert code == 2 and "its disk has 3 MB left" in printed and [*(tmp_path / "mine").iterdir()] == []
 
 
-def test_an_epoch_is_a_line(tmp_path, capsys):
-    history = tmp_path / "history.csv"
-    history.write_text("epoch,lr,train_loss,CELoss,recall1,mAP\n1,0.1,2.5,2.5,,\n2,0.1,1.25,1.25,0.5,0.25\n")
-    watch = threading.Thread(target=progress.follow, args=(history, 0, 3, threading.Event()), daemon=True)
-    watch.start()
-    printed = ""
-    for _ in range(100):
-        if "epoch 2" in (printed := printed + capsys.readouterr().out):
-            break
-        watch.join(0.1)
-    assert printed.splitlines()[1] == "  epoch 2 of 3: train_loss 1.250, recall@1 0.500, mAP 0.250"
+@pytest.mark.parametrize(("place", "name"), [("", ""), ("rungs/probe/", "probe: ")])
+def test_an_epoch_is_a_line(tmp_path, capsys, monkeypatch, place, name):
+    monkeypatch.setattr(progress, "EVERY", 0.01)
+    folder = tmp_path / place
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text("Global: {epochs: 3}\n")
+    with progress.epochs_shown(tmp_path, 3):
+        time.sleep(0.1)
+        (folder / "history.csv").write_text("epoch,lr,train_loss,CELoss,mAP\n1,0.1,2.5,2.5,\n2,0.1,1.25,1.25,0.25\n")
+    assert capsys.readouterr().out.splitlines()[1] == f"  {name}epoch 2 of 3: train_loss 1.250, mAP 0.250"
     assert [progress.duration(t) for t in (3, 150, 7500)] == ["3 s", "2 min", "2 h 5 min"]
 
 
