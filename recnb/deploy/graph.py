@@ -30,6 +30,7 @@ from recnb.data.lists import ImageList
 from recnb.data.pipeline import single_ops
 from recnb.data.transforms import reversed_channels
 from recnb.models.cutting import first_line
+from recnb.models.lora import merge_lora
 from recnb.models.recmodel import RecModel, vectors
 from recnb.recipe.schema import adds_softmax
 from recnb.registry import ConfigError, suggest
@@ -90,6 +91,7 @@ class Inference(nn.Module):
 def needed(network: RecModel, output: str) -> RecModel:
     """Return a copy of a model in evaluation mode without the parts that `output` does not need."""
     network = copy.deepcopy(network).eval().requires_grad_(False)
+    merge_lora(network)
     if output != "logits":
         network.head = None
     if output == "backbone" or (output == "features" and network.retrieval_feature_from == "backbone"):

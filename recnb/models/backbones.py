@@ -24,6 +24,7 @@ from torch import nn
 
 from recnb.models.architectures import PPLCNetV2, TokenMean, WideResNet
 from recnb.models.cutting import VECTOR, Cut, Size, classifiers, cut, first_line, kind, listed, remove_classifier
+from recnb.models.lora import add_lora
 from recnb.models.necks import GeM, Tokens
 from recnb.models.weights import LOCAL_WEIGHTS, _load
 
@@ -128,6 +129,7 @@ def create_backbone(
     lr_mult_list: list | None = None,
     use_ssld: bool = False,
     pool: str | None = None,
+    lora: dict | None = None,
     **kwargs,
 ) -> Cut:
     """Return a model cut at a layer; without one, its pooled features, or `class_num` outputs of its last layer.
@@ -145,6 +147,7 @@ def create_backbone(
         use_ssld: which of the original's files to take; has no effect here.
         pool: what becomes of a transformer's tokens, one of POOLS; by default what its weights were trained with, which
             differs: DINOv2 gives its class token, timm's DINOv3 the mean.
+        lora: rank, alpha and targets of `add_lora`; all else of the backbone stays as it is.
         **kwargs: go to timm, such as pad_type. With the original's names also stem_act (ResNet), class_expand and
             dropout_prob, default 0.2 (PPLCNet, MobileNetV3; a VGG's drop_rate is 0.5); of CLIP, return_embed for the
             tokens projected to output_dim: 512 numbers, and return_mean_embed for their mean.
@@ -174,6 +177,8 @@ def create_backbone(
         raise ValueError(
             f"'{pretrained}' does not fit {kind(model)}, which needs {listed(skipped)} when cut at '{stop}'"
         )
+    if lora is not None:
+        add_lora(result, **lora)
     return result
 
 

@@ -69,9 +69,9 @@ def split_lists(cfg: dict, folder: Path) -> list[Split]:
 
 def held_tables(cfg: dict) -> list[ImageList]:
     """Return the tables of the Validation lists, each once."""
-    if not lookup(cfg, "DataLoader.Validation.Query"):
+    held = build_loaders(cfg).validation if lookup(cfg, "DataLoader.Validation.Query") else None
+    if held is None:
         return []
-    held = build_loaders(cfg).validation
     return [*{id(part.dataset): part.dataset for part in (held.query, held.gallery)}.values()]
 
 

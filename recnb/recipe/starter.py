@@ -88,11 +88,9 @@ def choose(seen: Facts, options: Options, config: str | Path = "auto") -> Start:
     else:
         backbone = pretrained(options)[0] if options.weights or options.backbone else None
         name, path, why = Path(config).stem, config, "as you named it"
-    cfg = load_config(path)
-    if backbone:
-        cfg["Arch"]["Backbone"] = backbone
-    elif options.backbone:
-        cfg["Arch"]["Backbone"] = {"name": options.backbone, "pretrained": False}
+    if options.backbone and not backbone:
+        backbone = {"name": options.backbone, "pretrained": False}
+    cfg = load_config(path, {"Arch.Backbone": backbone} if backbone else None)
     fit(cfg, seen, options, *STEPS.get(name, (None, None, None)))
     counted = f"{seen.images:,} images of {seen.identities:,} identities to train on"
     return Start(name, f"{name}, with {counted}: {why}", cfg)

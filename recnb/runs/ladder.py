@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -189,9 +190,9 @@ def climbed(cfg: dict, folder: Path, splits: list[Split], at: float) -> Iterator
 def facts(cfg: dict, splits: list[Split]) -> tuple[int, int, int, bool]:
     """Return training images, identities, the width of the lower rungs' embedding, and whether features are vectors."""
     loaders = build_loaders(on_split(cfg, splits[0]))
-    train, shape = loaders.train.dataset, build_model(cfg).backbone.out_shape
-    flat = prod(shape[1:]) == 1
-    return len(train), len(train.names), min(ladder.WIDTH, shape[0], len(train) - 1), flat
+    backbone: Any = build_model(cfg).backbone
+    images, shape = len(loaders.train.dataset), backbone.out_shape
+    return images, loaders.classes, min(ladder.WIDTH, shape[0], images - 1), prod(shape[1:]) == 1
 
 
 def on_split(cfg: dict, split: Split) -> dict:

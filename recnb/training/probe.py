@@ -82,7 +82,8 @@ def write_features(path: Path, model: RecModel, loader: ImageLoader, images: Ima
                 file = np.lib.format.open_memmap(temporary, "w+", np.float16, shape)
             file[start : start + len(out)] = out.half().cpu().numpy()
             start += len(out)
-        file.flush()
+        if file is not None:
+            file.flush()
 
 
 def outputs(model: RecModel, loader: ImageLoader, images: ImageList, seed: int | None) -> Iterator[Tensor]:

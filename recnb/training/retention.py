@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -88,7 +89,7 @@ def cosine_distance(one: Tensor, other: Tensor) -> Tensor:
     return (1 - F.cosine_similarity(one.flatten(1).float(), other.flatten(1).float())).mean()
 
 
-def callbacks_of(model: nn.Module, asked: Retention) -> list[Callback]:
+def callbacks_of(model: RecModel, asked: Retention) -> list[Callback]:
     """Return the callbacks that a fit needs, made before its first step."""
     made = [Thaw(asked.thaw_epoch)] if asked.thaw_epoch else []
     made += [Pull(model.backbone, asked.pull)] if asked.pull else []
@@ -100,16 +101,18 @@ def imprint(model: RecModel, loaders: Loaders) -> None:
 
     They are of length 1, the mean being of normalised embeddings of the training images as the evaluation sees them.
     """
-    images = loaders.train.dataset
     features = F.normalize(embed(model, as_evaluated(loaders)))  # (N, D)
-    means = torch.zeros(len(images.names), features.shape[1]).index_add_(0, torch.from_numpy(images.labels), features)
+    means = torch.zeros(loaders.classes, features.shape[1])
+    means.index_add_(0, torch.from_numpy(loaders.train.dataset.labels), features)
+    head: Any = model.head
     with torch.no_grad():
-        model.head.weight.copy_(F.normalize(means))
+        head.weight.copy_(F.normalize(means))
 
 
 def fit_neck(model: RecModel, loaders: Loaders) -> None:
     """Let a neck that has a closed form fit itself to the backbone's outputs for the training images."""
-    neck, model.neck = model.neck, None
+    neck: Any = model.neck
+    model.neck = None
     try:
         vectors = embed(model, as_evaluated(loaders))
     finally:

@@ -402,6 +402,8 @@ def test_a_recipe_trains(table, tmp_path, monkeypatch, name):
     splits = split(table, 0.4, validation=0.25)
     start = begun(splits, epochs=1, image_size=32)
     cfg = load_config(starter.write(tmp_path, start, splits), {"Global.probe_cache": str(tmp_path / "cache")})
+    ops = [op for op in cfg["DataLoader"]["Train"]["dataset"]["transform_ops"] if "NormalizeImage" in op]
+    assert ops == [{"NormalizeImage": {"mean": [0.5] * 3, "std": [0.5] * 3}}], "of the backbone that was chosen"
     loaders = build_loaders(cfg)
     learn = build_learner(cfg, build_model(cfg), loaders, run_dir=tmp_path / "run")
     learn.fit_config()
