@@ -64,7 +64,7 @@ class RetrievalEvaluation(Callback):
         self.features, self.read, self.result = [], [], None
 
     def after_pred(self):
-        if not self.training:
+        if not self.training and self.yb:  # items without labels are not the lists
             self.features.append(self.pred["features"].detach().float().cpu())
             if self.judge.reads:
                 self.read.append(self.judge.reads(self.pred).detach().float().cpu())
@@ -184,7 +184,8 @@ class History(Callback):
 
     def after_epoch(self):
         if self.recorder.cancel_valid:  # keeps the columns of the live table in step
-            self.recorder.log += [float("nan"), *(metric.value for metric in self.learn.metrics)]
+            blank = [float("nan")] * (self.loss_func.eval_loss is not None)
+            self.recorder.log += [*blank, *(metric.value for metric in self.learn.metrics)]
         state, result = self.state, self.watched and self.watched.result
         row = {"epoch": self.epoch + 1, "lr": state.rates[0], **{name: self.mean(name) for name in state.sums}}
         if result:

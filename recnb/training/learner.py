@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader
@@ -21,16 +22,28 @@ from recnb.training.adaptor import (
     CancelEpochException,
     DataLoaders,
     FastaiLoader,
+    FastaiRecorder,
     Learner,
     OptimWrapper,
+    Recorder,
+    TrackerCallback,
     TrainEvalCallback,
     ValueMetric,
     in_order,
+    refused,
 )
 from recnb.training.callbacks import PassLabels, RetrievalEvaluation
 from recnb.training.evaluation import DEFAULT_METRICS, Accuracy, Evaluation, Judge
 from recnb.training.fit import fit_config
 from recnb.training.plan import Plan
+
+INSTEAD = {  # of what fastai has and this learner does not take
+    "opt_func": "give optimizer=, the class of a torch optimizer, or what makes one of (groups, lr)",
+    "loss_func": "give loss=, a module of (outputs, labels) such as CombinedLoss",
+    "MixUp": "give mix=MixupOperator(class_num), from recnb.data.augment",
+    "CutMix": "give mix=CutmixOperator(class_num), from recnb.data.augment",
+    "ShowGraphCallback": "call recorder.plot_loss() behind fit; fit_config draws curves by itself",
+}
 
 
 class RunLoss(nn.Module):
@@ -74,6 +87,10 @@ class RetrievalLearner(Learner):
         plan: Plan | None = None,
         **kwargs,
     ):
+        for name in INSTEAD.keys() & kwargs:
+            raise TypeError(f"{name}: {INSTEAD[name]}")
+        if isinstance(metrics, Sequence) and not all(isinstance(name, str) for name in metrics):
+            raise TypeError("metrics: give names, such as ['recall1', 'mAP'], or a Judge; a batch alone has no ranking")
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         judge = Judge(metrics) if isinstance(metrics, Sequence) else metrics
         self.names = list(judge.names)
@@ -90,9 +107,11 @@ class RetrievalLearner(Learner):
             metrics=shown,
             path=path,
             splitter=lambda model: (splitter or backbone_and_rest)(model, loss),
-            cbs=[*in_order([PassLabels(), self.watched], TrainEvalCallback.order + 1), *cbs],
+            cbs=in_order([PassLabels(), self.watched], TrainEvalCallback.order + 1),
             **kwargs,
         )
+        self.remove_cb(FastaiRecorder)
+        self.add_cbs([Recorder(), *cbs])
         self.loaders, self.mix, self.plan, self.test_loader = loaders, mix, plan, held[-1] if self.tested else None
 
     def fit_config(self, on_epoch: Callable[[], object] | None = None) -> None:
@@ -119,6 +138,27 @@ class RetrievalLearner(Learner):
         result = self.watched and self.watched.result
         return result.metrics[name] if result else None
 
+    def add_cb(self, cb: Callback | type[Callback]):
+        """Add a callback; one that would watch `valid_loss`, where there is none, watches the first metric.
+
+        Raises:
+            TypeError: It has no meaning here; the message says what serves in its place.
+        """
+        cb = cb() if isinstance(cb, type) else cb
+        if (name := type(cb).__name__) in INSTEAD:
+            raise TypeError(f"{name}: {INSTEAD[name]}")
+        if isinstance(cb, TrackerCallback) and cb.monitor == "valid_loss" and self.loss_func.eval_loss is None:
+            cb.monitor, cb.comp, cb.min_delta = self.names[0], np.greater, abs(cb.min_delta)
+        return super().add_cb(cb)
+
+    def embed(self, items: Sequence) -> Tensor:
+        """Return the features (N, D) of pictures, which are shown to the model as evaluation shows its own.
+
+        Args:
+            items: Paths, PIL images, or uint8 arrays (H, W, 3).
+        """
+        return self.get_preds(dl=self.dls.test_dl(items))[0]
+
     def evaluate(self) -> Evaluation:
         """Return what the model as it is now makes of the test lists' query and gallery images; each is embedded once.
 
@@ -139,13 +179,19 @@ class RetrievalLearner(Learner):
         self.n_iter, start = len(self.dl), self.first_batch if self.training else 0
         if self.training:
             self.first_batch = 0
-        for number, batch in enumerate(self.dl.begin_at(start), start):
+        for number, batch in enumerate(self.dl.begin_at(start) if start else self.dl, start):
             self.one_batch(number, batch)
 
     def _do_fit(self):  # as fastai's, which cannot begin anywhere but at the first epoch
         for epoch in range(self.first_epoch, self.n_epoch):
             self.epoch = epoch
             self._with_events(self._do_epoch, "epoch", CancelEpochException)
+
+    predict = refused("predict", "there are no classes; rank learn.embed([item]) in the gallery by recnb.retrieval.knn")
+    show_results = refused("show_results", "give the features of learn.evaluate() to recnb.gallery.gallery_figure")
+    tta = refused("tta", "recnb.training.embed(learn.model, loader, flip=True, scales=(1, 1.25)) averages over views")
+    export = refused("export", "recnb.deploy.export_model makes a graph of a run; learn.save keeps weights")
+    loss_not_reduced = refused("with_loss", "the loss is of a whole batch; learn.evaluate().per_query says what fails")
 
 
 def backbone_and_rest(model: nn.Module, loss: nn.Module) -> list[dict]:

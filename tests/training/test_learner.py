@@ -1,12 +1,21 @@
 """It stays a fastai Learner: what people who know fastai do with one works here, on drawn images."""
 
+import re
+import runpy
+import warnings
 from dataclasses import replace
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from fastai.callback.core import Callback
+from fastai.callback.mixup import CutMix, MixUp
+from fastai.callback.progress import ShowGraphCallback
+from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, SaveModelCallback
+from fastai.metrics import accuracy
+from PIL import Image
 from torch.utils.data import DataLoader
 
 from recnb.data.lists import own_index
@@ -57,6 +66,95 @@ def test_composed_by_hand_without_yaml(config_file, tmp_path):
     learn = RetrievalLearner(loaders, model, CombinedLoss([(1.0, CELoss()), (0.5, SupConLoss())]), path=tmp_path)
     learn.fit_one_cycle(1, 1e-3)
     assert set(learn.evaluate().metrics) == {"recall1", "recall5", "mAP"}
+
+
+def test_the_composition_by_hand_of_the_docs_runs_as_it_stands(drawn, tmp_path, monkeypatch):
+    text = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"## Without a config\n\n```python\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "by_hand.py").write_text(block)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "marks").symlink_to(drawn)  # drawn once for all tests, by the same arguments
+    monkeypatch.chdir(tmp_path)
+    found = runpy.run_path("by_hand.py")
+    assert set(found["result"].metrics) == {"recall1", "mAP"} and found["features"].shape == (3, 128)
+    torch.testing.assert_close(found["features"].cpu(), found["result"].query[:3], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_items_are_embedded_as_the_evaluation_embeds_its_own(learn, count):
+    paths = learn.loaders.query.dataset.paths[:count]
+    images = [Image.open(path) for path in paths]
+    wanted = learn.evaluate().query[:count]
+    found, nothing = learn.get_preds(dl=learn.dls.test_dl(paths))
+    assert nothing is None and learn.watched.result is None
+    for features in (found, learn.embed(images), learn.embed([np.asarray(image) for image in images])):
+        torch.testing.assert_close(features, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_as_many_items_as_there_are_evaluation_images_are_not_judged(learn):
+    query, gallery = learn.loaders.query.dataset, learn.loaders.gallery.dataset
+    learn.embed([*query.paths, *gallery.paths])
+    assert learn.watched.result is None
+
+
+def test_the_table_of_the_docs_says_what_of_fastai_works(learn):
+    text = (ROOT / "docs" / "python.md").read_text(encoding="utf-8").partition("## What of fastai works")[2]
+    rows = dict(re.findall(r"^\| `([^`]+)` \| (.*) \|$", text, re.MULTILINE))
+    item = learn.loaders.query.dataset.paths[0]
+
+    def other(**options):
+        return RetrievalLearner(learn.loaders, learn.model, learn.loss_func.train_loss, **options)
+
+    tried = {
+        "learn.dls.test_dl(items)": lambda: learn.dls.test_dl([item]),
+        "learn.get_preds(dl=dl)": lambda: learn.get_preds(dl=learn.dls.test_dl([item])),
+        "learn.get_preds(with_loss=True)": lambda: learn.get_preds(with_loss=True),
+        "learn.summary()": learn.summary,
+        **{
+            f"{kind.__name__}()": lambda kind=kind: learn.fit(1, 1e-4, cbs=kind())
+            for kind in (SaveModelCallback, EarlyStoppingCallback, ReduceLROnPlateau, ShowGraphCallback, MixUp, CutMix)
+        },
+        "learn.to_fp16()": lambda: learn.to_fp16().to_fp32(),
+        "opt_func=Adam": lambda: other(opt_func=torch.optim.Adam),
+        "loss_func=f": lambda: other(loss_func=torch.nn.functional.cross_entropy),
+        "metrics=[accuracy]": lambda: other(metrics=[accuracy]),
+        "learn.predict(item)": lambda: learn.predict(item),
+        "learn.show_results()": learn.show_results,
+        "learn.tta()": learn.tta,
+        "learn.export()": learn.export,
+    }
+    assert set(rows) == {*tried, "load_learner(file)"}
+    for name, try_it in tried.items():
+        if rows[name].startswith("works"):
+            try_it()
+        else:
+            with pytest.raises(TypeError) as error:
+                try_it()
+            assert str(error.value) == rows[name]
+
+
+def test_the_table_of_an_epoch_has_a_column_for_a_loss_only_where_there_is_one(learn):
+    learn.fit(1, 1e-4)
+    assert learn.recorder.metric_names[:3] == ["epoch", "train_loss", "recall1"]
+    assert len(learn.recorder.values[0]) == len(learn.recorder.metric_names) - 2  # without epoch and time
+    learn.loss_func.eval_loss = SupConLoss()
+    learn.fit(1, 1e-4)
+    assert learn.recorder.metric_names[:3] == ["epoch", "train_loss", "valid_loss"]
+    assert np.isfinite(learn.recorder.values[0]).all()
+
+
+def test_trackers_watch_the_first_metric(learn):
+    stop = EarlyStoppingCallback(min_delta=2.0)  # more than any metric can gain
+    learn.fit(3, 1e-4, cbs=[stop, SaveModelCallback(fname="best")])
+    assert stop.monitor == "recall1" and len(learn.recorder.values) == 2
+    assert (learn.path / learn.model_dir / "best.pth").is_file()
+
+
+def test_nothing_of_fastais_is_shadowed(learn):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="You are shadowing")
+        learn.fit_config()
+        learn.fit_config()
 
 
 def test_a_learner_without_a_plan_says_what_to_do(learn):
