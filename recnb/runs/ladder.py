@@ -29,6 +29,8 @@ from recnb.recipe import ladder
 from recnb.recipe.data import build_loaders
 from recnb.recipe.learner import build_learner
 from recnb.recipe.model import build_model
+from recnb.recipe.reading import read_yaml
+from recnb.recipe.resolved import check_same, resolved
 from recnb.recipe.schema import lookup
 from recnb.recipe.splits import Split, split_lists, unjudged, whole_list
 from recnb.runs.folder import open_run
@@ -208,11 +210,19 @@ def over_splits(folder: Path, cfg: dict, splits: list[Split], at: float, start: 
     """Return the values of every validation query, the start's beside the rung's, each split trained in turn."""
     tables = []
     for number, split in enumerate(splits):
-        place = folder / f"fold-{number}" if len(splits) > 1 else folder
-        if not (place / "metrics.json").exists():
-            train_rung(on_split(cfg, split), place, at, None if start is None else start_values(start, number))
+        place, made = folder / f"fold-{number}" if len(splits) > 1 else folder, on_split(cfg, split)
+        if not done(place, made):
+            train_rung(made, place, at, None if start is None else start_values(start, number))
         tables.append(read_queries(place).assign(fold=number))
     return pd.concat(tables, ignore_index=True)
+
+
+def done(folder: Path, cfg: dict) -> bool:
+    """Return True if a rung stands there already; raise ConfigError where it is another configuration's."""
+    if not (folder / "metrics.json").exists():
+        return False
+    check_same(resolved(cfg), read_yaml(folder / "config.yaml"), folder)
+    return True
 
 
 def start_values(start: Rung, fold: int) -> dict[str, np.ndarray]:
@@ -265,10 +275,10 @@ def between(tuned: Rung, folder: Path, splits: list[Split], start: Rung, at: flo
         learn = None
         for alpha in ladder.ALPHAS:
             place = folder / f"interpolate-{alpha:g}" / (f"fold-{number}" if len(splits) > 1 else "")
-            if not (place / "metrics.json").exists():
+            cfg = on_split(tuned.cfg, split)
+            if not done(place, cfg):
                 if time.monotonic() > at:
                     raise OutOfTime
-                cfg = on_split(tuned.cfg, split)
                 learn = learn or learner_of(cfg, place)
                 open_run(place, cfg, learn.loaders.classes)
                 write_between(cfg, learn, source / "model.safetensors", alpha, place)
@@ -326,9 +336,11 @@ def refitted(cfg: dict, run: Path, kept: Rung, splits: list[Split], at: float) -
     final["DataLoader"]["Eval"] = cfg["DataLoader"]["Eval"]
     section = final["DataLoader"]["Train"]
     again = len(splits) > 1 or (cfg["Ladder"]["refit"] and time.monotonic() < at)
-    if kept.name == "start" or not again:
+    if kept.name == "start":
+        return final, None
+    if not again:
         section["dataset"] = ladder.with_ops(section["dataset"], splits[0].train)
-        return final, None if kept.name == "start" else run / "rungs" / kept.folder
+        return final, run / "rungs" / kept.folder
     section["dataset"] = ladder.with_ops(section["dataset"], whole_list(cfg, run / "lists"))
     histories = [*(run / "rungs" / kept.folder).rglob("history.csv")]
     final["Global"] |= {"epochs": best_epoch(histories), "eval_during_train": False}

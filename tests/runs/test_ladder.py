@@ -73,6 +73,9 @@ def test_without_time_the_start_is_kept(config_file, tmp_path, pretrained, capsy
     assert "the 0 minutes ended before the ladder did; run again with more" in capsys.readouterr().out
     assert list(table.index) == ["start"] and result["mAP"] == result["before"]["mAP"]
 
+    with pytest.raises(ConfigError, match=r"rungs/start belongs to another configuration \(Global.seed: 0 -> 1\)"):
+        train(cfg | {"Global": cfg["Global"] | {"seed": 1}}, tmp_path)
+
 
 @pytest.mark.parametrize(
     ("changes", "said"),
