@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -62,13 +63,37 @@ def write_json(path: str | Path, content) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
-def sha256(path: str | Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal; it is read in parts, whatever its size."""
-    digest = hashlib.sha256()
+def sha256(path: str | Path, length: int | None = None) -> str:
+    """Return the SHA-256 of a file or of its first bytes, in hexadecimal; it is read in parts, whatever its size."""
+    digest, left = hashlib.sha256(), Path(path).stat().st_size if length is None else length
     with Path(path).open("rb") as file:
-        while part := file.read(1 << 20):
+        while part := file.read(min(left, 1 << 20)):
             digest.update(part)
+            left -= len(part)
     return digest.hexdigest()
+
+
+SEAL = re.compile(rb"\n# ([0-9a-f]{64}) is the SHA-256 of what stands before\n")
+SEAL_LENGTH = 105  # bytes
+
+
+def seal(path: Path) -> None:
+    """Append a file's SHA-256 to it; a torch file reads as before, for its directory is looked for from the end."""
+    with path.open("ab") as file:
+        file.write(f"\n# {sha256(path)} is the SHA-256 of what stands before\n".encode())
+
+
+def check_seal(path: Path) -> None:
+    """Raise ConfigError unless a file ends with the SHA-256 of its content, as `seal` has written it."""
+    whole = max(path.stat().st_size - SEAL_LENGTH, 0)
+    with path.open("rb") as file:
+        file.seek(whole)
+        found = SEAL.fullmatch(file.read())
+    if not found or found[1].decode() != sha256(path, whole):
+        raise ConfigError(
+            f"{path}: is not a checkpoint of a run, or has changed since it was written; take an earlier one, or "
+            "delete it to begin anew"
+        )
 
 
 SUMS = "SHA256SUMS"

@@ -2,18 +2,50 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from recnb.models.cutting import classifiers, first_line, kind, listed
 from recnb.registry import ConfigError
-from recnb.storage import resolve
+from recnb.storage import replacing, resolve
 
 LOCAL_WEIGHTS = "give a local file in Arch.Backbone.pretrained, or False"
+
+
+def save_weights(state: Mapping[str, Tensor], path: Path) -> None:
+    """Write a state dict as a .safetensors file that knows its checksum, whole or not at all."""
+    state = {name: value.contiguous() for name, value in state.items()}
+    with replacing(path) as temporary:
+        save_file(state, temporary, {"sha256": checksum(state)})
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """Return the tensors of a .safetensors file; raise ConfigError where it is damaged."""
+    try:
+        with safe_open(path, "pt") as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}
+            known = file.metadata()
+    except Exception as error:  # the library has errors of its own, with no class in common
+        raise ConfigError(f"{path} cannot be read as weights: {error}") from error
+    if known and "format" not in known and known != {"sha256": checksum(state)}:  # others' files give their format
+        raise ConfigError(f"{path} has changed since it was written; take a whole copy, or train again")
+    return state
+
+
+def checksum(state: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of tensors with their names, kinds and shapes, in hexadecimal."""
+    digest = hashlib.sha256()
+    for name, value in sorted(state.items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.detach().cpu().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _read_weights(path: str | Path) -> dict[str, torch.Tensor]:
@@ -21,7 +53,7 @@ def _read_weights(path: str | Path) -> dict[str, torch.Tensor]:
         raise ValueError(f"there is no weights file '{path}': {LOCAL_WEIGHTS}; True takes the library's from its hub")
     try:
         safe = str(path).endswith(".safetensors")
-        state = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
+        state = read_weights(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # each kind of broken file fails in its own way
         raise ValueError(f"'{path}' cannot be read as a file of weights: {first_line(error)}") from error
     for wrapper in ("state_dict", "model"):
@@ -58,12 +90,14 @@ def load_weights(model: nn.Module, path: str | Path, where: str = "Global.pretra
     """
     path = resolve(path)
     try:
-        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+        state = read_weights(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except UnpicklingError as error:
         raise ConfigError(
             f"{where}: {path} holds other things than tensors, and is not read since "
             "that could run code; save a state_dict, best as .safetensors"
         ) from error
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
     except Exception as error:  # a broken file can fail in any way
         raise ConfigError(f"{where}: {path} cannot be read as weights: {error}") from error
     state, own = state.get("model", state) if isinstance(state, dict) else {}, model.state_dict()

@@ -16,7 +16,7 @@ from recnb.recipe.data import build_batch_transform
 from recnb.recipe.model import precision
 from recnb.recipe.objective import build_judge, build_loss
 from recnb.recipe.optimizer import build_optimizer, build_schedules, parameter_groups
-from recnb.recipe.resolved import check_same, resolved
+from recnb.recipe.resolved import check_kept, contents, resolved
 from recnb.recipe.schema import architectures, items, lookup
 from recnb.registry import ConfigError
 from recnb.storage import resolve
@@ -102,7 +102,7 @@ def build_plan(cfg: dict, loaders: Loaders, folder: Path) -> Plan:
     amp, ema = cfg.get("AMP"), cfg.get("EMA")
     half = precision(amp, settings["device"]) if amp is not None and amp["use_amp"] else None
     steps = -(-len(loaders.train) // settings["update_freq"])
-    config = json.dumps(resolved(cfg, loaders.classes))
+    ours, read = resolved(cfg, loaders.classes), contents(cfg)
     return Plan(
         folder=folder,
         schedule=Schedule(
@@ -114,8 +114,9 @@ def build_plan(cfg: dict, loaders: Loaders, folder: Path) -> Plan:
             skip_nonfinite=settings["on_nonfinite"] == "skip",
         ),
         keeping=Keeping(
-            config=config,
-            check_same=partial(check_same, json.loads(config)),
+            config=json.dumps(ours),
+            contents=json.dumps(read),
+            check_same=partial(check_kept, ours, read),
             checkpoint=checkpoint,
             **{key: settings[key] for key in ("save_interval", "save_steps", "keep_checkpoints")},
         ),

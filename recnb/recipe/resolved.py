@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import os
+import re
 from collections.abc import Callable
 from pathlib import Path
+from zlib import crc32
 
+from recnb.data.lists import scan
 from recnb.recipe.data import training_images
 from recnb.recipe.schema import LOADERS, architectures, class_num, fill, lookup, optimizers
 from recnb.registry import ConfigError
-from recnb.storage import from_root, resolve
+from recnb.storage import from_root, resolve, sha256
 from recnb.training.schedules import SCHEDULES
 
 # What may differ between a checkpoint's configuration and the one that resumes it: nothing of this changes the numbers.
@@ -34,6 +39,7 @@ FREE = (
             "devices",
             "cache_images",
             "probe_cache",
+            "accept_changes",
         )
     ),
     *(f"DataLoader.{part}.loader" for part in LOADERS),
@@ -71,6 +77,73 @@ def with_paths(cfg: dict, change: Callable[[str], str]) -> dict:
     for section, keys in [*((lookup(cfg, place) or {}, keys) for place, keys in PATHS.items()), *backbones]:
         section |= {k: change(section[k]) for k in keys if isinstance(section.get(k), str)}
     return cfg
+
+
+def contents(cfg: dict) -> dict[str, dict]:
+    """Return what the files that a run depends on hold: their SHA-256, and of a list a checksum of each line.
+
+    The keys are places with the files that they name. A folder of folders counts as the list of its images.
+    """
+    found = {}
+    for place in (f"DataLoader.{part}.dataset" for part in LOADERS):
+        section = lookup(cfg, place) or {}
+        if path := section.get("cls_label_path"):
+            lines, place = resolve(path).read_bytes().splitlines(), f"{place}.cls_label_path"
+        elif path := section.get("image_root"):
+            root, place = resolve(path), f"{place}.image_root"
+            lines = [os.fsencode(os.path.relpath(file, root)) for file, _ in scan(root)[0]]
+        if path:
+            sums = "".join(f"{crc32(line):08x}" for line in lines)
+            found[f"{place} {from_root(resolve(path))}"] = {
+                "sha256": hashlib.sha256(b"\n".join(lines)).hexdigest(),
+                "lines": sums,
+            }
+    weights = {
+        f"{place}.Backbone.pretrained": lookup(part, "Backbone.pretrained") for place, part in architectures(cfg)
+    }
+    weights["Global.pretrained_model"] = cfg["Global"]["pretrained_model"]
+    files = {place: resolve(path) for place, path in weights.items() if isinstance(path, str)}
+    return found | {f"{k} {from_root(path)}": {"sha256": sha256(path)} for k, path in files.items() if path.is_file()}
+
+
+def check_kept(ours: dict, read: dict, state: dict, path: Path) -> None:
+    """Raise ConfigError unless what a checkpoint holds may be gone on with.
+
+    Args:
+        ours: The resolved configuration.
+        read: Its `contents`.
+        state: What the checkpoint holds: `config` and `contents` of its run.
+        path: The checkpoint.
+    """
+    check_same(ours, state["config"], path)
+    check_contents(ours, read, state["contents"], path)
+
+
+def check_contents(ours: dict, new: dict, old: dict, path: Path) -> None:
+    """Raise ConfigError where lists or weights hold something else than when a run began, unless that is accepted.
+
+    Args:
+        ours: The resolved configuration.
+        new: Its `contents`.
+        old: The `contents` then.
+        path: What tells them.
+    """
+    differences = [changed(place, old[place], new[place]) for place in new if place in old and new[place] != old[place]]
+    if differences and not ours["Global"]["accept_changes"]:
+        raise ConfigError(
+            f"{path} belongs to other files ({'; '.join(differences)}); put them back, use another run folder, or set "
+            "Global.accept_changes: True to go on with these"
+        )
+
+
+def changed(place: str, old: dict, new: dict) -> str:
+    """Return in words what differs between what a file held and what it holds."""
+    if "lines" not in new:
+        return f"{place}: the weights are others"
+    before, after = (re.findall("." * 8, part["lines"]) for part in (old, new))
+    first = next((i for i, pair in enumerate(zip(before, after, strict=False)) if pair[0] != pair[1]), None)
+    line = min(len(before), len(after)) if first is None else first
+    return f"{place}: {len(before)} lines then and {len(after)} now, line {line + 1} is the first that differs"
 
 
 def check_same(ours: dict, theirs: dict, path: Path) -> None:

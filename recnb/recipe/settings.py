@@ -53,6 +53,7 @@ class Global:
         recipe: `ladder`: climb from the untouched features to fine-tuned ones, keep the best; see [](../ladder.md)
         probe: freeze the backbone, keep what it gives for so many views of each image, and train neck and head on that
         probe_cache: the folder for these features
+        accept_changes: go on with a run although its lists or the weights it began from have changed
     """
 
     checkpoints: str | None = None
@@ -92,6 +93,7 @@ class Global:
     recipe: Literal["ladder"] | None = None
     probe: Count | None = None
     probe_cache: str = "./cache/features"
+    accept_changes: bool = False
 
 
 @dataclass

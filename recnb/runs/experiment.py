@@ -11,16 +11,17 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
-from recnb.distributed.processes import first_does
+from recnb.distributed.processes import first_does, ranks
 from recnb.gallery.curves import history_figure
 from recnb.recipe.data import build_loaders
 from recnb.recipe.ladder import base, is_ladder
-from recnb.recipe.learner import build_learner
+from recnb.recipe.learner import build_learner, device_count
 from recnb.recipe.lint import lint, stop
 from recnb.recipe.model import build_model
 from recnb.runs.folder import open_run, resolve_run
 from recnb.runs.ladder import climb
 from recnb.runs.results import evaluate_start, save_results
+from recnb.storage import locked
 from recnb.training.learner import RetrievalLearner
 
 
@@ -32,21 +33,23 @@ def train(cfg: dict, run_dir: str | Path) -> dict:
     """
     first, run = base(cfg), resolve_run(run_dir)
     loaders = build_loaders(first)
-    first_does(open_run, run, first, loaders.classes)
     findings = lint(cfg, loaders)
     for finding in findings:
         print(f"{finding.place}: {finding.what}: {finding.why}; {finding.mend}")
     stop(findings)
-    learn = build_learner(first, build_model(first, loaders.classes), loaders, run)
-    print(learn.model.describe())
     with contextlib.ExitStack() as quiet:
+        if ranks()[0] == 0 and (ranks()[1] > 1 or device_count(cfg["Global"]["devices"]) == 1):
+            quiet.enter_context(locked(run))  # until all is written; of several processes, the first one's
+        first_does(open_run, run, first, loaders.classes)
+        learn = build_learner(first, build_model(first, loaders.classes), loaders, run)
+        print(learn.model.describe())
         if not sys.stdout.isatty():  # bars are redrawn, lines stay
             quiet.enter_context(learn.no_bar())
             quiet.enter_context(learn.no_logging())
         before = evaluate_start(run, learn)
         learn = fit(cfg, learn, run)
         after = learn.evaluate()
-    first_does(save_results, run, learn, before, after)
+        first_does(save_results, run, learn, before, after)
     return {**after.metrics, "before": before.metrics}
 
 

@@ -1,6 +1,7 @@
 """The run folder: what was run, on what, with what result.
 
 config.yaml  the resolved configuration: loading it gives the same run      env.json  versions, device, seed, commit
+contents.json  checksums of the lists' lines and of the weights     SHA256SUMS  of what the results are read from
 history.csv  one row an epoch     metrics.json  before, after, gain, intervals     queries.csv  what each query scored
 model.safetensors, checkpoints/, gallery.html, train.log, and the executed notebook itself
 """
@@ -8,7 +9,6 @@ model.safetensors, checkpoints/, gallery.html, train.log, and the executed noteb
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import math
 import os
@@ -34,31 +34,71 @@ from recnb.models.weights import load_weights
 from recnb.recipe.data import build_transform, evaluation_images, evaluation_places
 from recnb.recipe.model import build_model
 from recnb.recipe.reading import as_yaml
-from recnb.recipe.resolved import resolved, with_paths
-from recnb.recipe.schema import LOADERS, architectures, load_config, lookup
+from recnb.recipe.resolved import check_contents, check_kept, contents, resolved, with_paths
+from recnb.recipe.schema import architectures, load_config, lookup
 from recnb.registry import ConfigError
 from recnb.retrieval.lists import Ranking, rank
 from recnb.retrieval.rerank import k_reciprocal
 from recnb.runs.rows import PARTS, kept_rows
 from recnb.runs.verdict import verdict
-from recnb.storage import ROOT, from_root, replacing, resolve, write_json, write_text
+from recnb.storage import ROOT, SUMS, check_sums, locked, replacing, resolve, write_json, write_sums, write_text
+from recnb.training.checkpoints import kept
 
 PACKAGES = ("recnb", "torch", "torchvision", "fastai", "timm", "faiss-cpu", "numpy", "pillow", "papermill")
 
 
-def open_run(run_dir: str | Path, cfg: dict, classes: int | None = None) -> Path:
-    """Return the run folder, made where it is missing, with config.yaml and env.json written.
+SUMMED = (  # what results are read from; checkpoints carry their own checksums
+    *("config.yaml", "contents.json", "env.json", "history.csv", "labels.csv", "metrics.json", "queries.csv"),
+    *(f"embeddings/{part}.{kind}" for part in PARTS for kind in ("npy", "csv")),
+    "model.safetensors",
+)
 
-    `classes` is the number of training identities, for config.yaml; where it is not known their list is read.
+
+def open_run(run_dir: str | Path, cfg: dict, classes: int | None = None) -> Path:
+    """Return the run folder, made where it is missing, with config.yaml, contents.json and env.json written.
+
+    Args:
+        run_dir: The folder.
+        cfg: The checked configuration.
+        classes: The number of training identities, for config.yaml; where it is not known their list is read.
+
+    Raises:
+        ConfigError: The folder cannot be made, or belongs to another configuration or to other lists or weights.
+        LockedError: Another process writes to it. In either case nothing in it has changed.
     """
-    run = resolve_run(run_dir)
+    run, ours, read = resolve_run(run_dir), resolved(cfg, classes), contents(cfg)
     try:
         run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"run_dir: {run} cannot be made: {error}") from error
-    write_text(run / "config.yaml", as_yaml(resolved(cfg, classes)))
-    write_json(run / "env.json", environment(cfg))
+    with locked(run):
+        read = check_begun(run, ours, read) | read
+        write_text(run / "config.yaml", as_yaml(ours))
+        write_json(run / "contents.json", read)
+        write_json(run / "env.json", environment(cfg))
+        (run / SUMS).unlink(missing_ok=True)  # of the results, which are about to change
     return run
+
+
+def check_begun(run: Path, ours: dict, read: dict) -> dict:
+    """Return what else the lists and weights held that a folder's rungs began with.
+
+    Args:
+        run: The folder.
+        ours: The resolved configuration.
+        read: What its lists and weights hold.
+
+    Raises:
+        ConfigError: What has begun in the folder cannot be gone on with.
+    """
+    latest, known = run / "checkpoints" / "latest.pt", run / "contents.json"
+    if latest.is_file():
+        check_kept(ours, read, kept(latest), latest)
+    if latest.is_file() or not known.is_file() or not (run / "rungs").is_dir():
+        return {}
+    old = undamaged(run, known, lambda path: json.loads(path.read_text(encoding="utf-8")))
+    check_contents(ours, read, old, known)
+    return old
 
 
 def resolve_run(run_dir: str | Path) -> Path:
@@ -68,7 +108,7 @@ def resolve_run(run_dir: str | Path) -> Path:
 
 
 def environment(cfg: dict) -> dict:
-    """Return what env.json holds: versions, device, threads, seed, commit, and a hash of every list file."""
+    """Return what env.json holds: versions, device, threads, seed and commit."""
 
     def installed(package: str) -> str | None:
         try:
@@ -85,15 +125,7 @@ def environment(cfg: dict) -> dict:
         "seed": cfg["Global"]["seed"],
         "commit": commit(),
         "packages": {package: installed(package) for package in PACKAGES},
-        "lists": list_hashes(cfg),
     }
-
-
-def list_hashes(cfg: dict) -> dict[str, str]:
-    """Return the SHA-256 of each list file that the configuration names."""
-    named = {lookup(cfg, f"DataLoader.{part}.dataset.cls_label_path") for part in LOADERS} - {None}
-    files = [path for path in map(resolve, sorted(named)) if path.is_file()]
-    return {from_root(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def commit() -> str | None:
@@ -125,6 +157,7 @@ def save_metrics(run: Path, before: dict, after: dict) -> dict:
     if (run / "queries.csv").is_file():
         content["intervals"] = verdict(run).intervals
     write_json(run / "metrics.json", content)
+    write_sums(run, [name for name in SUMMED if (run / name).is_file()])
     return content
 
 
@@ -250,6 +283,8 @@ def load_run(folder: str | Path) -> Run:
             raise ConfigError(
                 f"{run}: is not the folder of a finished run, {path.relative_to(run)} is missing; 02_train writes one"
             )
+    if (run / SUMS).exists():  # not where training has begun again, or has written none yet
+        check_sums(run)
     cfg = with_paths(load_config(run / "config.yaml"), partial(beside, run))
     features = [undamaged(run, path, read_vectors) for path in parts.values()]
     if features[0].shape[1] != features[1].shape[1]:

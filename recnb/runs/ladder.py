@@ -19,12 +19,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from recnb.data.lists import save_label_map
 from recnb.gallery.curves import ladder_figure
-from recnb.models.weights import interpolate
+from recnb.models.weights import interpolate, read_weights, save_weights
 from recnb.recipe import ladder
 from recnb.recipe.data import build_loaders
 from recnb.recipe.learner import build_learner
@@ -297,9 +295,9 @@ def between(tuned: Rung, folder: Path, splits: list[Split], start: Rung, at: flo
 def write_between(cfg: dict, learn: RetrievalLearner, trained: Path, alpha: float, folder: Path) -> None:
     """Give the learner's model the weights between its configuration's start and a file, and save them."""
     start = build_model(cfg, learn.loaders.classes).state_dict()
-    weights = interpolate(start, load_file(trained), alpha)
+    weights = interpolate(start, read_weights(trained), alpha)
     learn.model.load_state_dict(weights)
-    save_weights(weights, folder)
+    save_weights(weights, folder / "model.safetensors")
 
 
 # ---- what is handed back ---------------------------------------------------------------------------------------------
@@ -311,10 +309,10 @@ def handed_back(cfg: dict, run: Path, climbed: Ladder, splits: list[Split], at: 
     final, source = refitted(cfg, run, kept, splits, at)
     learn = learner_of({**final, "Global": {**final["Global"], "probe": None}}, run)
     start = learn.model.state_dict()
-    weights = start if source is None else load_file(source / "model.safetensors")
+    weights = start if source is None else read_weights(source / "model.safetensors")
     if kept.alpha is not None:
         weights = interpolate(start, weights, kept.alpha)
-    save_weights(weights, run)
+    save_weights(weights, run / "model.safetensors")
     learn.model.load_state_dict(weights)
     open_run(run, final, learn.loaders.classes)
     if source is None:
@@ -352,12 +350,6 @@ def refitted(cfg: dict, run: Path, kept: Rung, splits: list[Split], at: float) -
     if not (source / "history.csv").exists():
         write_history(source, {})
     return final, source
-
-
-def save_weights(weights: dict[str, Tensor], folder: Path) -> None:
-    """Write model.safetensors."""
-    with replacing(folder / "model.safetensors") as path:
-        save_file({name: value.contiguous() for name, value in weights.items()}, path)
 
 
 def write_history(folder: Path, metrics: dict[str, float]) -> None:

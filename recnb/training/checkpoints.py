@@ -1,8 +1,8 @@
 """Checkpoints: everything needed to go on after each epoch, and the refusal to go on with something else.
 
 A checkpoint holds weights, optimizer, history, the random state of every process and the resolved configuration. It is
-written whole or not at all, read with `weights_only=True`, and a run that goes on from one, in as many processes, ends
-with the same bits as one that did not stop.
+written whole or not at all, sealed with its checksum and read with `weights_only=True`. A run that goes on from one, in
+as many processes, ends with the same bits as one that did not stop.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch import nn
 
 from recnb.distributed.processes import anywhere, ranks
 from recnb.distributed.rows import collect, sharded_weights, split
+from recnb.models import weights
 from recnb.registry import ConfigError
-from recnb.storage import link_or_copy, replacing
+from recnb.storage import check_seal, link_or_copy, replacing, seal
 from recnb.training.adaptor import Callback, Learner
 from recnb.training.guard import TrainingError, Wish
 from recnb.training.plan import FitState, Keeping
@@ -95,6 +95,7 @@ class Checkpoints(Callback):
             "history": self.state.rows,
             "best": self.state.best,
             "config": self.keeping.config,
+            "contents": self.keeping.contents,
             "rng": random_states(),
             "sums": self.state.sums,
             "count": self.state.count,
@@ -106,6 +107,7 @@ class Checkpoints(Callback):
         try:
             with replacing(path) as temporary:
                 torch.save(state, temporary)
+                seal(temporary)
         except (OSError, RuntimeError) as error:  # torch's writer has no error of its own
             intact = "the one before it is intact" if path.exists() else "there is none yet"
             raise TrainingError(f"{path}: the checkpoint cannot be written, {intact} ({error})") from error
@@ -116,10 +118,8 @@ class Checkpoints(Callback):
 
 def save_weights(state: dict[str, torch.Tensor], path: Path) -> None:
     """Write a state dict as a .safetensors file, in the first process."""
-    if ranks()[0]:
-        return
-    with replacing(path) as temporary:
-        save_file({name: value.contiguous() for name, value in state.items()}, temporary)
+    if ranks()[0] == 0:
+        weights.save_weights(state, path)
 
 
 def random_states() -> list[dict]:
@@ -147,6 +147,16 @@ def set_random_state(states: list[dict] | dict) -> None:
         torch.cuda.set_rng_state_all(states[rank]["cuda"])
 
 
+def kept(path: Path) -> dict:
+    """Return what a checkpoint holds; raise ConfigError where it is none, or not as it was written."""
+    check_seal(path)
+    try:
+        state = torch.load(path, "cpu", weights_only=True)
+        return {**state, "config": json.loads(state["config"]), "contents": json.loads(state["contents"])}
+    except Exception as error:  # torch raises whatever its unpickler meets
+        raise ConfigError(f"{path} is not a checkpoint of a run: {error}") from error
+
+
 def resume(learn: Learner, callbacks: list[Callback], checkpoints: Checkpoints, path: Path) -> None:
     """Give the learner, the callbacks and their common state what a checkpoint holds, to go on from there.
 
@@ -159,13 +169,8 @@ def resume(learn: Learner, callbacks: list[Callback], checkpoints: Checkpoints, 
     Raises:
         ConfigError: The file is no checkpoint, is damaged, or belongs to another configuration.
     """
-    ours = checkpoints.state
-    try:
-        state = torch.load(path, "cpu", weights_only=True)
-        theirs = json.loads(state["config"])
-    except Exception as error:  # torch raises whatever its unpickler meets
-        raise ConfigError(f"{path} is not a checkpoint of a run: {error}") from error
-    checkpoints.keeping.check_same(theirs, path)
+    ours, state = checkpoints.state, kept(path)
+    checkpoints.keeping.check_same(state, path)
     try:
         learn.model.load_state_dict(split(state["model"], sharded_weights(learn.model)))
         learn.loss_func.train_loss.load_state_dict(state["loss"])

@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors.torch import load_file
 
 from recnb.data.lists import save_dropped, save_label_map
 from recnb.distributed.processes import first_does, launch, ranks
 from recnb.distributed.rows import sharded_weights, split
+from recnb.models.weights import read_weights
 from recnb.storage import locked
 from recnb.training.adaptor import Callback, ProgressCallback, in_order
 from recnb.training.callbacks import FollowPlan, History, Log, Pace, StopEarly
@@ -48,12 +48,12 @@ def fit_config(learn: RetrievalLearner, plan: Plan, on_epoch: Callable[[], objec
         return fit_elsewhere(learn, plan, on_epoch)
     state = FitState()
     with alone(plan) as loggers, stoppable() as wish, explained(learn):
+        callbacks = build_callbacks(learn, plan, state, wish, loggers, on_epoch)
+        learn.create_opt()
+        begin(learn, plan, callbacks)  # may refuse: nothing is written before
         first_does(save_label_map, learn.loaders.train.dataset, plan.folder / "labels.csv")
         if learn.loaders.dropped:
             first_does(save_dropped, learn.loaders.dropped, plan.folder / "dropped.csv")
-        callbacks = build_callbacks(learn, plan, state, wish, loggers, on_epoch)
-        learn.create_opt()
-        begin(learn, plan, callbacks)
         try:
             learn.fit(plan.schedule.epochs, lr=plan.schedule.rates[0](0), cbs=callbacks)
         finally:
@@ -107,7 +107,7 @@ def keep(learn: RetrievalLearner, plan: Plan, state: FitState, average: MovingAv
     """
     if state.best:
         first_does(len, "")  # the file is whole
-        best = load_file(plan.folder / "checkpoints" / "best.safetensors")
+        best = read_weights(plan.folder / "checkpoints" / "best.safetensors")
         learn.model.load_state_dict(split(best, sharded_weights(learn.model)))
         name, value = learn.names[0], state.best["value"]
         chosen = ", chosen on validation" if learn.loaders.validation else ""
@@ -134,7 +134,7 @@ def fit_elsewhere(learn: RetrievalLearner, plan: Plan, on_epoch: Callable[[], ob
         before, written = written, history.exists() and history.stat().st_mtime_ns
         if on_epoch and written != before:  # each epoch writes the file anew, then prints a line
             on_epoch()
-    learn.model.load_state_dict(load_file(plan.folder / "model.safetensors"))
+    learn.model.load_state_dict(read_weights(plan.folder / "model.safetensors"))
 
 
 def build_callbacks(

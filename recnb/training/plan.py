@@ -30,7 +30,8 @@ class Keeping:
     """What is kept to go on from, and what may be gone on from."""
 
     config: str = "{}"  # the configuration as JSON text, kept in the checkpoint
-    check_same: Callable = lambda theirs, path: None  # raises ConfigError for a checkpoint of another configuration
+    contents: str = "{}"  # what the lists and the weights held, as JSON text, kept in the checkpoint
+    check_same: Callable = lambda state, path: None  # raises ConfigError for a checkpoint of another configuration
     checkpoint: Path | None = None  # to resume from where the folder holds none
     save_interval: int = 1  # epochs from one numbered checkpoint to the next; 0: none
     save_steps: int | None = None  # batches from one `latest.pt` to the next within an epoch
