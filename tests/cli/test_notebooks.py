@@ -67,7 +67,9 @@ def test_the_gallery_notebook_shows_the_run_beside_itself(trained_run, tmp_path)
     shown = outputs(executed)
     assert executed.stat().st_size < 1_500_000
     assert sum("image/png" in output.get("data", {}) for output in shown) == 1
-    assert sum("application/vnd.jupyter.widget-view+json" in output.get("data", {}) for output in shown) == 1
+    assert (
+        sum("application/vnd.jupyter.widget-view+json" in output.get("data", {}) for output in shown) == 2
+    )  # gallery, grid
     pages = [html for output in shown if 'type="radio"' in (html := output.get("data", {}).get("text/html", ""))]
     assert len(pages) == 1 and pages[0].count("<article") > 1 and "http" not in pages[0]
     assert [output.text for output in shown if output.get("name") == "stderr"] == []

@@ -462,7 +462,8 @@ def test_a_run_is_opened_where_its_images_and_lists_are_not(drawn, tmp_path):
     feature = embed_picture(opened, opened.model(), picture)
     np.testing.assert_allclose(feature, opened.query_features[0], rtol=1e-4, atol=1e-5)
     assert opened.class_names == [str(number) for number in range(15)] and "mAP" in opened.metrics
-    with pytest.raises(DataError, match=r"^DataLoader\.Eval\.Query\.dataset: cls_label_path: there is no file .*txt$"):
-        opened.rank()
+    assert opened.query.names.tolist() == [*map(str, names)] and len(opened.rank().indices) == len(opened.query)
+    with pytest.raises(DataError, match="is not there"):
+        opened.query[0]
     finished, unusable = load_runs([run])
-    assert not finished and "there is no file" in unusable["run"]
+    assert [found.name for found in finished] == ["run"] and not unusable
