@@ -462,7 +462,7 @@ def test_a_run_is_opened_where_its_images_and_lists_are_not(drawn, tmp_path):
     feature = embed_picture(opened, opened.model(), picture)
     np.testing.assert_allclose(feature, opened.query_features[0], rtol=1e-4, atol=1e-5)
     assert opened.class_names == [str(number) for number in range(15)] and "mAP" in opened.metrics
-    assert opened.query.names.tolist() == [*map(str, names)] and len(opened.rank().indices) == len(opened.query)
+    assert opened.query.names.tolist() == [*map(str, names)] and len(opened.rank().ids) == len(opened.query)
     with pytest.raises(DataError, match="is not there"):
         opened.query[0]
     finished, unusable = load_runs([run])
