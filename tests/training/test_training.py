@@ -466,4 +466,4 @@ def test_a_run_is_opened_where_its_images_and_lists_are_not(drawn, tmp_path):
     with pytest.raises(DataError, match="is not there"):
         opened.query[0]
     finished, unusable = load_runs([run])
-    assert [found.name for found in finished] == ["run"] and not unusable
+    assert list(finished) == ["run"] and not unusable
