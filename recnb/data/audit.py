@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 from scipy.fft import dctn
 from tqdm.auto import tqdm
 
-from recnb.data.images import reason, to_rgb
+from recnb.data.images import opened, reason, to_rgb
 from recnb.retrieval.search import knn
 
 FLAT = 4.0  # grey levels: a picture that varies less has no shape to compare
@@ -45,7 +45,7 @@ def fingerprint(path: str) -> tuple:
     """Return the row of `fingerprints` of one file."""
     try:
         data = Path(path).read_bytes()
-        with Image.open(io.BytesIO(data)) as image:
+        with opened(io.BytesIO(data)) as image:
             exif = image.getexif()
             width, height = image.size if exif.get(ORIENTATION, 1) < 5 else image.size[::-1]
             taken = exif.get_ifd(DETAILS).get(TAKEN)

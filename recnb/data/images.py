@@ -7,6 +7,7 @@ alpha, a palette or CMYK, animated, turned, or so large that it might be meant t
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import re
 import stat
@@ -33,6 +34,8 @@ except ImportError:
     decode_jpeg = None
 
 
+MAX_PIXELS = int(os.environ.get("RECNB_MAX_PIXELS", "64_000_000"))  # what one image may have
+Image.MAX_IMAGE_PIXELS = max(MAX_PIXELS, Image.MAX_IMAGE_PIXELS or 0)  # Pillow refuses twice as many
 PART = 1000  # as many images of a list are remembered together as decoded
 REMEMBERED = Path(
     os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"),  # noqa: PTH111 (never fails)
@@ -64,11 +67,16 @@ def printable(text: str) -> str:
     return re.sub("[\x00-\x1f\x7f\u2028\u2029\ud800-\udfff]", lambda sign: ascii(sign[0])[1:-1], text)
 
 
-def opened(path: str) -> Image.Image:
-    """A file's image, its header read; raises what Pillow raises, also for what has too many pixels."""
-    if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever  # noqa: PTH116
+def opened(file: str | io.BytesIO) -> Image.Image:
+    """The image of a file, only its header read; raises what Pillow raises, also for more than MAX_PIXELS pixels."""
+    if isinstance(file, str) and not stat.S_ISREG(os.stat(file).st_mode):  # opening a pipe would wait  # noqa: PTH116
         raise IsADirectoryError
-    return Image.open(path)
+    image = Image.open(file)
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        image.close()
+        raise Image.DecompressionBombError(f"it has {width:,} x {height:,}, and {MAX_PIXELS:,} are allowed.")
+    return image
 
 
 def read_rgb(path: str, box: list[int] | None = None, draft: bool = False) -> Image.Image:
@@ -130,8 +138,8 @@ def reason(error: Exception) -> str:
     """Why an image cannot be used, from what reading it raised: the half sentence behind its name."""
     if isinstance(error, Image.DecompressionBombError):
         return (
-            f"has more pixels than is safe to decode: {error} Save it smaller, leave it out, or raise "
-            "PIL.Image.MAX_IMAGE_PIXELS where you trust it"
+            f"has more pixels than is safe to decode: {error} Save it smaller, leave it out, or set "
+            "RECNB_MAX_PIXELS=N in the environment where you trust it"
         )
     if isinstance(error, FileNotFoundError):
         return "is not there"

@@ -15,9 +15,9 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 from matplotlib.ticker import MaxNLocator, PercentFormatter
-from PIL import Image, ImageOps
+from PIL import ImageOps
 
-from recnb.data.images import printable, to_rgb
+from recnb.data.images import printable, read_rgb
 from recnb.data.loaders import ImageLoader
 from recnb.data.pipeline import display_image
 from recnb.gallery.figure import COLOURS, INK, SOFT
@@ -275,9 +275,7 @@ def samples_figure(table: pd.DataFrame, rows: int = 6, columns: int = 8) -> Figu
         for ax, (_, item) in zip(line[1:], mine.iterrows(), strict=False):
             words = [str(item["split"])] if "split" in mine else []
             words += [f"camera {item.camera}"] if isinstance(item.get("camera"), str) else []
-            with Image.open(item.path) as image:
-                ImageOps.exif_transpose(image, in_place=True)
-                ax.imshow(ImageOps.contain(to_rgb(image), (160, 160)))
+            ax.imshow(ImageOps.contain(read_rgb(item.path), (160, 160)))
             ax.set_title("  ".join(words), fontsize=8, color="#555555", pad=2, parse_math=False)
     return legible(figure)
 

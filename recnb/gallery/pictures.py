@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from recnb.data.images import printable, reason, to_rgb
+from recnb.data.images import opened, printable, reason, to_rgb
 
 Picture = str | Path | Image.Image | np.ndarray  # an array is uint8, (H, W) or (H, W, 3)
 Names = Sequence[str] | np.ndarray | Mapping | None  # identity -> text
@@ -32,7 +32,7 @@ def read_picture(picture: Picture, size: int) -> Image.Image:
 
 def _read_file(path: Path, size: int, box: tuple | None) -> Image.Image:
     try:
-        with Image.open(path) as image:
+        with opened(str(path)) as image:
             if box is None:
                 image.draft("RGB", (2 * size, 2 * size))  # the JPEG decoder shrinks: many times faster on photographs
             ImageOps.exif_transpose(image, in_place=True)

@@ -19,7 +19,7 @@ import numpy as np
 import traitlets
 from PIL import Image
 
-from recnb.data.images import printable, reason
+from recnb.data.images import opened, printable, reason
 from recnb.gallery.figure import gallery_figure
 from recnb.gallery.hits import Hits
 from recnb.gallery.page import ORDERS, TEMPLATES, Hit, Pages, as_uri, gallery_html, source
@@ -338,7 +338,7 @@ class GalleryWidget(widgets.VBox):
     def _search(self, picture: str | io.BytesIO, name: str) -> None:
         """Show what an image of one's own finds; in its place a sentence where it cannot be read."""
         try:
-            with Image.open(picture) as image:
+            with opened(picture) as image:
                 image = read_picture(image, 512)
         except Exception as error:  # decoders raise whatever a broken file leads them to
             self._show_own(name, note=f"{printable(name)} cannot be searched: it {reason(error)}.")

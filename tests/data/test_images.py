@@ -15,6 +15,7 @@ from PIL import Image, ImageOps
 
 from recnb import build_loaders, load_config
 from recnb.data import images
+from recnb.data.audit import fingerprint
 from recnb.data.images import DataError, faults, printable, read_rgb
 from recnb.data.lists import ImageFolder, ImageList, VeriWild, check_images, save_dropped, save_label_map
 from recnb.gallery.pictures import read_picture
@@ -238,6 +239,22 @@ def bomb(path: Path) -> Path:
     return path
 
 
+def test_every_reader_looks_at_the_size_in_the_header_before_it_decodes(tmp_path, monkeypatch):
+    path = tmp_path / "large.png"
+    path.write_bytes(png(9_000, 9_000, 8, 0, b"\0" * 9_000))  # below the limits of Pillow
+    says = "has more pixels than is safe to decode: it has 9,000 x 9,000, and 64,000,000 are allowed"
+    assert says in faults([str(path)])[0] and says in fingerprint(str(path))[-1]
+    with pytest.raises(DataError, match=says):
+        ImageList([str(path)], np.zeros(1, int)).image(0)
+    with pytest.raises(ValueError, match=says):
+        read_picture(path, 64)
+    small = saved(colours(8, 8), tmp_path / "small.png")
+    monkeypatch.setattr(images, "MAX_PIXELS", 64)
+    assert faults([str(small)]) == {}
+    monkeypatch.setattr(images, "MAX_PIXELS", 63)
+    assert "8 x 8, and 63 are allowed" in faults([str(small)])[0]
+
+
 @pytest.fixture
 def faulty(tmp_path) -> dict[str, str]:
     """Faulty files below tmp_path, each with how its reason begins."""
@@ -278,7 +295,7 @@ def test_one_report_names_every_faulty_image_with_its_reason(tmp_path, faulty):
     )
     for number, (line, name) in enumerate(zip(lines, faulty, strict=True), 2):
         assert line.startswith(f"{tmp_path}/list.txt line {number}: the image {tmp_path}/{name} {faulty[name]}")
-    assert "raise PIL.Image.MAX_IMAGE_PIXELS where you trust it" in lines[4]
+    assert "set RECNB_MAX_PIXELS=N in the environment where you trust it" in lines[4]
     for i in range(1, len(table) - 1):
         with pytest.raises(DataError, match=f"^{table.source} line {i + 1}: the image {table.paths[i]} "):
             table.image(i)
