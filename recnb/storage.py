@@ -63,6 +63,12 @@ def write_json(path: str | Path, content) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
+def harmless(cell):
+    """Return what stands in a cell of a table, a text that a spreadsheet would run with an apostrophe before it."""
+    formula = isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r"))
+    return f"'{cell}" if formula else cell
+
+
 def sha256(path: str | Path, length: int | None = None) -> str:
     """Return the SHA-256 of a file or of its first bytes, in hexadecimal; it is read in parts, whatever its size."""
     digest, left = hashlib.sha256(), Path(path).stat().st_size if length is None else length

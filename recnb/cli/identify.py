@@ -50,11 +50,11 @@ def identify(
 
 def write(table: Path, rows: Sequence[Sequence]) -> None:
     """Write answers as a CSV: the photo, its name, the probability, and the nearest with their similarities."""
-    from recnb.storage import replacing
+    from recnb.storage import harmless, replacing
 
     nearest = [text for n in range(1, NEAREST + 1) for text in (f"nearest {n}", f"similarity {n}")]
     with replacing(table) as part, part.open("w", encoding="utf-8", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([[*COLUMNS, *nearest], *rows])
+        csv.writer(file, lineterminator="\n").writerows([[*COLUMNS, *nearest], *(map(harmless, row) for row in rows)])
 
 
 def files_of(images: Sequence[Path]) -> Iterator[Path]:

@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 from recnb.data.images import Cropped, DataError, faults, printable, read_pixels, reason
 from recnb.data.pipeline import Pipeline
 from recnb.registry import Registry
-from recnb.storage import replacing, resolve
+from recnb.storage import harmless, replacing, resolve
 
 DATASETS = Registry("dataset", beside={"transform_ops": list, "batch_transform_ops": list})
 EXTENSIONS = tuple(ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN)
@@ -400,7 +400,7 @@ def drop_faults(images: ImageList) -> None:
 
 def save_dropped(rows: Iterable[tuple], path: str | Path) -> None:
     """Write `Loaders.dropped`, what was left out and why, as CSV, `list,line,path,reason`."""
-    write_csv([("list", "line", "path", "reason"), *rows], path)
+    write_csv([("list", "line", "path", "reason"), *(map(harmless, row) for row in rows)], path)
 
 
 def write_csv(rows: Iterable[tuple], path: str | Path) -> None:
@@ -452,9 +452,28 @@ def same_list(one: ImageList, other: ImageList) -> bool:
 
 
 def own_index(query: ImageList, gallery: ImageList) -> np.ndarray:
-    """(Q,) where each query's own file stands in the gallery, -1 where it does not."""
-    places = {os.path.realpath(path): i for i, path in enumerate(gallery.paths)}
-    return np.array([places.get(os.path.realpath(path), -1) for path in query.paths])
+    """(Q,) where each query's own image, its file and box, stands in the gallery, -1 where it does not."""
+    places = {image: i for i, image in enumerate(images_of(gallery))}
+    return np.array([places.get(image, -1) for image in images_of(query)])
+
+
+def images_of(table: ImageList) -> list[tuple]:
+    """Return (file, *box) of each row, the same in whatever spelling, and through links."""
+    boxes = [()] * len(table) if table.boxes is None else table.boxes.tolist()
+    return [(os.path.realpath(path), *box) for path, box in zip(table.paths, boxes, strict=True)]
+
+
+def drop_repeated(table: ImageList) -> None:
+    """Leave out, in place, rows whose image stands in the list already, and say how many: it would find itself."""
+    first: dict[tuple, int] = {}
+    again = {i: first[image] for i, image in enumerate(images_of(table)) if first.setdefault(image, i) != i}
+    if again:
+        i, before = next(iter(again.items()))
+        print(
+            f"{table.source}: {len(again)} rows name an image that the list has already, and are left out; the first "
+            f"is {table.place(i)}, the image of {table.place(before)}"
+        )
+        table.leave_out({i: f"is the image of {table.place(before)}" for i, before in again.items()})
 
 
 def positives(query: ImageList, gallery: ImageList) -> np.ndarray:

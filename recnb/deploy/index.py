@@ -27,7 +27,7 @@ from recnb.retrieval.metrics import retrieval_metrics
 from recnb.retrieval.search import Index
 from recnb.retrieval.stats import bootstrap_interval
 from recnb.runs.folder import Run
-from recnb.storage import resolve, sha256
+from recnb.storage import harmless, resolve, sha256
 
 INDEXES = ("all", "test")
 
@@ -252,11 +252,6 @@ def build_index(
             [("id", "label", "path"), *zip(index.ids, map(harmless, labels), map(harmless, paths), strict=True)]
         )
     return index, point
-
-
-def harmless(text: str) -> str:
-    """Return a text for a cell of a table that a spreadsheet does not run: with an apostrophe before a formula."""
-    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
 def from_here(root: Path, folder: Path) -> str:

@@ -18,12 +18,12 @@ from jinja2 import Environment, FileSystemLoader
 
 from recnb.data.images import DataError
 from recnb.data.lists import ImageList
-from recnb.deploy.index import harmless, points_table, sentence
+from recnb.deploy.index import points_table, sentence
 from recnb.recipe.data import training_images
 from recnb.recipe.reading import as_yaml
 from recnb.recipe.schema import architectures, items, lookup
 from recnb.runs.folder import Run
-from recnb.storage import ROOT
+from recnb.storage import ROOT, harmless
 
 FILL_IN = "**fill in**"
 ABSOLUTE = re.compile(r"(?<![\w.:/-])(/|[A-Za-z]:\\)([^/\\\s'\"]+[/\\])+")  # the folders of a path

@@ -12,7 +12,17 @@ from torchvision.transforms import v2
 from recnb.data.augment import BATCH_TRANSFORMS, COUNTED, MIXING
 from recnb.data.cache import keep
 from recnb.data.images import DataError
-from recnb.data.lists import DATASETS, MOST, ImageList, check_images, drop_faults, number_alike, positives, same_list
+from recnb.data.lists import (
+    DATASETS,
+    MOST,
+    ImageList,
+    check_images,
+    drop_faults,
+    drop_repeated,
+    number_alike,
+    positives,
+    same_list,
+)
 from recnb.data.loaders import ImageLoader, Loaders, Pair
 from recnb.data.pipeline import Pipeline, output_shape
 from recnb.data.prepare import hold_out
@@ -119,6 +129,7 @@ def evaluation_images(cfg: dict, classes: np.ndarray | None = None, part: str = 
     """
     if cfg["Global"]["eval_mode"] == "classification":
         images = read_split(cfg, f"DataLoader.{part}")
+        drop_repeated(images)
         classes = training_images(cfg).names if classes is None else classes
         number_alike(images, first=classes)
         unknown = images.labels >= len(classes)
@@ -145,6 +156,8 @@ def labelled_alike(
             "it in both lists or in neither"
         )
     tables = [query] if query is gallery else [query, gallery]
+    for images in tables:
+        drop_repeated(images)
     number_alike(*tables, first=classes)
     if cfg["Global"]["on_bad_image"] == "drop":
         for images in tables:

@@ -5,7 +5,9 @@ Whatever cannot mean what it says is an error of `recnb.config`; what is found h
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +21,7 @@ from recnb.models.backbones import pretrained_images
 from recnb.recipe.schema import LOADERS, adds_softmax, architectures, items, lookup, optimizers
 from recnb.recipe.settings import WITHOUT_EFFECT
 from recnb.registry import ConfigError
+from recnb.storage import sha256
 
 PAIR_LOSSES = (
     "SupConLoss",
@@ -52,7 +55,7 @@ def lint(cfg: dict, loaders: Loaders | None = None) -> list[Finding]:
     if loaders is None:
         return findings
     judged = identities(loaders) if cfg["Global"]["eval_mode"] == "retrieval" else ()
-    return [*findings, *judged, *shapes(cfg, loaders), *pretraining(cfg, loaders)]
+    return [*findings, *judged, *copies(loaders), *shapes(cfg, loaders), *pretraining(cfg, loaders)]
 
 
 def stop(findings: list[Finding]) -> None:
@@ -253,6 +256,27 @@ def identities(loaders: Loaders) -> Iterator[Finding]:
                 f"{len(shared)} of {len(sets[name])} identities are in {where} too",
                 "retrieval is judged on identities never seen, and lists that count from 0 again look shared",
                 "split by identity (notebook 01_prepare), or number the lists once over all",
+            )
+
+
+def copies(loaders: Loaders) -> Iterator[Finding]:
+    """Images of a test or validation list that are exact copies of another one's file, under another name."""
+    for pair, place in ((loaders.test, "DataLoader.Eval"), (loaders.validation, "DataLoader.Validation")):
+        tables = [] if pair is None else [pair.query.dataset, pair.gallery.dataset]
+        files = {os.path.realpath(path) for table in tables if table.boxes is None for path in table.paths}
+        sizes: dict[int, list[str]] = {}
+        for file in sorted(files):
+            sizes.setdefault(Path(file).stat().st_size, []).append(file)
+        digests = {file: sha256(file) for some in sizes.values() if some[1:] for file in some}
+        first = {digest: file for file, digest in reversed(digests.items())}
+        alike = [file for file, digest in digests.items() if first[digest] != file]
+        if alike:
+            yield Finding(
+                place,
+                f"{len(alike)} images are exact copies of others ({Path(alike[0]).name} of "
+                f"{Path(first[digests[alike[0]]]).name})",
+                "a query finds its own copy, which says nothing of the features",
+                "keep one of each in the lists",
             )
 
 

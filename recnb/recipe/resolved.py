@@ -159,7 +159,7 @@ def check_same(ours: dict, theirs: dict, path: Path) -> None:
     if longer and not bound:  # a schedule that does not know the end may go on behind it
         differences.remove(longer[0])
     if differences:
-        end = f" ({bound[0]} runs over Global.epochs: with others its rates would differ)" if longer else ""
+        end = f" ({bound[0]} runs over Global.epochs: with others its rates would differ)" if longer and bound else ""
         raise ConfigError(
             f"{path} belongs to another configuration ({'; '.join(differences)}){end}; "
             "use another run folder (Global.pretrained_model takes weights along), or delete this one to "

@@ -24,7 +24,7 @@ from recnb.recipe.reading import as_yaml
 from recnb.recipe.schema import items, load_config, lookup, optimizers
 from recnb.recipe.settings import GLOBAL
 from recnb.registry import ConfigError
-from recnb.storage import ROOT, resolve
+from recnb.storage import ROOT, harmless, resolve
 
 FOLDER = "configs/starters"
 BACKBONE = "mobilenetv2_100"  # small enough for a CPU
@@ -256,7 +256,10 @@ def write(
     """
     root, files = list_files(splits, image_root)
     cfg = with_lists(start.cfg, folder, root, files)
-    more = {f"{name}.csv": table.to_csv(index=False, lineterminator="\n") for name, table in (tables or {}).items()}
+    more = {
+        f"{name}.csv": table.map(harmless).to_csv(index=False, lineterminator="\n")
+        for name, table in (tables or {}).items()
+    }
     said = textwrap.fill(start.why, 100, initial_indent="# ", subsequent_indent="# ")
     write_files(folder, {**files, **more, "config.yaml": f"{said}\n{as_yaml(cfg)}"})
     if "validation.txt" not in files:  # one of an earlier split

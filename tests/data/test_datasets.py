@@ -16,8 +16,10 @@ from recnb.data.lists import (
     ImageNetDataset,
     VeriWild,
     check_images,
+    drop_repeated,
     own_index,
     positives,
+    save_dropped,
     save_label_map,
 )
 from recnb.recipe.data import evaluation_images, training_images
@@ -509,3 +511,31 @@ def test_fewer_identities_than_a_batch_needs(config_file, drawn, tmp_path):
     )
     with pytest.raises(ConfigError, match=re.escape(message)):
         build_loaders(cfg)
+
+
+def test_rows_of_one_image_count_once_in_whatever_spelling(tmp_path, capsys):
+    (tmp_path / "a").mkdir()
+    for name in ("a/1.png", "a/2.png"):
+        (tmp_path / name).touch()
+    (tmp_path / "link").symlink_to("a")
+    (tmp_path / "3.png").symlink_to("a/2.png")
+    names = ["a/1.png", "a/2.png", "a/../a/1.png", "link/2.png", "./a/1.png", "3.png"]
+    (tmp_path / "list.txt").write_text("".join(f"{name} {i} 0\n" for i, name in enumerate(names)))
+    table = VeriWild(str(tmp_path), str(tmp_path / "list.txt"))
+    drop_repeated(table)
+    assert table.labels.tolist() == [0, 1] and table.lines.tolist() == [1, 2]
+    assert "list.txt: 4 rows name an image that the list has already, and are left out" in capsys.readouterr().out
+    assert table.dropped[0][1:] == (3, str(tmp_path / "a" / "1.png"), f"is the image of {tmp_path}/list.txt line 1")
+    assert own_index(table, table).tolist() == [0, 1]
+
+
+def test_two_boxes_of_a_file_are_two_images():
+    boxes = np.array([[0, 0, 4, 4], [4, 0, 8, 4], [0, 0, 4, 4]])
+    table = ImageList(["a.png"] * 3, np.array([0, 1, 0]), boxes=boxes)
+    drop_repeated(table)
+    assert table.boxes.tolist() == boxes[:2].tolist() and own_index(table, table).tolist() == [0, 1]
+
+
+def test_what_a_spreadsheet_would_run_is_text_in_tables_that_are_handed_on(tmp_path):
+    save_dropped([("list.txt", 1, "=cmd()", "-1 is no size")], tmp_path / "dropped.csv")
+    assert (tmp_path / "dropped.csv").read_text().splitlines()[1] == "list.txt,1,'=cmd(),'-1 is no size"

@@ -1,6 +1,9 @@
 """What the lint finds, each finding planted and then taken away again; the shipped configurations are free of them."""
 
+import shutil
+
 import pytest
+from conftest import tiny_config
 
 from recnb import build_loaders, load_config
 from recnb.recipe.lint import lint, stop
@@ -128,3 +131,20 @@ def test_strict_findings_stop_the_run(config_file):
     stop(lint(load_config(config_file({"Global.use_dali": True}))))
     with pytest.raises(ConfigError, match=r"Loss\.Train: every weight is 0: no gradient comes of it"):
         stop(lint(load_config(config_file({"Loss.Train": [{"CELoss": {"weight": 0}}, {"CELoss": {"weight": 0}}]}))))
+
+
+def test_doubled_rows_count_once_and_copies_under_another_name_are_found(drawn, tmp_path, capsys):
+    data = shutil.copytree(drawn, tmp_path / "data")
+    lines = (data / "gallery.txt").read_text().splitlines()
+    first = lines[0].split()
+    shutil.copy(data / "images" / first[0], data / "images" / "copy.png")
+    (data / "gallery.txt").write_text("\n".join([*lines, *lines, "copy.png " + " ".join(first[1:])]) + "\n")
+    cfg = load_config(tiny_config(data, tmp_path / "config.yaml"))
+    loaders = build_loaders(cfg)
+    assert len(loaders.gallery.dataset) == len(lines) + 1
+    assert f"{len(lines)} rows name an image that the list has already" in capsys.readouterr().out
+    found = [finding for finding in lint(cfg, loaders) if "exact copies" in finding.what]
+    assert [finding.what.split(" (")[0] for finding in found] == ["1 images are exact copies of others"]
+    assert not [
+        finding for finding in lint(load_config(tiny_config(drawn, tmp_path / "b.yaml"))) if "cop" in finding.what
+    ]

@@ -89,11 +89,12 @@ def edit(path: Path, change) -> str:
     ("changes", "says"),
     [
         ({"Optimizer.lr.learning_rate": 0.5, "Global.seed": 99}, r"latest.pt belongs to another configuration"),
+        ({"Optimizer.lr.learning_rate": 0.5, "Global.epochs": 3}, r"latest.pt belongs to another configuration"),
         ({"Global.epoch": 3}, "Global.epoch: there is no such key"),
         ({"Global.devices": 0}, "Global.devices"),
         ({"DataLoader.Train.sampler.sample_per_id": 1}, "SupConLoss|another configuration"),
     ],
-    ids=["configuration", "key", "value", "finding"],
+    ids=["configuration", "longer", "key", "value", "finding"],
 )
 def test_who_asks_for_another_run_is_refused_and_has_changed_nothing(place, again, changes, says):
     before = whole(place / "run")
