@@ -156,7 +156,9 @@ class Registry(dict):
         return {k: v for k, v in section.items() if k != "name" and k not in self.beside}
 
     def parameters(self, name: str) -> dict[str, inspect.Parameter]:
-        return {k: p for k, p in inspect.signature(self[name]).parameters.items() if k != "self"}
+        """Return what a part takes; nothing where it takes `*args`, as a module without a constructor of its own."""
+        found = {k: p for k, p in inspect.signature(self[name]).parameters.items() if k != "self"}
+        return {} if any(p.kind is p.VAR_POSITIONAL for p in found.values()) else found
 
     def hints(self, name: str) -> dict[str, typing.Any]:
         """Return what a section of this name may say: each key with its annotation."""

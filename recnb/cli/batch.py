@@ -18,6 +18,7 @@ import yaml
 
 from recnb.cli.notebook import check
 from recnb.data.images import DataError
+from recnb.recipe.parts import parts_in_use
 from recnb.recipe.reading import read_yaml
 from recnb.recipe.resolved import compare, portable, resolved
 from recnb.recipe.schema import load_config, lookup
@@ -83,6 +84,7 @@ def command_of(folder: Path, parameters: dict) -> list[str]:
     # YAML as yaml writes it: of `1e-05`, which other writers may choose, a reader of YAML may make a string
     text = yaml.safe_dump(parameters, default_flow_style=True, sort_keys=False, width=float("inf")).strip()
     words = [sys.executable, "-m", "recnb", "run", str(NOTEBOOK.absolute())]
+    words += ["--parts", str(own)] if (own := parts_in_use()) else []
     return [*words, "--to", str((folder / "train.ipynb").absolute()), "-y", text]
 
 

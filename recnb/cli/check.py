@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from recnb.cli.train import Overrides, overrides_of
+from recnb.cli.train import Overrides, Parts, overrides_of, use
 
 if TYPE_CHECKING:
     from recnb.training.learner import RetrievalLearner
 
 
-def check(config: Annotated[Path, typer.Argument(help="The YAML file.")], overrides: Overrides = None) -> None:
+def check(
+    config: Annotated[Path, typer.Argument(help="The YAML file.")], overrides: Overrides = None, parts: Parts = ""
+) -> None:
     """Check a configuration without training.
 
     Looks at its keys, lists, images and model, and puts one batch through the loss and the evaluation. Nothing is
@@ -26,6 +28,7 @@ def check(config: Annotated[Path, typer.Argument(help="The YAML file.")], overri
     from recnb.recipe.model import build_model
     from recnb.recipe.schema import load_config
 
+    use(parts)
     cfg = load_config(config, overrides_of(overrides))
     print(f"{config}: every section, name and argument is known", flush=True)
     loaders = build_loaders(cfg)

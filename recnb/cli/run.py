@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from recnb.cli.train import Parts, use
 from recnb.storage import resolve
 
 
@@ -22,6 +23,7 @@ def run(
     pairs: Annotated[
         list[str] | None, typer.Option("-p", metavar="NAME VALUE", help="A parameter; may be repeated.")
     ] = None,
+    parts: Parts = "",
     text: Annotated[str, typer.Option("-y", metavar="YAML", help="Parameters as a YAML mapping.")] = "",
     to: Annotated[
         str, typer.Option(metavar="PATH", help="The executed notebook; by default in the folder that it writes to.")
@@ -35,6 +37,7 @@ def run(
     from recnb.cli import notebook as notebooks
     from recnb.cli.progress import duration
 
+    use(parts)
     path = notebooks.find(notebook)
     given = notebooks.parameters_of(path, [pair.partition("=")[::2] for pair in pairs or ()], text)
     output, began = to or notebooks.output_of(path, given), time.monotonic()
@@ -43,7 +46,10 @@ def run(
 
 
 def joined(words: list[str]) -> list[str]:
-    """Return the words of a call of `recnb run` with each `-p NAME VALUE` as `-p NAME=VALUE`, others as they are."""
+    """Return the words of a call of `recnb run` with each `-p NAME VALUE` as `-p NAME=VALUE`, others as they are.
+
+    `-p parts FILE` is `--parts FILE`, for every notebook.
+    """
     if words[:1] != ["run"]:
         return words
     found, rest = [], iter(words)
@@ -52,4 +58,6 @@ def joined(words: list[str]) -> list[str]:
         if word == "-p" and (name := next(rest, None)) is not None:
             value = None if "=" in name else next(rest, None)
             found.append(name if value is None else f"{name}={value}")
+            if found[-1].startswith("parts="):
+                found[-2:] = ["--parts", found[-1].removeprefix("parts=")]
     return found

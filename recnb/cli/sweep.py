@@ -7,12 +7,15 @@ from typing import Annotated
 
 import typer
 
+from recnb.cli.train import Parts, use
+
 
 def sweep(
     batch: Annotated[Path, typer.Argument(help="The YAML file of the batch.")],
     run_dir: Annotated[
         str, typer.Option(help="The folder of the runs' folders; by default runs and the file's name.")
     ] = "",
+    parts: Parts = "",
     jobs: Annotated[int, typer.Option(metavar="N", min=1, help="How many runs at once.")] = 1,
     printed: Annotated[
         bool, typer.Option("--print", help="Print a command for each run still to be done; run nothing.")
@@ -27,4 +30,5 @@ def sweep(
     """
     from recnb.cli.batch import run_all
 
+    use(parts)
     raise typer.Exit(run_all(batch, run_dir, jobs, printed))

@@ -18,12 +18,16 @@ Overrides = Annotated[
 ]
 
 
+Parts = Annotated[str, typer.Option(metavar="FILE", help="A Python file of yours that registers parts of your own.")]
+
+
 def train(
     config: Annotated[Path, typer.Argument(help="The YAML file.")],
     run_dir: Annotated[
         str, typer.Option(help="The folder to write to; by default Global.output_dir, else runs and the name.")
     ] = "",
     overrides: Overrides = None,
+    parts: Parts = "",
     printed: Annotated[bool, typer.Option("--print", help="Only print the configuration that would be run.")] = False,
 ) -> None:
     """Train a configuration without a notebook.
@@ -36,6 +40,7 @@ def train(
     from recnb.recipe.schema import load_config
     from recnb.runs.experiment import train as trained
 
+    use(parts)
     cfg = load_config(config, overrides_of(overrides))
     if printed:
         print(as_yaml(resolved(cfg)))
@@ -48,6 +53,14 @@ def train(
         raise typer.Exit(130) from None
     before = result["before"]
     print("\n".join(f"{name:>12}  {value:.3f} -> {result[name]:.3f}" for name, value in before.items()))
+
+
+def use(parts: str) -> None:
+    """Import the file of parts of one's own, if there is any, before anything is read that may name them."""
+    if parts:
+        from recnb.recipe.parts import use_parts
+
+        use_parts(parts)
 
 
 def overrides_of(pairs: Sequence[str] | None) -> dict:

@@ -32,7 +32,8 @@ from recnb.data.pipeline import Pipeline
 from recnb.registry import Registry
 from recnb.storage import harmless, replacing, resolve
 
-DATASETS = Registry("dataset", beside={"transform_ops": list, "batch_transform_ops": list})
+BESIDE = {"transform_ops": list, "batch_transform_ops": list, "relabel": bool | None}
+DATASETS = Registry("dataset", beside=BESIDE)
 EXTENSIONS = tuple(ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN)
 EXTRAS = dict.fromkeys((".heic", ".heif", ".hif"), "pip install 'recnb[heic]'") | {".avif": "pip install -U pillow"}
 SYSTEM = ("thumbs.db", "desktop.ini", "__macosx")  # what Windows and macOS leave in folders

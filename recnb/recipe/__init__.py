@@ -9,6 +9,7 @@ __getattr__, __dir__, __all__ = lazily(
     __name__,
     {
         "schema": "load_config",
+        "parts": "use_parts",
         "reading": "read_yaml as_yaml",
         "data": "build_loaders",
         "model": "build_model",

@@ -7,6 +7,7 @@ from torch import nn
 from recnb.losses.combined import LOSSES, CombinedLoss
 from recnb.recipe.schema import check_logits, items
 from recnb.registry import ConfigError
+from recnb.retrieval.metrics import DEFINITIONS
 from recnb.training.evaluation import DEFAULT_METRICS, METRICS, POST_PROCESS, Accuracy, Judge, TopkAcc, binarized
 
 
@@ -23,7 +24,10 @@ def build_metrics(cfg: dict) -> list[str]:
                 f"{place}: {name} does not belong to Global.eval_mode {cfg['Global']['eval_mode']}; "
                 f"{'list TopkAcc' if single else 'list Recallk, mAP, mINP or Precisionk'}"
             )
-        names += METRICS.build({"name": name, **args}, place)
+        found = METRICS.build({"name": name, **args}, place)
+        if isinstance(found, dict):  # of one's own: keys with the functions that define them
+            DEFINITIONS.update(found)
+        names += found
     return names or (TopkAcc() if single else list(DEFAULT_METRICS))
 
 

@@ -1,4 +1,16 @@
-"""Which parts a file may name, and where: importing this module fills the registries."""
+"""Which parts a file may name, and where: importing this module fills the registries.
+
+Parts of one's own are registered in a Python file that the command line names, never a configuration. Its path stands
+in the environment, so that the processes and kernels that are started from here know them too.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+import traceback
+from pathlib import Path
 
 from recnb.data import augmix, layouts  # noqa: F401 (these too register transforms and data sets)
 from recnb.data.augment import BATCH_TRANSFORMS
@@ -9,6 +21,8 @@ from recnb.losses import distillation, hashing, memories, pairs, pml  # noqa: F4
 from recnb.losses.combined import LOSSES
 from recnb.models.heads import HEADS
 from recnb.models.necks import NECKS
+from recnb.registry import ConfigError
+from recnb.storage import resolve, sha256
 from recnb.training.evaluation import METRICS, POST_PROCESS
 from recnb.training.optim import OPTIMIZERS, REGULARIZERS
 from recnb.training.schedules import SCHEDULES
@@ -29,3 +43,54 @@ SLOTS = {  # the places of a file where a name stands; `*` is each list of image
     "Metric.Train[]": METRICS,
     "PostProcess[]": POST_PROCESS,
 }
+
+VARIABLE = "RECNB_PARTS"
+IMPORTED: dict[str, str] = {}  # the names of such modules, the last one last, with the hashes of their files
+
+
+def use_parts(file: str | Path) -> None:
+    """Import a Python file, here and in the processes started from here: what it registers, a file may name.
+
+    Raises:
+        ConfigError: There is no such file, or it cannot be imported.
+    """
+    path = resolve(file).absolute()
+    import_parts(path)
+    os.environ[VARIABLE] = str(path)
+
+
+def import_parts(path: Path) -> None:
+    """Import a Python file, unless its content was imported last; raise ConfigError where that cannot be done."""
+    if not path.is_file():
+        raise ConfigError(f"parts: there is no file {path}")
+    name, content = path.stem, sha256(path)
+    if content == next(reversed(IMPORTED.values()), None):
+        return
+    if name in sys.modules and name not in IMPORTED:
+        raise ConfigError(f"parts: {path}: there is a module '{name}' already; give the file another name")
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"parts: {path}: is not a Python file, NAME.py")
+    writes, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # a run folder stays as it is
+    try:
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    except Exception as error:  # whatever is wrong in somebody's file
+        del sys.modules[name]
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        line = getattr(error, "lineno", None) or (lines[-1] if lines else "")
+        raise ConfigError(f"parts: {path} line {line}: {type(error).__name__}: {error}") from error
+    finally:
+        sys.dont_write_bytecode = writes
+    sys.path.append(str(path.parent))  # for the workers of loaders where these are not forked
+    IMPORTED.pop(name, None)
+    IMPORTED[name] = content
+
+
+def parts_in_use() -> Path | None:
+    """Return the file that was named to this process or to the one that started it."""
+    return Path(os.environ[VARIABLE]) if os.environ.get(VARIABLE) else None
+
+
+if own := parts_in_use():
+    import_parts(own)

@@ -203,7 +203,8 @@ def _functions(metrics: str | Sequence[str], topk: Sequence[int]) -> dict[str, C
         if name not in DEFINITIONS:
             raise ValueError(f"there is no metric {name!r}; there are {', '.join(DEFINITIONS)}")
         for k in topk if "{k}" in name else [None]:
-            functions[name.replace("{k}", str(k))] = functools.partial(DEFINITIONS[name], k=k)
+            function = DEFINITIONS[name]
+            functions[name.replace("{k}", str(k))] = functools.partial(function, k=k) if k else function
     return functions
 
 
@@ -228,13 +229,13 @@ def _sum(terms: np.ndarray) -> np.ndarray:
     return np.cumsum(terms, axis=1)[:, -1]
 
 
-DEFINITIONS = {
+DEFINITIONS: dict[str, Callable] = {  # of the ranks (B, R) of the positives, best first and padded with 0, and R (B,)
     "recall{k}": lambda ranks, count, k: (ranks[:, 0] <= k).astype(float),
-    "mAP": lambda ranks, count, k: _precisions(ranks, np.inf) / count,
-    "mAP@R": lambda ranks, count, k: _precisions(ranks, count[:, None]) / count,
-    "R-Precision": lambda ranks, count, k: _hits(ranks, count[:, None]) / count,
-    "mINP": lambda ranks, count, k: count / ranks.max(1),
-    "MRR": lambda ranks, count, k: 1 / ranks[:, 0],
+    "mAP": lambda ranks, count: _precisions(ranks, np.inf) / count,
+    "mAP@R": lambda ranks, count: _precisions(ranks, count[:, None]) / count,
+    "R-Precision": lambda ranks, count: _hits(ranks, count[:, None]) / count,
+    "mINP": lambda ranks, count: count / ranks.max(1),
+    "MRR": lambda ranks, count: 1 / ranks[:, 0],
     "precision@{k}": lambda ranks, count, k: _hits(ranks, k) / k,
     "NDCG@{k}": _ndcg,
     "mAP@{k}/R": lambda ranks, count, k: _precisions(ranks, k) / count,

@@ -33,6 +33,7 @@ from recnb.models.recmodel import DistillationModel, RecModel
 from recnb.models.weights import load_weights
 from recnb.recipe.data import build_transform, evaluation_images, evaluation_places
 from recnb.recipe.model import build_model
+from recnb.recipe.parts import import_parts, parts_in_use
 from recnb.recipe.reading import as_yaml
 from recnb.recipe.resolved import check_contents, check_kept, contents, resolved, with_paths
 from recnb.recipe.schema import architectures, load_config, lookup
@@ -41,7 +42,7 @@ from recnb.retrieval.lists import Ranking, rank
 from recnb.retrieval.rerank import k_reciprocal
 from recnb.runs.rows import PARTS, kept_rows
 from recnb.runs.verdict import verdict
-from recnb.storage import ROOT, SUMS, check_sums, locked, replacing, resolve, write_json, write_sums, write_text
+from recnb.storage import ROOT, SUMS, check_sums, locked, replacing, resolve, sha256, write_json, write_sums, write_text
 from recnb.training.checkpoints import kept
 
 PACKAGES = ("recnb", "torch", "torchvision", "fastai", "timm", "faiss-cpu", "numpy", "pillow", "papermill")
@@ -51,6 +52,7 @@ SUMMED = (  # what results are read from; checkpoints carry their own checksums
     *("config.yaml", "contents.json", "env.json", "history.csv", "labels.csv", "metrics.json", "queries.csv"),
     *(f"embeddings/{part}.{kind}" for part in PARTS for kind in ("npy", "csv")),
     "model.safetensors",
+    "parts.py",
 )
 
 
@@ -75,7 +77,7 @@ def open_run(run_dir: str | Path, cfg: dict, classes: int | None = None) -> Path
         read = check_begun(run, ours, read) | read
         write_text(run / "config.yaml", as_yaml(ours))
         write_json(run / "contents.json", read)
-        write_json(run / "env.json", environment(cfg))
+        write_json(run / "env.json", {**environment(cfg), "parts": keep_parts(run)})
         (run / SUMS).unlink(missing_ok=True)  # of the results, which are about to change
     return run
 
@@ -99,6 +101,18 @@ def check_begun(run: Path, ours: dict, read: dict) -> dict:
     old = undamaged(run, known, lambda path: json.loads(path.read_text(encoding="utf-8")))
     check_contents(ours, read, old, known)
     return old
+
+
+def keep_parts(run: Path) -> dict[str, str] | None:
+    """Copy the file of the user's own parts into the run folder, and return its name and hash, None without one."""
+    own, stored = parts_in_use(), run / "parts.py"
+    if own is None:
+        return None
+    content = own.read_text(encoding="utf-8")
+    if (run / "checkpoints").is_dir() and stored.is_file() and stored.read_text(encoding="utf-8") != content:
+        print(f"{own} has changed since {run} began: training goes on with its parts as they are now")
+    write_text(stored, content)
+    return {"file": own.name, "sha256": sha256(stored)}
 
 
 def resolve_run(run_dir: str | Path) -> Path:
@@ -231,9 +245,16 @@ class Run:
 
     def model(self) -> RecModel | DistillationModel:
         """Return the trained model in evaluation mode, on the CPU."""
+        use_own_parts(self.folder)  # another run's may have come since
         model = build_model(untrained(self.cfg))
         load_weights(model, self.folder / "model.safetensors")
         return model.eval()
+
+
+def use_own_parts(run: Path) -> None:
+    """Import a run's copy of the user's parts, where it has one."""
+    if (run / "parts.py").is_file():
+        import_parts(run.absolute() / "parts.py")
 
 
 def below(path: str, root: str) -> str:
@@ -285,6 +306,7 @@ def load_run(folder: str | Path) -> Run:
             )
     if (run / SUMS).exists():  # not where training has begun again, or has written none yet
         check_sums(run)
+    use_own_parts(run)
     cfg = with_paths(load_config(run / "config.yaml"), partial(beside, run))
     features = [undamaged(run, path, read_vectors) for path in parts.values()]
     if features[0].shape[1] != features[1].shape[1]:

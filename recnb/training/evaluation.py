@@ -24,7 +24,7 @@ from recnb.data.lists import ImageList, own_index
 from recnb.data.loaders import batches_on, divided
 from recnb.distributed.processes import joined
 from recnb.registry import Count, Registry
-from recnb.retrieval.metrics import ranking_metrics, retrieval_metrics
+from recnb.retrieval.metrics import DEFINITIONS, ranking_metrics, retrieval_metrics
 from recnb.retrieval.rerank import KReciprocal, alpha_query_expansion, database_augmentation, fit_whitening
 from recnb.storage import replacing
 
@@ -141,7 +141,9 @@ class Judge:
         lists = (asked.labels, items.labels, asked.cameras, items.cameras)
         options: dict[str, Any] = {
             "exclude_self": own_index(asked, items),
-            "metrics": list(dict.fromkeys(re.sub(r"\d+$", "{k}", name) for name in self.names)),
+            "metrics": list(
+                dict.fromkeys(name if name in DEFINITIONS else re.sub(r"\d+$", "{k}", name) for name in self.names)
+            ),
             "topk": sorted({int(name) for key in self.names for name in re.findall(r"\d+$", key)}) or (1,),
             "per_query": True,
         }
@@ -153,6 +155,11 @@ class Judge:
             scores, arrays = retrieval_metrics(first, second, *lists, distance=distance, **options)
         values = {name: np.where(arrays["valid"], arrays[name], np.nan) for name in self.names}
         return Evaluation(query, gallery, {name: scores[name] for name in self.names}, values)
+
+
+def definition(name: str) -> str:
+    """Return the key of `DEFINITIONS` that a metric's name is made of: its own, or `recall{k}` of `recall5`."""
+    return name if name in DEFINITIONS else re.sub(r"\d+$", "{k}", name)
 
 
 @dataclass

@@ -2,13 +2,17 @@
 
 import json
 import math
+import re
+import runpy
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 
 import recnb.losses.distillation
 import recnb.losses.hashing  # noqa: F401, so that all losses are known
@@ -102,6 +106,18 @@ def test_every_margin_head_is_the_cosine_without_labels_and_safe_at_the_ends(nam
     state = {key: value.clone() for key, value in head.state_dict().items()}
     assert torch.equal(head.eval()(features, labels), cosine(features, weight))
     assert all(torch.equal(value, state[key]) for key, value in head.state_dict().items())
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/python.md"])
+def test_the_ten_lines_of_the_docs_pass_what_every_head_does(page, tmp_path):
+    from test_model import test_every_head  # here, so that it is not collected twice
+
+    (block,) = re.findall(r"```python\n((?:(?!```).)*@HEADS\.register.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    (tmp_path / "head.py").write_text(block)
+    with patch.dict(HEADS):
+        runpy.run_path(str(tmp_path / "head.py"))
+        test_every_margin_head_is_the_cosine_without_labels_and_safe_at_the_ends("NormSoftmax")
+        test_every_head("NormSoftmax", tmp_path)
 
 
 def test_cos_and_circle_margin_are_the_plain_loop():
