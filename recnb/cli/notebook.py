@@ -24,6 +24,7 @@ from recnb.storage import resolve
 KINDS = {kind.__name__: kind for kind in (str, int, float, bool, dict, list)}
 OPTIONS = {"01_prepare": ("recnb.data.prepare", "read_options"), "03_evaluate": ("recnb.runs.analysis", "chosen")}
 OWN = ("ConfigError", "DataError", "ExportError", "LockedError", "TrainingError")  # their messages need no name
+REFUSALS = ("ConfigError", "DataError", "LockedError")
 KERNEL = ["--IPKernelApp.log_level=CRITICAL"]  # it warns of TCP, and tells how it was ended
 
 
@@ -146,6 +147,7 @@ def execute(notebook: Path, output: str | Path, parameters: dict) -> None:
     if output.suffix != ".ipynb":
         raise ConfigError(f"--to {output}: is not the name of a notebook, NAME.ipynb")
     output.parent.mkdir(parents=True, exist_ok=True)
+    earlier = output.read_bytes() if output.is_file() else None
     try:
         with epochs_shown(*training_of(values)) if "run_dir" in values else nullcontext():
             papermill.execute_notebook(
@@ -160,6 +162,9 @@ def execute(notebook: Path, output: str | Path, parameters: dict) -> None:
                 extra_arguments=KERNEL,
             )
     except papermill.PapermillExecutionError as error:
+        if earlier is not None and error.ename in REFUSALS:  # a result stays as it was
+            output.write_bytes(earlier)
+            raise FailedError(error.evalue) from None
         name = "" if error.ename in OWN else f"{error.ename}: "
         raise FailedError(f"{name}{error.evalue}\n  see {output}") from None
     except OSError as error:

@@ -401,7 +401,7 @@ def drop_faults(images: ImageList) -> None:
 
 def save_dropped(rows: Iterable[tuple], path: str | Path) -> None:
     """Write `Loaders.dropped`, what was left out and why, as CSV, `list,line,path,reason`."""
-    write_csv([("list", "line", "path", "reason"), *(map(harmless, row) for row in rows)], path)
+    write_csv([("list", "line", "path", "reason"), *(tuple(map(harmless, row)) for row in rows)], path)
 
 
 def write_csv(rows: Iterable[tuple], path: str | Path) -> None:

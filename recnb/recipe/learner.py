@@ -12,12 +12,13 @@ from torch import nn
 from recnb.data.lists import seeded
 from recnb.data.loaders import Loaders
 from recnb.losses.combined import CombinedLoss
+from recnb.models.chunks import check_room
 from recnb.recipe.data import build_batch_transform
 from recnb.recipe.model import precision
 from recnb.recipe.objective import build_judge, build_loss
 from recnb.recipe.optimizer import build_optimizer, build_schedules, parameter_groups
 from recnb.recipe.resolved import check_kept, contents, resolved
-from recnb.recipe.schema import architectures, items, lookup
+from recnb.recipe.schema import architectures, items, lookup, optimizers
 from recnb.registry import ConfigError
 from recnb.storage import resolve
 from recnb.training.learner import RetrievalLearner
@@ -66,6 +67,8 @@ def build_learner(cfg: dict, model: nn.Module, loaders: Loaders, run_dir: str | 
         mix=mix,
         plan=plan,
     )
+    adam = any("adam" in section["name"].lower() for _, section in optimizers(cfg))
+    check_room(model, 4 if adam else 2, device, "Arch")
     learn.create_opt()  # what no optimizer would train is found now
     return learn
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from math import prod
 
 import numpy as np
@@ -12,14 +13,14 @@ from recnb.data.images import DataError
 from recnb.distributed.gradients import share_batches
 from recnb.distributed.processes import ranks
 from recnb.models.backbones import create_backbone, share_on_gpus
-from recnb.models.chunks import recompute_blocks
+from recnb.models.chunks import check_room, recompute_blocks
 from recnb.models.heads import HEADS
 from recnb.models.necks import NECKS
 from recnb.models.recmodel import DistillationModel, RecModel
 from recnb.models.weights import load_weights
 from recnb.recipe.data import training_images
 from recnb.recipe.schema import architectures, class_num, lookup
-from recnb.registry import ConfigError, suggest
+from recnb.registry import ConfigError, Registry, suggest
 from recnb.storage import resolve
 
 
@@ -53,7 +54,7 @@ def build_recmodel(cfg: dict, section: dict, where: str, classes: int | None) ->
         known = {"embedding_size": (prod(backbone.out_shape) if behind else size, source)}
         if isinstance(section["Head"].get("margin"), dict):  # by how many images each class has
             known["class_counts"] = (class_counts(cfg), "")
-        head = HEADS.build({**section["Head"], "class_num": classes}, f"{where}.Head", **known)
+        head = fitting(HEADS, {**section["Head"], "class_num": classes}, f"{where}.Head", **known)
     if cfg["Global"]["grad_checkpointing"]:
         try:
             recompute_blocks(backbone)
@@ -79,6 +80,23 @@ def build_recmodel(cfg: dict, section: dict, where: str, classes: int | None) ->
     except ValueError as error:
         raise ConfigError(f"{where}.{error}") from None
     return model
+
+
+def fitting(registry: Registry, section: dict, where: str, **known) -> nn.Module:
+    """Return a part, built on the meta device first, where it takes no memory: what no memory can hold is told.
+
+    Args:
+        registry: Has the part.
+        section: The part's section of the file.
+        where: The section's place.
+        known: As `Registry.build` takes it.
+
+    Raises:
+        ConfigError: The section cannot be meant, or needs more memory than there is.
+    """
+    with suppress(NotImplementedError), torch.device("meta"):  # of a part that looks at its numbers while it is built
+        check_room(registry.build(section, where, **known), 1, torch.device("cpu"), where)
+    return registry.build(section, where, **known)
 
 
 def precision(amp: dict, device: str) -> torch.dtype:
@@ -157,7 +175,8 @@ def build_neck(section: dict, where: str, backbone: nn.Module) -> tuple[nn.Modul
             )
         return None, prod(shape)
     source = f"the backbone cut at {stop} gives"
-    neck = NECKS.build(
+    neck = fitting(
+        NECKS,
         section["Neck"],
         f"{where}.Neck",
         in_channels=(backbone.out_channels, source),

@@ -43,7 +43,8 @@ class Checkpoints(Callback):
         self, folder: Path, keeping: Keeping, update_freq: int, state: FitState, judged: nn.Module, wish: Wish
     ):
         self.folder, self.keeping, self.update_freq = folder, keeping, update_freq
-        self.state, self.judged, self.wish, self.restored = state, judged, wish, None
+        self.state, self.judged, self.wish = state, judged, wish
+        self.restored: dict | None = None
 
     def before_train(self):
         self.since = 0

@@ -168,6 +168,22 @@ def test_a_disk_that_fills_is_told_with_the_file(monkeypatch, tmp_path):
         notebooks.execute(notebooks.find("01_prepare"), tmp_path / "x.ipynb", {})
 
 
+@pytest.mark.parametrize("kind", ["ConfigError", "ValueError"])
+def test_a_notebook_that_is_refused_leaves_the_earlier_one(monkeypatch, tmp_path, kind):
+    import papermill
+
+    def refused(notebook, output, *_, **__):
+        Path(output).write_text("half of another")
+        raise papermill.PapermillExecutionError(0, 1, "", kind, "it belongs to another configuration", [])
+
+    monkeypatch.setattr(papermill, "execute_notebook", refused)
+    (tmp_path / "x.ipynb").write_text("the result")
+    with pytest.raises(notebooks.FailedError, match="it belongs to another configuration"):
+        notebooks.execute(notebooks.find("01_prepare"), tmp_path / "x.ipynb", {})
+    left = "the result" if kind == "ConfigError" else "half of another"
+    assert (tmp_path / "x.ipynb").read_text() == left
+
+
 def test_photos_that_change_while_they_are_read_are_told(executed, photos, tmp_path, monkeypatch):
     mine, execute = shutil.copytree(photos, tmp_path / "photos"), journey.execute
     monkeypatch.setattr(journey, "execute", lambda *given: (execute(*given), draw(mine / "Lime" / "new.jpg", 5, 77)))

@@ -14,6 +14,7 @@ from torch import nn
 import recnb.losses.pml  # noqa: F401 (registers PML)
 from recnb.data.images import DataError
 from recnb.losses.combined import LOSSES, CombinedLoss
+from recnb.models import chunks
 from recnb.models.heads import HEADS, ArcMargin, cosine
 from recnb.models.necks import FC, NECKS, VehicleNeck
 from recnb.models.recmodel import RecModel
@@ -579,3 +580,26 @@ def test_the_run_folder_says_what_it_was_made_with(config, tmp_path):
     write_text(tmp_path / "file", "")
     with pytest.raises(ConfigError, match=r"run_dir: .*file/run cannot be made"):
         open_run(tmp_path / "file" / "run", config())
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"Global.class_num": 10**9}, r"^Arch.Head: its weights need [\d,.]+ GiB of memory, and there are [\d.,]+;"),
+        ({"Arch.Neck.out_channels": 10**6}, r"^Arch.Neck: its weights need .* GiB of memory"),
+    ],
+    ids=["head", "neck"],
+)
+def test_what_no_memory_can_hold_is_told_before_it_is_built(config, changes, says, monkeypatch):
+    monkeypatch.setattr(chunks.os, "sysconf", lambda name: 4000)  # 16 MB
+    with pytest.raises(ConfigError, match=says):
+        build_model(config(changes))
+
+
+def test_the_optimizer_s_state_is_counted_too(monkeypatch):
+    part = nn.Linear(1024, 1024, bias=False)  # 4 MiB
+    monkeypatch.setattr(chunks.os, "sysconf", lambda name: 10 * 2**20 if name == "SC_PHYS_PAGES" else 1)
+    chunks.check_room(part, 2, torch.device("cpu"), "Arch")
+    with pytest.raises(ConfigError, match=r"Arch: its weights, their gradients and the optimizer's state need 0.0 GiB"):
+        chunks.check_room(part, 4, torch.device("cpu"), "Arch")
+    chunks.check_room(part.requires_grad_(False), 4, torch.device("cpu"), "Arch")
