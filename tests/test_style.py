@@ -118,6 +118,31 @@ def test_files_are_read_without_running_code():
     )
 
 
+def test_pickles_are_read_in_one_place_that_admits_nothing_but_arrays():
+    readers = {"Unpickler", "_Unpickler", "_load", "_loads"}
+    used = {
+        (path.relative_to(ROOT / "recnb").as_posix(), node.attr)
+        for path in CHAPTERS
+        for node in nodes(path)
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "pickle" and node.attr in readers
+    }
+    assert used == {("models/paddle.py", "Unpickler")}, (
+        "the original's weights are pickles; no other file is read as one"
+    )
+    assert not [
+        module
+        for path in CHAPTERS
+        for module, _ in imported(path)
+        if module.startswith("pickle.") and module.split(".")[1] in readers
+    ]
+    extended = [
+        node
+        for node in nodes(ROOT / "recnb/models/paddle.py")
+        if isinstance(node, ast.ClassDef) and "pickle.Unpickler" in map(ast.unparse, node.bases)
+    ]
+    assert len(extended) == 1 and "find_class" in [getattr(method, "name", "") for method in extended[0].body]
+
+
 def lines_of_code(function):
     """How many lines a function has, its docstring apart."""
     text = function.body[0] if ast.get_docstring(function) else None

@@ -27,6 +27,13 @@ def _conv(channels: int, out: int, kernel_size: int, stride: int = 1, groups: in
     return nn.Sequential(OrderedDict(conv=conv, bn=nn.BatchNorm2d(out), **({"act": nn.ReLU()} if act else {})))
 
 
+class SteepGate(nn.Module):
+    """The gate of the original's MobileNetV3, a line of slope 0.2 between 0 and 1; torch's Hardsigmoid has 1 / 6."""
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, C, 1, 1) -> (B, C, 1, 1)
+        return (0.2 * x + 0.5).clamp(0, 1)
+
+
 class BranchedConv(nn.Module):
     """Depthwise convolutions of each odd kernel size up to `kernel_size`, each with its batch norm, and their sum.
 

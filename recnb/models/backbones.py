@@ -19,16 +19,18 @@ import huggingface_hub
 import timm
 import torchvision
 from timm.models import group_parameters
-from timm.models.mobilenetv3 import _gen_lcnet
+from timm.models._efficientnet_blocks import SqueezeExcite
+from timm.models._efficientnet_builder import decode_arch_def
+from timm.models.mobilenetv3 import MobileNetV3, _gen_lcnet
 from torch import nn
 
-from recnb.models.architectures import PPLCNetV2, TokenMean, WideResNet
+from recnb.models.architectures import PPLCNetV2, SteepGate, TokenMean, WideResNet
 from recnb.models.cutting import VECTOR, Cut, Size, classifiers, cut, first_line, kind, listed, remove_classifier
 from recnb.models.lora import add_lora
 from recnb.models.necks import GeM, Tokens
 from recnb.models.weights import LOCAL_WEIGHTS, _load
 
-# The original's names for the same architecture; MobileNetV1 has ReLU6 in timm and ReLU in the original.
+# The original's names for the same architecture.
 ALIASES = {
     **{f"ResNet{depth}": f"resnet{depth}" for depth in (18, 34, 50, 101, 152)},
     **{f"ResNet{depth}_vd": f"resnet{depth}d" for depth in (18, 34, 50, 101, 152, 200)},
@@ -42,8 +44,6 @@ ALIASES = {
     **{f"DenseNet{depth}": f"densenet{depth}" for depth in (121, 161, 169, 201)},
     "MobileNetV1": "mobilenetv1_100",
     "MobileNetV2": "mobilenetv2_100",
-    "MobileNetV3_large_x1_0": "mobilenetv3_large_100",
-    "MobileNetV3_small_x1_0": "mobilenetv3_small_100",
     **{f"PPLCNet_x{width}": f"lcnet_{width.replace('_', ''):0<3}" for width in ("0_35", "0_5", "0_75", "1_0", "1_5")},
     "PPLCNet_x2_5_Tanh": "PPLCNet_x2_5",
     **{f"PPHGNet_{size}": f"hgnet_{size}" for size in ("tiny", "small", "base")},
@@ -57,12 +57,48 @@ ALIASES = {
     "CLIP_vit_base_patch16_224": "vit_base_patch16_clip_quickgelu_224.openai",
     "CLIP_vit_large_patch14_224": "vit_large_patch14_clip_quickgelu_224.openai",
 }
+
+
+def _mobilenetv3(*stages: str, **options) -> MobileNetV3:
+    """Return the original's MobileNetV3, of timm's parts.
+
+    Other than timm's, its first block widens too, and the gates of its blocks are steeper and not rounded in width.
+    """
+    return MobileNetV3(
+        decode_arch_def([stage.split() for stage in stages]),
+        norm_layer=nn.BatchNorm2d,
+        act_layer=nn.Hardswish,
+        se_layer=partial(SqueezeExcite, gate_layer=SteepGate, force_act_layer=nn.ReLU),
+        head_bias=False,
+        **options,
+    )
+
+
 # The original's networks that no library has under any name, widths of PP-LCNet that timm can make and does not list.
 NETWORKS: dict[str, Callable] = {
     **{
         f"PPLCNet_x{width}": partial(_gen_lcnet, "lcnet", float(width.replace("_", ".")), pretrained_cfg={"url": ""})
         for width in ("0_25", "2_0", "2_5")
     },
+    "MobileNetV3_large_x1_0": partial(
+        _mobilenetv3,
+        "ir_r1_k3_s1_e1_c16_nre",
+        "ir_r1_k3_s2_e4_c24_nre ir_r1_k3_s1_e3_c24_nre",
+        "ir_r3_k5_s2_e3_c40_se0.25_nre",
+        "ir_r1_k3_s2_e6_c80 ir_r1_k3_s1_e2.5_c80 ir_r2_k3_s1_e2.3_c80",
+        "ir_r2_k3_s1_e6_c112_se0.25",
+        "ir_r3_k5_s2_e6_c160_se0.25",
+        "cn_r1_k1_s1_c960",
+    ),
+    "MobileNetV3_small_x1_0": partial(
+        _mobilenetv3,
+        "ir_r1_k3_s2_e1_c16_se0.25_nre",
+        "ir_r1_k3_s2_e4.5_c24_nre ir_r1_k3_s1_e3.67_c24_nre",
+        "ir_r1_k5_s2_e4_c40_se0.25 ir_r2_k5_s1_e6_c40_se0.25",
+        "ir_r2_k5_s1_e3_c48_se0.25",
+        "ir_r3_k5_s2_e6_c96_se0.25",
+        "cn_r1_k1_s1_c576",
+    ),
     "PPLCNetV2_base": PPLCNetV2,
     "PPLCNetV2_base_ShiTu": partial(PPLCNetV2, shitu=True),
     "WideResNet": WideResNet,
@@ -130,14 +166,15 @@ def create_backbone(
     use_ssld: bool = False,
     pool: str | None = None,
     lora: dict | None = None,
+    strict: bool = True,
     **kwargs,
 ) -> Cut:
     """Return a model cut at a layer; without one, its pooled features, or `class_num` outputs of its last layer.
 
     Args:
         name: of timm, of torchvision, or the original's.
-        pretrained: True for the library's weights from its hub, or the path of a local .pth or .safetensors file of the
-            whole model.
+        pretrained: True for the library's weights from its hub, or the path of a local .pth, .safetensors or, under the
+            original's names, .pdparams file of the whole model.
         class_num: size of a last linear layer; None takes the classifier off.
         stop: the layer to cut at, as `cut` takes it. A WideResNet cut at 'bn1' gives the mean of that map, (B, C), as
             the original.
@@ -148,6 +185,7 @@ def create_backbone(
         pool: what becomes of a transformer's tokens, one of POOLS; by default what its weights were trained with, which
             differs: DINOv2 gives its class token, timm's DINOv3 the mean.
         lora: rank, alpha and targets of `add_lora`; all else of the backbone stays as it is.
+        strict: whether a file's tensors all have to fit, and to fill all of the model but its classifier.
         **kwargs: go to timm, such as pad_type. With the original's names also stem_act (ResNet), class_expand and
             dropout_prob, default 0.2 (PPLCNet, MobileNetV3; a VGG's drop_rate is 0.5); of CLIP, return_embed for the
             tokens projected to output_dim: 512 numbers, and return_mean_embed for their mean.
@@ -161,7 +199,7 @@ def create_backbone(
     model = _build(name, pretrained is True, class_num, input_size, dict(kwargs))
     if use_ssld and pretrained is True:
         print("use_ssld has no effect: it picks among the original's files, and 'pretrained: True' takes the library's")
-    skipped = _load(model, pretrained) if isinstance(pretrained, str | Path) else []
+    skipped = _load(model, pretrained, strict) if isinstance(pretrained, str | Path) else []
     for ending in _endings(name, kwargs):
         last = classifiers(model)[0]
         model.set_submodule(last, nn.Sequential(model.get_submodule(last), ending))
@@ -173,7 +211,7 @@ def create_backbone(
     for parameter in multipliers.keys() & kept.keys():
         kept[parameter].lr_multiplier = multipliers[parameter]  # type: ignore[attr-defined]
         kept[parameter].requires_grad_(kept[parameter].requires_grad and multipliers[parameter] > 0)
-    if stop is not None and set(skipped) & set(result.model.state_dict()):
+    if strict and stop is not None and set(skipped) & set(result.model.state_dict()):
         raise ValueError(
             f"'{pretrained}' does not fit {kind(model)}, which needs {listed(skipped)} when cut at '{stop}'"
         )
@@ -263,6 +301,8 @@ def _build(name: str, pretrained: bool, class_num: int | None, input_size: Size 
         stem_act = options.pop("stem_act", "relu")
     elif name.startswith("CLIP_"):
         options = _embedding(**options)
+    if name == "MobileNetV1":
+        options.setdefault("act_layer", nn.ReLU)  # timm's has ReLU6
     if name == "ResNet50_adaptive_max_pool2d":
         options["global_pool"] = "max"
     model: Any = _create(arch, pretrained, class_num, input_size, options)
@@ -343,7 +383,8 @@ def _create(arch: str, pretrained: bool, class_num: int | None, input_size: Size
     if pretrained and (
         arch in NETWORKS or (library == "timm" and not getattr(timm.get_pretrained_cfg(arch), "has_weights", False))
     ):
-        raise ValueError(f"timm has no weights for {arch}: {LOCAL_WEIGHTS}")
+        near = "; mobilenetv3_large_100 is timm's MobileNetV3, and has some" if arch.startswith("MobileNetV3") else ""
+        raise ValueError(f"timm has no weights for {arch}: {LOCAL_WEIGHTS}{near}")
     try:
         if library != "timm":
             return _other(arch, pretrained, class_num, options)

@@ -1,11 +1,13 @@
-"""Weights read from files: safetensors, or torch files without any code in them."""
+"""Weights read from files: safetensors, torch files without any code in them, and Paddle's."""
 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
+from urllib.parse import urlsplit
 
 import torch
 from safetensors import safe_open
@@ -13,9 +15,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from recnb.models.cutting import classifiers, first_line, kind, listed
+from recnb.models.paddle import converted, read_pdparams
 from recnb.registry import ConfigError
 from recnb.storage import replacing, resolve
 
+HEAD = re.compile(r"(models\.\w+\.)?head\.")  # its classes are those of the data it was trained on
 LOCAL_WEIGHTS = "give a local file in Arch.Backbone.pretrained, or False"
 
 
@@ -48,9 +52,32 @@ def checksum(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _read_weights(path: str | Path) -> dict[str, torch.Tensor]:
+def local(source: str | Path) -> Path:
+    """Return the path of a file of weights as `resolve` finds it; what a URL names is downloaded once, to torch's hub.
+
+    Raises:
+        ConfigError: The text cannot be a path, or what it names cannot be downloaded.
+    """
+    if "://" not in str(source):
+        return resolve(source)
+    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlsplit(str(source)).path).name
+    if not path.is_file():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(str(source), str(path), progress=False)
+        except Exception as error:  # whatever a network or a disk does
+            raise ConfigError(
+                f"the weights {source} cannot be downloaded ({first_line(error)}): fetch the file elsewhere, and give "
+                "its path"
+            ) from error
+    return path
+
+
+def _read_weights(path: str | Path, model: nn.Module) -> dict[str, torch.Tensor]:
     if not Path(path).is_file():
         raise ValueError(f"there is no weights file '{path}': {LOCAL_WEIGHTS}; True takes the library's from its hub")
+    if str(path).endswith(".pdparams"):
+        return converted(read_pdparams(path), model)
     try:
         safe = str(path).endswith(".safetensors")
         state = read_weights(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
@@ -63,9 +90,13 @@ def _read_weights(path: str | Path) -> dict[str, torch.Tensor]:
     return {name.removeprefix("module."): value for name, value in state.items()}
 
 
-def _load(model: nn.Module, path: str | Path) -> list[str]:
-    """Load a file into the whole model; returns the classifier's tensors that do not fit and were left out."""
-    given = {name: value for name, value in _read_weights(path).items() if not name.endswith("num_batches_tracked")}
+def _load(model: nn.Module, path: str | Path, strict: bool = True) -> list[str]:
+    """Load a file into the whole model; returns the classifier's tensors that do not fit and were left out.
+
+    Other tensors without a place, or places without a tensor, are an error unless `strict` is False.
+    """
+    read = _read_weights(path, model)
+    given = {name: value for name, value in read.items() if not name.endswith("num_batches_tracked")}
     own = {name: value for name, value in model.state_dict().items() if not name.endswith("num_batches_tracked")}
     wrong = {
         "missing": own.keys() - given.keys(),
@@ -76,20 +107,53 @@ def _load(model: nn.Module, path: str | Path) -> list[str]:
     classifier = tuple(f"{name}." for name in classifiers(model))
     serious = {what: sorted(name for name in group if not name.startswith(classifier)) for what, group in wrong.items()}
     parts = [f"{len(group)} are {what} ({listed(group, 3)})" for what, group in serious.items() if group]
-    if parts:
+    if parts and strict:
         raise ValueError(f"'{path}' does not fit {kind(model)}: of {len(own)} tensors " + ", ".join(parts))
     model.load_state_dict({name: given[name] for name in own.keys() - set(names)}, strict=False)
     return names
 
 
-def load_weights(model: nn.Module, path: str | Path, where: str = "Global.pretrained_model") -> str:
+def load_weights(
+    model: nn.Module, path: str | Path, where: str = "Global.pretrained_model", strict: bool = True
+) -> str:
     """Load what fits and return a sentence that says so; tensors that are missing or of another shape stay.
 
-    Reads .safetensors and weights-only .pth / .pt files (also checkpoints of a run). Raises ConfigError where the file
-    cannot be read or where nothing in it fits.
+    Args:
+        model: what they are loaded into.
+        path: a .safetensors file, a weights-only .pth / .pt (also a checkpoint of a run), or the original's .pdparams.
+        where: the key of the configuration, for the sentences.
+        strict: whether a .pdparams has to fill the model, but for the head, and nothing in it may be left over.
+
+    Raises:
+        ConfigError: The file cannot be read, nothing in it fits, or, with `strict`, not all of it.
     """
-    path = resolve(path)
+    path = local(path)
+    state, own = _tensors(path, model, where), model.state_dict()
+    fitting = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
+    if not fitting:
+        first = [next((f"{k} {tuple(v.shape)}" for k, v in tensors.items()), "no tensor") for tensors in (state, own)]
+        raise ConfigError(
+            f"{where}: nothing in {path} fits this model (the file begins with {first[0]}, the model with {first[1]})"
+        )
+    others = sorted(set(own) - set(fitting))
+    if strict and path.suffix == ".pdparams":
+        ours = [name for name in others if not name.endswith("num_batches_tracked")]
+        wrong = [name for name in (*ours, *(state.keys() - fitting.keys() - {*ours})) if not HEAD.match(name)]
+        if wrong:
+            raise ConfigError(
+                f"{where}: {path} does not fit this model in {len(wrong)} tensors ({listed(sorted(wrong), 5)}); "
+                "pretrained_strict: False, or --no-strict, takes the others"
+            )
+    model.load_state_dict(fitting, strict=False)
+    left = f"; left as they were: {', '.join(others[:5])}{' ...' if len(others) > 5 else ''}" if others else ""
+    return f"{path}: {len(fitting)} of the model's {len(own)} tensors loaded{left}"
+
+
+def _tensors(path: Path, model: nn.Module, where: str) -> dict[str, Tensor]:
+    """The tensors of a file, under the names they have in the model; raises ConfigError where it cannot be read."""
     try:
+        if path.suffix == ".pdparams":
+            return converted(read_pdparams(path), model)
         state = read_weights(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except UnpicklingError as error:
         raise ConfigError(
@@ -99,19 +163,9 @@ def load_weights(model: nn.Module, path: str | Path, where: str = "Global.pretra
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
     except Exception as error:  # a broken file can fail in any way
-        raise ConfigError(f"{where}: {path} cannot be read as weights: {error}") from error
-    state, own = state.get("model", state) if isinstance(state, dict) else {}, model.state_dict()
-    state = {k: v for k, v in state.items() if isinstance(v, Tensor)} if isinstance(state, dict) else {}
-    fitting = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
-    if not fitting:
-        first = [next((f"{k} {tuple(v.shape)}" for k, v in tensors.items()), "no tensor") for tensors in (state, own)]
-        raise ConfigError(
-            f"{where}: nothing in {path} fits this model (the file begins with {first[0]}, the model with {first[1]})"
-        )
-    model.load_state_dict(fitting, strict=False)
-    others = sorted(set(own) - set(fitting))
-    left = f"; left as they were: {', '.join(others[:5])}{' ...' if len(others) > 5 else ''}" if others else ""
-    return f"{path}: {len(fitting)} of the model's {len(own)} tensors loaded{left}"
+        raise ConfigError(f"{where}: {path} cannot be read as weights: {first_line(error)}") from error
+    state = state.get("model", state) if isinstance(state, dict) else {}
+    return {k: v for k, v in state.items() if isinstance(v, Tensor)} if isinstance(state, dict) else {}
 
 
 def interpolate(start: dict[str, Tensor], trained: dict[str, Tensor], alpha: float) -> dict[str, Tensor]:

@@ -17,11 +17,10 @@ from recnb.models.chunks import check_room, recompute_blocks
 from recnb.models.heads import HEADS
 from recnb.models.necks import NECKS
 from recnb.models.recmodel import DistillationModel, RecModel
-from recnb.models.weights import load_weights
+from recnb.models.weights import load_weights, local
 from recnb.recipe.data import training_images
 from recnb.recipe.schema import architectures, class_num, lookup
 from recnb.registry import ConfigError, Registry, suggest
-from recnb.storage import resolve
 
 
 def build_model(cfg: dict, classes: int | None = None) -> RecModel | DistillationModel:
@@ -39,7 +38,8 @@ def build_model(cfg: dict, classes: int | None = None) -> RecModel | Distillatio
         models = {where: build_recmodel(cfg, section, where, classes) for where, section in sections}
     model = models.get("Arch") or build_distillation(cfg, {where.split(".")[-1]: m for where, m in models.items()})
     if cfg["Global"]["pretrained_model"]:
-        print(load_weights(model, cfg["Global"]["pretrained_model"]))
+        given = cfg["Global"]["pretrained_model"]
+        print(load_weights(model, given, strict=cfg["Global"]["pretrained_strict"]))
     return model
 
 
@@ -118,7 +118,7 @@ def build_distillation(cfg: dict, models: dict[str, RecModel]) -> DistillationMo
             raise ConfigError(f"Arch.{key}: must have one entry for each of the models {', '.join(names)}")
         for name, value in zip(names, given, strict=True):
             if value and key == "pretrained_list":
-                print(load_weights(models[name], value, f"Arch.{key}"))
+                print(load_weights(models[name], value, f"Arch.{key}", cfg["Global"]["pretrained_strict"]))
             elif value:
                 models[name].freeze([part for part, _ in models[name].named_children()])
     return DistillationModel(models, chosen)
@@ -149,7 +149,7 @@ def build_backbone(cfg: dict, section: dict, where: str) -> nn.Module:
     """The backbone of a model's section, cut where it says; raises ConfigError for what timm or the cut refuse."""
     given, stop = dict(section["Backbone"]), section.get("BackboneStopLayer") or {}
     if isinstance(given.get("pretrained"), str):
-        given["pretrained"] = resolve(given["pretrained"])
+        given["pretrained"] = local(given["pretrained"])
     name, size = stop.get("name"), stop.get("output_dim")
     try:
         backbone = create_backbone(**given, stop=name, input_size=tuple(cfg["Global"]["image_shape"]))

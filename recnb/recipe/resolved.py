@@ -30,6 +30,7 @@ FREE = (
             "output_dir",
             "save_inference_dir",
             "pretrained_model",
+            "pretrained_strict",
             "print_batch_step",
             "use_visualdl",
             "loggers",
@@ -67,7 +68,7 @@ def resolved(cfg: dict, classes: int | None = None) -> dict:
 
 def portable(cfg: dict) -> dict:
     """Return the configuration with each path as it stands below the project, or absolute where it lies elsewhere."""
-    return with_paths(cfg, lambda path: from_root(resolve(path)))
+    return with_paths(cfg, lambda path: path if "://" in path else from_root(resolve(path)))
 
 
 def with_paths(cfg: dict, change: Callable[[str], str]) -> dict:

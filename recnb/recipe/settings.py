@@ -17,7 +17,8 @@ class Global:
 
     Args:
         checkpoints: a checkpoint to go on from
-        pretrained_model: weights of the whole model to start from: `.safetensors`, `.pth` or a run's checkpoint
+        pretrained_model: weights of the whole model to start from: `.safetensors`, `.pth`, `.pdparams` or a checkpoint
+        pretrained_strict: refuse a `.pdparams` that does not fill the model, its head apart, or has more in it
         output_dir: the run folder, where none is given at the start
         device: `auto`: a GPU where there is one; `gpu`: the same, and a line says where there is none; `cpu`
         class_num: the number of training identities; counted where it is left out
@@ -58,6 +59,7 @@ class Global:
 
     checkpoints: str | None = None
     pretrained_model: str | None = None
+    pretrained_strict: bool = True
     output_dir: str | None = None
     device: Literal["auto", "gpu", "cpu"] = "auto"
     class_num: Count | None = None
