@@ -54,7 +54,7 @@ class Deadline(Callback):
 
     def after_epoch(self):
         if time.monotonic() > self.at and self.epoch + 1 < self.n_epoch:
-            raise OutOfTime
+            raise OutOfTime("the budget has ended")  # fastai wants a message
 
 
 @dataclass

@@ -36,10 +36,10 @@ def climbed(cfg: dict, run) -> tuple[dict, pd.DataFrame]:
     return train(cfg, run), pd.read_csv(run / "ladder.csv", index_col="rung")
 
 
-def test_a_climb_that_is_interrupted_keeps_the_same_rung_and_bits(
+def test_a_climb_that_is_interrupted_in_any_rung_keeps_the_same_rung_and_bits(
     config_file, tmp_path, pretrained, monkeypatch, capsys
 ):
-    cfg = load_config(config_file(pretrained | {"Optimizer": HURTING, "Ladder": {"minutes": None, "folds": 2}}))
+    cfg = load_config(config_file(pretrained | {"Optimizer": HURTING, "Ladder": {"minutes": 60.0, "folds": 2}}))
     result, table = climbed(cfg, tmp_path / "run")
     assert list(table.index) == ["start", "whiten", "probe", "finetune", "interpolate"]
     assert table.kept.sum() == 1 and not table.kept["finetune"] and table.gain["finetune"] < 0 == table.gain["start"]
@@ -51,18 +51,29 @@ def test_a_climb_that_is_interrupted_keeps_the_same_rung_and_bits(
     assert run.model().state_dict().keys() == load_file(tmp_path / "run" / "model.safetensors").keys()
     assert run.cfg["Global"]["recipe"] is None and "Validation" not in run.cfg["DataLoader"]
 
-    real, done = ladder.finish, []
+    real_end = ladder.Deadline.after_epoch
+    with monkeypatch.context() as late:
+        late.setattr(ladder.Deadline, "after_epoch", lambda self: (setattr(self, "at", 0.0), real_end(self)))
+        again = climbed(cfg, tmp_path / "again")[1]
+    assert "the 60 minutes ended before the ladder did" in capsys.readouterr().out
+    assert list(again.index) == ["start", "whiten"], "the probe has ended behind its first epoch"
+    waiting = {"whiten-1", "probe", "finetune", "interpolate-0.5"}
+    real = ladder.finish
 
     def killed(folder, *rest):
-        if folder.parent.name == "probe" and not done:
-            done.append(folder)
+        if folder.parent.name in waiting:
+            waiting.remove(folder.parent.name)
             raise KeyboardInterrupt
         real(folder, *rest)
 
     monkeypatch.setattr(ladder, "finish", killed)
-    with pytest.raises(KeyboardInterrupt):
-        train(cfg, tmp_path / "again")
+    for folder in tmp_path.glob("again/rungs/whiten-1/*/metrics.json"):
+        folder.unlink()
+    for _ in [*waiting]:
+        with pytest.raises(KeyboardInterrupt):
+            train(cfg, tmp_path / "again")
     train(cfg, tmp_path / "again")
+    assert not waiting
     for name in ("model.safetensors", "queries.csv", "metrics.json"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "run" / name).read_bytes(), name
 
@@ -81,6 +92,7 @@ def test_without_time_the_start_is_kept(config_file, tmp_path, pretrained, capsy
     ("changes", "said"),
     [
         ({"Arch.Backbone.pretrained": False}, "a ladder begins with pretrained weights"),
+        ({"Global.devices": 2}, "a ladder is climbed in one process; set Global.devices: 1"),
         ({"Ladder": {"folds": 1.5}}, "Ladder.folds: 1.5 is a float, not int"),
         ({"Ladder": {"minute": 3}}, "Ladder.minute: there is no such key; did you mean 'minutes'"),
         ({"Global.recipe": "leiter"}, "Global.recipe: 'leiter' is not supported"),
