@@ -36,8 +36,7 @@ def check(
         if images := getattr(part, "dataset", None):
             print(f"{name}: {len(images):,} images of {len(set(images.labels.tolist())):,} identities")
     findings = lint(cfg, loaders)
-    for finding in findings:
-        print(f"{finding.place}: {finding.what}: {finding.why}; {finding.mend}")
+    print("".join(f"{finding}\n" for finding in findings), end="")
     stop(findings)
     with tempfile.TemporaryDirectory() as folder:
         learn = build_learner(cfg, build_model(cfg), loaders, folder)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from recnb.registry import ConfigError
 
-NEAREST = 3
-COLUMNS = ["path", "name", "probability"]
+if TYPE_CHECKING:
+    from recnb.deploy.recognizer import Answer
+
+NEAREST = [f"{what} {n}" for n in (1, 2, 3) for what in ("nearest", "similarity")]
+COLUMNS = ["path", "name", "probability", *NEAREST]
 
 
 def identify(
@@ -27,8 +29,12 @@ def identify(
     """
     for path in (path for path in (export, *images) if not path.exists()):
         raise ConfigError(f"{path}: there is no such file or folder")
+    import pandas as pd
+
     from recnb.data.images import DataError
+    from recnb.data.lists import write_csv
     from recnb.deploy.recognizer import Recognizer
+    from recnb.storage import harmless
 
     recognizer, rows, unread = Recognizer(export), [], 0
     for path in files_of(images):
@@ -38,28 +44,27 @@ def identify(
             unread += 1
             print(error, flush=True)
             continue
-        near = [(hit.name, f"{hit.score:.3f}") for hit in answer.nearest]
-        print(f"{path}: {answer.name} ({answer.probability:.0%}); nearest", ", ".join(map(" ".join, near)), flush=True)
-        rows.append([path, answer.name, f"{answer.probability:.3f}", *(cell for hit in near for cell in hit)])
+        near = ", ".join(f"{hit.name} {hit.score:.3f}" for hit in answer.nearest)
+        print(f"{path}: {answer.name} ({answer.probability:.0%}); nearest {near}", flush=True)
+        rows.append(row_of(path, answer))
     if table:
-        write(table, rows)
+        write_csv(pd.DataFrame(rows, columns=COLUMNS).map(harmless), table)
         print(f"{table}: {len(rows)} photos")
     if unread:
         raise typer.Exit(1)
 
 
-def write(table: Path, rows: Sequence[Sequence]) -> None:
-    """Write answers as a CSV: the photo, its name, the probability, and the nearest with their similarities."""
-    from recnb.storage import harmless, replacing
-
-    nearest = [text for n in range(1, NEAREST + 1) for text in (f"nearest {n}", f"similarity {n}")]
-    with replacing(table) as part, part.open("w", encoding="utf-8", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([[*COLUMNS, *nearest], *(map(harmless, row) for row in rows)])
+def row_of(path: Path, answer: Answer) -> dict[str, object]:
+    """Return the row of an answer in the table: the photo, its name, the probability, and the nearest."""
+    row = {"path": path, "name": answer.name, "probability": f"{answer.probability:.3f}"}
+    for n, hit in enumerate(answer.nearest, 1):
+        row |= {f"nearest {n}": hit.name, f"similarity {n}": f"{hit.score:.3f}"}
+    return row
 
 
 def files_of(images: Sequence[Path]) -> Iterator[Path]:
     """Yield the photos that are given, and of a folder all that it holds; raise ConfigError where it holds none."""
-    from recnb.data.lists import EXTENSIONS
+    from recnb.data.layouts import EXTENSIONS
 
     for path in images:
         found = [path]

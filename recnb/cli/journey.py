@@ -221,7 +221,7 @@ def summary(to: Path) -> list[str]:
     lines = {
         "photos": ", ".join(f"{images:,} of {names:,} {said}" for said, (images, names) in counts.items() if images),
         "left out": left_out(to / "data" / "left_out.csv"),
-        "recipe": " ".join(line.removeprefix("# ") for line in takewhile(is_comment, config)),
+        "recipe": " ".join(line.removeprefix("# ") for line in takewhile(lambda line: line.startswith("#"), config)),
         **{spoken(name): before_after(judged.rows.loc[name]) for name in measured},
         "verdict": str(judged).partition(":")[0],
         "gallery": f"{word(to / 'gallery.html')} in a browser, {word(to / '04_gallery.ipynb')} in Jupyter",
@@ -230,11 +230,6 @@ def summary(to: Path) -> list[str]:
         "next": f"recnb identify {word(to / 'export')} PHOTO",
     }
     return ["", *(f"{name:>10}  {text}" for name, text in lines.items())]
-
-
-def is_comment(line: str) -> bool:
-    """Return whether a line of YAML is a comment."""
-    return line.startswith("#")
 
 
 def before_after(row) -> str:

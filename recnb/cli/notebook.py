@@ -114,18 +114,16 @@ def check(notebook: Path, parameters: dict) -> None:
 def output_of(notebook: Path, parameters: dict) -> Path:
     """Return where an executed notebook goes by default: into the folder that the notebook writes to."""
     values, name = values_of(notebook, parameters), re.sub(r"^\d+_", "", notebook.stem)
-    folder = next((values[key] for key in ("run_dir", "out_dir", "run") if values.get(key)), None)
     if "run_dir" in values:
         return training_of(values)[0] / f"{name}.ipynb"
-    return resolve(folder or f"runs/{name}") / f"{name}.ipynb"
+    return resolve(values.get("out_dir") or values.get("run") or f"runs/{name}") / f"{name}.ipynb"
 
 
 def training_of(values: dict) -> tuple[Path, int]:
     """Return the run folder and the number of epochs of the training that parameters of 02_train ask for."""
     settings = load_config(values["config"], values["overrides"])["Global"]
-    return resolve(values["run_dir"] or settings["output_dir"] or f"runs/{Path(values['config']).stem}"), settings[
-        "epochs"
-    ]
+    folder = values["run_dir"] or settings["output_dir"] or f"runs/{Path(values['config']).stem}"
+    return resolve(folder), settings["epochs"]
 
 
 def execute(notebook: Path, output: str | Path, parameters: dict) -> None:

@@ -11,11 +11,12 @@ __getattr__, __dir__, __all__ = lazily(
     __name__,
     {
         "images": "DataError read_rgb",
-        "lists": "DATASETS ImageList VeriWild ImageNetDataset ImageFolder number_alike seeded own_index",
-        "layouts": "Market1501 DukeMTMC MSMT17 CompCars ICartoonDataset LogoDataset Cifar10 Cifar100 Torchvision",
+        "lists": "DATASETS ImageList VeriWild ImageNetDataset number_alike seeded own_index",
+        "layouts": (
+            "ImageFolder Market1501 DukeMTMC MSMT17 CompCars ICartoonDataset LogoDataset Cifar10 Cifar100 Torchvision"
+        ),
         "transforms": "TRANSFORMS",
-        "augment": "BATCH_TRANSFORMS",
-        "augmix": "AugMix",
+        "augment": "BATCH_TRANSFORMS AugMix",
         "pipeline": "Pipeline display_image",
         "samplers": "SAMPLERS PKSampler DistributedRandomIdentitySampler DistributedBatchSampler",
         "loaders": "ImageLoader Loaders batch_size images_per_second",

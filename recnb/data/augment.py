@@ -12,17 +12,21 @@ none of which torchvision has and no feature-learning file of the original uses.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from functools import partial
 from statistics import NormalDist
+from typing import Annotated, Literal
 
+import numpy as np
 import torch
-from torch.nn.functional import one_hot
-from torchvision.transforms import AutoAugmentPolicy, v2
+from torch.distributions import Beta, Dirichlet
+from torch.nn.functional import grid_sample, one_hot, pad, softshrink
+from torchvision.transforms import AutoAugmentPolicy, InterpolationMode, v2
 
-from recnb.data.transforms import INTERPOLATION, MEAN, TRANSFORMS, affine_mode, of_bytes, per_channel, sometimes
-from recnb.registry import Registry, Side, entry, fits, suggest
+from recnb.data.transforms import MEAN, TRANSFORMS, Share, Turning, affine_mode, of_bytes, per_channel, sometimes
+from recnb.registry import Count, Positive, Range, Registry, Side, entry, fits, suggest
 
 MIXING = "DataLoader.Train.dataset.batch_transform_ops"
 BATCH_TRANSFORMS = Registry("batch transform")
@@ -41,14 +45,15 @@ SETTINGS = {
 
 @TRANSFORMS.register
 def RandAugment(
-    num_layers: int = 2, magnitude: int = 5, fillcolor: list | None = None, interpolation: str = "bicubic"
+    num_layers: Count = 2,
+    magnitude: Annotated[int, Range(0, 10)] = 5,
+    fillcolor: list | None = None,
+    interpolation: Turning = "bicubic",
 ) -> v2.Transform:
     """RandAugment (https://arxiv.org/abs/1909.13719): `num_layers` random ops, each at level `magnitude` of 0 to 10.
 
     Strengths grow with the level for each op, as in the paper; the original's Posterize and Solarize weaken.
     """
-    if not 0 <= magnitude <= 10 or num_layers < 1:
-        raise ValueError(f"magnitude is {magnitude} and num_layers {num_layers}, not a level of 0 to 10 and 1 or more")
     fill = per_channel("fillcolor", fillcolor or GREY)
     return of_bytes("RandAugment", v2.RandAugment(num_layers, magnitude, 11, affine_mode(interpolation), fill))
 
@@ -57,24 +62,22 @@ def RandAugment(
 def AutoAugment(fillcolor: list | None = None) -> v2.Transform:
     """The policy that AutoAugment found for ImageNet (https://arxiv.org/abs/1805.09501): one of its 25 pairs of ops."""
     fill = per_channel("fillcolor", fillcolor or GREY)
-    return of_bytes("AutoAugment", v2.AutoAugment(AutoAugmentPolicy.IMAGENET, INTERPOLATION["bilinear"], fill))
+    return of_bytes("AutoAugment", v2.AutoAugment(AutoAugmentPolicy.IMAGENET, InterpolationMode.BILINEAR, fill))
 
 
 @TRANSFORMS.register
-def TrivialAugment(num_magnitude_bins: int = 31) -> v2.Transform:
+def TrivialAugment(num_magnitude_bins: Annotated[int, Range(2)] = 31) -> v2.Transform:
     """TrivialAugment (https://arxiv.org/abs/2103.10158): one random op at one of `num_magnitude_bins` strengths."""
-    if num_magnitude_bins < 2:
-        raise ValueError(f"num_magnitude_bins is {num_magnitude_bins}, and there must be 2 strengths or more")
-    return of_bytes("TrivialAugment", v2.TrivialAugmentWide(num_magnitude_bins, INTERPOLATION["bilinear"], GREY))
+    return of_bytes("TrivialAugment", v2.TrivialAugmentWide(num_magnitude_bins, InterpolationMode.BILINEAR, GREY))
 
 
 @TRANSFORMS.register
 def TimmAutoAugment(
     config_str: str = "rand-m9-mstd0.5-inc1",
-    interpolation: str = "bicubic",
+    interpolation: Turning = "bicubic",
     img_size: Side | list[Side] = 224,
     mean: list | None = None,
-    prob: float = 1.0,
+    prob: Share = 1.0,
 ) -> v2.Transform:
     """A policy in timm's shorthand, with probability `prob`.
 
@@ -127,21 +130,137 @@ def layers(text: str, look: dict, m: float, n: float, mstd: float, inc: float) -
     return v2.Compose([sometimes(0.5, layer)] * int(n))
 
 
+# --- AugMix, with the strengths and weights of the original -----------------------------------------------------------
+
+AUGMIX_OPS = {  # (uint8 (3, H, W), level of 0.1 to 10, sign of -1 or 1): the original's strengths, black borders
+    "autocontrast": lambda image, level, sign: v2.functional.autocontrast(image),
+    "equalize": lambda image, level, sign: v2.functional.equalize(image),
+    "posterize": lambda image, level, sign: v2.functional.posterize(image, 4 - int(level * 4 / 10)),
+    "rotate": lambda image, level, sign: turned(image, sign * int(level * 30 / 10)),
+    "solarize": lambda image, level, sign: solarized(image, 256 - int(level * 256 / 10)),
+    "shear_x": lambda image, level, sign: warped(image, [(1, sign * level * 0.3 / 10, 0), (0, 1, 0)]),
+    "shear_y": lambda image, level, sign: warped(image, [(1, 0, 0), (sign * level * 0.3 / 10, 1, 0)]),
+    "translate_x": lambda image, level, sign: moved(image, sign * int(level * image.shape[2] / 30), 0),
+    "translate_y": lambda image, level, sign: moved(image, 0, sign * int(level * image.shape[1] / 30)),
+}
+
+
+@TRANSFORMS.register
+def AugMix(
+    prob: Share = 0.5,
+    aug_prob_coeff: Positive = 0.1,
+    mixture_width: Count = 3,
+    mixture_depth: Count | Literal[-1] = 1,
+    aug_severity: Annotated[int, Range(1, 10)] = 1,
+) -> v2.Transform:
+    """AugMix (https://arxiv.org/abs/1912.02781) over nine geometric and tonal ops, with probability `prob`.
+
+    `mixture_width` chains of `mixture_depth` ops each (-1: 1 to 3 at random), at levels from 0.1 to `aug_severity` (1
+    to 10), are averaged by weights of a Dirichlet distribution, and the average with the image itself by one of a Beta
+    distribution, both with the parameter `aug_prob_coeff`. As in the original, and unlike the paper, that is 0.1 rather
+    than 1, with which one chain or the image itself mostly gets nearly all of the weight, the severity is 1 rather than
+    3, and what moves leaves black. Unlike the original, values are rounded, not cut off.
+    """
+    shares = Dirichlet(torch.full((mixture_width,), float(aug_prob_coeff)))
+    mix = partial(augmixed, Beta(aug_prob_coeff, aug_prob_coeff), shares, mixture_depth, aug_severity)
+    return of_bytes("AugMix", v2.Lambda(mix), prob)
+
+
+def augmixed(share: Beta, shares: Dirichlet, depth: int, severity: float, image: torch.Tensor) -> torch.Tensor:
+    """uint8 (3, H, W): the image and its chains, averaged.
+
+    Chains that together cannot move a value by half a grey level are not computed, and their weight is the image's:
+    with the parameter 0.1, that spares more than half of the work.
+    """
+    weights, chains = drawn(share, shares, depth, severity)
+    felt = [(weight, chain) for weight, chain in zip(weights, chains, strict=True) if 512 * len(chains) * weight > 1]
+    if not felt:
+        return image
+    image = image.contiguous()  # decoders give the channels last, where some ops take five times as long
+    mixed = image * (1 - sum(weight for weight, _ in felt))
+    for weight, chain in felt:
+        part = image
+        for name, level, sign in chain:
+            part = AUGMIX_OPS[name](rounded(part), level, sign)
+        mixed.add_(part, alpha=weight)
+    return rounded(mixed)
+
+
+def drawn(share: Beta, shares: Dirichlet, depth: int, severity: float) -> tuple[list[float], list[list[tuple]]]:
+    """The weight of each chain, which the image's own completes to 1, and each chain as [(op, level, sign), ...]."""
+    weights = (share.sample() * shares.sample()).tolist()
+    depths = [depth] * len(weights) if depth > 0 else torch.randint(1, 4, (len(weights),)).tolist()
+    names = list(AUGMIX_OPS)
+    return weights, [
+        [
+            (names[int(len(names) * which)], 0.1 + (severity - 0.1) * level, -1 if sign < 0.5 else 1)
+            for which, level, sign in torch.rand(length, 3).tolist()
+        ]
+        for length in depths
+    ]
+
+
+def turned(image: torch.Tensor, degrees: float) -> torch.Tensor:
+    """`warped`: a turn counter-clockwise around the middle."""
+    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    y, x = (side / 2 for side in image.shape[-2:])
+    return warped(image, [(cos, -sin, x - cos * x + sin * y), (sin, cos, y - sin * x - cos * y)])
+
+
+def warped(image: torch.Tensor, matrix: list[tuple]) -> torch.Tensor:
+    """float (3, H, W) whose pixel (x, y) is the image's at matrix @ (x, y, 1), or black where that is outside of it.
+
+    Bilinear, by Pillow's rule: centres are at halves, and up to the border a pixel reaches as it is. torchvision's own
+    takes more than twice as long.
+    """
+    height, width = image.shape[-2:]
+    x, y = torch.arange(width) + 0.5, torch.arange(height)[:, None] + 0.5
+    grid = torch.empty(2, height, width)  # where to look, x and y, from border to border -1 to 1
+    for plane, side, (a, b, c) in zip(grid, (width, height), matrix, strict=True):
+        torch.add(2 / side * a * x, 2 / side * (b * y + c) - 1, out=plane)
+        outside = softshrink(plane, 1)  # how far, or 0 within
+        last = 1 - 1 / side  # the outermost centres, beyond which grid_sample would blend with black
+        plane.clamp_(-last, last).add_(outside, alpha=1e6)  # so far away that nothing of the image is left
+    return grid_sample(image[None].float(), grid.permute(1, 2, 0)[None], align_corners=False)[0]
+
+
+def moved(image: torch.Tensor, right: int, down: int) -> torch.Tensor:
+    """(3, H, W), whose pixel (x, y) is the image's at (x + right, y + down), or black."""
+    return pad(image, [-right, right, -down, down])
+
+
+def solarized(image: torch.Tensor, threshold: int) -> torch.Tensor:
+    """uint8 (3, H, W) with values from the threshold on inverted.
+
+    Comparing takes torch twenty times as long as numpy.
+    """
+    values = image.numpy()
+    return torch.from_numpy(values ^ -(values >= threshold).view(np.uint8))  # minus 1 is 255 here, and x ^ 255, 255 - x
+
+
+def rounded(values: torch.Tensor) -> torch.Tensor:
+    """uint8 of bytes, or of floats from 0 to 255, which are written over.
+
+    Numpy's cast takes a third of torch's time.
+    """
+    return torch.from_numpy(values.add_(0.5).numpy().astype(np.uint8)) if values.is_floating_point() else values
+
+
 # --- Single ops -------------------------------------------------------------------------------------------------------
 
 
 @TRANSFORMS.register
-def RandomApply(transforms: list, p: float = 0.5) -> v2.Transform:
+def RandomApply(transforms: list, p: Share = 0.5) -> v2.Transform:
     """A list of transforms, `- Name: {arguments}` each, applied all together with probability `p`."""
     ops = [
         TRANSFORMS.build({"name": name, **args}, place)
         for place, name, args in (entry(item, f"transforms.{i}") for i, item in enumerate(transforms))
     ]
-    return sometimes(p, *ops, key="p")
+    return sometimes(p, *ops)
 
 
 @TRANSFORMS.register
-def RandomInterpolationAugment(prob: float = 1.0) -> v2.Transform:
+def RandomInterpolationAugment(prob: Share = 1.0) -> v2.Transform:
     """With probability `prob`, shrunk to a square of 0.2 to 1 times the height and back, each by a random filter.
 
     From AdaFace (https://arxiv.org/abs/2204.00964): low resolution. OpenCV's Lanczos filter is not among them.
@@ -155,18 +274,16 @@ def resampled(image: torch.Tensor) -> torch.Tensor:
     side = max(1, int(height * (0.2 + 0.8 * torch.rand(()).item())))
     for size in ([side, side], [height, width]):
         name, antialias = RESAMPLING[int(torch.randint(len(RESAMPLING), ()))]
-        image = v2.functional.resize(image, size, INTERPOLATION[name], antialias=antialias)
+        image = v2.functional.resize(image, size, InterpolationMode(name), antialias=antialias)
     return image
 
 
 @TRANSFORMS.register
-def Cutout(n_holes: int = 1, length: int = 112) -> v2.Transform:
+def Cutout(n_holes: Count = 1, length: Count = 112) -> v2.Transform:
     """Cutout (https://arxiv.org/abs/1708.04552): `n_holes` squares of `length` pixels set to 0, around random pixels.
 
     A hole near the border loses what is outside. 0 is black, after NormalizeImage the data set's mean colour.
     """
-    if n_holes < 1 or length < 1:
-        raise ValueError(f"n_holes is {n_holes} and length {length}, and both must be at least 1")
     return v2.Lambda(partial(with_holes, n_holes, length))
 
 
@@ -183,15 +300,15 @@ def with_holes(n_holes: int, length: int, image: torch.Tensor) -> torch.Tensor:
 
 
 @BATCH_TRANSFORMS.register
-def MixupOperator(class_num: int, alpha: float = 1.0) -> Callable:
+def MixupOperator(class_num: int, alpha: Positive = 1.0) -> Callable:
     """Mixup (https://arxiv.org/abs/1710.09412): the mean of two images and labels, weighted by Beta(alpha, alpha)."""
-    return partial(shuffled, v2.MixUp(alpha=positive(alpha), num_classes=class_num))
+    return partial(shuffled, v2.MixUp(alpha=alpha, num_classes=class_num))
 
 
 @BATCH_TRANSFORMS.register
-def CutmixOperator(class_num: int, alpha: float = 0.2) -> Callable:
+def CutmixOperator(class_num: int, alpha: Positive = 0.2) -> Callable:
     """CutMix (https://arxiv.org/abs/1905.04899): a rectangle of another image, and of its label as large a share."""
-    return partial(shuffled, v2.CutMix(alpha=positive(alpha), num_classes=class_num))
+    return partial(shuffled, v2.CutMix(alpha=alpha, num_classes=class_num))
 
 
 @BATCH_TRANSFORMS.register
@@ -204,7 +321,7 @@ def OpSampler(class_num: int, MixupOperator: dict | None = None, CutmixOperator:
     ops, weights = [], []
     for name, args in ((name, dict(args)) for name, args in given.items() if args is not None):
         prob = args.pop("prob", None)
-        if not fits(prob, float) or not 0 <= prob <= 1:
+        if not fits(prob, Share):
             raise ValueError(f"{name}.prob is {prob}, not the probability, from 0 to 1, with which OpSampler takes it")
         ops.append(BATCH_TRANSFORMS.build({"name": name, **args}, name, class_num=(class_num, COUNTED)))
         weights.append(prob)
@@ -212,13 +329,6 @@ def OpSampler(class_num: int, MixupOperator: dict | None = None, CutmixOperator:
     if not ops or rest < -1e-6:
         raise ValueError(f"the probabilities are {weights}, and OpSampler needs at least one, of 1 together at most")
     return v2.RandomChoice([*ops, partial(unmixed, class_num)], [*weights, max(0.0, rest)])
-
-
-def positive(alpha: float) -> float:
-    """The parameter of a Beta distribution; raises ValueError where there is no such distribution."""
-    if alpha <= 0:
-        raise ValueError(f"alpha is {alpha}, and must be above 0")
-    return alpha
 
 
 def shuffled(mix: Callable, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,21 +11,28 @@ import inspect
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torchvision.datasets
 from PIL import Image
+from tqdm.auto import tqdm
 
 from recnb.data.images import DataError
-from recnb.data.lists import DATASETS, EXTENSIONS, ImageList, below, integer, numbered_lines, read_list
+from recnb.data.lists import DATASETS, ImageList, below, integer, numbered_lines, read_list
+from recnb.data.transforms import Share
 from recnb.demo.marks import draw_marks
 from recnb.registry import suggest
 from recnb.storage import resolve
 
+EXTENSIONS = tuple(ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN)
+EXTRAS = dict.fromkeys((".heic", ".heif", ".hif"), "pip install 'recnb[heic]'") | {".avif": "pip install -U pillow"}
+SYSTEM = ("thumbs.db", "desktop.ini", "__macosx")  # what Windows and macOS leave in folders
 JUNK = -1  # the number of detections that show no whole person
 SETS = {  # the splits of torchvision's sets of one label an image; with none, the set is in one piece
     "CIFAR10": ("train", "test"),
@@ -52,6 +59,73 @@ SETS = {  # the splits of torchvision's sets of one label an image; with none, t
     "StanfordCars": ("train", "test"),
     "USPS": ("train", "test"),
 }
+
+
+# ---- folders ---------------------------------------------------------------------------------------------------------
+
+
+@DATASETS.register
+def ImageFolder(image_root: str, relabel: bool | None = None) -> ImageList:
+    """The images below `image_root`, where each folder of the first level is one identity (of that name)."""
+    root = resolve(image_root)
+    files, unused = scan(root) if root.is_dir() else ([], [])
+    if not files:
+        raise DataError(f"image_root: {root} {no_images(unused)}")
+    paths, names = zip(*files, strict=True)
+    return ImageList(list(paths), np.array(names), source=str(root))
+
+
+def no_images(unused: list[tuple[str, str]]) -> str:
+    """Return the half sentence that says that a folder has no images, and what would let some of its files be read."""
+    formats = Counter(why for _, why in unused if "are read after" in why)
+    missing = "".join(f"; {count:,} files: {why}" for why, count in formats.items())
+    return f"has no folders with images (one folder per identity){missing}"
+
+
+def scan(root: Path) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """Return (path, identity) of each image of a folder of folders, and (path, reason) of whatever is none.
+
+    The identity is the folder of the first level; an image may lie deeper in it. Nothing is opened.
+    """
+    images, unused = [], []
+    with os.scandir(root) as entries, tqdm(desc="files found", unit=" files", leave=False, delay=3) as bar:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            if not entry.is_dir():
+                unused.append((entry.path, unusable(entry.name) or "lies in no folder, which would be its identity"))
+                continue
+            found = below_folder(entry.path) if own(entry.name) else ()
+            files = sorted(found, key=lambda path: path.split(os.sep))  # noqa: PTH206
+            reasons = [unusable(path.rpartition(os.sep)[2]) for path in files]
+            images += [(path, entry.name) for path, why in zip(files, reasons, strict=True) if why is None]
+            unused += [(path, why) for path, why in zip(files, reasons, strict=True) if why is not None]
+            if not files:
+                unused.append((entry.path, "an empty folder" if own(entry.name) else "a folder of the system"))
+            bar.update(len(files))
+    return images, unused
+
+
+def below_folder(folder: str) -> Iterator[str]:
+    """Yield the path of each file of a folder and of those in it, but for folders of the system."""
+    for place, folders, files in os.walk(folder):
+        folders[:] = filter(own, folders)
+        yield from (os.path.join(place, name) for name in files)  # noqa: PTH118 (a Path takes four times as long)
+
+
+def own(name: str) -> bool:
+    """Return whether a file or folder can be meant as a person's own, and is none that the system left there."""
+    return not name.startswith(".") and name.lower() not in SYSTEM
+
+
+def unusable(name: str) -> str | None:
+    """Return why a file cannot be an image, by its name, or None."""
+    ending = os.path.splitext(name)[1].lower()  # noqa: PTH122 (a Path takes four times as long)
+    if not own(name):
+        return "a file of the system"
+    if ending in EXTENSIONS:
+        return None
+    if ending in EXTRAS:
+        return f"{ending} images are read after {EXTRAS[ending]}"
+    return f"not an image ({ending or 'no ending'})"
 
 
 # ---- persons ---------------------------------------------------------------------------------------------------------
@@ -255,8 +329,8 @@ def Cifar100(image_root: str, mode: str = "train", download: bool = False, backe
 def Torchvision(
     image_root: str,
     set: str,
-    part: str = "train",
-    train_share: float = 0.5,
+    part: Literal["train", "test"] = "train",
+    train_share: Share = 0.5,
     split: str | None = None,
     download: bool = False,
 ) -> ImageList:
@@ -267,10 +341,6 @@ def Torchvision(
     is not kept as files is written once, as `recnb_png/<set>/<split>/<class>/<number>.png` below `image_root`.
     `download` fetches the set. Raises ValueError or DataError for arguments that choose nothing.
     """
-    if part not in ("train", "test"):
-        raise ValueError(f"part '{part}' is neither train nor test")
-    if not 0 <= train_share <= 1:
-        raise ValueError(f"train_share is {train_share}, not between 0 and 1")
     if set not in SETS:
         raise ValueError(f"set: torchvision has no '{set}' of one label an image; {suggest(set, SETS)}")
     if split is not None and split not in SETS[set]:
@@ -368,7 +438,11 @@ def register_set(name: str) -> None:
     """Make a set of torchvision's known by its own name, as well as by `Torchvision` with `set`."""
 
     def dataset(
-        image_root: str, part: str = "train", train_share: float = 0.5, split: str | None = None, download: bool = False
+        image_root: str,
+        part: Literal["train", "test"] = "train",
+        train_share: Share = 0.5,
+        split: str | None = None,
+        download: bool = False,
     ) -> ImageList:
         return Torchvision(image_root, name, part, train_share, split, download)
 

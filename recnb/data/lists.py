@@ -10,7 +10,6 @@ unless they are numbers and the file gives `class_num` (then labels are taken li
 
 from __future__ import annotations
 
-import csv
 import os
 import re
 from array import array
@@ -22,10 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
-from PIL import Image
 from torch.utils.data import Dataset, get_worker_info
-from tqdm.auto import tqdm
 
 from recnb.data.images import Cropped, DataError, faults, printable, read_pixels, reason
 from recnb.data.pipeline import Pipeline
@@ -34,9 +32,6 @@ from recnb.storage import harmless, replacing, resolve
 
 BESIDE = {"transform_ops": list, "batch_transform_ops": list, "relabel": bool | None}
 DATASETS = Registry("dataset", beside=BESIDE)
-EXTENSIONS = tuple(ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN)
-EXTRAS = dict.fromkeys((".heic", ".heif", ".hif"), "pip install 'recnb[heic]'") | {".avif": "pip install -U pillow"}
-SYSTEM = ("thumbs.db", "desktop.ini", "__macosx")  # what Windows and macOS leave in folders
 MOST = 10**8  # classes, more than any head has room for
 REPORTED = 20  # how many images a report names
 DIGITS = re.compile("[0-9]{1,19}")
@@ -65,7 +60,7 @@ class ImageList(Dataset):
     boxes: np.ndarray | None = None  # (N, 4) int64
     dropped: list[tuple] = field(default_factory=list, repr=False)  # (list, line, path, reason) of what was left out
     kept: Any = field(default=None, repr=False)  # `recnb.data.cache.Kept`: images that need not be decoded again
-    features: Any = field(default=None, repr=False)  # `recnb.data.features.Features` in place of the images
+    features: Any = field(default=None, repr=False)  # `recnb.data.cache.Features` in place of the images
 
     def __post_init__(self):
         if self.labels.dtype.kind == "U":
@@ -307,70 +302,6 @@ def ImageNetDataset(
     return read_list(image_root, cls_label_path, delimiter or " ", (2,), allow_outside, names)
 
 
-@DATASETS.register
-def ImageFolder(image_root: str, relabel: bool | None = None) -> ImageList:
-    """The images below `image_root`, where each folder of the first level is one identity (of that name)."""
-    root = resolve(image_root)
-    files, unused = scan(root) if root.is_dir() else ([], [])
-    if not files:
-        raise DataError(f"image_root: {root} {no_images(unused)}")
-    paths, names = zip(*files, strict=True)
-    return ImageList(list(paths), np.array(names), source=str(root))
-
-
-def no_images(unused: list[tuple[str, str]]) -> str:
-    """Return the half sentence that says that a folder has no images, and what would let some of its files be read."""
-    formats = Counter(why for _, why in unused if "are read after" in why)
-    missing = "".join(f"; {count:,} files: {why}" for why, count in formats.items())
-    return f"has no folders with images (one folder per identity){missing}"
-
-
-def scan(root: Path) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """Return (path, identity) of each image of a folder of folders, and (path, reason) of whatever is none.
-
-    The identity is the folder of the first level; an image may lie deeper in it. Nothing is opened.
-    """
-    images, unused = [], []
-    with os.scandir(root) as entries, tqdm(desc="files found", unit=" files", leave=False, delay=3) as bar:
-        for entry in sorted(entries, key=lambda entry: entry.name):
-            if not entry.is_dir():
-                unused.append((entry.path, unusable(entry.name) or "lies in no folder, which would be its identity"))
-                continue
-            found = below_folder(entry.path) if own(entry.name) else ()
-            files = sorted(found, key=lambda path: path.split(os.sep))  # noqa: PTH206
-            reasons = [unusable(path.rpartition(os.sep)[2]) for path in files]
-            images += [(path, entry.name) for path, why in zip(files, reasons, strict=True) if why is None]
-            unused += [(path, why) for path, why in zip(files, reasons, strict=True) if why is not None]
-            if not files:
-                unused.append((entry.path, "an empty folder" if own(entry.name) else "a folder of the system"))
-            bar.update(len(files))
-    return images, unused
-
-
-def below_folder(folder: str) -> Iterator[str]:
-    """Yield the path of each file of a folder and of those in it, but for folders of the system."""
-    for place, folders, files in os.walk(folder):
-        folders[:] = filter(own, folders)
-        yield from (os.path.join(place, name) for name in files)  # noqa: PTH118 (a Path takes four times as long)
-
-
-def own(name: str) -> bool:
-    """Return whether a file or folder can be meant as a person's own, and is none that the system left there."""
-    return not name.startswith(".") and name.lower() not in SYSTEM
-
-
-def unusable(name: str) -> str | None:
-    """Return why a file cannot be an image, by its name, or None."""
-    ending = os.path.splitext(name)[1].lower()  # noqa: PTH122 (a Path takes four times as long)
-    if not own(name):
-        return "a file of the system"
-    if ending in EXTENSIONS:
-        return None
-    if ending in EXTRAS:
-        return f"{ending} images are read after {EXTRAS[ending]}"
-    return f"not an image ({ending or 'no ending'})"
-
-
 def check_images(*tables: ImageList) -> None:
     """Raise DataError, one report over all tables, naming the first images that cannot be used."""
     bad = [table.sentence(i, why) for table in tables for i, why in faults(table.paths, table.boxes).items()]
@@ -401,21 +332,19 @@ def drop_faults(images: ImageList) -> None:
 
 def save_dropped(rows: Iterable[tuple], path: str | Path) -> None:
     """Write `Loaders.dropped`, what was left out and why, as CSV, `list,line,path,reason`."""
-    write_csv([("list", "line", "path", "reason"), *(tuple(map(harmless, row)) for row in rows)], path)
+    table = pd.DataFrame(rows, columns=["list", "line", "path", "reason"], dtype=object)
+    write_csv(table.map(harmless), path)
 
 
-def write_csv(rows: Iterable[tuple], path: str | Path) -> None:
-    """Write the rows as CSV in UTF-8; bytes of a file name that are no text become escapes."""
-    with (
-        replacing(path) as temporary,
-        temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file,
-    ):
-        csv.writer(file, lineterminator="\n").writerows(rows)
+def write_csv(table: pd.DataFrame, path: str | Path, index: bool = False) -> None:
+    """Write a table as CSV in UTF-8; bytes of a file name that are no text become escapes."""
+    with replacing(path) as temporary:
+        table.to_csv(temporary, index=index, errors="backslashreplace", lineterminator="\n")
 
 
 def save_label_map(images: ImageList, path: str | Path) -> None:
     """Write which label each identity has as CSV, `label,name`, in the order of the labels."""
-    write_csv([("label", "name"), *enumerate(np.asarray(images.names).tolist())], path)
+    write_csv(pd.DataFrame({"name": images.names}, dtype=object).rename_axis("label"), path, index=True)
 
 
 def number_alike(*tables: ImageList, first: np.ndarray | None = None) -> None:

@@ -25,7 +25,8 @@ import pandas as pd
 
 from recnb.data.audit import exact_copies
 from recnb.data.images import DataError, printable
-from recnb.data.lists import ImageList, VeriWild, no_images, positives, scan
+from recnb.data.layouts import no_images, scan
+from recnb.data.lists import ImageList, VeriWild, positives
 from recnb.registry import ConfigError, fits, suggest
 from recnb.storage import replacing, resolve
 
@@ -83,16 +84,6 @@ def read_options(given: Mapping) -> Options:
 # --- Reading --------------------------------------------------------------------------------------------------------
 
 
-def read_table(
-    source: str | Path,
-    image_root: str | Path | None = None,
-    columns: dict | None = None,
-    camera_pattern: str | None = None,
-) -> pd.DataFrame:
-    """Return the table of `read_source`, which says what the arguments mean, without the files that are left out."""
-    return read_source(source, image_root, columns, camera_pattern)[0]
-
-
 def read_source(
     source: str | Path,
     image_root: str | Path | None = None,
@@ -113,7 +104,7 @@ def read_source(
         DataError: A row cannot be used, with its file and line, or there is none.
     """
     source, unused = resolve(source), []
-    root = source if source.is_dir() else resolve(source.parent if image_root is None else image_root)
+    root = images_root(source, image_root)
     if source.is_dir():
         files, unused = scan(source)
         if not files:
@@ -334,19 +325,6 @@ def moment(text: str | None) -> datetime | None:
 
 
 # --- Writing --------------------------------------------------------------------------------------------------------
-
-
-def write_lists(splits: pd.DataFrame, folder: str | Path, image_root: str | Path | None = None) -> Path:
-    """Write the lists of a split into a folder and return the folder that their paths start from.
-
-    Args:
-        splits: the images with their `split` and `source`.
-        folder: where to write.
-        image_root: what the paths start from, by default the deepest folder that they share.
-    """
-    root, files = list_files(splits, image_root)
-    write_files(folder, files)
-    return root
 
 
 def list_files(splits: pd.DataFrame, image_root: str | Path | None = None) -> tuple[Path, dict[str, str]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count, islice
+from typing import Literal
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -139,7 +140,7 @@ def PKSampler(
     labels: Sequence[int] | np.ndarray,
     batch_size: Count,
     sample_per_id: Count,
-    sample_method: str = "sample_avg_prob",
+    sample_method: Literal["sample_avg_prob", "id_avg_prob"] = "sample_avg_prob",
     id_list: list | None = None,
     ratio: list | None = None,
     drop_last: bool = True,
@@ -157,10 +158,8 @@ def PKSampler(
     batches as the list has whole ones.
     """
     ids = Identities(labels, batch_size, sample_per_id, "sample_per_id", world_size)
-    weights = {"sample_avg_prob": ids.counts, "id_avg_prob": np.ones(len(ids.counts))}
-    if sample_method not in weights:
-        raise ValueError(f"sample_method '{sample_method}' is neither {' nor '.join(weights)}")
-    cumulative = np.cumsum(weights[sample_method] * ratios(len(ids.counts), id_list or [], ratio or []))
+    weights = ids.counts if sample_method == "sample_avg_prob" else np.ones(len(ids.counts))
+    cumulative = np.cumsum(weights * ratios(len(ids.counts), id_list or [], ratio or []))
     cumulative = cumulative / cumulative[-1]
     length = max(1, len(ids.labels) // (batch_size * world_size))
 

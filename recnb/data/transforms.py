@@ -17,33 +17,24 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
+from typing import Annotated, Literal
 
 import torch
 from torchvision.transforms import InterpolationMode, v2
 
-from recnb.registry import Registry, Side, fits
+from recnb.registry import Count, Range, Registry, Side, fits
 
 TRANSFORMS = Registry("transform")
-INTERPOLATION = {
-    mode.value: mode for mode in InterpolationMode if mode not in (InterpolationMode.BOX, InterpolationMode.HAMMING)
-}  # which tensors do not have
+Interpolation = Literal["nearest", "nearest-exact", "bilinear", "bicubic", "lanczos"]  # what resizing tensors has
+Turning = Literal["nearest", "bilinear", "bicubic", "lanczos", "hamming", "random"]  # what the original has
+Share = Annotated[float, Range(0, 1)]
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # ImageNet's, of values between 0 and 1
 WIDTH_HEIGHT, HEIGHT_WIDTH = "[width, height]", "[height, width]"
 
 
-def interpolation_mode(name: str | None) -> InterpolationMode:
-    """The mode of a name, bilinear for None; raises ValueError for an unknown one."""
-    if name is not None and name not in INTERPOLATION:
-        raise ValueError(f"there is no interpolation '{name}', only {', '.join(INTERPOLATION)}")
-    return INTERPOLATION[name or "bilinear"]
-
-
 def affine_mode(name: str) -> InterpolationMode:
     """The mode of a name for rotating and shearing; tensors have nothing finer than bilinear and get that instead."""
-    finer = ("bilinear", "bicubic", "lanczos", "hamming", "random")
-    if name not in ("nearest", *finer):
-        raise ValueError(f"there is no interpolation '{name}', only nearest, {', '.join(finer)}")
-    return INTERPOLATION["nearest" if name == "nearest" else "bilinear"]
+    return InterpolationMode.NEAREST if name == "nearest" else InterpolationMode.BILINEAR
 
 
 def height_width(size: Side | list[Side], order: str = WIDTH_HEIGHT) -> list[int]:
@@ -70,10 +61,8 @@ def per_channel(key: str, value: float | list) -> list[float]:
     return list(values)
 
 
-def sometimes(prob: float, *ops: v2.Transform, key: str = "prob") -> v2.Transform:
-    """All of the ops with probability `prob`, otherwise none of them; raises ValueError for no probability."""
-    if not 0 <= prob <= 1:
-        raise ValueError(f"{key} is {prob}, not a probability from 0 to 1")
+def sometimes(prob: float, *ops: v2.Transform) -> v2.Transform:
+    """All of the ops with probability `prob`, otherwise none of them."""
     return v2.RandomApply(list(ops), prob)
 
 
@@ -109,7 +98,7 @@ def reversed_channels(image: torch.Tensor) -> torch.Tensor:
 def ResizeImage(
     size: Side | list[Side] | None = None,
     resize_short: int | None = None,
-    interpolation: str | None = None,
+    interpolation: Interpolation | None = None,
     backend: str = "pil",
     return_numpy: bool = True,
 ) -> v2.Transform:
@@ -117,7 +106,7 @@ def ResizeImage(
     if (size is None) == (resize_short is None):
         raise ValueError("ResizeImage needs either 'size' or 'resize_short'")
     target = resize_short if size is None else height_width(size)
-    return v2.Resize(target, interpolation_mode(interpolation), antialias=True)
+    return v2.Resize(target, InterpolationMode(interpolation or "bilinear"), antialias=True)
 
 
 @TRANSFORMS.register
@@ -131,7 +120,7 @@ def RandCropImage(
     size: Side | list[Side],
     scale: list[float] | None = None,
     ratio: list[float] | None = None,
-    interpolation: str | None = None,
+    interpolation: Interpolation | None = None,
     use_log_aspect: bool = False,
     backend: str = "pil",
 ) -> v2.Transform:
@@ -143,7 +132,7 @@ def RandCropImage(
         height_width(size),
         bounds("scale", scale, (0.08, 1.0)),
         bounds("ratio", ratio, (3 / 4, 4 / 3)),
-        interpolation_mode(interpolation),
+        InterpolationMode(interpolation or "bilinear"),
         antialias=True,
     )
 
@@ -173,17 +162,14 @@ def RandCropImageV2(size: Side | list[Side]) -> v2.Transform:
     return v2.RandomCrop(height_width(size))
 
 
-@TRANSFORMS.register
-def RandomCropImage(size: Side | list[Side]) -> v2.Transform:
-    """Another of the original's names for a random crop of `size` pixels (a number, or [width, height])."""
-    return RandCropImageV2(size)
+TRANSFORMS["RandomCropImage"] = RandCropImageV2  # another of the original's names
 
 
 @TRANSFORMS.register
-def Resize(size: Side | list[Side], interpolation: str = "bilinear") -> v2.Transform:
+def Resize(size: Side | list[Side], interpolation: Interpolation = "bilinear") -> v2.Transform:
     """Resizing of the shorter side to `size` pixels, or to [height, width]."""
     sides = height_width(size, HEIGHT_WIDTH)
-    return v2.Resize(sides if isinstance(size, list) else size, interpolation_mode(interpolation), antialias=True)
+    return v2.Resize(sides if isinstance(size, list) else size, InterpolationMode(interpolation), antialias=True)
 
 
 @TRANSFORMS.register
@@ -198,7 +184,7 @@ def RandomCrop(
     padding: int | list | None = None,
     pad_if_needed: bool = False,
     fill: float | list = 0,
-    padding_mode: str = "constant",
+    padding_mode: Border = "constant",
 ) -> v2.Transform:
     """A random crop of `size` pixels (a number, or [height, width]) out of the image padded as Pad does."""
     return v2.RandomCrop(
@@ -211,21 +197,21 @@ def RandomResizedCrop(
     size: Side | list[Side],
     scale: list[float] | None = None,
     ratio: list[float] | None = None,
-    interpolation: str = "bilinear",
+    interpolation: Interpolation = "bilinear",
 ) -> v2.Transform:
     """A random crop of a random share and aspect of the image, resized to `size` (a number, or [height, width])."""
     return v2.RandomResizedCrop(
         height_width(size, HEIGHT_WIDTH),
         bounds("scale", scale, (0.08, 1.0)),
         bounds("ratio", ratio, (3 / 4, 4 / 3)),
-        interpolation_mode(interpolation),
+        InterpolationMode(interpolation),
         antialias=True,
     )
 
 
 @TRANSFORMS.register
 def CropWithPadding(
-    prob: float = 1.0,
+    prob: Share = 1.0,
     padding_num: float = 0,
     size: Side | list[Side] = 224,
     scale: list[float] | None = None,
@@ -253,23 +239,24 @@ def in_its_place(fill: float, scale: list, ratio: list, image: torch.Tensor) -> 
 # --- Borders, flips, turns --------------------------------------------------------------------------------------------
 
 
+Border = Literal["constant", "edge", "reflect", "symmetric"]
+
+
 def border(padding: int | list | None, fill: float | list, padding_mode: str) -> dict:
-    """What torchvision calls a border; raises ValueError where its widths, its colour or its mode cannot be meant."""
+    """What torchvision calls a border; raises ValueError where its widths or its colour cannot be meant."""
     widths = padding if isinstance(padding, list) else [padding or 0]
     if len(widths) not in (1, 2, 4) or not all(isinstance(width, int) and width >= 0 for width in widths):
         raise ValueError(
             f"padding is {padding}, neither a number of pixels, [left and right, top and bottom] nor "
             "[left, top, right, bottom]"
         )
-    if padding_mode not in ("constant", "edge", "reflect", "symmetric"):
-        raise ValueError(f"padding_mode is '{padding_mode}', only constant, edge, reflect and symmetric exist")
     colour = per_channel("fill", fill)
     return {"padding": padding, "fill": colour if padding_mode == "constant" else 0, "padding_mode": padding_mode}
 
 
 @TRANSFORMS.register
 def Pad(
-    padding: int | list, fill: float | list = 0, padding_mode: str = "constant", backend: str = "pil"
+    padding: int | list, fill: float | list = 0, padding_mode: Border = "constant", backend: str = "pil"
 ) -> v2.Transform:
     """The image with a border of `padding` pixels (a number, [left and right, top and bottom] or four, from the left).
 
@@ -279,23 +266,18 @@ def Pad(
     return v2.Pad(**border(padding, fill, padding_mode))
 
 
-@TRANSFORMS.register
-def Pad_paddle_vision(padding: int | list, fill: float | list = 0, padding_mode: str = "constant") -> v2.Transform:
-    """The original's name for paddle.vision's Pad: the same as Pad."""
-    return Pad(padding, fill, padding_mode)
+TRANSFORMS["Pad_paddle_vision"] = Pad  # the original's name for paddle.vision's
 
 
 @TRANSFORMS.register
-def RandFlipImage(flip_code: int = 1, prob: float = 0.5) -> v2.Transform:
+def RandFlipImage(flip_code: Literal[1, 0, -1] = 1, prob: Share = 0.5) -> v2.Transform:
     """A flip with probability `prob`: 1 left-right, 0 top-bottom, -1 both at once."""
-    if flip_code not in (-1, 0, 1):
-        raise ValueError(f"flip_code is {flip_code}, only 1 (left-right), 0 (top-bottom) and -1 (both) exist")
     flips = {1: [v2.RandomHorizontalFlip(1)], 0: [v2.RandomVerticalFlip(1)]}
     return sometimes(prob, *(flips.get(flip_code) or flips[1] + flips[0]))
 
 
 @TRANSFORMS.register
-def RandomHorizontalFlip(prob: float = 0.5) -> v2.Transform:
+def RandomHorizontalFlip(prob: Share = 0.5) -> v2.Transform:
     """A flip left-right with probability `prob`."""
     return RandFlipImage(prob=prob)
 
@@ -303,8 +285,8 @@ def RandomHorizontalFlip(prob: float = 0.5) -> v2.Transform:
 @TRANSFORMS.register
 def RandomRotation(
     degrees: float | list,
-    prob: float = 0.5,
-    interpolation: str = "nearest",
+    prob: Share = 0.5,
+    interpolation: Turning = "nearest",
     expand: bool = False,
     center: list | None = None,
     fill: float | list = 0,
@@ -324,16 +306,16 @@ def RandomRotation(
 
 @TRANSFORMS.register
 def ColorJitter(
-    brightness: float = 0, contrast: float = 0, saturation: float = 0, hue: float = 0, prob: float = 1.0
+    brightness: float = 0, contrast: float = 0, saturation: float = 0, hue: float = 0, prob: Share = 1.0
 ) -> v2.Transform:
     """Random brightness, contrast, saturation and hue, applied with probability `prob`."""
     return sometimes(prob, v2.ColorJitter(brightness, contrast, saturation, hue))
 
 
 @TRANSFORMS.register
-def RandomGrayscale(p: float = 0.1) -> v2.Transform:
+def RandomGrayscale(p: Share = 0.1) -> v2.Transform:
     """Three equal channels of grey with probability `p`."""
-    return sometimes(p, v2.RandomGrayscale(1), key="p")
+    return sometimes(p, v2.RandomGrayscale(1))
 
 
 def number(value: float | str) -> float:
@@ -347,7 +329,7 @@ def NormalizeImage(
     scale: float | str | None = None,
     mean: list | None = None,
     std: list | None = None,
-    order: str = "",
+    order: Literal["", "hwc", "chw"] = "",  # all three mean the same here
     output_fp16: bool = False,
     channel_num: int = 3,
     auto: bool = False,
@@ -358,8 +340,6 @@ def NormalizeImage(
     """
     if auto:
         raise ValueError("auto is for configurations, in which load_config replaces it; give mean and std")
-    if order not in ("", "hwc", "chw"):
-        raise ValueError(f"order is '{order}', only '', 'hwc' and 'chw' exist (all three mean the same here)")
     factor = number(scale) if scale is not None else 1 / 255
     mean, std = per_channel("mean", mean or MEAN), per_channel("std", std or STD)
     return v2.Compose([v2.ToDtype(torch.float32), v2.Normalize([m / factor for m in mean], [s / factor for s in std])])
@@ -372,23 +352,23 @@ def ToTensor() -> v2.Transform:
 
 
 @TRANSFORMS.register
-def Normalize(mean: float | list = 0.0, std: float | list = 1.0, data_format: str = "CHW") -> v2.Transform:
+def Normalize(
+    mean: float | list = 0.0, std: float | list = 1.0, data_format: Literal["CHW", "HWC"] = "CHW"
+) -> v2.Transform:
     """(image - mean) / std per channel, of an image between 0 and 1: ToTensor must come first."""
-    if data_format not in ("CHW", "HWC"):
-        raise ValueError(f"data_format is '{data_format}', only 'CHW' and 'HWC' exist (both mean the same here)")
     return v2.Normalize(per_channel("mean", mean), per_channel("std", std))
 
 
 @TRANSFORMS.register
 def RandomErasing(
-    EPSILON: float = 0.5,
+    EPSILON: Share = 0.5,
     sl: float | str = 0.02,
     sh: float | str = 0.4,
     r1: float | str = 0.3,
     mean: list | None = None,
-    attempt: int = 100,
+    attempt: Count = 100,
     use_log_aspect: bool = False,
-    mode: str = "const",
+    mode: Literal["const", "pixel"] = "const",
 ) -> v2.Transform:
     """A rectangle overwritten with probability EPSILON (https://arxiv.org/abs/1708.04896).
 
@@ -396,14 +376,10 @@ def RandomErasing(
     log-uniformly. `mean` is written as it stands: after NormalizeImage, 0 is the data set's mean colour. mode 'pixel'
     writes noise instead. `attempt` is how often a rectangle is drawn at most, until one fits.
     """
-    if mode not in ("const", "pixel"):
-        raise ValueError(f"mode is '{mode}', only 'const' and 'pixel' exist")
     value = "random" if mode == "pixel" else [float(m) for m in per_channel("mean", mean or 0.0)]
     area, aspect = bounds("[sl, sh]", [number(sl), number(sh)], ()), number(r1)
     if not 0 < aspect <= 1:
         raise ValueError(f"r1 is {r1}, not the least ratio of two sides, above 0 and at most 1")
-    if attempt < 1:
-        raise ValueError(f"attempt is {attempt}, and must be at least 1")
     return Erasing(EPSILON, area, (aspect, 1 / aspect), value, use_log_aspect, attempt)
 
 

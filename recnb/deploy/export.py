@@ -28,7 +28,7 @@ from recnb.data.lists import ImageList, own_index, positives
 from recnb.deploy.decision import check_wanted
 from recnb.deploy.graph import FORMATS, Plan, check_installed, embed_images, open_model, planned, write_models
 from recnb.deploy.index import build_index, labelled_images
-from recnb.deploy.modelcard import model_card
+from recnb.deploy.modelcard import compared, model_card
 from recnb.recipe.reading import as_yaml
 from recnb.recipe.settings import GLOBAL
 from recnb.registry import ConfigError, suggest
@@ -200,10 +200,8 @@ def prove(run: Run, plan: Plan, runners: dict[str, Callable], example: Model, mo
 
 def failures(report: dict) -> list[str]:
     """Return a sentence for each file that has to be exact and is not, from the content of parity.json."""
-    rows = {(name, size): row for name, sizes in report["model_parity"].items() for size, row in sizes.items()}
-    rows |= {(name, "from image files"): row for name, row in report["pipeline_parity"].items()}
     found = []
-    for (name, size), row in rows.items():
+    for name, size, row in compared(report):
         if name in EXACT and not row["cosine_least"] >= LEAST_COSINE:
             found.append(f"{name}, {size}: the cosine with the trained model falls to {row['cosine_least']:.6f}")
         found += [

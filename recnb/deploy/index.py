@@ -7,7 +7,6 @@ is measured on test images alone: a model's answers to the images that it was tr
 
 from __future__ import annotations
 
-import csv
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,8 +16,8 @@ import numpy as np
 import pandas as pd
 
 from recnb.data.images import DataError, printable, reason
-from recnb.data.lists import ImageList, drop_faults, own_index
-from recnb.deploy.decision import Items, check_wanted, choose, mates, searches
+from recnb.data.lists import ImageList, drop_faults, own_index, write_csv
+from recnb.deploy.decision import Items, choose, mates, searches
 from recnb.deploy.graph import embed_file, open_model
 from recnb.recipe.data import evaluation_images, training_split
 from recnb.recipe.schema import lookup
@@ -26,7 +25,7 @@ from recnb.registry import ConfigError, suggest
 from recnb.retrieval.metrics import retrieval_metrics
 from recnb.retrieval.search import Index
 from recnb.retrieval.stats import bootstrap_interval
-from recnb.runs.folder import Run
+from recnb.runs.folder import Run, below
 from recnb.storage import harmless, resolve, sha256
 
 INDEXES = ("all", "test")
@@ -46,9 +45,7 @@ class Labelled:
     boxes: list[list[int] | None]  # N times (left, top, right, bottom) in pixels, or None for the whole image
     rows: dict[str, np.ndarray]  # list -> (n,) rows of its images, in its order
     kept: np.ndarray  # (M,) the rows that the index holds
-    asked: (
-        np.ndarray
-    )  # (Q,) the rows that calibrate: test images, of identities that training has not seen if it can be
+    asked: np.ndarray  # (Q,) the rows that calibrate: test images, of identities that are new to it if it can be
     trained_on: bool  # whether training has seen the identities of those all the same
     root: Path  # what the paths start from
 
@@ -75,8 +72,7 @@ class Labelled:
 
     def path(self, row: int) -> str:
         """Return an image's path, from the root where it lies below."""
-        path = Path(self.paths[row]).absolute()
-        return str(path.relative_to(self.root)) if path.is_relative_to(self.root) else str(path)
+        return below(str(Path(self.paths[row]).absolute()), str(self.root))
 
 
 def lists_of(run: Run, index: str) -> dict[str, ImageList]:
@@ -177,11 +173,9 @@ def content(images: ImageList, i: int, digests: dict[str, str]) -> str:
 def sentence(counts: dict) -> str:
     """Return in words what an index holds, from `Labelled.counts`."""
     *first, last = (f"{name} ({count:,})" for name, count in counts["lists"].items())
-    lists = f"{', '.join(first)} and {last} lists" if first else f"{last} list"
-    several = f"; {counts['in_several_lists']:,} of them stand in several lists and count once"
-    return f"{counts['images']:,} images of {counts['identities']:,} identities, from the {lists}" + several * bool(
-        counts["in_several_lists"]
-    )
+    lists, several = f"{', '.join(first)} and {last} lists" if first else f"{last} list", counts["in_several_lists"]
+    twice = f"; {several:,} of them stand in several lists and count once" if several else ""
+    return f"{counts['images']:,} images of {counts['identities']:,} identities, from the {lists}{twice}"
 
 
 def common_root(run: Run, paths: list[str]) -> Path:
@@ -228,7 +222,6 @@ def build_index(
         final: where that is going to be.
         wanted: as in `recnb.deploy.decision.choose`.
     """
-    check_wanted(wanted, len(known.asked))
     model = open_model(folder / "model.onnx")
     distance = model.meta["compare"]
     vectors = np.stack([embed_file(model, *image) for image in zip(known.paths, known.boxes, strict=True)])
@@ -247,10 +240,8 @@ def build_index(
     index.add(vectors[kept], path=paths, label=labels, mate=alike)
     index.save(folder / "index")
     np.save(folder / "index" / "embeddings.npy", vectors[kept])
-    with (folder / "index" / "items.csv").open("w", encoding="utf-8", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows(
-            [("id", "label", "path"), *zip(index.ids, map(harmless, labels), map(harmless, paths), strict=True)]
-        )
+    items_csv = pd.DataFrame({"id": index.ids, "label": [*map(harmless, labels)], "path": [*map(harmless, paths)]})
+    write_csv(items_csv, folder / "index" / "items.csv")
     return index, point
 
 

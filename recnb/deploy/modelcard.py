@@ -130,26 +130,26 @@ def results(info: dict | None, run: Run) -> dict[str, list]:
     }
 
 
+def compared(report: dict) -> list[tuple[str, str, dict]]:
+    """Return each file of parity.json, what it was given, and how its vectors compare with the trained model's."""
+    given = [(name, size, row) for name, sizes in report["model_parity"].items() for size, row in sizes.items()]
+    return given + [(name, "image files", row) for name, row in report["pipeline_parity"].items()]
+
+
 def proofs(report: dict) -> list[tuple]:
     """Return a row for each file against the trained model."""
-    given = [
-        (name, size.replace("_", " "), row)
-        for name, sizes in report["model_parity"].items()
-        for size, row in sizes.items()
-    ]
-    given += [(name, "image files", row) for name, row in report["pipeline_parity"].items()]
     trained = report["trained"]
     return [("trained", "", "", "", "", trained["recall1"], trained["mAP"])] + [
         (
             name,
-            size,
+            size.replace("_", " "),
             f"{row['cosine_least']:.6f}",
             f"{row['difference_largest']:.1e}",
             row["same_first_hit"],
             row["recall1"],
             row["mAP"],
         )
-        for name, size, row in given
+        for name, size, row in compared(report)
     ]
 
 

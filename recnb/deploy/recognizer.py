@@ -8,15 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from recnb.data.images import DataError, printable, reason
 from recnb.deploy.decision import HITS, NUMBERS, Rule, Searches, evidence, probability, typical
 from recnb.deploy.graph import embed_file, open_model
-from recnb.gallery.figure import COLOURS, INK, SOFT
+from recnb.gallery.curves import plots
+from recnb.gallery.figure import COLOURS, INK, SOFT, panels
 from recnb.gallery.pictures import Picture, read_picture, shorten
 from recnb.registry import ConfigError
 from recnb.retrieval.lists import EXCLUDED, RIGHT, WRONG
@@ -202,13 +203,13 @@ class Recognizer:
 # ---- pictures of it --------------------------------------------------------------------------------------------------
 
 
-def trade_figure(point: dict) -> plt.Figure:
+def trade_figure(point: dict) -> Figure:
     """Draw what each threshold costs: known images without a name, unknown ones with one, and the chosen point.
 
     Args:
         point: the content of operating_point.json.
     """
-    figure, ax = plt.subplots(figsize=(7, 3.4), dpi=100, facecolor="white", layout="constrained")
+    figure, (ax,) = plots(1, 7)
     curve, chosen = point["curve"], point["points"]["chosen"]
     for name, text, colour in (
         ("known_right", "known images named rightly", COLOURS[RIGHT]),
@@ -223,17 +224,11 @@ def trade_figure(point: dict) -> plt.Figure:
     ax.set(xlabel="a name is given from this probability on", ylabel="share of searches", xlim=(0, 1), ylim=(0, 1))
     ax.xaxis.set_major_formatter(PercentFormatter(1))
     ax.yaxis.set_major_formatter(PercentFormatter(1))
-    ax.grid(color="#E5E5E5")
-    ax.set_axisbelow(True)
-    ax.spines[["top", "right"]].set_visible(False)
     figure.legend(frameon=False, fontsize=9, loc="outside upper left", ncols=3)
-    plt.close(figure)
     return figure
 
 
-def answers_figure(
-    recognizer: Recognizer, pictures: Sequence[Picture], titles: Sequence[str], k: int = 5
-) -> plt.Figure:
+def answers_figure(recognizer: Recognizer, pictures: Sequence[Picture], titles: Sequence[str], k: int = 5) -> Figure:
     """Return a figure with a row for each picture: itself and its k most similar items, those of its answer in blue.
 
     Args:
@@ -242,15 +237,7 @@ def answers_figure(
         titles: N texts.
         k: how many items a row shows.
     """
-    figure, axes = plt.subplots(
-        len(pictures),
-        k + 1,
-        figsize=(1.25 * (k + 1), 1.55 * len(pictures)),
-        dpi=100,
-        squeeze=False,
-        facecolor="white",
-        layout="constrained",
-    )
+    figure, axes = panels(len(pictures), k + 1, (1.25 * (k + 1), 1.55 * len(pictures)))
     for row, picture, title in zip(axes, pictures, titles, strict=True):
         found = recognizer.search(picture, k, itself=False)
         shown = [
@@ -276,5 +263,4 @@ def answers_figure(
             ax.set(xticks=[], yticks=[])
             for spine in ax.spines.values():
                 spine.set(color=colour, linewidth=width)
-    plt.close(figure)
     return figure

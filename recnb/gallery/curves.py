@@ -7,7 +7,6 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -20,7 +19,7 @@ from PIL import ImageOps
 from recnb.data.images import printable, read_rgb
 from recnb.data.loaders import ImageLoader
 from recnb.data.pipeline import display_image
-from recnb.gallery.figure import COLOURS, INK, SOFT
+from recnb.gallery.figure import COLOURS, INK, SOFT, panels
 from recnb.gallery.fonts import drawn_label, legible
 from recnb.gallery.pictures import read_picture, shorten
 from recnb.retrieval.lists import RIGHT, WRONG
@@ -34,7 +33,7 @@ STYLES = [(colour, line) for line in ("-", "--", ":") for colour in PALETTE]  # 
 
 def curves_figure(arrays: dict, recall: np.ndarray, precision: np.ndarray) -> Figure:
     """Draw two panels: CMC, and precision over recall."""
-    figure, axes = _panels(2)
+    figure, axes = plots(2)
     draw_cmc(axes[0], arrays)
     axes[1].plot(recall, precision, color=COLOURS[RIGHT], linewidth=2)
     axes[1].fill_between(recall, precision, color=COLOURS[RIGHT], alpha=0.1, linewidth=0)
@@ -46,7 +45,7 @@ def curves_figure(arrays: dict, recall: np.ndarray, precision: np.ndarray) -> Fi
 
 def histogram_figure(edges: np.ndarray, counts: np.ndarray, point: dict) -> Figure:
     """Draw the similarities of pairs, with the operating threshold."""
-    figure, (ax,) = _panels(1, 7)
+    figure, (ax,) = plots(1, 7)
     draw_pairs(ax, edges, counts, point)
     return figure
 
@@ -123,7 +122,7 @@ def ladder_figure(rows: Sequence[Mapping], metric: str = "mAP") -> Figure:
             `note`, where there is one, stands behind the numbers.
         metric: what the values are, on the validation list.
     """
-    figure, (ax,) = _panels(1, 9, 1.3 + 0.42 * len(rows))
+    figure, (ax,) = plots(1, 9, 1.3 + 0.42 * len(rows))
     for place, row in enumerate(rows):
         colour, value = COLOURS[RIGHT] if row["kept"] else "#7F7F7F", row["value"]
         ends = np.nan_to_num([[value - row["low"]], [row["high"] - value]]).clip(0)
@@ -148,7 +147,7 @@ def confusion_figure(table: pd.DataFrame) -> Figure:
         table: counts, identities by name; what is right stands where a row meets the column of its own name.
     """
     rows, columns = table.shape
-    figure, (ax,) = _panels(1, 2.2 + 0.42 * columns, 1.6 + 0.42 * rows)
+    figure, (ax,) = plots(1, 2.2 + 0.42 * columns, 1.6 + 0.42 * rows)
     share = table.to_numpy() / np.maximum(table.to_numpy().sum(1, keepdims=True), 1)
     right = np.array(table.index)[:, None] == np.array(table.columns)[None]
     for mask, colour in ((right, COLOURS[RIGHT]), (~right, COLOURS[WRONG])):
@@ -191,8 +190,7 @@ def map_figure(
         most: how many pictures are drawn at most.
     """
     labels, groups = np.asarray(labels), list(groups)[: len(GROUPS)]
-    figure, ax = plt.subplots(figsize=(9, 7), dpi=100, facecolor="white", layout="constrained")
-    plt.close(figure)
+    figure, ((ax,),) = panels(1, 1, (9, 7))
     colours = np.full(len(labels), "#C4C4C4", dtype=object)
     for group, colour in zip(groups, GROUPS, strict=False):
         colours[labels == group] = colour
@@ -224,17 +222,9 @@ def _apart(points: np.ndarray, first: np.ndarray, most: int) -> list[int]:
     return taken
 
 
-def _panels(count: int, width: float | None = None, height: float = 3.4) -> tuple[Figure, np.ndarray]:
-    figure, axes = plt.subplots(
-        1,
-        count,
-        figsize=(width or (10 if count == 2 else 12), height),
-        dpi=100,
-        facecolor="white",
-        layout="constrained",
-        squeeze=False,
-    )
-    plt.close(figure)
+def plots(count: int, width: float | None = None, height: float = 3.4) -> tuple[Figure, np.ndarray]:
+    """Return a figure of some plots in a row, each over a grid without a frame."""
+    figure, axes = panels(1, count, (width or (10 if count == 2 else 12), height))
     for ax in axes[0]:
         ax.set_facecolor("white")
         ax.grid(alpha=0.25)
@@ -254,9 +244,8 @@ def samples_figure(table: pd.DataFrame, rows: int = 6, columns: int = 8) -> Figu
     counts = table.label.value_counts(ascending=False, sort=True)
     names = counts.index[np.unique(np.linspace(0, len(counts) - 1, rows).round().astype(int))]
     columns = min(columns, counts.iloc[0])
-    figure = plt.figure(figsize=(1.2 * columns + 1.8, 1.4 * len(names)), dpi=90, facecolor="white")
-    plt.close(figure)  # shown once, as a cell's value, and not again when pyplot shows what is open
-    axes = figure.subplots(len(names), columns + 1, squeeze=False, width_ratios=[1.3] + [1] * columns)
+    size, widths = (1.2 * columns + 1.8, 1.4 * len(names)), [1.3] + [1] * columns
+    figure, axes = panels(len(names), columns + 1, size, dpi=90, layout="none", width_ratios=widths)
     figure.subplots_adjust(0.01, 0.01, 0.99, 0.97, 0.06, 0.16)
     for ax in axes.ravel():
         ax.set_axis_off()
@@ -284,9 +273,7 @@ def augmentation_figure(loader: ImageLoader, count: int = 8) -> Figure:
     """Return images of the first training batch in pairs: above as in the file, below as the model gets them."""
     sampler: Any = loader.batch_sampler
     items, images = list(islice(next(iter(sampler)), count)), loader.dataset
-    figure = plt.figure(figsize=(1.25 * len(items), 2.9), facecolor="white", dpi=90)
-    plt.close(figure)
-    axes = figure.subplots(2, len(items), squeeze=False)
+    figure, axes = panels(2, len(items), (1.25 * len(items), 2.9), dpi=90, layout="none")
     for (before, after), item in zip(axes.T, items, strict=True):
         index = item[0] if isinstance(item, tuple) else item  # the other number is the seed of its augmentation
         before.imshow(images.image(index).permute(1, 2, 0))
@@ -304,7 +291,7 @@ def history_figure(run: Path) -> Figure:
     """Draw two panels over the epochs of history.csv: the losses, and the retrieval metrics."""
     history = pd.read_csv(run / "history.csv").drop(columns="lr")
     losses = [c for c in history if "loss" in c.lower()]
-    figure, axes = _panels(2)
+    figure, axes = plots(2)
     metrics = [c for c in history if c not in (*losses, "epoch")]
     for ax, columns, title in zip(axes, (losses, metrics), ("loss", "retrieval"), strict=True):
         for column, style in zip(columns, cycle(STYLES)):
@@ -323,7 +310,7 @@ def histories_figure(histories: Mapping[str, pd.DataFrame], columns: Sequence[st
         histories: name -> table with `epoch`; a history without a column has no line there.
         columns: what is drawn.
     """
-    figure, axes = _panels(len(columns), 10, 3.4 + 0.22 * -(-len(histories) // 3))  # lines of the legend
+    figure, axes = plots(len(columns), 10, 3.4 + 0.22 * -(-len(histories) // 3))  # lines of the legend
     for ax, column in zip(axes, columns, strict=True):
         for (name, history), style in zip(histories.items(), cycle(STYLES)):
             _draw_epochs(ax, history, column, name, style)
@@ -348,7 +335,7 @@ def before_after_figure(table: pd.DataFrame) -> Figure:
         table: a row per metric with before, before_low, before_high, the same of after, difference, low, high and
             verdict, which begins with "better" or "worse" where that is sure.
     """
-    figure, (ax,) = _panels(1, max(4.5, 1.9 * len(table) + 1))
+    figure, (ax,) = plots(1, max(4.5, 1.9 * len(table) + 1))
     places, tops = np.arange(len(table)), table[["before", "after", "before_high", "after_high"]].max(axis=1)
     for shift, name, colour in ((-0.2, "before", "#BDBDBD"), (0.2, "after", COLOURS[RIGHT])):
         ends = [(table[name] - table[f"{name}_low"]).clip(0), (table[f"{name}_high"] - table[name]).clip(0)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib import pyplot as plt
@@ -28,6 +29,17 @@ COLOURS = {RIGHT: "#0072B2", WRONG: "#D55E00", EXCLUDED: "#7F7F7F"}
 TILE, GAP, NOTES, CAPTION, HEAD = 0.9, 0.08, 1.75, 0.42, 0.48  # inches
 INK, SOFT, PAPER, MAT = "#1A1A1A", "#5C5C5C", "#FFFFFF", "#F1F1EF"
 SIGNS = {RIGHT: MarkerPath([(-0.9, 0.0), (-0.25, -0.65), (0.95, 0.75)]), WRONG: "x", EXCLUDED: "_"}
+
+
+def panels(rows: int, columns: int, size: tuple[float, float], **options) -> tuple[Figure, np.ndarray]:
+    """Return a white figure of `size` inches and its axes (rows, columns).
+
+    A notebook shows it once, as a cell's value, and not again when pyplot shows what is open.
+    """
+    look: dict[str, Any] = {"dpi": 100, "facecolor": "white", "layout": "constrained"}
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, **look | options)
+    plt.close(figure)
+    return figure, axes
 
 
 class PaletteCanvas(FigureCanvasAgg):

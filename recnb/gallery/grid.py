@@ -11,11 +11,11 @@ import numpy as np
 import pandas as pd
 
 from recnb.data.images import printable
+from recnb.data.lists import write_csv
 from recnb.gallery.page import Pages, source
 from recnb.gallery.pictures import Names, Picture
 from recnb.gallery.widget import line
 from recnb.retrieval.lists import Ranking
-from recnb.storage import replacing
 
 ORDERS = [("errors first", "errors"), ("by name", "name"), ("by number", "number")]
 COLUMNS = ["path", "action", "label"]
@@ -152,5 +152,4 @@ def read_tags(file: Path) -> dict[str, tuple[str, str]]:
 
 def write_tags(file: Path, tags: dict[str, tuple[str, str]]) -> None:
     """Write the tags, a row each."""
-    with replacing(file) as target:
-        pd.DataFrame([(path, *tag) for path, tag in tags.items()], columns=COLUMNS).to_csv(target, index=False)
+    write_csv(pd.DataFrame([(path, *tag) for path, tag in tags.items()], columns=COLUMNS), file)

@@ -12,6 +12,8 @@ import pandas as pd
 from IPython.display import HTML
 from markupsafe import Markup
 from matplotlib.figure import Figure
+from pandas.api.types import is_numeric_dtype
+from pandas.io.formats.style import Styler
 
 from recnb.gallery.page import TEMPLATES
 from recnb.storage import write_text
@@ -58,12 +60,26 @@ def figure_uri(figure: Figure) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def table_html(table: pd.DataFrame) -> Markup:
-    """Return the table as HTML, its text escaped, numbers to the right."""
-    texts = [column for column in table if not pd.api.types.is_numeric_dtype(table[column])]
-    styled = table.style.format(precision=3, na_rep="-", escape="html").hide(axis="index")
-    left = [{"selector": "", "props": [("text-align", "left")]}]
-    return Markup(styled.set_table_styles(dict.fromkeys(texts, left)).to_html())
+def shown(table: pd.DataFrame, most: int | None = None, index: bool = False) -> Styler:
+    """Return a table as a notebook or a page shows it: three decimals, text to the left.
+
+    Args:
+        table: any DataFrame; text in it is escaped.
+        most: how many rows are shown, the first; None: all.
+        index: whether the rows are named by the index.
+    """
+    table = table if most is None else table.head(most)
+    left = {"selector": "", "props": [("text-align", "left")]}
+    text = {column: [left] for column in table if not is_numeric_dtype(table[column])}
+    rows = [
+        {
+            "selector": "th.row_heading, th.index_name, th.blank",
+            "props": [("text-align", "left"), ("white-space", "nowrap")],
+        }
+    ]
+    styled = table.style.format(precision=3, na_rep="-", escape="html").set_table_styles(text)
+    styled = styled if index else styled.hide(axis="index")
+    return styled.set_table_styles(rows, overwrite=False)
 
 
-TEMPLATES.filters |= {"figure_uri": figure_uri, "table_html": table_html}
+TEMPLATES.filters |= {"figure_uri": figure_uri, "table_html": lambda table: Markup(shown(table).to_html())}

@@ -23,7 +23,7 @@ from recnb.data.images import opened, printable, reason
 from recnb.gallery.figure import gallery_figure
 from recnb.gallery.hits import Hits
 from recnb.gallery.page import ORDERS, TEMPLATES, Hit, Pages, as_uri, gallery_html, source
-from recnb.gallery.pictures import Names, Picture, read_picture
+from recnb.gallery.pictures import Names, Picture, label_text, read_picture
 from recnb.retrieval.lists import END, RIGHT, WRONG, Ranking, changed
 from recnb.retrieval.search import knn
 
@@ -200,15 +200,9 @@ class GalleryWidget(widgets.VBox):
 
     def _choose(self, _=None, first: bool = False) -> None:
         """Bring the filters in step with the rankings chosen."""
-        confusions = self._confusions()
-        example = {pair: q for q, pair in confusions.items()}
-        self.confused.options = [
-            (ANY, ANY),
-            *(
-                (f"{' taken for '.join(self._texts(example[pair]))} ({n})", pair)
-                for pair, n in Counter(confusions.values()).most_common(100)
-            ),
-        ]
+        called, pairs = partial(label_text, names=self.pages.label_names), Counter(self._confusions().values())
+        texts = [(f"{' taken for '.join(map(called, pair))} ({n})", pair) for pair, n in pairs.most_common(100)]
+        self.confused.options = [(ANY, ANY), *texts]
         fixed, broken = self.changed()
         self.change.options = (
             [("all", "all")]
@@ -228,14 +222,6 @@ class GalleryWidget(widgets.VBox):
         first = ranking.ids[failed, (ranking.position[failed] == 1).argmax(1)]
         labels = zip(ranking.query_labels[failed].tolist(), ranking.gallery_labels[first].tolist(), strict=True)
         return dict(zip(failed.tolist(), labels, strict=True))
-
-    def _texts(self, q: int) -> list[str]:
-        """Return what a failed query's identity and that of its first hit are called."""
-        ranking = self.pages.ranking
-        return [
-            self.pages.identity("query", q),
-            self.pages.identity("item", ranking.ids[q, (ranking.position[q] == 1).argmax()]),
-        ]
 
     def changed(self) -> tuple[list[int], list[int]]:
         """Return the queries whose first hit only the ranking beside has right, and those where only this one has."""

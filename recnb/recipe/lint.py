@@ -47,6 +47,9 @@ class Finding(NamedTuple):
     mend: str
     strict: bool = False  # nothing useful can come of it
 
+    def __str__(self) -> str:
+        return f"{self.place}: {self.what}: {self.why}; {self.mend}"
+
 
 def lint(cfg: dict, loaders: Loaders | None = None) -> list[Finding]:
     """The findings of a checked configuration; with its loaders, those of the lists too."""
@@ -61,7 +64,7 @@ def lint(cfg: dict, loaders: Loaders | None = None) -> list[Finding]:
 def stop(findings: list[Finding]) -> None:
     """Raise ConfigError for the first strict finding."""
     for finding in (finding for finding in findings if finding.strict):
-        raise ConfigError(f"{finding.place}: {finding.what}: {finding.why}; {finding.mend}")
+        raise ConfigError(str(finding))
 
 
 def losses(cfg: dict) -> Iterator[Finding]:

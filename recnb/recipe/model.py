@@ -32,7 +32,7 @@ def build_model(cfg: dict, classes: int | None = None) -> RecModel | Distillatio
     size disagrees.
     """
     sections = architectures(cfg)
-    classes = class_number(cfg, classes) if any(section.get("Head") for _, section in sections) else None
+    classes = count_classes(cfg, classes) if any(section.get("Head") for _, section in sections) else None
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(cfg["Global"]["seed"])  # torch.manual_seed would reach GPUs too
         models = {where: build_recmodel(cfg, section, where, classes) for where, section in sections}
@@ -124,7 +124,7 @@ def build_distillation(cfg: dict, models: dict[str, RecModel]) -> DistillationMo
     return DistillationModel(models, chosen)
 
 
-def class_number(cfg: dict, counted: int | None) -> int:
+def count_classes(cfg: dict, counted: int | None) -> int:
     """Return how many classes the head tells apart: as the file says, as counted, or as the training list has.
 
     Raise ConfigError where the file gives fewer than were counted.

@@ -12,7 +12,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from recnb.data import augmix, layouts  # noqa: F401 (these too register transforms and data sets)
+from recnb.data import layouts  # noqa: F401 (it too registers data sets)
 from recnb.data.augment import BATCH_TRANSFORMS
 from recnb.data.lists import DATASETS
 from recnb.data.samplers import SAMPLERS

@@ -96,21 +96,15 @@ def write_list(path: Path, *parts: tuple[ImageList, np.ndarray]) -> dict:
     if any(images.boxes is not None for images, _ in parts):
         raise ConfigError("Global.recipe: a ladder cannot hold out images with boxes; give DataLoader.Validation lists")
     root = Path(parts[0][0].paths[0]).absolute().anchor
-    lines = dict.fromkeys(
-        "\t".join(
-            [str(Path(images.paths[i]).absolute().relative_to(root)), images.name(images.labels[i]), *camera(images, i)]
-        )
-        for images, rows in parts
-        for i in rows.tolist()
-    )
+    lines: dict[str, None] = {}
+    for images, rows in parts:
+        for i in rows.tolist():
+            cells = [str(Path(images.paths[i]).absolute().relative_to(root)), images.name(images.labels[i])]
+            cells += [] if images.cameras is None else [str(images.cameras[i])]
+            lines["\t".join(cells)] = None
     write_text(path, "\n".join(lines) + "\n")
     section = {"name": "VeriWild", "image_root": root, "cls_label_path": str(resolve(path))}
     return section | {"delimiter": "\t", "names": True}
-
-
-def camera(images: ImageList, index: int) -> list[str]:
-    """Return the third column of a list, where it has one."""
-    return [] if images.cameras is None else [str(images.cameras[index])]
 
 
 def unjudged(cfg: dict) -> dict:

@@ -18,13 +18,13 @@ import torch
 from torch import nn
 
 from recnb.data.images import DataError
-from recnb.data.prepare import SPLITS, Options, list_files, plain, write_files
+from recnb.data.prepare import SPLITS, Options, list_files, write_files
 from recnb.models.backbones import create_backbone, hub_weights, list_backbones
 from recnb.recipe.reading import as_yaml
 from recnb.recipe.schema import items, load_config, lookup, optimizers
 from recnb.recipe.settings import GLOBAL
 from recnb.registry import ConfigError
-from recnb.storage import ROOT, harmless, resolve
+from recnb.storage import ROOT, from_root, harmless, resolve
 
 FOLDER = "configs/starters"
 BACKBONE = "mobilenetv2_100"  # small enough for a CPU
@@ -127,7 +127,7 @@ def pretrained(options: Options) -> tuple[dict | None, str]:
     name = options.backbone or BACKBONE
     for path in sorted((ROOT / "weights").glob("*.*")) if options.weights is None else ():
         if backbone_of(path) == name:
-            return section_of(path, name), f"the weights are those of {portable(path)}"
+            return section_of(path, name), f"the weights are those of {from_root(path)}"
     try:
         create_backbone(name, pretrained=True)
     except ValueError as error:
@@ -144,7 +144,7 @@ def section_of(path: Path, name: str | None) -> dict:
     if name is None:
         raise ConfigError(f"options: the name of {path.name} begins with no backbone's; write backbone, too")
     padding = {"pad_type": "same"} if PADDED in path.name else {}
-    return {"name": name, "pretrained": portable(path), **padding}
+    return {"name": name, "pretrained": from_root(path), **padding}
 
 
 def backbone_of(path: Path) -> str | None:
@@ -225,8 +225,8 @@ def with_lists(cfg: dict, folder: str | Path, image_root: str | Path, files: Map
             raise ConfigError(f"there is no DataLoader.{place}; take a configuration that trains and evaluates")
         section["dataset"] = {
             "name": "VeriWild",
-            "image_root": portable(image_root),
-            "cls_label_path": portable(resolve(folder) / file),
+            "image_root": from_root(resolve(image_root)),
+            "cls_label_path": from_root(resolve(folder) / file),
             "delimiter": "\t",
             "names": True,
             **({"allow_outside": True} if re.search(r"^\.\./", files[file], re.MULTILINE) else {}),
@@ -268,15 +268,8 @@ def write(
     return resolve(folder) / "config.yaml"
 
 
-def portable(path: str | Path) -> str:
-    """Return the path as a config says it: from the project's root where it is below that, otherwise absolute."""
-    path = Path(plain(resolve(path)))
-    return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.as_posix()
-
-
 def run_folder(out_dir: str | Path) -> str:
     """Return the run folder that belongs to a folder of lists: the one around it, or one of its name in runs/."""
-    folder = Path(portable(out_dir))
-    return (
-        folder.parent.as_posix() if folder.parts[:1] == ("runs",) and len(folder.parts) > 2 else f"runs/{folder.name}"
-    )
+    folder = Path(from_root(resolve(out_dir)))
+    inside = folder.parts[:1] == ("runs",) and len(folder.parts) > 2
+    return folder.parent.as_posix() if inside else f"runs/{folder.name}"

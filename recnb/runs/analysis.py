@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from recnb.data.lists import ImageList, own_index
 from recnb.data.loaders import ImageLoader
-from recnb.gallery.curves import _panels, draw_ap, draw_cmc, draw_pairs
+from recnb.gallery.curves import draw_ap, draw_cmc, draw_pairs, plots
 from recnb.gallery.pictures import label_text
 from recnb.registry import ConfigError, suggest
 from recnb.retrieval import verification
@@ -347,7 +347,7 @@ def project(features, seed: int = 0) -> tuple[np.ndarray, str]:
 def overview_figure(data: Embeddings, rate: float = 1e-3) -> Figure:
     """Draw in a row: CMC, similarities of pairs with the threshold, AP of the queries."""
     _, arrays = judge(data)
-    figure, axes = _panels(3)
+    figure, axes = plots(3)
     draw_cmc(axes[0], arrays)
     draw_pairs(axes[1], *pair_histogram(data), operating_point(data, rate))
     draw_ap(axes[2], arrays)

@@ -34,8 +34,7 @@ def train(cfg: dict, run_dir: str | Path) -> dict:
     first, run = base(cfg), resolve_run(run_dir)
     loaders = build_loaders(first)
     findings = lint(cfg, loaders)
-    for finding in findings:
-        print(f"{finding.place}: {finding.what}: {finding.why}; {finding.mend}")
+    print("".join(f"{finding}\n" for finding in findings), end="")
     stop(findings)
     with contextlib.ExitStack() as quiet:
         if ranks()[0] == 0 and (ranks()[1] > 1 or device_count(cfg["Global"]["devices"]) == 1):

@@ -40,14 +40,11 @@ from recnb.recipe.schema import architectures, load_config, lookup
 from recnb.registry import ConfigError
 from recnb.retrieval.lists import Ranking, rank
 from recnb.retrieval.rerank import k_reciprocal
-from recnb.runs.rows import PARTS, kept_rows
-from recnb.runs.verdict import verdict
-from recnb.storage import ROOT, SUMS, check_sums, locked, replacing, resolve, sha256, write_json, write_sums, write_text
+from recnb.storage import ROOT, SUMS, check_sums, locked, resolve, sha256, write_json, write_text
 from recnb.training.checkpoints import kept
 
+PARTS = ("query", "gallery")  # the lists of an evaluation, and their files in embeddings/
 PACKAGES = ("recnb", "torch", "torchvision", "fastai", "timm", "faiss-cpu", "numpy", "pillow", "papermill")
-
-
 SUMMED = (  # what results are read from; checkpoints carry their own checksums
     *("config.yaml", "contents.json", "env.json", "history.csv", "labels.csv", "metrics.json", "queries.csv"),
     *(f"embeddings/{part}.{kind}" for part in PARTS for kind in ("npy", "csv")),
@@ -152,27 +149,6 @@ def commit() -> str | None:
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def save_embeddings(run: Path, **embeddings: torch.Tensor) -> None:
-    """Write each array of embeddings, float32 (N, D), as embeddings/NAME.npy."""
-    for name, values in embeddings.items():
-        with replacing(run / "embeddings" / f"{name}.npy") as path, path.open("wb") as file:
-            np.save(file, values.numpy())
-
-
-def save_metrics(run: Path, before: dict, after: dict) -> dict:
-    """Write metrics.json and return its content.
-
-    It holds the final metrics, those before training, their gain and, where the run has a queries.csv, the 95 %
-    intervals of all three. There are no times in it, so that two runs compare by bytes.
-    """
-    content = {**after, "before": before, "gain": {k: after[k] - before[k] for k in after if k in before}}
-    if (run / "queries.csv").is_file():
-        content["intervals"] = verdict(run).intervals
-    write_json(run / "metrics.json", content)
-    write_sums(run, [name for name in SUMMED if (run / name).is_file()])
-    return content
 
 
 @dataclass
@@ -374,6 +350,29 @@ def read_lists(run: Path, cfg: dict, features: Sequence[np.ndarray]) -> tuple[Im
                 f"{images.source}; the list has changed since the run"
             )
     return lists
+
+
+def kept_rows(run: Path) -> tuple[ImageList, ImageList] | None:
+    """Return the query and the gallery list that `save_rows` wrote, without transforms, or None where it did not."""
+    files = [run / "embeddings" / f"{part}.csv" for part in PARTS]
+    if not all(path.is_file() for path in files):
+        return None
+    query, gallery = (pd.read_csv(path, dtype=str, keep_default_na=False) for path in files)
+    names = np.unique(np.concatenate([query.label.to_numpy(str), gallery.label.to_numpy(str)]))
+    return images_in(query, names, files[0]), images_in(gallery, names, files[1])
+
+
+def images_in(table: pd.DataFrame, names: np.ndarray, path: Path) -> ImageList:
+    """Return the list that a table of rows was written from; `names` are the identities, by their numbers."""
+    boxed, seen = table.box.ne("").all(), table.camera.ne("").all()
+    return ImageList(
+        [str(resolve(path)) for path in table.path],
+        np.searchsorted(names, table.label.to_numpy(str)),
+        table.camera.to_numpy(np.int64) if seen else None,
+        source=str(path),
+        names=names,
+        boxes=np.array([box.split() for box in table.box], np.int64) if boxed else None,
+    )
 
 
 def undamaged(run: Path, path: Path, read: Callable):

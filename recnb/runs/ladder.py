@@ -11,7 +11,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from torch import Tensor
 
-from recnb.data.lists import save_label_map
+from recnb.data.lists import save_label_map, write_csv
 from recnb.gallery.curves import ladder_figure
 from recnb.models.weights import interpolate, read_weights, save_weights
 from recnb.recipe import ladder
@@ -34,7 +35,6 @@ from recnb.recipe.splits import Split, split_lists, unjudged, whole_list
 from recnb.runs.folder import open_run
 from recnb.runs.results import save_results
 from recnb.runs.verdict import BETTER, WORSE, Verdict, verdict
-from recnb.storage import replacing
 from recnb.training.adaptor import Callback
 from recnb.training.evaluation import Evaluation
 from recnb.training.learner import RetrievalLearner
@@ -68,30 +68,54 @@ class Rung:
     alpha: float | None = None
     minutes: float = 0.0
 
-    @property
+    @cached_property
     def verdict(self) -> Verdict:
         return verdict(self.queries)
+
+    @property
+    def metric(self) -> str:
+        """What rungs are compared by: mAP where it is measured, for it moves before recall@1 does."""
+        names = [column.removesuffix("_after") for column in self.queries if column.endswith("_after")]
+        return "mAP" if "mAP" in names else names[0]
+
+    @property
+    def mean(self) -> float:
+        """The metric's mean over the validation queries."""
+        return self.queries[f"{self.metric}_after"].mean()
+
+    def values(self, fold: int) -> dict[str, np.ndarray]:
+        """Return the rung's metrics for each query of a fold."""
+        rows = self.queries[self.queries.fold == fold]
+        return {c.removesuffix("_after"): rows[c].to_numpy(float) for c in rows if c.endswith("_after")}
 
 
 @dataclass
 class Ladder:
-    """All rungs, the one that is kept, and why."""
+    """All rungs, the one that is kept, and what there is to say of it."""
 
-    rungs: list[Rung]
-    kept: Rung
-    metric: str
-    said: list[str]
+    rungs: list[Rung] = field(default_factory=list)
+    said: list[str] = field(default_factory=list)
+
+    @property
+    def metric(self) -> str:
+        """What the rungs are compared by."""
+        return self.rungs[0].metric
+
+    @property
+    def kept(self) -> Rung:
+        """The best rung whose gain the validation images show."""
+        return best(self.rungs, self.metric)
 
     def table(self) -> pd.DataFrame:
         """Return a row per rung: the metric on validation with its interval, the gain over the start, whether kept."""
-        rows = []
+        rows, kept = [], self.kept
         for rung in self.rungs:
             row = rung.verdict.rows.loc[self.metric]
             rows.append(
                 {"rung": rung.name, "what": ladder.RUNGS[rung.name], self.metric: row.after}
                 | {"low": row.after_low, "high": row.after_high, "gain": row.difference}
                 | {"gain low": row.low, "gain high": row.high, "images": len(rung.queries)}
-                | {"minutes": rung.minutes, "kept": rung is self.kept}
+                | {"minutes": rung.minutes, "kept": rung is kept}
             )
         return pd.DataFrame(rows).set_index("rung")
 
@@ -118,32 +142,25 @@ def climb(cfg: dict, run: Path, show: Callable[[Ladder], object] | None = None) 
     """
     ladder.climbable(cfg)
     began, minutes = time.monotonic(), cfg["Ladder"]["minutes"]
-    splits = split_lists(cfg, run / "lists")
     at = float("inf") if minutes is None else began + 60 * minutes
-    said: list[str] = []
-    rungs = []
+    shared, result = Shared(run, split_lists(cfg, run / "lists"), at), Ladder()
+    began = time.monotonic()
     try:
-        for rung in climbed(cfg, run / "rungs", splits, at):
-            rungs.append(rung)
-            result = Ladder(rungs, best(rungs, metric_of(rung)), metric_of(rung), said)
-            print(f"{rung.name}: {rung.verdict if rungs[1:] else 'the features as they come'}", flush=True)
+        for rung in climbed(cfg, shared):
+            rung.minutes = (time.monotonic() - began) / 60
+            result.rungs.append(rung)
+            print(f"{rung.name}: {rung.verdict if result.rungs[1:] else 'the features as they come'}", flush=True)
             if show:
                 show(result)
+            began = time.monotonic()
     except OutOfTime:
-        said.append(f"the {minutes:g} minutes ended before the ladder did; run again with more, and it goes on")
-    result = Ladder(rungs, best(rungs, metric_of(rungs[0])), metric_of(rungs[0]), said)
-    learn = handed_back(cfg, run, result, splits, at)
-    said.append(f"kept: {result.kept.name}, {ladder.RUNGS[result.kept.name]}, chosen on validation")
-    print(*said, sep="\n", flush=True)
-    with replacing(run / "ladder.csv") as path:
-        result.table().to_csv(path)
+        result.said.append(f"the {minutes:g} minutes ended before the ladder did; run again with more, and it goes on")
+    kept = result.kept
+    learn = hand_back(cfg, kept, shared)
+    result.said.append(f"kept: {kept.name}, {ladder.RUNGS[kept.name]}, chosen on validation")
+    print(*result.said, sep="\n", flush=True)
+    write_csv(result.table(), run / "ladder.csv", index=True)
     return learn, result
-
-
-def metric_of(rung: Rung) -> str:
-    """Return what rungs are compared by: mAP where it is measured, for it moves before recall@1 does."""
-    names = [column.removesuffix("_after") for column in rung.queries if column.endswith("_after")]
-    return "mAP" if "mAP" in names else names[0]
 
 
 def best(rungs: list[Rung], metric: str) -> Rung:
@@ -159,40 +176,144 @@ def best(rungs: list[Rung], metric: str) -> Rung:
 # ---- the rungs -------------------------------------------------------------------------------------------------------
 
 
-def climbed(cfg: dict, folder: Path, splits: list[Split], at: float) -> Iterator[Rung]:
+@dataclass
+class Shared:
+    """What all rungs of a climb share: the run folder, the splits, when the time has run out, and the first rung."""
+
+    run: Path
+    splits: list[Split]
+    at: float
+    start: Rung | None = None
+
+    def place(self, folder: str, number: int) -> Path:
+        """Return where in rungs/ a split of a rung is kept."""
+        return self.run / "rungs" / folder / (f"fold-{number}" if len(self.splits) > 1 else "")
+
+    def before(self, number: int) -> dict[str, np.ndarray] | None:
+        """Return what the start has for the queries of a split, None while it is climbed itself."""
+        return None if self.start is None else self.start.values(number)
+
+
+def climbed(cfg: dict, shared: Shared) -> Iterator[Rung]:
     """Yield each rung once it is climbed on every split."""
-    first = partial(over_splits, splits=splits, at=float("inf"), start=None)
-    began = time.monotonic()
-    start = Rung("start", ladder.start(cfg), first(folder / "start", ladder.start(cfg)), "start")
-    start.minutes = (time.monotonic() - began) / 60
-    yield start
-    rung = partial(over_splits, splits=splits, at=at, start=start)
-    images, identities, width, flat = facts(start.cfg, splits)
-    power = None
+    shared.start = trained("start", ladder.start(cfg), shared)
+    yield shared.start
+    images, identities, width, flat = facts(shared.start.cfg, shared)
     if flat:
-        began, tried = time.monotonic(), []
-        for value in ladder.POWERS:
-            made = ladder.whiten(cfg, width, value)
-            tried.append(Rung("whiten", made, rung(folder / f"whiten-{value:g}", made), f"whiten-{value:g}"))
-        chosen = max(tried, key=lambda rung: rung.queries[f"{metric_of(rung)}_after"].mean())
-        chosen.minutes, power = (time.monotonic() - began) / 60, chosen.cfg["Arch"]["Neck"]["power"]
-        yield chosen
-        began, made = time.monotonic(), ladder.probe(cfg, width, power, images, identities)
-        queries = rung(folder / "probe", made)
-        yield Rung("probe", made, queries, "probe", minutes=(time.monotonic() - began) / 60)
-    began, made = time.monotonic(), ladder.plain(cfg)
-    queries = rung(folder / "finetune", made)
-    tuned = Rung("finetune", made, queries, "finetune", minutes=(time.monotonic() - began) / 60)
+        tried = [
+            trained("whiten", ladder.whiten(cfg, width, power), shared, f"whiten-{power:g}") for power in ladder.POWERS
+        ]
+        whitened = max(tried, key=lambda rung: rung.mean)
+        yield whitened
+        power = whitened.cfg["Arch"]["Neck"]["power"]
+        yield trained("probe", ladder.probe(cfg, width, power, images, identities), shared)
+    tuned = trained("finetune", ladder.plain(cfg), shared)
     yield tuned
-    yield between(tuned, folder, splits, start, at)
+    yield max(between(tuned, shared), key=lambda rung: rung.mean)
 
 
-def facts(cfg: dict, splits: list[Split]) -> tuple[int, int, int, bool]:
-    """Return training images, identities, the width of the lower rungs' embedding, and whether features are vectors."""
-    loaders = build_loaders(on_split(cfg, splits[0]))
+def facts(cfg: dict, shared: Shared) -> tuple[int, int, int, bool]:
+    """Return training images, identities, the width of the lower rungs, and whether features are vectors."""
+    loaders = build_loaders(on_split(cfg, shared.splits[0]))
     backbone: Any = build_model(cfg).backbone
     images, shape = len(loaders.train.dataset), backbone.out_shape
     return images, loaders.classes, min(ladder.WIDTH, shape[0], images - 1), prod(shape[1:]) == 1
+
+
+def missing(place: Path, cfg: dict, shared: Shared) -> bool:
+    """Return whether a rung has yet to be climbed.
+
+    Raises:
+        ConfigError: It is there, and of another configuration.
+        OutOfTime: It is not, and the time has run out.
+    """
+    if (place / "metrics.json").exists():
+        check_same(resolved(cfg), read_yaml(place / "config.yaml"), place)
+        return False
+    if shared.start and time.monotonic() > shared.at:
+        raise OutOfTime
+    return True
+
+
+def trained(name: str, cfg: dict, shared: Shared, folder: str = "") -> Rung:
+    """Return a rung, trained where it is not there yet; a folder without metrics.json goes on."""
+    folder, tables = folder or name, []
+    for number, split in enumerate(shared.splits):
+        place, made = shared.place(folder, number), on_split(cfg, split)
+        if missing(place, made, shared):
+            learn = learner_of(made, place)
+            learn.add_cb(Deadline(shared.at))
+            with learn.no_bar(), learn.no_logging():
+                learn.fit_config()
+            finish(place, learn, shared.before(number))
+        tables.append(read_queries(place).assign(fold=number))
+    return Rung(name, cfg, pd.concat(tables, ignore_index=True), folder)
+
+
+def between(tuned: Rung, shared: Shared) -> list[Rung]:
+    """Return a rung for each share of the way from the start's weights to the fine-tuned ones."""
+    tables: dict[float, list] = {alpha: [] for alpha in ladder.ALPHAS}
+    for number, split in enumerate(shared.splits):
+        source, cfg, learn = shared.place("finetune", number), on_split(tuned.cfg, split), None
+        for alpha, found in tables.items():
+            place = shared.place(f"interpolate-{alpha:g}", number)
+            if missing(place, cfg, shared):
+                learn = learn or learner_of(cfg, place)
+                open_run(place, cfg, learn.loaders.classes)
+                start = build_model(cfg, learn.loaders.classes).state_dict()
+                take_weights(learn, interpolate(start, read_weights(source / "model.safetensors"), alpha), place)
+                copy_tables(source, place)
+                finish(place, learn, shared.before(number))
+            found.append(read_queries(place).assign(fold=number))
+    return [
+        Rung("interpolate", tuned.cfg, pd.concat(found, ignore_index=True), "finetune", alpha)
+        for alpha, found in tables.items()
+    ]
+
+
+def hand_back(cfg: dict, kept: Rung, shared: Shared) -> RetrievalLearner:
+    """Return the learner of the kept rung over the test lists; its weights and history stand in the run folder."""
+    final, source = refitted(cfg, kept, shared)
+    learn = learner_of({**final, "Global": {**final["Global"], "probe": None}}, shared.run)
+    start = learn.model.state_dict()
+    weights = start if source is None else read_weights(source / "model.safetensors")
+    if kept.alpha is not None:
+        weights = interpolate(start, weights, kept.alpha)
+    take_weights(learn, weights, shared.run)
+    open_run(shared.run, final, learn.loaders.classes)
+    if source is None:
+        save_label_map(learn.loaders.train.dataset, shared.run / "labels.csv")
+        write_history(shared.run, {})
+    else:
+        copy_tables(source, shared.run)
+    return learn
+
+
+def refitted(cfg: dict, kept: Rung, shared: Shared) -> tuple[dict, Path | None]:
+    """Return the kept rung's configuration and the folder of its weights, None where these are the start's.
+
+    Where Ladder.refit says so and there is time, and always where there were folds, the rung is trained again on
+    all training images, those held out included, for as many epochs as were best.
+    """
+    final = unjudged(kept.cfg)
+    final["DataLoader"]["Eval"] = cfg["DataLoader"]["Eval"]
+    section, folder = final["DataLoader"]["Train"], shared.run / "rungs" / kept.folder
+    again = len(shared.splits) > 1 or (cfg["Ladder"]["refit"] and time.monotonic() < shared.at)
+    if kept.name == "start":
+        return final, None
+    if not again:
+        section["dataset"] = ladder.with_ops(section["dataset"], shared.splits[0].train)
+        return final, folder
+    section["dataset"] = ladder.with_ops(section["dataset"], whole_list(cfg, shared.run / "lists"))
+    final["Global"] |= {"epochs": best_epoch([*folder.rglob("history.csv")]), "eval_during_train": False}
+    source = folder.with_name(f"{kept.folder}-refit")
+    if not (source / "model.safetensors").exists():
+        learn = learner_of(unjudged(final), source)
+        with learn.no_bar(), learn.no_logging():
+            learn.fit_config()
+    if not (source / "history.csv").exists():
+        write_history(source, {})
+    return final, source
 
 
 def on_split(cfg: dict, split: Split) -> dict:
@@ -204,48 +325,6 @@ def on_split(cfg: dict, split: Split) -> dict:
     return ladder.judged_by(cfg, split.train, query, gallery)
 
 
-def over_splits(folder: Path, cfg: dict, splits: list[Split], at: float, start: Rung | None) -> pd.DataFrame:
-    """Return the values of every validation query, the start's beside the rung's, each split trained in turn."""
-    tables = []
-    for number, split in enumerate(splits):
-        place, made = folder / f"fold-{number}" if len(splits) > 1 else folder, on_split(cfg, split)
-        if not done(place, made):
-            train_rung(made, place, at, None if start is None else start_values(start, number))
-        tables.append(read_queries(place).assign(fold=number))
-    return pd.concat(tables, ignore_index=True)
-
-
-def done(folder: Path, cfg: dict) -> bool:
-    """Return True if a rung stands there already; raise ConfigError where it is another configuration's."""
-    if not (folder / "metrics.json").exists():
-        return False
-    check_same(resolved(cfg), read_yaml(folder / "config.yaml"), folder)
-    return True
-
-
-def start_values(start: Rung, fold: int) -> dict[str, np.ndarray]:
-    """Return the metrics of the untouched features for each query of a fold."""
-    rows = start.queries[start.queries.fold == fold]
-    return {c.removesuffix("_after"): rows[c].to_numpy(float) for c in rows if c.endswith("_after")}
-
-
-def read_queries(folder: Path) -> pd.DataFrame:
-    """Return the values that a rung has left for each query."""
-    return pd.read_csv(folder / "queries.csv", float_precision="round_trip", dtype={"label": str})
-
-
-def train_rung(cfg: dict, folder: Path, at: float, start: dict[str, np.ndarray] | None) -> None:
-    """Train a rung into its folder and judge it on the validation lists; a folder without metrics.json goes on."""
-    if time.monotonic() > at:
-        raise OutOfTime
-    learn = learner_of(cfg, folder)
-    learn.add_cb(Deadline(at))
-    with learn.no_bar(), learn.no_logging():
-        learn.fit_config()
-        after = learn.evaluate()
-    finish(folder, learn, after, start)
-
-
 def learner_of(cfg: dict, folder: Path) -> RetrievalLearner:
     """Return the learner of a configuration that writes into a folder."""
     loaders = build_loaders(cfg)
@@ -253,118 +332,48 @@ def learner_of(cfg: dict, folder: Path) -> RetrievalLearner:
     return build_learner(cfg, build_model(cfg, loaders.classes), loaders, folder)
 
 
-def finish(folder: Path, learn: RetrievalLearner, after: Evaluation, start: dict[str, np.ndarray] | None) -> None:
-    """Write the results of a rung, compared with the start's values for the same queries."""
-    before = (
-        after
-        if start is None
-        else Evaluation(metrics={k: float(np.nanmean(v)) for k, v in start.items()}, per_query=start)
-    )
+def take_weights(learn: RetrievalLearner, weights: dict[str, Tensor], folder: Path) -> None:
+    """Give a learner's model some weights, and write them as model.safetensors."""
+    learn.model.load_state_dict(weights)
+    save_weights(weights, folder / "model.safetensors")
+
+
+# ---- its files -------------------------------------------------------------------------------------------------------
+
+
+def finish(folder: Path, learn: RetrievalLearner, start: dict[str, np.ndarray] | None) -> None:
+    """Judge a rung and write its results, compared with the start's values for the same queries."""
+    with learn.no_bar(), learn.no_logging():
+        after = before = learn.evaluate()
+    if start is not None:
+        before = Evaluation(metrics={k: float(np.nanmean(v)) for k, v in start.items()}, per_query=start)
     if not (folder / "history.csv").exists():
         write_history(folder, after.metrics)
     save_results(folder, learn, before, after)
 
 
-def between(tuned: Rung, folder: Path, splits: list[Split], start: Rung, at: float) -> Rung:
-    """Return the rung of the weights between the start and the fine-tuned ones, alpha chosen on validation."""
-    began, tables = time.monotonic(), {alpha: [] for alpha in ladder.ALPHAS}
-    for number, split in enumerate(splits):
-        source = folder / "finetune" / (f"fold-{number}" if len(splits) > 1 else "")
-        learn = None
-        for alpha in ladder.ALPHAS:
-            place = folder / f"interpolate-{alpha:g}" / (f"fold-{number}" if len(splits) > 1 else "")
-            cfg = on_split(tuned.cfg, split)
-            if not done(place, cfg):
-                if time.monotonic() > at:
-                    raise OutOfTime
-                learn = learn or learner_of(cfg, place)
-                open_run(place, cfg, learn.loaders.classes)
-                write_between(cfg, learn, source / "model.safetensors", alpha, place)
-                with learn.no_bar(), learn.no_logging():
-                    after = learn.evaluate()
-                shutil.copyfile(source / "history.csv", place / "history.csv")
-                shutil.copyfile(source / "labels.csv", place / "labels.csv")
-                finish(place, learn, after, start_values(start, number))
-            tables[alpha].append(read_queries(place).assign(fold=number))
-    joined = {alpha: pd.concat(parts, ignore_index=True) for alpha, parts in tables.items()}
-    metric = f"{metric_of(tuned)}_after"
-    alpha = max(joined, key=lambda alpha: joined[alpha][metric].mean())
-    return Rung("interpolate", tuned.cfg, joined[alpha], "finetune", alpha, (time.monotonic() - began) / 60)
-
-
-def write_between(cfg: dict, learn: RetrievalLearner, trained: Path, alpha: float, folder: Path) -> None:
-    """Give the learner's model the weights between its configuration's start and a file, and save them."""
-    start = build_model(cfg, learn.loaders.classes).state_dict()
-    weights = interpolate(start, read_weights(trained), alpha)
-    learn.model.load_state_dict(weights)
-    save_weights(weights, folder / "model.safetensors")
-
-
-# ---- what is handed back ---------------------------------------------------------------------------------------------
-
-
-def handed_back(cfg: dict, run: Path, climbed: Ladder, splits: list[Split], at: float) -> RetrievalLearner:
-    """Return the learner of the kept rung over the test lists; its weights and history stand in the run folder."""
-    kept = climbed.kept
-    final, source = refitted(cfg, run, kept, splits, at)
-    learn = learner_of({**final, "Global": {**final["Global"], "probe": None}}, run)
-    start = learn.model.state_dict()
-    weights = start if source is None else read_weights(source / "model.safetensors")
-    if kept.alpha is not None:
-        weights = interpolate(start, weights, kept.alpha)
-    save_weights(weights, run / "model.safetensors")
-    learn.model.load_state_dict(weights)
-    open_run(run, final, learn.loaders.classes)
-    if source is None:
-        save_label_map(learn.loaders.train.dataset, run / "labels.csv")
-        write_history(run, {})
-    else:
-        for file in ("history.csv", "labels.csv"):
-            shutil.copyfile(source / file, run / file)
-    return learn
-
-
-def refitted(cfg: dict, run: Path, kept: Rung, splits: list[Split], at: float) -> tuple[dict, Path | None]:
-    """Return the kept rung's configuration and the folder of its weights, None where these are the start's.
-
-    Where Ladder.refit says so and there is time, and always where there were folds, the rung is trained again on all
-    training images, those held out included, for as many epochs as were best.
-    """
-    final = unjudged(kept.cfg)
-    final["DataLoader"]["Eval"] = cfg["DataLoader"]["Eval"]
-    section = final["DataLoader"]["Train"]
-    again = len(splits) > 1 or (cfg["Ladder"]["refit"] and time.monotonic() < at)
-    if kept.name == "start":
-        return final, None
-    if not again:
-        section["dataset"] = ladder.with_ops(section["dataset"], splits[0].train)
-        return final, run / "rungs" / kept.folder
-    section["dataset"] = ladder.with_ops(section["dataset"], whole_list(cfg, run / "lists"))
-    histories = [*(run / "rungs" / kept.folder).rglob("history.csv")]
-    final["Global"] |= {"epochs": best_epoch(histories), "eval_during_train": False}
-    source = run / "rungs" / f"{kept.folder}-refit"
-    if not (source / "model.safetensors").exists():
-        learn = learner_of(unjudged(final), source)
-        with learn.no_bar(), learn.no_logging():
-            learn.fit_config()
-    if not (source / "history.csv").exists():
-        write_history(source, {})
-    return final, source
+def read_queries(folder: Path) -> pd.DataFrame:
+    """Return the values that a rung has left for each query."""
+    return pd.read_csv(folder / "queries.csv", float_precision="round_trip", dtype={"label": str})
 
 
 def write_history(folder: Path, metrics: dict[str, float]) -> None:
     """Write the history of a rung that has no epochs: one row, of epoch 0."""
-    with replacing(folder / "history.csv") as path:
-        pd.DataFrame([{"epoch": 0, "lr": 0.0, **metrics}]).to_csv(path, index=False)
+    write_csv(pd.DataFrame([{"epoch": 0, "lr": 0.0, **metrics}]), folder / "history.csv")
+
+
+def copy_tables(source: Path, folder: Path) -> None:
+    """Copy what a training has left beside its weights: its history, and the names of its classes."""
+    for file in ("history.csv", "labels.csv"):
+        shutil.copyfile(source / file, folder / file)
 
 
 def best_epoch(histories: list[Path]) -> int:
     """Return how many epochs were best, the median over the folds."""
-    epochs = []
+    epochs = [0] * (not histories)
     for path in histories:
         table = pd.read_csv(path)
-        judged = (
-            table.dropna(subset=[name]) if (name := "mAP" if "mAP" in table else table.columns[-1]) in table else table
-        )
-        epochs.append(int(judged.epoch[judged[name][::-1].idxmax()]) if len(judged) else 0)
-    return int(np.median(epochs)) if epochs else 0
+        metric = "mAP" if "mAP" in table else table.columns[-1]
+        judged = table.dropna(subset=[metric])
+        epochs.append(int(judged.epoch[judged[metric][::-1].idxmax()]) if len(judged) else 0)
+    return int(np.median(epochs))

@@ -44,7 +44,6 @@ def show(
     if not is_own(kind):
         shell.showtraceback((kind, error, trace), tb_offset=tb_offset)
         return
-    text = "".join(traceback.format_exception(kind, error, trace))
-    folded = f"<details><summary>Traceback</summary><pre>{html.escape(text)}</pre></details>"
-    shell.display_pub.publish({"text/html": folded, "text/plain": "the traceback is folded away"})
+    text = folded("Traceback", "".join(traceback.format_exception(kind, error, trace))).data
+    shell.display_pub.publish({"text/html": text, "text/plain": "the traceback is folded away"})
     shell._showtraceback(kind, error, [f"{kind.__name__}: {error}"])  # what kernels send is replaced by nothing public

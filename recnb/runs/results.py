@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 
-from recnb.data.lists import ImageList
+from recnb.data.lists import ImageList, write_csv
 from recnb.distributed.processes import first_does
-from recnb.runs.folder import save_embeddings, save_metrics
-from recnb.runs.rows import save_rows
-from recnb.storage import from_root, replacing
+from recnb.runs.folder import SUMMED
+from recnb.runs.verdict import verdict
+from recnb.storage import from_root, replacing, write_json, write_sums
 from recnb.training.evaluation import Evaluation
 from recnb.training.learner import RetrievalLearner
 
@@ -51,13 +53,48 @@ def save_queries(path: Path, images: ImageList, before: Evaluation, after: Evalu
         after: The one after it; None while there is none.
     """
     names = [images.name(label) for label in images.labels.tolist()]
-    table = pd.DataFrame({"path": [*map(from_root, images.paths)], "label": names})
+    table = pd.DataFrame(
+        {"path": [*map(from_root, images.paths)], "label": names}, dtype=object
+    )  # bytes may be no text
     for name, values in before.per_query.items():
         table[f"{name}_before"] = values
         if after is not None:
             table[f"{name}_after"] = after.per_query[name]
-    with replacing(path) as temporary:
-        table.to_csv(temporary, index=False, errors="backslashreplace")
+    write_csv(table, path)
+
+
+def save_embeddings(run: Path, **embeddings: torch.Tensor) -> None:
+    """Write each array of embeddings, float32 (N, D), as embeddings/NAME.npy."""
+    for name, values in embeddings.items():
+        with replacing(run / "embeddings" / f"{name}.npy") as path, path.open("wb") as file:
+            np.save(file, values.numpy())
+
+
+def save_metrics(run: Path, before: dict, after: dict) -> dict:
+    """Write metrics.json and return its content.
+
+    It holds the final metrics, those before training, their gain and, where the run has a queries.csv, the 95 %
+    intervals of all three. There are no times in it, so that two runs compare by bytes.
+    """
+    content = {**after, "before": before, "gain": {k: after[k] - before[k] for k in after if k in before}}
+    if (run / "queries.csv").is_file():
+        content["intervals"] = verdict(run).intervals
+    write_json(run / "metrics.json", content)
+    write_sums(run, [name for name in SUMMED if (run / name).is_file()])
+    return content
+
+
+def save_rows(run: Path, lists: Mapping[str, ImageList]) -> None:
+    """Write embeddings/query.csv and gallery.csv: of each row the path, the identity's name, the camera and the box."""
+    for part, images in lists.items():
+        boxes = images.boxes if images.boxes is not None else [()] * len(images)
+        columns = {
+            "path": [from_root(path) for path in images.paths],
+            "label": [*map(images.name, images.labels.tolist())],
+            "camera": "" if images.cameras is None else images.cameras,
+            "box": [" ".join(map(str, box)) for box in boxes],
+        }
+        write_csv(pd.DataFrame(columns, dtype=object), run / "embeddings" / f"{part}.csv")
 
 
 def save_results(run: Path, learn: RetrievalLearner, before: Evaluation, after: Evaluation) -> None:

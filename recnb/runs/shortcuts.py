@@ -7,10 +7,10 @@ elsewhere (arXiv 2604.09690).
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
@@ -20,9 +20,7 @@ from recnb.data.images import read_pixels
 from recnb.data.lists import ImageList
 from recnb.data.loaders import ImageLoader
 from recnb.registry import ConfigError
-from recnb.retrieval.metrics import retrieval_metrics
-from recnb.retrieval.stats import bootstrap_interval
-from recnb.runs.analysis import Embeddings, of_run
+from recnb.runs.analysis import Embeddings, judge, of_run
 from recnb.runs.folder import Run
 from recnb.storage import resolve
 from recnb.training.evaluation import embed
@@ -87,17 +85,14 @@ def shortcut_table(run: Run, masks: str = "", share: float = 0.6) -> pd.DataFram
     """
     data, model = of_run(run), run.model()
     mask = from_folder(masks, data) if masks else centre(share)
-    rows = {"whole image": _row(data, data.query, data.gallery)}
+    rows = {"whole image": _row(data)}
     for name, foreground in (("foreground only", True), ("background only", False)):
         parts = (Blanked(images, mask, foreground) for images in (run.query, run.gallery))
-        vectors = [embed(model, ImageLoader(part, batch_size=64), progress=False).numpy() for part in parts]
-        rows[name] = _row(data, *vectors)
+        query, gallery = (embed(model, ImageLoader(part, batch_size=64), progress=False).numpy() for part in parts)
+        rows[name] = _row(replace(data, query=query, gallery=gallery))
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
-def _row(data: Embeddings, query: np.ndarray, gallery: np.ndarray) -> dict:
-    names = ("recall{k}", "mAP")
-    scores, arrays = retrieval_metrics(query, gallery, *data.lists, (1,), metrics=names, per_query=True)
-    valid = arrays["valid"]
-    interval = bootstrap_interval(arrays["AP"][valid], np.asarray(data.query_labels)[valid])
-    return {"recall1": scores["recall1"], "mAP": scores["mAP"], "low": interval["low"], "high": interval["high"]}
+def _row(data: Embeddings) -> dict:
+    table, _ = judge(data, (1,))
+    return {"recall1": table["mean"]["recall1"], "mAP": table["mean"]["mAP"], **table.loc["mAP", ["low", "high"]]}

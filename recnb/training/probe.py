@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from recnb.data.features import with_features
+from recnb.data.cache import with_features
 from recnb.data.lists import ImageList
 from recnb.data.loaders import ImageLoader, Loaders, Pair, batch_size, batches_on, over
 from recnb.distributed.processes import first_does

@@ -10,8 +10,8 @@ from PIL import Image
 
 from recnb import build_loaders, build_model, load_config
 from recnb.data.images import DataError
+from recnb.data.layouts import ImageFolder
 from recnb.data.lists import (
-    ImageFolder,
     ImageList,
     ImageNetDataset,
     VeriWild,

@@ -17,7 +17,8 @@ from recnb import build_loaders, load_config
 from recnb.data import images
 from recnb.data.audit import fingerprint
 from recnb.data.images import DataError, faults, printable, read_rgb
-from recnb.data.lists import ImageFolder, ImageList, VeriWild, check_images, save_dropped, save_label_map
+from recnb.data.layouts import ImageFolder
+from recnb.data.lists import ImageList, VeriWild, check_images, save_dropped, save_label_map
 from recnb.gallery.pictures import read_picture
 
 TRAIN = "DataLoader.Train.dataset"

@@ -15,7 +15,7 @@ from torch.utils.data import ConcatDataset, DataLoader
 from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-import recnb.data.augmix  # noqa: F401  for its part of the registry
+import recnb.data.augment  # noqa: F401  for its part of the registry
 from recnb.data import images as decoding
 from recnb.data.cache import fixed_ops
 from recnb.data.images import DataError, read_pixels, read_rgb

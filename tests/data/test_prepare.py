@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from recnb import build_learner, build_loaders, build_model, gallery, load_config
-from recnb.data import lists
+from recnb import build_learner, build_loaders, build_model, gallery, load_config, storage
+from recnb.data import layouts
 from recnb.data.audit import audit, fingerprints
 from recnb.data.images import DataError
 from recnb.data.lists import positives
@@ -23,19 +23,24 @@ from recnb.data.prepare import (
     Options,
     clean,
     images_root,
+    list_files,
     read_options,
     read_source,
-    read_table,
     used,
     with_groups,
     with_tags,
     write_files,
-    write_lists,
 )
 from recnb.data.splits import split
 from recnb.recipe import starter
 from recnb.recipe.data import evaluation_images, training_images
 from recnb.registry import ConfigError
+
+
+def read_table(*args, **options) -> pd.DataFrame:
+    """The table of `read_source`, without the files that are left out."""
+    return read_source(*args, **options)[0]
+
 
 CAMERA = r"camera(\d+)_"
 
@@ -319,7 +324,7 @@ def test_names_come_out_as_they_went_in(images, tmp_path):
 def test_names_that_no_list_can_hold(images, tmp_path, name):
     (images / "0000").rename(images / name)
     with pytest.raises(DataError, match=r"no list can hold this name, which is"):
-        write_lists(split(read_table(images)), tmp_path)
+        list_files(split(read_table(images)))
     assert not list(tmp_path.glob("*.txt"))
 
 
@@ -429,7 +434,8 @@ def test_weights_are_taken_from_where_they_are(monkeypatch, tmp_path):
         raise ValueError("cannot be fetched")
 
     monkeypatch.setattr(starter, "create_backbone", offline)
-    monkeypatch.setattr(starter, "ROOT", tmp_path)
+    for module in (starter, storage):
+        monkeypatch.setattr(module, "ROOT", tmp_path)
     assert starter.pretrained(Options(weights=False))[0] is None
     backbone, why = starter.pretrained(Options())
     assert backbone is None and "model.safetensors of timm/mobilenetv2_100.ra_in1k" in why and "a FILE" in why
@@ -482,7 +488,7 @@ def test_whatever_is_not_used_is_said_with_its_reason(images, monkeypatch):
     (images / "0003" / "broken.jpg").write_bytes(b"no picture")
     shutil.copy(first, images / "0000" / "zcopy.jpg")
     shutil.copy(images / "0004" / "camera0_00.jpg", images / "0005" / "same.jpg")
-    monkeypatch.setattr(lists, "EXTENSIONS", tuple(e for e in lists.EXTENSIONS if e != ".heic"))
+    monkeypatch.setattr(layouts, "EXTENSIONS", tuple(e for e in layouts.EXTENSIONS if e != ".heic"))
     table, left = read_source(images)
     table, unfit = clean(table, fingerprints(table.path))
     found = {os.path.relpath(path, images): why for path, why in left + unfit}
@@ -505,7 +511,7 @@ def test_whatever_is_not_used_is_said_with_its_reason(images, monkeypatch):
 
 
 def test_a_folder_of_photographs_that_need_an_extra(tmp_path, monkeypatch):
-    monkeypatch.setattr(lists, "EXTENSIONS", (".jpg",))
+    monkeypatch.setattr(layouts, "EXTENSIONS", (".jpg",))
     for name in ("a/1.HEIC", "b/2.heic"):
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).write_bytes(b"x")
@@ -518,7 +524,7 @@ def test_photographs_of_phones_are_read(tmp_path):
     (tmp_path / "a").mkdir()
     heif.from_pillow(Image.new("RGB", (64, 48), (200, 30, 30))).save(tmp_path / "a" / "1.HEIC")
     Image.new("RGB", (64, 48), (30, 200, 30)).save(tmp_path / "a" / "2.avif")
-    images = lists.ImageFolder(str(tmp_path))
+    images = layouts.ImageFolder(str(tmp_path))
     assert [tuple(images.image(i).shape) for i in range(2)] == [(3, 48, 64)] * 2
     assert images.image(0)[0].float().mean() > 150 and images.image(1)[1].float().mean() > 150
 

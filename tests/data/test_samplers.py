@@ -20,6 +20,7 @@ from recnb.data.samplers import (
     picks,
     ratios,
 )
+from recnb.registry import ConfigError
 
 ARGUMENTS = {
     "PKSampler": {"batch_size": 8, "sample_per_id": 2},
@@ -291,8 +292,9 @@ def test_rare_identities_are_found_in_few_steps():
 
 
 def test_an_unknown_way_to_draw():
-    with pytest.raises(ValueError, match="sample_method 'id' is neither sample_avg_prob nor id_avg_prob"):
-        make("PKSampler", sample_method="id")
+    section = {"name": "PKSampler", "batch_size": 8, "sample_per_id": 4, "sample_method": "id"}
+    with pytest.raises(ConfigError, match=r"sampler\.sample_method: 'id' is not supported; there is id_avg_prob"):
+        SAMPLERS.build(section, "sampler", labels=(UNEVEN, ""))
 
 
 # --- The whole list ---------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from recnb.data.audit import fingerprints
 from recnb.data.images import DataError
 from recnb.data.layouts import CompCars, ICartoonDataset, LogoDataset
 from recnb.data.lists import ImageNetDataset, VeriWild
-from recnb.data.prepare import Options, read_table, write_lists
+from recnb.data.prepare import Options, list_files, read_source
 from recnb.data.splits import split
 from recnb.gallery.curves import map_figure, samples_figure
 from recnb.gallery.figure import gallery_figure
@@ -289,7 +289,7 @@ def test_what_prepare_writes_says_that_it_leads_outside(tmp_path):
             rows.append(f"{path},{label}")
     (tmp_path / "lists").mkdir()
     (tmp_path / "lists" / "images.csv").write_text("\n".join(rows))
-    splits = split(read_table(tmp_path / "lists" / "images.csv"), 0.5)
+    splits = split(read_source(tmp_path / "lists" / "images.csv")[0], 0.5)
     for root, outside in ((tmp_path / "left", True), (None, None)):
         folder = tmp_path / f"written {root is None}"
         folder.mkdir()
@@ -305,7 +305,7 @@ def test_prepare_refuses_names_that_no_list_can_hold(tmp_path):
             (tmp_path / identity).mkdir(exist_ok=True)
             Image.new("RGB", (8, 8), (n * 80, 0, 0)).save(tmp_path / identity / os.fsdecode(b"\xe9%d.png" % n))
     with pytest.raises(DataError, match=r"\\udce9\d\.png: no list can hold this name"):
-        write_lists(split(read_table(tmp_path), 0.5), tmp_path / "lists")
+        list_files(split(read_source(tmp_path)[0], 0.5))
 
 
 # --- Pickles, weights, indices ----------------------------------------------------------------------------------------
@@ -548,7 +548,7 @@ def test_labels_that_look_like_formulas_are_drawn(hostile_gallery, tmp_path):
     for name in ("$\\frac{$", "b$"):
         (tmp_path / "set" / name).mkdir(parents=True)
         Image.new("RGB", (8, 8)).save(tmp_path / "set" / name / "1.png")
-    samples_figure(read_table(tmp_path / "set")).savefig(tmp_path / "c.png")
+    samples_figure(read_source(tmp_path / "set")[0]).savefig(tmp_path / "c.png")
 
 
 # --- Whatever else there is -------------------------------------------------------------------------------------------

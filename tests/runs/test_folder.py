@@ -15,8 +15,8 @@ from recnb.recipe.reading import as_yaml
 from recnb.recipe.resolved import check_same, resolved
 from recnb.recipe.schema import load_config
 from recnb.registry import ConfigError
-from recnb.runs.folder import load_run
-from recnb.runs.rows import kept_rows, save_rows
+from recnb.runs.folder import kept_rows, load_run
+from recnb.runs.results import save_rows
 
 QUERIES, GALLERY = 18, 36  # of the drawn set
 

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from recnb.registry import ConfigError
-from recnb.runs.folder import save_metrics
+from recnb.runs.results import save_metrics
 from recnb.runs.verdict import BETTER, WORSE, show_verdict, spoken, verdict
 
 

@@ -26,7 +26,8 @@ from recnb.registry import ConfigError
 from recnb.retrieval.metrics import retrieval_metrics
 from recnb.runs.compare import load_runs
 from recnb.runs.experiment import train
-from recnb.runs.folder import embed_picture, load_run, open_run, save_metrics
+from recnb.runs.folder import embed_picture, load_run, open_run
+from recnb.runs.results import save_metrics
 from recnb.storage import replacing
 from recnb.training import fit as training
 from recnb.training import loggers
