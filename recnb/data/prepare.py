@@ -109,7 +109,7 @@ def read_source(
         files, unused = scan(source)
         if not files:
             raise DataError(f"{source}: {no_images(unused)}")
-        table, places = pd.DataFrame(files, columns=["path", "label"]), None
+        table, places = pd.DataFrame(files, columns=["path", "label"], dtype=object), None
     elif not source.is_file():
         raise DataError(f"{source}: there is no such file or folder")
     elif source.suffix.lower() in (".csv", ".tsv"):

@@ -594,7 +594,7 @@ LOADING = [
     ),
     (
         {f"{TRAIN}.dataset.transform_ops.1": {"RandFlipImage": {"flip_code": 2}}},
-        f"{TRAIN}.dataset.transform_ops.1.RandFlipImage: flip_code is 2, only",
+        f"{TRAIN}.dataset.transform_ops.1.RandFlipImage.flip_code: '2' is not supported; there is",
     ),
     (
         {f"{TRAIN}.dataset.transform_ops.1": {"NormalizeImage": {"scale": "1/0"}}},
