@@ -32,6 +32,14 @@ def suggest(word: str, known: typing.Iterable[str]) -> str:
     return f"there is {', '.join(known)}" if known else "there is none"
 
 
+def check_known(words: typing.Iterable[str], known: typing.Collection[str], where: str, kind: str = "") -> None:
+    """Raise ConfigError for the first word that is not among the known ones, which are of some kind."""
+    for word in words:
+        if word not in known:
+            named = f"{kind} '{word}'".lstrip()
+            raise ConfigError(f"{where}: there is no {named}; {suggest(word, known)}")
+
+
 @dataclass(frozen=True)
 class Range:
     """The bounds of a number in an annotation, `Annotated[int, Range(1)]`; `above` and `below` are not reached."""

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from recnb.cli.notebook import FailedError, execute, find
 from recnb.cli.progress import duration
-from recnb.registry import ConfigError, suggest
+from recnb.registry import ConfigError, check_known
 from recnb.storage import ROOT, locked, write_json
 
 LEAST = 200_000_000  # bytes that have to be free
@@ -178,8 +178,7 @@ def check_options(options: dict) -> None:
     if backbone:
         from recnb.models.backbones import list_backbones
 
-        if backbone not in (known := list_backbones()):
-            raise ConfigError(f"--backbone: there is no network '{backbone}'; {suggest(backbone, known)}")
+        check_known([backbone], list_backbones(), "--backbone", "network")
     if not all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime")):
         raise ConfigError("05_export needs packages that are not installed: pip install 'recnb[export]'")
 

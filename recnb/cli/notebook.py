@@ -18,7 +18,7 @@ from pathlib import Path
 from recnb.cli.progress import epochs_shown
 from recnb.recipe.reading import parse
 from recnb.recipe.schema import load_config
-from recnb.registry import ConfigError, fits, suggest
+from recnb.registry import ConfigError, check_known, fits, suggest
 from recnb.storage import resolve
 
 KINDS = {kind.__name__: kind for kind in (str, int, float, bool, dict, list)}
@@ -95,9 +95,8 @@ def parameters_of(notebook: Path, pairs: list[tuple[str, str]], text: str = "") 
 def check(notebook: Path, parameters: dict) -> None:
     """Raise ConfigError for parameters that a notebook cannot be run with, as far as that shows without running it."""
     expected = known(notebook)
+    check_known(parameters, expected, notebook.name, "parameter")
     for name, value in parameters.items():
-        if name not in expected:
-            raise ConfigError(f"{notebook.name}: there is no parameter '{name}'; {suggest(name, expected)}")
         if not fits(value, kind := expected[name].kind):
             raise ConfigError(f"{notebook.name}: {name}: {value!r} is a {type(value).__name__}, not {kind.__name__}")
     values = values_of(notebook, parameters)

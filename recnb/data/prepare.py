@@ -15,10 +15,10 @@ import re
 import unicodedata
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import get_type_hints
+from typing import Literal, get_type_hints
 
 import numpy as np
 import pandas as pd
@@ -27,7 +27,7 @@ from recnb.data.audit import exact_copies
 from recnb.data.images import DataError, printable
 from recnb.data.layouts import no_images, scan
 from recnb.data.lists import ImageList, VeriWild, positives
-from recnb.registry import ConfigError, fits, suggest
+from recnb.registry import check_known, check_values, suggest
 from recnb.storage import replacing, resolve
 
 COLUMNS = ("path", "label", "camera", "group")
@@ -37,7 +37,6 @@ SPLITS = {  # list file -> its place in a configuration
     "gallery": "Eval.Gallery",
     "validation": "Validation.Query",
 }
-GROUPS = ("none", "folder", "time")
 SESSION = 60  # seconds: photographs of an identity taken closer together are one source
 
 
@@ -51,7 +50,7 @@ class Options:
     image_root: str | None = None  # the folder that paths in a file start from
     columns: dict | None = None  # what a CSV calls its columns
     camera_pattern: str | None = None  # a regular expression with one group, which finds the camera in a path
-    group_by: str = "none"  # folder: subfolders of an identity; time: photographs taken within a minute
+    group_by: Literal["none", "folder", "time"] = "none"  # what of an identity: subfolders, or a minute's photographs
     tags: str | None = None  # a CSV of path, action (exclude or relabel) and label
     drop_leaks: bool = True  # exact copies are left out
     distance: int = 4  # bits of 64 by which two pictures that look alike may differ
@@ -64,20 +63,12 @@ class Options:
     epochs: int | None = None
     image_size: int | None = None  # pixels
 
-    def __post_init__(self):
-        if self.group_by not in GROUPS:
-            raise ConfigError(f"options: group_by is '{self.group_by}'; {suggest(self.group_by, GROUPS)}")
-
 
 def read_options(given: Mapping) -> Options:
     """Return the options that a mapping gives; raise ConfigError for a name or a value that cannot be meant."""
     hints = get_type_hints(Options)
-    for name, value in given.items():
-        if name not in hints:
-            raise ConfigError(f"options: there is no '{name}'; {suggest(name, hints)}")
-        if not fits(value, hints[name]):
-            wanted = next(field.type for field in fields(Options) if field.name == name)
-            raise ConfigError(f"options: {name} is {value!r}, and wants {wanted}")
+    check_known(given, hints, "options")
+    check_values(dict(given), hints, "options")
     return Options(**given)
 
 

@@ -31,7 +31,7 @@ from recnb.deploy.index import build_index, labelled_images
 from recnb.deploy.modelcard import compared, model_card
 from recnb.recipe.reading import as_yaml
 from recnb.recipe.settings import GLOBAL
-from recnb.registry import ConfigError, suggest
+from recnb.registry import ConfigError, check_known
 from recnb.retrieval.search import knn
 from recnb.runs.folder import Run
 from recnb.storage import me, resolve, write_json, write_sums, write_text
@@ -402,11 +402,7 @@ def write_proved(run: Run, plan: Plan, formats: Sequence[str], folder: Path, mos
 
 def check_arguments(formats: Sequence[str], arch: dict) -> None:
     """Raise ConfigError for a format or an option that does not exist."""
-    for name in formats:
-        if name not in FORMATS:
-            raise ConfigError(f"formats: there is no format '{name}'; {suggest(name, FORMATS)}")
+    check_known(formats, FORMATS, "formats", "format")
     if "onnx" not in formats:
         raise ConfigError("formats: onnx must be among them, since example.py and the index run it")
-    for name in arch:
-        if name not in ("infer_output_key", "infer_add_softmax"):
-            raise ConfigError(f"options: there is no option '{name}'; {suggest(name, OPTIONS)}")
+    check_known(arch, OPTIONS, "options", "option")

@@ -33,7 +33,7 @@ from recnb.models.cutting import first_line
 from recnb.models.lora import merge_lora
 from recnb.models.recmodel import RecModel, vectors
 from recnb.recipe.schema import adds_softmax
-from recnb.registry import ConfigError, suggest
+from recnb.registry import ConfigError, check_known
 from recnb.runs.folder import Run
 
 if TYPE_CHECKING:
@@ -186,8 +186,7 @@ def chosen_output(section: dict, network: RecModel) -> tuple[str, bool]:
         ConfigError: The model has no such output, or it cannot be meant.
     """
     key, softmax = section.get("infer_output_key") or "features", adds_softmax(section)
-    if key not in OUTPUTS:
-        raise ConfigError(f"Arch.infer_output_key: there is no output '{key}'; {suggest(key, OUTPUTS)}")
+    check_known([key], OUTPUTS, "Arch.infer_output_key", "output")
     if softmax and key != "logits":
         raise ConfigError(
             f"Arch.infer_add_softmax: is True, and infer_output_key is {key}: a softmax over an "

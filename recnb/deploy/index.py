@@ -21,7 +21,7 @@ from recnb.deploy.decision import Items, choose, mates, searches
 from recnb.deploy.graph import embed_file, open_model
 from recnb.recipe.data import evaluation_images, training_split
 from recnb.recipe.schema import lookup
-from recnb.registry import ConfigError, suggest
+from recnb.registry import check_known
 from recnb.retrieval.metrics import retrieval_metrics
 from recnb.retrieval.search import Index
 from recnb.retrieval.stats import bootstrap_interval
@@ -82,8 +82,7 @@ def lists_of(run: Run, index: str) -> dict[str, ImageList]:
         ConfigError: `index` is neither all nor test.
         DataError: A list of training or validation is not on this machine.
     """
-    if index not in INDEXES:
-        raise ConfigError(f"index: there is no index '{index}'; {suggest(index, INDEXES)}")
+    check_known([index], INDEXES, "index", "index")
     lists = {"query": run.query, "gallery": run.gallery}
     if index == "test":
         return lists

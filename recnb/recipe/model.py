@@ -20,7 +20,7 @@ from recnb.models.recmodel import DistillationModel, RecModel
 from recnb.models.weights import load_weights, local
 from recnb.recipe.data import training_images
 from recnb.recipe.schema import architectures, class_num, lookup
-from recnb.registry import ConfigError, Registry, suggest
+from recnb.registry import ConfigError, Registry, check_known
 
 
 def build_model(cfg: dict, classes: int | None = None) -> RecModel | DistillationModel:
@@ -110,8 +110,7 @@ def build_distillation(cfg: dict, models: dict[str, RecModel]) -> DistillationMo
     """The models trained together, some frozen or with weights of their own; `infer_model_name` or the last is used."""
     section, names = cfg["Arch"], list(models)
     chosen = section.get("infer_model_name") or names[-1]
-    if chosen not in models:
-        raise ConfigError(f"Arch.infer_model_name: there is no model '{chosen}'; {suggest(chosen, names)}")
+    check_known([chosen], names, "Arch.infer_model_name", "model")
     for key in ("freeze_params_list", "pretrained_list"):
         given = section.get(key) or [None] * len(names)
         if not isinstance(given, list) or len(given) != len(names):

@@ -32,7 +32,7 @@ from recnb.recipe.settings import (
     WithoutEffect,
     hints,
 )
-from recnb.registry import ConfigError, Registry, check_values, entry, suggest
+from recnb.registry import ConfigError, Registry, check_known, check_values, entry, suggest
 
 # What the original has and this has not, with the reason.
 UNSUPPORTED = {
@@ -216,10 +216,7 @@ def check_arch(section: dict, where: str) -> None:
     """Raise ConfigError for what a model's section cannot mean; the parts are checked by their registries."""
     check_section(section, where, hints(Arch))
     if section.get("name", "RecModel") != "RecModel":
-        raise ConfigError(
-            f"{where}.name: there is no model '{section['name']}'; "
-            f"{suggest(section['name'], ('RecModel', 'DistillationModel'))}"
-        )
+        check_known([section["name"]], ("RecModel", "DistillationModel"), f"{where}.name", "model")
     check_section(section.get("BackboneStopLayer") or {}, f"{where}.BackboneStopLayer", hints(StopLayer))
     if not lookup(section, "Backbone.name"):
         raise ConfigError(f"{where}.Backbone.name: the file has no such section, and nothing can be trained without it")

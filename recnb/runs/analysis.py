@@ -21,7 +21,7 @@ from recnb.data.lists import ImageList, own_index
 from recnb.data.loaders import ImageLoader
 from recnb.gallery.curves import draw_ap, draw_cmc, draw_pairs, plots
 from recnb.gallery.pictures import label_text
-from recnb.registry import ConfigError, suggest
+from recnb.registry import ConfigError, check_known
 from recnb.retrieval import verification
 from recnb.retrieval.lists import Ranking, rank
 from recnb.retrieval.metrics import STANDARD, per_class, ranking_metrics, retrieval_metrics
@@ -104,9 +104,7 @@ class Embeddings:
 
 def chosen(given: Mapping) -> dict:
     """Return OPTIONS with the values given; raise ConfigError for a name that does not exist."""
-    for name in given:
-        if name not in OPTIONS:
-            raise ConfigError(f"options: there is no '{name}'; {suggest(name, OPTIONS)}")
+    check_known(given, OPTIONS, "options")
     return {**OPTIONS, **given}
 
 
@@ -132,9 +130,7 @@ def of_files(files: Mapping[str, str]) -> Embeddings:
 
     Without a gallery the queries search each other. Where both have paths, an image is known to be its own by them.
     """
-    for key in files:
-        if key not in FILES:
-            raise ConfigError(f"embeddings: there is no '{key}'; {suggest(key, FILES)}")
+    check_known(files, FILES, "embeddings")
     two = any(key.startswith("gallery") for key in files)
     for key in ("query", "query_labels", "gallery", "gallery_labels")[: 4 if two else 2]:
         if key not in files:

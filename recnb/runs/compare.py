@@ -20,7 +20,7 @@ from recnb.data.images import DataError
 from recnb.gallery.curves import histories_figure
 from recnb.gallery.pictures import label_text, shorten
 from recnb.recipe.resolved import FREE, PATHS
-from recnb.registry import ConfigError, suggest
+from recnb.registry import ConfigError, check_known
 from recnb.retrieval.lists import Ranking, changed
 from recnb.retrieval.stats import paired_difference
 from recnb.runs.folder import Run, load_run
@@ -114,8 +114,7 @@ def comparable(board: pd.DataFrame, runs: dict[str, Run], baseline: str = "") ->
         ConfigError: There is no finished run of that name.
     """
     finished = board[board.state == "finished"]
-    if baseline and baseline not in runs:
-        raise ConfigError(f"baseline: there is no finished run '{baseline}'; {suggest(baseline, runs)}")
+    check_known(filter(None, [baseline]), runs, "baseline", "finished run")
     wanted = finished.test_set[baseline] if baseline else 1
     names = finished.index[finished.test_set == wanted].tolist()
     return baseline or names[-1], {name: runs[name] for name in names}
