@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from zlib import crc32
 
-from recnb.data.lists import scan
+from recnb.data.layouts import scan
 from recnb.recipe.data import training_images
 from recnb.recipe.schema import LOADERS, architectures, class_num, fill, lookup, optimizers
 from recnb.registry import ConfigError

@@ -274,17 +274,14 @@ def check_evaluation(cfg: dict) -> None:
                 f"DataLoader.{part}.{key}: does not belong to Global.eval_mode {mode}, "
                 f"which is evaluated with DataLoader.{part}.{'dataset' if single else 'Query and .Gallery'}"
             )
-    lists = lookup(cfg, "DataLoader.Eval") or {}
-    if single and not lists.get("dataset") and (wanted or lists):
-        raise ConfigError(
-            "DataLoader.Eval.dataset: there is no such section; add it, or leave DataLoader.Eval out and "
-            "set Global.eval_during_train: False"
+    lists, needed = lookup(cfg, "DataLoader.Eval") or {}, "dataset" if single else "Query"
+    if not lists.get(needed) and (wanted or lists):
+        both = (
+            "retrieval is evaluated with DataLoader.Eval.Query and DataLoader.Eval.Gallery (one alone serves as both): "
         )
-    if not single and not lists.get("Query") and (wanted or lists):
         raise ConfigError(
-            "DataLoader.Eval.Query: there is no such section; retrieval is evaluated with "
-            "DataLoader.Eval.Query and DataLoader.Eval.Gallery (one alone serves as both): add it, or "
-            "leave DataLoader.Eval out and set Global.eval_during_train: False"
+            f"DataLoader.Eval.{needed}: there is no such section; {'' if single else both}add it, or leave "
+            "DataLoader.Eval out and set Global.eval_during_train: False"
         )
 
 
