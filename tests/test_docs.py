@@ -106,8 +106,8 @@ def check_python(words: list[str]) -> None:
     if words[:2] == ["-m", "pytest"]:
         for path in (word for word in words[2:] if word.startswith("tests")):
             assert (ROOT / path).exists()
-    elif words[0] == "-m" and words[1] == "recnb.cli.train":
-        check_recnb(["train", *words[2:]])
+    elif words[0] == "-m" and words[1] in ("recnb.cli.train", "recnb.cli.embed"):
+        check_recnb([words[1].rpartition(".")[2], *words[2:]])
     else:
         assert (ROOT / words[0]).is_file()
         source = (ROOT / words[0]).read_text(encoding="utf-8")

@@ -10,6 +10,7 @@ import typer
 
 from recnb.cli.check import check
 from recnb.cli.convert import convert
+from recnb.cli.embed import embed
 from recnb.cli.identify import identify
 from recnb.cli.report import report
 from recnb.cli.run import joined, run
@@ -19,7 +20,7 @@ from recnb.cli.train import train
 from recnb.runs.notebook import is_own
 
 app = typer.Typer(name="recnb", no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
-for command in (start, identify, report, run, train, sweep, check, convert):
+for command in (start, identify, report, run, train, sweep, check, convert, embed):
     app.command()(command)
 
 

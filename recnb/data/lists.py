@@ -176,6 +176,7 @@ def read_list(
     columns: tuple[int, ...],
     allow_outside: bool = False,
     names: bool | None = None,
+    some: Iterable[tuple[int, str]] | None = None,
 ) -> ImageList:
     """Return the table of a list file.
 
@@ -186,6 +187,7 @@ def read_list(
         columns: how many columns a list may have; all its lines have equally many.
         allow_outside: whether a path may leave `image_root`, being absolute or by `..`; links are fine in any case.
         names: whether labels are names, also where they look like numbers; None is as the first line has it.
+        some: (number, text) of the lines that are meant; None is all.
 
     Raises:
         DataError: A line is not `path label [camera]`, with its file and number.
@@ -193,7 +195,7 @@ def read_list(
     root, path = str(resolve(image_root)), resolve(cls_label_path)
     paths, cells, cameras, lines, width, most = [], [], array("q"), array("q"), 0, max(columns) - 1
     forced, known = bool(names), {}  # one text for each name, however many lines it stands on
-    for number, line in numbered_lines(path):
+    for number, line in numbered_lines(path) if some is None else some:
         row = line.split() if delimiter is None else line.strip().rsplit(delimiter, most)
         if len(row) != width:
             if width or len(row) not in columns:

@@ -5,18 +5,15 @@ faiss forgets: the user's columns (path, label), which model made the vectors, h
 approximate index misses. Both give higher scores to better matches: the cosine, the dot product, minus the Euclidean
 distance, or minus the number of bits that differ.
 
-Past one machine: split the gallery in shards, search each, and `merge`. A billion vectors of 128 float32 are 512 GB
-exact; as 32-byte PQ codes with 8-byte ids they are 40 GB: one large machine, or 4 shards of 10 GB. With 65,536 lists
-(15,000 vectors each) and 64 of them visited, a query reads a million codes, a thousandth of all: 40 MB, some 10 ms of
-one core, divided among the shards. The merge of 4 shards' best 100 is 400 numbers a query.
+Which index suits how many vectors, and what it costs, is told by `sizes.plan`. Past one machine, split the gallery in
+shards, search each, and `merge`, or hand it over to an engine: `Index.to_parquet`.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Iterable
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from recnb.retrieval.exchange import check_columns, read_parquet, sealed, sha256, unsealed, write_parquet
 from recnb.retrieval.scores import DISTANCES, MEMORY, Array, Rows, exact, pair, spans, to_numpy
+from recnb.retrieval.sizes import POINTS, auto_factory, probes
 
 
 def knn(
@@ -149,9 +148,9 @@ class Index:
 
     distance  "cosine" (vectors are normalised on the way in), "dot", "euclidean" or "hamming" (packed bits, uint8)
     factory   a faiss factory string ("Flat", "HNSW32", "IVF1024,PQ16x8", "BFlat" for bits), or "auto", by the size of
-              the first `add`: exact up to 100,000 vectors, HNSW up to 2 million, IVF-PQ beyond; bits are always exact
+              the first `add`, as `sizes.plan` tells; bits are always exact
     model     the fingerprint of the model that made the vectors; info: anything else that JSON can hold
-    effort    nprobe of an IVF index (default: a sixteenth of its lists, at least 8), efSearch of HNSW (default 128)
+    effort    nprobe of an IVF index (default: a sixteenth of its lists, 8 to 256), efSearch of HNSW (default 128)
     An approximate index measures at its first `add` how many of the 10 nearest neighbours it finds, prints that and
     keeps it as `recall`.
     """
@@ -215,8 +214,7 @@ class Index:
         else:
             self.faiss.remove_ids(self.ids[gone])
         self.ids = self.ids[~gone]
-        keep = np.flatnonzero(~gone)
-        self.columns = {name: [values[i] for i in keep] for name, values in self.columns.items()}
+        self.columns = {name: [*compress(values, ~gone)] for name, values in self.columns.items()}
         return self
 
     def search(self, query: Array, k: int = 10, model: str | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -226,11 +224,9 @@ class Index:
         rows = Rows(query, self.distance, "query", "cpu")
         self._check(rows.array, model)
         scores, ids = self.faiss.search(self._ready(rows, slice(None)), k)
-        scores = scores.astype(np.float32)
         if self.distance in ("euclidean", "hamming"):
             scores = 0 - (scores if self.distance == "hamming" else np.sqrt(np.maximum(scores, 0)))
-        scores[ids < 0] = -np.inf
-        return merge([(scores, ids)], k)
+        return merge([(np.where(ids < 0, -np.inf, scores).astype(np.float32), ids)], k)
 
     def item(self, identity: int) -> dict:
         """Return the columns' values of one id, as a dict."""
@@ -238,6 +234,34 @@ class Index:
         if not len(place):
             raise ValueError(f"there is no id {identity} in the index")
         return {name: values[place[0]] for name, values in self.columns.items()}
+
+    def to_parquet(self, path: str | Path) -> Path:
+        """Write id, columns and vector as a Parquet file, in parts, for an engine to take over; return its path.
+
+        Vectors are written as the index keeps them: at length 1 for "cosine", and as its codes say where it has codes.
+        """
+        lists: Any = None
+        if "IVF" in self.factory:  # finds a vector by its id only with a map, and with that it could not remove any
+            lists = self.faiss if self.distance == "hamming" else faiss.extract_index_ivf(self.faiss)
+            lists.set_direct_map_type(faiss.DirectMap.Hashtable)  # type: ignore[attr-defined]
+        try:
+            parts = (self.ids[rows].tolist() for rows in spans(len(self), 1 << 14))
+            vectors = (np.stack([*map(self.faiss.reconstruct, part)]) for part in parts)
+            return write_parquet(path, self.ids, vectors, self.columns, self.model)
+        finally:
+            if lists is not None:
+                lists.set_direct_map_type(faiss.DirectMap.NoMap)  # type: ignore[attr-defined]
+
+    @classmethod
+    def from_parquet(cls, path: str | Path, **options) -> Index:
+        """Return the index of a Parquet file, or of a folder of them, that `to_parquet` or `recnb embed` has written.
+
+        Args:
+            path: the file or folder.
+            options: what `Index` takes.
+        """
+        ids, vectors, columns, model = read_parquet(path)
+        return cls(**{"model": model, **options}).add(vectors, ids, **columns)
 
     def save(self, path: str | Path) -> Path:
         """Write a folder and return it: index.json, and the faiss file it names, which faiss alone can read too.
@@ -251,7 +275,7 @@ class Index:
         draft = folder / ".draft"  # one name, so that what a killed process left is written over
         try:
             self._faiss_io("write")(self.faiss, str(draft))
-            digest = _sha256(draft)
+            digest = sha256(draft)
             draft.replace(folder / f"vectors-{digest[:16]}.faiss")
             state = {name: getattr(self, name) for name in STATE} | {"ids": self.ids.tolist(), "sha256": digest}
             draft.write_text(sealed(state))
@@ -280,25 +304,21 @@ class Index:
     def _read(cls, folder: Path) -> Index:
         state = unsealed((folder / "index.json").read_bytes())
         file = folder / f"vectors-{state['sha256'][:16]}.faiss"
-        if not file.exists() or _sha256(file) != state["sha256"]:
+        if not file.exists() or sha256(file) != state["sha256"]:
             raise ValueError(f"{file} is missing or damaged")
         index = cls(state["distance"])
         for name in STATE:
             setattr(index, name, state[name])
         index.faiss, index.ids = index._faiss_io("read")(str(file)), np.array(state["ids"], dtype=np.int64)
-        bits = index.distance == "hamming"
-        if (index.faiss.ntotal, index.faiss.d) != (len(index.ids), index.dimension * (8 if bits else 1)):
+        width = index.dimension * (8 if index.distance == "hamming" else 1)
+        if (index.faiss.ntotal, index.faiss.d) != (len(index.ids), width):
             raise ValueError(f"{file} does not hold what index.json says")
         index._check_relations()
         return index
 
     def _check_relations(self) -> None:
         """Raise ValueError where ids, columns and vectors, each whole, do not belong together."""
-        if not isinstance(self.columns, dict) or not isinstance(self.info, dict):
-            raise ValueError("index.json: columns and info must be mappings")
-        for name, values in self.columns.items():
-            if not isinstance(values, list) or len(values) != len(self.ids):
-                raise ValueError(f"index.json: column {name} does not have a value for each of the {len(self.ids)} ids")
+        check_columns(self.columns, self.info, len(self.ids))
         mapped = getattr(self.faiss, "id_map", None)
         if mapped is not None and not np.array_equal(faiss.vector_to_array(mapped), self.ids):
             raise ValueError("index.json: the ids are not those of the vectors")
@@ -332,7 +352,8 @@ class Index:
         if self.factory == "auto":
             self.factory = auto_factory(len(rows), self.dimension, self.distance)
         self.faiss = self._empty()
-        sample = np.random.default_rng(0).choice(len(rows), min(len(rows), 200_000), replace=False)
+        wanted = max(200_000, POINTS * int((re.findall(r"IVF(\d+)", self.factory) or [0])[0]))
+        sample = np.random.default_rng(0).choice(len(rows), min(len(rows), wanted), replace=False)
         self.faiss.train(self._ready(rows, np.sort(sample)))
 
     def _empty(self) -> Any:
@@ -345,17 +366,17 @@ class Index:
         )
         if "IVF" in self.factory:  # keeps ids of its own, and an id map around it would lose count at a removal
             lists: Any = index if bits else faiss.extract_index_ivf(index)
-            lists.nprobe = self.effort or min(lists.nlist, max(8, lists.nlist // 16))
+            lists.nprobe = self.effort or probes(lists.nlist)
+            if "_HNSW" in self.factory:
+                faiss.ParameterSpace().set_index_parameter(index, "quantizer_efSearch", 2 * lists.nprobe)
             return index
         if "HNSW" in self.factory:
             index.hnsw.efSearch = self.effort or 128
         return faiss.IndexBinaryIDMap2(index) if bits else faiss.IndexIDMap2(index)
 
     def _ready(self, rows: Rows, index: slice | np.ndarray) -> np.ndarray:
-        if self.distance == "hamming":
-            return np.ascontiguousarray(to_numpy(rows.array[index]))
-        ready = rows.queries(index) if self.distance == "cosine" else rows.raw(index)
-        return np.ascontiguousarray(ready.numpy())
+        ready = {"hamming": rows.array.__getitem__, "cosine": rows.queries}.get(self.distance, rows.raw)
+        return np.ascontiguousarray(to_numpy(ready(index)))
 
     def _measure(self, rows: Rows, ids: np.ndarray) -> None:
         sample = np.random.default_rng(0).choice(len(rows), min(len(rows), 200), replace=False)
@@ -371,37 +392,3 @@ class Index:
 
 
 STATE = ("distance", "factory", "model", "info", "effort", "dimension", "recall", "columns")
-
-
-def auto_factory(count: int, dimension: int, distance: str = "cosine") -> str:
-    """Return the faiss factory string that suits so many vectors: exact while that is fast, then HNSW, then IVF-PQ."""
-    if distance == "hamming":
-        return "BFlat"
-    if count <= 100_000:
-        return "Flat"
-    if count <= 2_000_000:
-        return "HNSW32"
-    pieces = next(p for p in range(max(1, dimension // 4), 0, -1) if dimension % p == 0)
-    return f"IVF{int(4 * count**0.5)},PQ{pieces}x8"
-
-
-def sealed(state: dict) -> str:
-    """Return the text of an index.json: JSON whose first key is the SHA-256 of all that follows it."""
-    text = json.dumps(state)
-    return f'{{"checksum": "{hashlib.sha256(text.encode()).hexdigest()}", {text[1:]}'
-
-
-def unsealed(text: bytes) -> dict:
-    """Return what an index.json holds; ValueError where a byte of it has changed since it was written."""
-    found = re.fullmatch(rb'\{"checksum": "([0-9a-f]{64})", (.*)', text, re.DOTALL)
-    if not found or hashlib.sha256(b"{" + found[2]).hexdigest().encode() != found[1]:
-        raise ValueError("index.json is damaged, or of an earlier version, which had no checksum")
-    return json.loads(b"{" + found[2])
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while part := stream.read(1 << 20):
-            digest.update(part)
-    return digest.hexdigest()

@@ -9,8 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recnb.retrieval import search
-from recnb.retrieval.search import Index, auto_factory, knn, merge
+from recnb.retrieval import exchange, search
+from recnb.retrieval.scores import spans
+from recnb.retrieval.search import Index, knn, merge
+from recnb.retrieval.sizes import auto_factory, plan
 
 
 @st.composite
@@ -175,7 +177,7 @@ def test_an_interrupted_save_leaves_the_old_index(tmp_path, monkeypatch):
     Index().add(np.eye(3, dtype=np.float32)).save(tmp_path)
     new = Index().add(np.eye(5, dtype=np.float32))
     with monkeypatch.context() as patch, pytest.raises(OSError, match="disk is full"):
-        patch.setattr(search.json, "dumps", lambda *_: (_ for _ in ()).throw(OSError("disk is full")))
+        patch.setattr(exchange.json, "dumps", lambda *_: (_ for _ in ()).throw(OSError("disk is full")))
         new.save(tmp_path)
     assert len(Index.load(tmp_path)) == 3
     new.save(tmp_path)
@@ -202,9 +204,85 @@ def test_a_damaged_file_is_noticed(tmp_path):
 
 
 def test_the_kind_of_index_follows_the_size():
-    assert auto_factory(60_000, 128) == "Flat"
-    assert auto_factory(500_000, 128) == "HNSW32"
-    assert auto_factory(10_000_000, 100) == "IVF12649,PQ25x8"
+    assert auto_factory(999_999, 128) == "Flat"
+    assert auto_factory(1_000_000, 128) == "IVF4000,Flat"
+    assert auto_factory(10_000_000, 128) == "OPQ64_128,IVF65536_HNSW32,PQ64x4fsr"
+    assert auto_factory(100_000_000, 512) == "OPQ64_256,IVF262144_HNSW32,PQ64x4fsr"
     assert auto_factory(10_000_000, 16, "hamming") == "BFlat"
     for dimension in (1, 7, 16, 100):
-        faiss.index_factory(dimension, auto_factory(10_000_000, dimension))
+        faiss.index_factory(dimension, auto_factory(1 << 40, dimension).replace("IVF16777216", "IVF4"))
+
+
+def test_the_plan_grows_with_the_vectors_and_codes_take_less_than_vectors():
+    rows = [plan(10**power, 128) for power in range(4, 10)]
+    assert rows[0] == {"factory": "Flat", "GB": 0.0052, "MB read": 5.12, "ms": 0.512}
+    assert plan(10**9, 128)["GB"] == pytest.approx(40.4, abs=0.1)
+    assert plan(10**7, 128)["GB"] < plan(10**7 - 1, 128)["GB"] / 10
+    assert rows[-1]["ms"] < rows[2]["ms"] * 10
+
+
+LISTS_OF_CODES = "IVF16_HNSW32,PQ12x4fsr"
+
+
+@pytest.mark.parametrize(
+    "distance, factory",
+    [
+        ("cosine", "Flat"),
+        ("dot", "HNSW16"),
+        ("euclidean", "IVF4,Flat"),
+        ("cosine", LISTS_OF_CODES),
+        ("hamming", "BIVF4"),
+    ],
+)
+def test_an_index_goes_to_parquet_and_comes_back(distance, factory, tmp_path, monkeypatch):
+    pytest.importorskip("pyarrow", reason="the extra parquet is not installed")
+    monkeypatch.setattr(search, "spans", lambda count, _: spans(count, 100))  # three parts, and the last is short
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(250, 24)).astype(np.float32)
+    x = rng.integers(0, 256, (250, 24), dtype=np.uint8) if distance == "hamming" else x
+    names = [f"{i}.png" for i in range(250)]
+    index = Index(distance, factory, model="abc").add(x, np.arange(250) * 10, path=names, label=np.arange(250) % 7)
+    index.remove([20]).to_parquet(tmp_path / "all.parquet")
+    back = Index.from_parquet(tmp_path, distance=distance)
+    assert back.model == "abc" and back.ids.tolist() == index.ids.tolist() and back.columns == index.columns
+    found, exact = back.search(x, 5), Index(distance).add(x, np.arange(250) * 10).remove([20]).search(x, 5)
+    if factory == LISTS_OF_CODES:
+        assert (found[1][:, 0] == exact[1][:, 0]).mean() > 0.9
+    else:
+        assert (found[1] == exact[1]).mean() > 0.999 and np.allclose(found[0], exact[0], atol=1e-5)
+    index.remove([30])  # the index itself works as before
+    with pytest.raises(ValueError, match="no vectors to write"):
+        Index().to_parquet(tmp_path / "none.parquet")
+
+
+def test_lists_of_codes_find_their_centres_by_a_graph():
+    x = np.random.default_rng(0).normal(size=(2000, 16)).astype(np.float32)
+    index = Index("cosine", "IVF32_HNSW32,PQ8x4fsr").add(x)
+    lists = faiss.extract_index_ivf(index.faiss)
+    assert lists.nprobe == 8 and faiss.downcast_index(lists.quantizer).hnsw.efSearch == 16
+
+
+def test_lancedb_takes_the_vectors_over(tmp_path):
+    pytest.importorskip("pyarrow", reason="the extra parquet is not installed")
+    lancedb = pytest.importorskip("lancedb", reason="the extra lance is not installed")
+    from lancedb.index import IvfPq
+    from pyarrow import dataset
+
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(300, 32))[np.arange(3000) % 300] + 0.7 * rng.normal(size=(3000, 32))
+    x = x.astype(np.float32)
+    Index().add(x, np.arange(3000) * 2, path=[f"{i}.png" for i in range(3000)]).to_parquet(tmp_path / "all.parquet")
+    parts = dataset.dataset(tmp_path / "all.parquet").to_batches()
+    table = lancedb.connect(tmp_path / "lance").create_table("photos", parts)
+    config = IvfPq(distance_type="cosine", num_partitions=8, num_sub_vectors=16)
+    table.create_index("vector", config=config)
+
+    def search(vector):
+        query = table.search(vector).distance_type("cosine").nprobes(8).refine_factor(10).limit(10)
+        return query.to_arrow()["id"].to_pylist()
+
+    exact = knn(x[:50], x, 10)[1] * 2
+    hits = [len({*search(vector)} & {*row}) for vector, row in zip(x[:50], exact.tolist(), strict=True)]
+    assert np.mean(hits) / 10 >= 0.95
+    table.delete("id = 0")
+    assert table.count_rows() == 2999 and 0 not in search(x[0])
