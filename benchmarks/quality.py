@@ -13,7 +13,9 @@ trained without validation is judged after its last epoch. Intervals are of 95 %
 import argparse
 import json
 import math
+import os
 import resource
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -27,7 +29,7 @@ from pytorch_metric_learning.samplers import MPerClassSampler
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
-from training import machine
+from training import DEVICE, machine
 
 from recnb.data.loaders import Loaders
 from recnb.data.prepare import Options
@@ -181,6 +183,12 @@ def best_folder(rungs: Path, name: str) -> Path:
 
 def changed(change: dict, cfg: dict, figure: Figure) -> None:
     """The file with one key of Retention, or the decay of rates by depth, as `change` has it."""
+    done = Figure(figure.path.parents[1] / "grocery", "fine-tuned", figure.seed)
+    if not change and done.path.exists():  # the same training
+        figure.before = done.before
+        figure.keep_cost()
+        shutil.copyfile(done.path, figure.path)
+        return
     for key, value in change.items():
         if key == "layerwise_decay":
             [(name, section)] = cfg["Optimizer"][-1].items()
@@ -240,13 +248,13 @@ def other(cfg: dict, figure: Figure) -> None:
     photos = Photos(images.paths, images.labels.tolist(), v2.Compose(ops))
     steps = len(photos) // batch
     drawn = MPerClassSampler(images.labels, 4, batch, steps * batch)
-    loader = DataLoader(photos, batch, sampler=drawn, num_workers=2, drop_last=True)
+    loader = DataLoader(photos, batch, sampler=drawn, num_workers=min(8, os.cpu_count() or 1), drop_last=True)
     backbone = build_backbone(cfg, cfg["Arch"], "Arch")
     neck, width = nn.Identity(), backbone.out_shape[0]
     if lookup(cfg, "Arch.Neck.name") == "FC":
         neck, width = nn.Linear(width, cfg["Arch"]["Neck"]["class_num"]), cfg["Arch"]["Neck"]["class_num"]
-    model, head = Features(backbone, neck), cfg["Arch"]["Head"]
-    arcface = ArcFaceLoss(loaders.classes, width, margin=math.degrees(head["margin"]), scale=head["scale"])
+    model, head = Features(backbone, neck).to(DEVICE), cfg["Arch"]["Head"]
+    arcface = ArcFaceLoss(loaders.classes, width, margin=math.degrees(head["margin"]), scale=head["scale"]).to(DEVICE)
     supcon = SupConLoss(temperature=0.1)
     entries = [section for _, section in optimizers(cfg)]
     optimizer = torch.optim.AdamW(
@@ -263,7 +271,7 @@ def other(cfg: dict, figure: Figure) -> None:
     for _ in range(epochs):
         model.train()
         for x, y in loader:
-            features = model(x)["features"]
+            features, y = model(x.to(DEVICE))["features"], y.to(DEVICE)
             (arcface(features, y) + supcon(features, y)).backward()
             optimizer.step()
             optimizer.zero_grad()

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from recnb.recipe import ladder as rungs
 from recnb.recipe.model import build_model
 from recnb.recipe.schema import load_config
+from recnb.recipe.splits import split_lists
 from recnb.registry import ConfigError
 from recnb.runs import ladder
 from recnb.runs.experiment import train
@@ -101,6 +102,14 @@ def test_without_time_the_start_is_kept(config_file, tmp_path, pretrained, capsy
 def test_what_cannot_be_climbed(config_file, tmp_path, pretrained, changes, said):
     with pytest.raises(ConfigError, match=said):
         train(load_config(config_file(pretrained | changes)), tmp_path)
+
+
+def test_too_few_identities_to_hold_any_out(config_file, tmp_path, pretrained, drawn):
+    lines = (drawn / "train.txt").read_text().splitlines()
+    (tmp_path / "few.txt").write_text("\n".join(lines[: 7 * 6]))
+    cfg = load_config(config_file(pretrained | {"DataLoader.Train.dataset.cls_label_path": str(tmp_path / "few.txt")}))
+    with pytest.raises(ConfigError, match=r"a ladder needs 8 identities with two images.* and there are 7; take more"):
+        split_lists(cfg, tmp_path)
 
 
 def rung(name: str, before: list[float], after: list[float]) -> ladder.Rung:
