@@ -4,12 +4,16 @@
 
 A case is one of: a configuration with keys deleted, doubled, retyped or moved; bytes of its YAML text changed; a list
 file; overrides; weights as .pt and .safetensors; an image (which the check before training and training itself must
-judge alike); an index; labels and file names of a gallery, whose page must keep its tags. A case that takes longer than
-20 seconds is a failure too. Exits with 1 where there is any.
+judge alike); an index; labels and file names of a gallery, whose page must keep its tags; a bit of any file of a run
+folder, which must be told with the file's name; another configuration or list for a finished run, which must be refused
+with no byte of its folder changed; rows that a list repeats in other spellings, which must not change a metric; cells
+of tables, which no spreadsheet may run. A case that takes longer than 20 seconds is a failure too. Exits with 1 where
+there is any.
 """
 
 import argparse
 import copy
+import csv
 import io
 import os
 import random
@@ -33,14 +37,34 @@ from safetensors.torch import save_file
 
 from recnb import build_loaders, build_model, load_config
 from recnb.data.images import DataError, faults
-from recnb.data.lists import ImageList
+from recnb.data.lists import ImageList, own_index, save_dropped
 from recnb.gallery.page import gallery_html, gallery_static
-from recnb.models.weights import load_weights
+from recnb.models.weights import load_weights, read_weights
+from recnb.recipe.data import evaluation_images
+from recnb.recipe.lint import lint, stop
 from recnb.recipe.parts import SLOTS
 from recnb.registry import ConfigError
 from recnb.retrieval.lists import rank
+from recnb.retrieval.metrics import retrieval_metrics
 from recnb.retrieval.search import Index
+from recnb.runs.experiment import train
+from recnb.runs.folder import load_run, open_run
+from recnb.training.checkpoints import kept
 
+KINDS = {  # of cases, each with how often it is drawn
+    "sections": 30,
+    "yaml": 20,
+    "lines": 20,
+    "overrides": 10,
+    "weight": 5,
+    "image": 12,
+    "search": 2,
+    "labels": 1,
+    "bits": 10,
+    "refused": 5,
+    "doubled": 5,
+    "cells": 2,
+}
 LIMIT = 20  # seconds a case may take
 ROOM = 6 * 2**30  # bytes of memory beyond what the process has at its start
 VALUES = [
@@ -194,14 +218,14 @@ class Fuzz:
         self.index = {path.name: path.read_bytes() for path in (folder / "index").iterdir()}
         self.ranking = {"query": vectors, "gallery": vectors, "k": 3, "exclude_self": True}
         self.page = None  # of plain labels
+        train(load_config(folder / "valid.yaml", {"Global.epochs": 1, "Global.save_interval": 0}), folder / "run")
+        self.kept = {path: path.read_bytes() for path in (folder / "run").rglob("*") if path.is_file()}
+        self.features = rng.normal(size=(12, 8))
         self.images = {kind: saved(kind) for kind in ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM")}
 
     def run(self, rng: random.Random) -> str:
         """What kind of case was run; raises whatever comes out of it that should not."""
-        kind = rng.choices(
-            ("sections", "yaml", "lines", "overrides", "weight", "image", "search", "labels"),
-            (30, 20, 20, 10, 5, 12, 2, 1),
-        )[0]
+        kind = rng.choices([*KINDS], [*KINDS.values()])[0]
         try:
             getattr(self, kind)(rng)
         except (ConfigError, DataError) as error:
@@ -275,6 +299,64 @@ class Fuzz:
             Index.load(self.folder / "index")
         except ValueError as error:
             assert str(error).startswith(str(self.folder)), error
+
+    def bits(self, rng):
+        read_back = [path for path in self.kept if self.kept[path] and path.suffix not in (".log", ".html")]
+        path = rng.choice(sorted(read_back))
+        content = bytearray(self.kept[path])
+        content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        path.write_bytes(content)
+        try:
+            kept(self.folder / "run" / "checkpoints" / "latest.pt")
+            read_weights(self.folder / "run" / "checkpoints" / "best.safetensors")
+            load_run(self.folder / "run").model()
+        except ConfigError as error:
+            assert path.name in str(error), f"{path.name} is damaged, and what is said is: {error}"
+        else:
+            raise AssertionError(f"a bit of {path.name} has changed, and nothing is said")
+        finally:
+            path.write_bytes(self.kept[path])
+
+    def refused(self, rng):
+        lines, cfg = self.list.splitlines(keepends=True), copy.deepcopy(self.config)
+        if rng.random() < 0.5:
+            (self.folder / "list.txt").write_text("".join(rng.sample(lines, len(lines))))
+        else:
+            mutate(cfg, rng)
+        path, given = self.folder / "case.yaml", {"Global.epochs": 1, "Global.save_interval": 0}
+        path.write_bytes(yaml.dump(cfg, sort_keys=False).encode("utf-8", "replace"))
+        try:
+            cfg = load_config(path, given)
+            loaders = build_loaders(cfg)
+            stop(lint(cfg, loaders))
+            open_run(self.folder / "run", cfg, loaders.classes)
+        except (ConfigError, DataError):
+            assert {path: path.read_bytes() for path in self.kept} == self.kept, "refused, and yet it has written"
+            raise
+        finally:
+            (self.folder / "list.txt").write_text(self.list)
+            for path, content in self.kept.items():
+                path.write_bytes(content)
+
+    def doubled(self, rng):
+        lines = self.list.splitlines()
+        again = [f"{rng.choice(('./', './/', '../' + self.folder.name + '/'))}{rng.choice(lines)}" for _ in range(9)]
+        (self.folder / "case.txt").write_text("\n".join([*lines, *again]))
+        whole, tables = {f"DataLoader.Eval.{part}.dataset.cls_label_path" for part in ("Query", "Gallery")}, []
+        for name in ("list.txt", "case.txt"):
+            cfg = load_config(self.folder / "valid.yaml", dict.fromkeys(whole, str(self.folder / name)))
+            query, gallery = evaluation_images(cfg)
+            rows = [int(Path(path).stem) for path in query.paths]
+            values = self.features[rows], self.features[rows], query.labels, gallery.labels
+            tables.append(retrieval_metrics(*values, query.cameras, gallery.cameras, own_index(query, gallery)))
+        assert tables[0] == tables[1], f"rows that are repeated change the metrics: {tables}"
+
+    def cells(self, rng):
+        rows = [["".join(rng.choices(LABELS + TEXT, k=2)) for _ in range(4)] for _ in range(3)]
+        save_dropped(rows, self.folder / "cells.csv")
+        with (self.folder / "cells.csv").open(encoding="utf-8", newline="") as file:
+            found = [cell for row in csv.reader(file) for cell in row]
+        assert not [cell for cell in found if cell.startswith(("=", "+", "-", "@", "\t", "\r"))]
 
     def labels(self, rng):
         def texts(names):

@@ -1,14 +1,18 @@
 """Kills short runs with SIGKILL at random moments, starts them again, and counts how many end with the same bits:
 
     python scripts/soak.py --kills 30
+    python scripts/soak.py --kills 0 --start 5
 
 Each run is small (drawn marks, a tiny network, three epochs) and of one kind: plain, with worker processes, moving
 average and half precision, learnt centres, cross-batch memory, accumulated gradients. Half of the killed runs are
 killed once more. What has to be the same as in a run that was left alone: weights, history, metrics, and in the last
-checkpoint the optimizer, the average, centres, memory and generators. Exits with 1 where any differs.
+checkpoint the optimizer, the average, centres, memory and generators. With --start, `recnb start` is killed with its
+kernels at random moments, in whatever step it is, and has to end with the same lists, weights and metrics, and with a
+recogniser that can be opened. Exits with 1 where any differs.
 """
 
 import argparse
+import contextlib
 import hashlib
 import os
 import random
@@ -19,10 +23,12 @@ import tempfile
 import time
 from pathlib import Path
 
+import psutil
 import torch
 import yaml
 
 from recnb.demo.marks import draw_marks
+from recnb.deploy.recognizer import Recognizer
 from recnb.storage import owner
 
 FILES = ("model.safetensors", "history.csv", "metrics.json")
@@ -168,17 +174,69 @@ def soak(folder: Path, kills: int, seed: int) -> int:
     return failed
 
 
+def journey(photos: Path, to: Path) -> subprocess.Popen:
+    """`recnb start`, without pretrained weights."""
+    words = ["start", str(photos), "--to", str(to), "--weights", "False", "--epochs", "2"]
+    log = to.with_suffix(".log").open("a")
+    return subprocess.Popen(
+        [sys.executable, "-m", "recnb", *words], stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+
+
+def arrived(to: Path) -> dict[str, str]:
+    """What `recnb start` left: a hash of each of its files that repeat; opening the recogniser proves the export."""
+    Recognizer(to / "export")
+    files = [*sorted((to / "data").glob("*.txt")), *(to / name for name in FILES)]
+    return {str(file.relative_to(to)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def kill_all(process: subprocess.Popen) -> None:
+    """Kill a process with all that it has started: a kernel is in a group of its own."""
+    for one in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.kill()
+    process.wait()
+
+
+def soak_start(folder: Path, kills: int, seed: int) -> int:
+    """How many journeys from photos to a recogniser did not end as one that was left alone."""
+    draw, failed = random.Random(seed), 0
+    photos = draw_marks(folder / "drawn", identities=18, renderings=6, size=48)["images"]
+    begun = time.monotonic()
+    if journey(photos, folder / "alone").wait():
+        sys.exit(f"recnb start that was left alone failed, see {folder / 'alone.log'}")
+    wanted, length = arrived(folder / "alone"), time.monotonic() - begun
+    for number in range(kills):
+        to = folder / f"start-{number}"
+        process = journey(photos, to)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(draw.uniform(0, length))
+        if process.poll() is None:
+            kill_all(process)
+        log = to.with_suffix(".log")
+        step = [line for line in log.read_text().splitlines() if line.startswith("[")][-1:]
+        left = {} if journey(photos, to).wait() else arrived(to)
+        differs = [key for key, value in wanted.items() if left.get(key) != value]
+        failed += bool(differs)
+        end = "DIFFERS in " + ", ".join(differs) if differs else "the same"
+        print(f"{number + 1:>3} recnb start killed in {step or 'its first steps'}: {end}", flush=True)
+    return failed
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=30, help="how many runs to kill")
+    parser.add_argument("--start", type=int, default=0, help="how many times to kill `recnb start`")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--folder", type=Path, help="where to keep the runs; by default a temporary folder")
     given, begun = parser.parse_args(), time.monotonic()
     with tempfile.TemporaryDirectory() as temporary:
         folder = given.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        failed = soak(folder, given.kills, given.seed)
-    print(f"{given.kills - failed} of {given.kills} killed runs ended the same, in {time.monotonic() - begun:.0f} s")
+        failed = soak(folder, given.kills, given.seed) if given.kills else 0
+        failed += soak_start(folder, given.start, given.seed) if given.start else 0
+    count = given.kills + given.start
+    print(f"{count - failed} of {count} killed runs ended the same, in {time.monotonic() - begun:.0f} s")
     return int(failed > 0)
 
 
