@@ -10,6 +10,7 @@ from unittest.mock import patch
 
 import pandas as pd
 import pytest
+import yaml
 from conftest import PIXELS, ROOT
 from processes import start
 
@@ -155,3 +156,16 @@ def test_a_config_alone_names_no_code(config_file, own):
     with pytest.raises(ConfigError, match="parts"):
         load_config(config_file({"Global.parts": str(own)}))
     assert not parts.IMPORTED
+
+
+@pytest.mark.slow
+def test_processes_notebooks_and_an_export_know_the_parts(own, config, tmp_path):
+    runs = [tmp_path / "several", tmp_path / "notebook"]
+    assert train(config, "--parts", own, "--run-dir", runs[0], "-o", "Global.devices=2") == 0
+    given = yaml.safe_dump({"config": str(config), "run_dir": str(runs[1])}, default_flow_style=True)
+    assert main(["run", "02_train", "-p", "parts", str(own), "-y", given]) == 0
+    del os.environ[VARIABLE]  # what follows reads the run's own copy
+    for run in runs:
+        assert json.loads((run / "env.json").read_text())["parts"]["file"] == own.name
+    assert main(["run", "03_evaluate", "-p", "run", str(runs[1])]) == 0
+    assert main(["run", "05_export", "-p", "run", str(runs[1])]) == 0
