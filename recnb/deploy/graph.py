@@ -27,7 +27,7 @@ from torchvision.transforms import InterpolationMode, v2
 
 from recnb.data.images import DataError, opened, printable, read_pixels, reason
 from recnb.data.lists import ImageList
-from recnb.data.pipeline import single_ops
+from recnb.data.pipeline import output_shape, single_ops
 from recnb.data.transforms import reversed_channels
 from recnb.models.cutting import first_line
 from recnb.models.lora import merge_lora
@@ -151,7 +151,7 @@ def planned(run: Run, normalize: bool | None, dynamic_size: bool, arch: dict) ->
     network = trained_model(run)
     output, softmax = chosen_output({**run.cfg["Arch"], **arch}, network)
     steps, outside, inside = preprocessing(run)
-    size = run.cfg["Global"]["image_shape"][1:]
+    size = image_size(run)
     with torch.inference_mode():
         shape = picked(network, torch.zeros(1, 3, *size), output).shape[1:]
     vector = len(shape) == 1 and output != "logits"
@@ -220,6 +220,11 @@ def preprocessing(run: Run) -> tuple[list[dict], v2.Transform, dict]:
     return [step(op) for op in outside], v2.Compose(outside or [v2.Identity()]), values(ops)
 
 
+def image_size(run: Run) -> list[int]:
+    """Return the height and the width that the evaluation's images have."""
+    return [*output_shape(run.query.transform, "DataLoader.Eval")[1:]]
+
+
 def step(op: v2.Transform) -> dict:
     """Return a resize or central crop as data: sizes are [height, width], resize_short the shorter side in pixels."""
     if isinstance(op, v2.CenterCrop):
@@ -261,7 +266,7 @@ def describe(run: Run, steps: list[dict], inside: dict, described: dict, dynamic
     """
     if described["name"] == "logits":
         described = {**described, "labels": run.class_names}
-    size = [None, None] if dynamic_size else run.cfg["Global"]["image_shape"][1:]
+    size = [None, None] if dynamic_size else image_size(run)
     scaled = {key: [round(value / 255, 7) for value in inside[key]] for key in ("mean", "std")}
     return {
         "input": {"name": "image", "layout": "NHWC", "dtype": "uint8", "channel_order": "RGB", "size": size},

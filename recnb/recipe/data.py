@@ -194,13 +194,14 @@ def build_loaders(cfg: dict) -> Loaders:
         images["DataLoader.Validation"] = labelled_alike(cfg, held_out, held_out, names)[0]
     elif lookup(cfg, "DataLoader.Validation"):
         images |= zip(evaluation_places(cfg, "Validation"), evaluation_images(cfg, names, "Validation"), strict=True)
-    loaders = {}
+    loaders, wanted = {}, None
     for where, table in images.items():
         read_as = "DataLoader.Eval.Query" if table is held_out else where
         table.transform = build_transform(cfg, f"{read_as}.dataset")
-        shape, wanted = output_shape(table.transform, read_as), tuple(cfg["Global"]["image_shape"])
-        if where != "DataLoader.Train" and shape != wanted:
-            raise ConfigError(f"{read_as}.dataset.transform_ops make images of {shape}, Global.image_shape is {wanted}")
+        shape = output_shape(table.transform, read_as)
+        wanted = None if where == "DataLoader.Train" else wanted or shape
+        if wanted not in (None, shape):
+            raise ConfigError(f"{read_as}.dataset.transform_ops make images of {shape}, and others are of {wanted}")
         loaders[where] = build_loader(cfg, read_as, table)
     if not drop:
         check_images(*{(t.source, t.paths[0]): t for t in images.values()}.values())

@@ -86,6 +86,13 @@ def losses(cfg: dict) -> Iterator[Finding]:
                 "the loss goes by the labels here, so views has no effect",
                 f"write views: {drawn}",
             )
+        if name == "MSMLoss":
+            yield Finding(
+                place,
+                f"MSMLoss with weight {args.get('weight', 1)}",
+                "PaddleClas's gradient is twice that of its value, here it is that of its value",
+                f"coming from there, write weight: {2 * args.get('weight', 1)} for the same pull",
+            )
     if terms and all(args.get("weight") == 0 for _, _, args in terms):
         yield Finding("Loss.Train", "every weight is 0", "no gradient comes of it", "give one loss a weight", True)
     if len(terms) == 1 and terms[0][2].get("weight", 1) != 1:
@@ -199,12 +206,23 @@ def without_effect(cfg: dict) -> Iterator[Finding]:
 
 
 def shapes(cfg: dict, loaders: Loaders) -> Iterator[Finding]:
-    """Training images of another size than those that are evaluated."""
-    shape = output_shape(loaders.train.dataset.transform, "DataLoader.Train")
-    if list(shape) != cfg["Global"]["image_shape"]:
+    """Images of another size than the file says, and training images of another than those that are evaluated."""
+    shape, said = output_shape(loaders.train.dataset.transform, "DataLoader.Train"), cfg["Global"]["image_shape"]
+    evaluated = [part for name, part in loaders.parts.items() if name != "train"]
+    sizes = [list(output_shape(part.dataset.transform, "DataLoader.Eval")) for part in evaluated[:1]] or [said]
+    if sizes != [said]:
+        facts = [pretrained_images(section["Backbone"]["name"]) or {} for _, section in architectures(cfg)]
+        yield Finding(
+            "Global.image_shape",
+            f"{said}, but the evaluation's transform_ops make images of {sizes[0]}",
+            "only a network that takes one size reads it, all else takes the images as they come",
+            f"write image_shape: {sizes[0]}",
+            any(fact.get("fixed_input_size") for fact in facts),
+        )
+    if list(shape) != sizes[0]:
         yield Finding(
             "DataLoader.Train.dataset.transform_ops",
-            f"images of {list(shape)}, Global.image_shape is {cfg['Global']['image_shape']}",
+            f"images of {list(shape)}, Global.image_shape is {said}",
             "sizes of ops are [width, height], image_shape is [3, height, "
             "width]: training and evaluation see different sizes",
             "write the same size in both",

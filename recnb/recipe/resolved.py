@@ -88,7 +88,8 @@ def contents(cfg: dict) -> dict[str, dict]:
     found = {}
     for place in (f"DataLoader.{part}.dataset" for part in LOADERS):
         section = lookup(cfg, place) or {}
-        if path := section.get("cls_label_path"):
+        path = section.get("cls_label_path")
+        if path and resolve(path).is_file():  # of Market-1501 it is a folder below image_root
             lines, place = resolve(path).read_bytes().splitlines(), f"{place}.cls_label_path"
         elif path := section.get("image_root"):
             root, place = resolve(path), f"{place}.image_root"

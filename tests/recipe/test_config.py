@@ -14,7 +14,7 @@ from recnb.recipe.reading import as_yaml, parse, read_yaml
 from recnb.recipe.settings import GLOBAL
 from recnb.registry import ConfigError, suggest
 
-TRAIN, QUERY = "DataLoader.Train", "DataLoader.Eval.Query"
+TRAIN, QUERY, GALLERY = "DataLoader.Train", "DataLoader.Eval.Query", "DataLoader.Eval.Gallery"
 
 
 @pytest.fixture
@@ -577,8 +577,8 @@ LOADING = [
     ({f"{TRAIN}.sampler.sample_per_id": ...}, f"{TRAIN}.sampler: PKSampler needs a value for 'sample_per_id'"),
     ({f"{QUERY}.sampler.drop_last": True}, f"{QUERY}.sampler.drop_last: True would leave images out of the evaluation"),
     (
-        {"Global.image_shape": [3, 48, 32]},
-        f"{QUERY}.dataset.transform_ops make images of (3, 32, 32), Global.image_shape is (3, 48, 32)",
+        {f"{GALLERY}.dataset.transform_ops": [{"ResizeImage": {"size": 48}}, {"NormalizeImage": {}}]},
+        f"{GALLERY}.dataset.transform_ops make images of (3, 48, 48), and others are of (3, 32, 32)",
     ),
     (
         {f"{QUERY}.dataset.transform_ops": [{"NormalizeImage": {}}]},

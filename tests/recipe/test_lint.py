@@ -17,6 +17,11 @@ PLANTED = [
     ("Optimizer.lr.warmup_epoch", 2, "lower it or raise Global.epochs"),
     ("Loss.Train", [{"CELoss": {"weight": 0}}, {"SupConLoss": {"weight": 0, "views": 2}}], "give one loss a weight"),
     ("Arch.infer_add_softmax", "false", "write False"),
+    (
+        "Loss.Train",
+        [{"CELoss": {"weight": 1.0}}, {"MSMLoss": {"weight": 0.5, "margin": 0.1}}],
+        "coming from there, write weight: 1.0 for the same pull",
+    ),
     ("Global.use_dali", True, "leave it out"),
     ("Global.devices", 2, "multiply learning_rate by their number (Adam: by its root), or divide batch_size by it"),
     ("Slim", {"prune": {"name": "fpgm"}}, "leave the section out"),
@@ -125,6 +130,14 @@ def test_training_images_of_another_size_are_found(config_file):
     cfg = load_config(config_file({"DataLoader.Train.dataset.transform_ops": [{"ResizeImage": {"size": [24, 32]}}]}))
     (finding,) = lint(cfg, build_loaders(cfg))
     assert finding.what == "images of [3, 32, 24], Global.image_shape is [3, 32, 32]"
+
+
+@pytest.mark.parametrize(("backbone", "strict"), [("resnet18", False), ("vit_tiny_patch16_224", True)])
+def test_an_image_shape_that_the_images_do_not_have_is_found(config_file, backbone, strict):
+    cfg = load_config(config_file({"Global.image_shape": [3, 48, 32], "Arch.Backbone.name": backbone}))
+    (finding,) = lint(cfg, build_loaders(cfg))
+    assert finding.what == "[3, 48, 32], but the evaluation's transform_ops make images of [3, 32, 32]"
+    assert (finding.mend, finding.strict) == ("write image_shape: [3, 32, 32]", strict)
 
 
 def test_strict_findings_stop_the_run(config_file):

@@ -18,17 +18,7 @@ REFUSED = {  # what each wants and this has not
     "ssl/CCSSL/FixMatchCCSSL_cifar10_4000_4gpu": "semi-supervised training",
 }
 MENDED = {  # what the original could not mean either: (key, the value that mends it, the sentence without it)
-    "Products/MV3_Large_1x_Aliproduct_DLBHC": [
-        (
-            "Global.image_shape",
-            [3, 65, 65],
-            "DataLoader.Eval.dataset.transform_ops make images of (3, 65, 65), Global.image_shape is",
-        )
-    ],
-    "ResNet50_UReID_infer": [
-        ("DataLoader.Train.dataset.transform_ops.RandomCrop.size", [64, 32], "crop size"),
-        ("Global.image_shape", [3, 64, 32], "transform_ops make images of (3, 64, 32), Global.image_shape is"),
-    ],
+    "ResNet50_UReID_infer": [("DataLoader.Train.dataset.transform_ops.RandomCrop.size", [64, 32], "crop size")]
 }
 QUICK = ("reid/strong_baseline/softmax_triplet_with_center", "slim/ResNet50_vehicle_reid_prune", "DeepHash/DCH")
 RUNNING = [
