@@ -21,13 +21,13 @@ from recnb.data.images import DataError
 from recnb.recipe.parts import parts_in_use
 from recnb.recipe.reading import read_yaml
 from recnb.recipe.resolved import compare, portable, resolved
-from recnb.recipe.schema import load_config, lookup
-from recnb.registry import ConfigError, suggest
+from recnb.recipe.schema import check_section, load_config, lookup
+from recnb.registry import ConfigError
 from recnb.runs.compare import short_names
 from recnb.storage import ROOT, resolve
 
 NOTEBOOK = resolve("notebooks/02_train.ipynb")
-KEYS = ("config", "run_dir", "overrides", "grid", "list")
+KEYS = {"config": str, "run_dir": str | None, "overrides": dict | None, "grid": dict | None, "list": list[dict] | None}
 
 
 @dataclass
@@ -42,17 +42,15 @@ class Job:
     seconds: float | None = None
 
 
-def expand(batch: dict) -> dict[str, dict]:
+def expand(batch: dict, where: str = "") -> dict[str, dict]:
     """Return the overrides of every run by its name, which says what differs.
 
-    Raise ConfigError where two runs are the same.
+    Raise ConfigError, with the file, for a key or a value that cannot be meant, or where two runs are the same.
     """
+    check_section(batch, where, KEYS)
     common: dict = batch.get("overrides") or {}
     grid: dict = batch.get("grid") or {}
     points: list[dict] = batch.get("list") or [{}]
-    for section, kind in ((common, dict), (grid, dict), (points, list), *((point, dict) for point in points)):
-        if not isinstance(section, kind):
-            raise ConfigError(f"{section!r} is a {type(section).__name__}, not a {kind.__name__}")
     for key, values in grid.items():
         if not isinstance(values, list) or not values:
             raise ConfigError(f"grid: {key}: {values!r} is not a list of values")
@@ -94,15 +92,13 @@ def plan(path: str | Path, run_dir: str = "") -> list[Job]:
     Raise ConfigError naming run and key before anything is run.
     """
     batch = read_yaml(path)
-    for key in batch:
-        if key not in KEYS:
-            raise ConfigError(f"{path}: {key}: there is no such key; {suggest(key, KEYS)}")
     if "config" not in batch:
         raise ConfigError(f"{path}: config: the file does not say which configuration to vary")
     target = ROOT / (run_dir or batch.get("run_dir") or f"runs/{Path(path).stem}")
     jobs: list[Job] = []
+    runs = expand(batch, str(path))
     config = str(resolve(batch["config"]).absolute())
-    for name, overrides in expand(batch).items():
+    for name, overrides in runs.items():
         folder = target / name
         parameters = {"config": config, "run_dir": str(folder), "overrides": overrides}
         try:

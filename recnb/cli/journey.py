@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import importlib.util
 import json
 import os
 import shutil
@@ -172,6 +171,8 @@ def files_of(path: Path) -> Iterator[Path]:
 
 def check_options(options: dict) -> None:
     """Raise ConfigError for weights or a backbone that do not exist, or a package that the last step needs."""
+    from recnb.deploy.graph import check_installed
+
     weights, backbone = options.get("weights"), options.get("backbone")
     if isinstance(weights, str) and not Path(weights).is_file():
         raise ConfigError(f"--weights {weights}: there is no such file; give a FILE, True for the hub's or False")
@@ -179,8 +180,7 @@ def check_options(options: dict) -> None:
         from recnb.models.backbones import list_backbones
 
         check_known([backbone], list_backbones(), "--backbone", "network")
-    if not all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime")):
-        raise ConfigError("05_export needs packages that are not installed: pip install 'recnb[export]'")
+    check_installed()
 
 
 def check_photos(source: Path, to: Path, options: dict) -> None:

@@ -80,7 +80,8 @@ def test_grid_and_list_are_combined():
         ({"list": [{}, {}]}, "two runs are named base"),
         ({"grid": {"a.b": 1}}, "a.b: 1 is not a list"),
         ({"grid": {"a.b": [1]}, "list": [{"a.b": 2}]}, "a.b stands in grid and in overrides or list"),
-        ({"list": {"a.b": 1}}, "is a dict, not a list"),
+        ({"list": {"a.b": 1}}, "list: .* is a dict, not list"),
+        ({"list": [1]}, "list: 1 is a int, not dict"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(content, message):
