@@ -15,6 +15,7 @@ __getattr__, __dir__, __all__ = lazily(
         "stats": "bootstrap_interval paired_difference",
         "spread": "effective_rank uniformity",
         "search": "Index knn",
+        "sizes": "plan",
         "rerank": "k_reciprocal KReciprocal alpha_query_expansion database_augmentation Whitening fit_whitening",
         "protocol": "Protocol make_protocol",
     },

@@ -1,6 +1,8 @@
 """Neighbours against plain sorting; the index through its whole life, and what it refuses."""
 
 import json
+import re
+from pathlib import Path
 
 import faiss
 import numpy as np
@@ -219,6 +221,15 @@ def test_the_plan_grows_with_the_vectors_and_codes_take_less_than_vectors():
     assert plan(10**9, 128)["GB"] == pytest.approx(40.4, abs=0.1)
     assert plan(10**7, 128)["GB"] < plan(10**7 - 1, 128)["GB"] / 10
     assert rows[-1]["ms"] < rows[2]["ms"] * 10
+
+
+def test_the_table_in_the_docs_is_the_plan():
+    page = (Path(__file__).parents[2] / "docs/searching.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([\d,]+) \| `(.*)` \| (.*) \| (.*) \| (.*) \|$", page, re.MULTILINE)
+    assert len(rows) == 5
+    for count, *row in rows:
+        found = plan(int(count.replace(",", "")), 128)
+        assert row == [found["factory"], f"{found['GB']:.3g}", f"{found['MB read']:.3g}", f"{found['ms']:.2g}"]
 
 
 LISTS_OF_CODES = "IVF16_HNSW32,PQ12x4fsr"
