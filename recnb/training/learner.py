@@ -143,11 +143,14 @@ class RetrievalLearner(Learner):
 
         Raises:
             TypeError: It has no meaning here; the message says what serves in its place.
+            ValueError: It watches what this learner never evaluates.
         """
         cb = cb() if isinstance(cb, type) else cb
         if (name := type(cb).__name__) in INSTEAD:
             raise TypeError(f"{name}: {INSTEAD[name]}")
         if isinstance(cb, TrackerCallback) and cb.monitor == "valid_loss" and self.loss_func.eval_loss is None:
+            if self.watched is None:
+                raise ValueError(f"{name}: nothing is evaluated; give the loaders query and gallery, or monitor=...")
             cb.monitor, cb.comp, cb.min_delta = self.names[0], np.greater, abs(cb.min_delta)
         return super().add_cb(cb)
 
@@ -156,7 +159,12 @@ class RetrievalLearner(Learner):
 
         Args:
             items: Paths, PIL images, or uint8 arrays (H, W, 3).
+
+        Raises:
+            ValueError: There is no evaluation, or it reads features and not images.
         """
+        if self.watched is None:
+            raise ValueError("embed: the loaders have no query and gallery, whose transform the items would get")
         return self.get_preds(dl=self.dls.test_dl(items))[0]
 
     def evaluate(self) -> Evaluation:

@@ -18,6 +18,9 @@ from recnb.cli.batch import command_of
 from recnb.cli.main import main
 from recnb.cli.run import joined
 from recnb.recipe import parts
+from recnb.recipe.data import build_transform, training_images
+from recnb.recipe.model import build_model
+from recnb.recipe.objective import build_loss, build_metrics
 from recnb.recipe.parts import SLOTS, VARIABLE, use_parts
 from recnb.recipe.schema import load_config
 from recnb.registry import ConfigError
@@ -80,6 +83,36 @@ def named(file: str, config: str) -> int:
     os.environ[VARIABLE] = file
     importlib.reload(parts)
     return 0 if load_config(config)["Arch"]["Head"]["name"] == "NormSoftmax" else 1
+
+
+NAMED = {
+    "head": ({"Arch.Head": {"name": "NormSoftmax"}}, lambda cfg: type(build_model(cfg).head).__name__),
+    "neck": ({"Arch.Neck": {"name": "Squashed", "class_num": 8}}, lambda cfg: type(build_model(cfg).neck).__name__),
+    "loss": ({"Loss.Train": [{"Spread": {}}]}, lambda cfg: build_loss(cfg).names[0]),
+    "metric": ({"Metric.Eval": [{"FoundInTen": {}}]}, lambda cfg: build_metrics(cfg)[0]),
+    "data set": ({"DataLoader.Train.dataset.name": "Products"}, lambda cfg: training_images(cfg).names[0]),
+    "transform": (
+        {"DataLoader.Train.dataset.transform_ops": OPS},
+        lambda cfg: type(build_transform(cfg, "DataLoader.Train.dataset").transforms[1]).__name__,
+    ),
+}
+FOUND = {
+    "head": "NormSoftmax",
+    "neck": "Squashed",
+    "loss": "Spread",
+    "metric": "found in ten",
+    "data set": "no 0",
+    "transform": "RandomInvert",
+}
+
+
+@pytest.mark.parametrize("kind", NAMED)
+def test_each_kind_is_named_alone(kind, own, config_file, config, tmp_path):
+    changes, made = NAMED[kind]
+    if kind == "data set":
+        changes = {**changes, "DataLoader.Train.dataset.cls_label_path": str(tmp_path / "products.csv")}
+    use_parts(own)
+    assert made(load_config(config_file(changes))) == FOUND[kind]
 
 
 def test_the_examples_of_the_docs_train_and_the_run_keeps_them(own, config, tmp_path, capsys):

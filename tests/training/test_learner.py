@@ -150,6 +150,14 @@ def test_trackers_watch_the_first_metric(learn):
     assert (learn.path / learn.model_dir / "best.pth").is_file()
 
 
+def test_without_an_evaluation_there_is_nothing_to_watch_or_to_see_items_like(learn):
+    alone = RetrievalLearner(Loaders(learn.loaders.train), learn.model, learn.loss_func.train_loss)
+    with pytest.raises(ValueError, match="EarlyStoppingCallback: nothing is evaluated"):
+        alone.fit(1, 1e-4, cbs=EarlyStoppingCallback())
+    with pytest.raises(ValueError, match="embed: the loaders have no query and gallery"):
+        alone.embed(learn.loaders.query.dataset.paths[:1])
+
+
 def test_nothing_of_fastais_is_shadowed(learn):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="You are shadowing")
