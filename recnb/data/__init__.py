@@ -5,7 +5,11 @@ and the device, `loaders` makes the batches. `layouts` reads data sets as they a
 `prepare`, `audit` and `splits` turn one's own photographs into lists.
 """
 
+import pandas as pd
+
 from recnb import lazily
+
+pd.set_option("mode.string_storage", "python")  # names of files may hold bytes that are no text: pyarrow refuses these
 
 __getattr__, __dir__, __all__ = lazily(
     __name__,
