@@ -134,7 +134,7 @@ def configuration(args: argparse.Namespace, name: str, seed: int) -> dict:
 
 def judged(model: nn.Module, loaders: Loaders) -> Evaluation:
     """What a model's features of the test images retrieve among them."""
-    features, images = embed(model, loaders.query), loaders.query.dataset
+    features, images = embed(model, loaders.query, progress=False), loaders.query.dataset
     return Judge(METRICS)(features, features, images, images)
 
 
