@@ -19,6 +19,7 @@ from recnb.models.heads import HEADS
 from recnb.models.necks import NECKS
 from recnb.models.paddle import converted, read_pdparams
 from recnb.models.weights import load_weights, local
+from recnb.recipe.resolved import portable
 from recnb.registry import ConfigError
 
 DATA = Path(__file__).parent / "data"
@@ -321,6 +322,22 @@ def test_weights_behind_a_url_are_downloaded_or_a_sentence_says_why_not(tmp_path
         ConfigError, match=r"the weights https://example\.org/x\.pdparams cannot be downloaded \(no route\)"
     ):
         local("https://example.org/x.pdparams")
+
+
+def test_a_url_stays_one_in_what_a_run_keeps(config_file, monkeypatch):
+    url = "https://example.org/dygraph/ResNet50_pretrained.pdparams"
+    cfg = load_config(config_file({"Arch.Backbone.pretrained": url, "Global.pretrained_model": url}))
+    kept = portable(cfg)
+    assert kept["Arch"]["Backbone"]["pretrained"] == kept["Global"]["pretrained_model"] == url
+    asked = []
+    monkeypatch.setattr(
+        torch.hub, "download_url_to_file", lambda source, *args, **kwargs: asked.append(source) or 1 / 0
+    )
+    with pytest.raises(
+        ConfigError, match=r"the weights https://example\.org/dygraph/ResNet50_pretrained\.pdparams cannot"
+    ):
+        build_model(cfg)
+    assert asked == [url]
 
 
 def test_a_file_is_converted_and_serves_as_pretrained_model(config_file, tmp_path, capsys):
