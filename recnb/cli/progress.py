@@ -38,7 +38,7 @@ class Followed:
                 each = passed / (len(now) - self.first - 1)
                 left = f"; about {duration(each * (self.epochs - len(now)))} left" * (len(now) < self.epochs)
             self.began = self.began or time.monotonic()
-            place = f"epoch {row['epoch']} of {self.epochs}: " if self.epochs else ""
+            place = f"epoch {row['epoch']} of {self.epochs}: " if self.epochs and row["epoch"] != "0" else ""
             print(f"  {self.name}{': ' * bool(self.name)}{place}{values(row)}{left}", flush=True)
         self.shown = max(self.shown, len(now))
 

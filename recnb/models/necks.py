@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recnb.registry import Count, Registry, fits, suggest
-from recnb.retrieval.rerank import fit_whitening
 
 NECKS = Registry("neck")
 INITIALIZERS: dict[str, Callable] = {
@@ -189,11 +188,12 @@ class Whitening(nn.Module):
         self.project, self.power = nn.Linear(num_features, dimensions), power
 
     def fit(self, vectors: Tensor) -> None:
-        """Fit the projection to vectors (N, C); raise ValueError where these do not span so many dimensions."""
-        size = self.project.out_features
+        """Fit the projection to vectors (N, C); what these hardly span is divided by no less than 1 % of the most."""
         unit = F.normalize(vectors.float())
-        fitted = fit_whitening(unit.numpy(), size, self.power)
-        mean, projection = torch.from_numpy(fitted.mean), torch.from_numpy(fitted.projection)
+        mean = unit.mean(0)
+        values, axes = torch.linalg.eigh((unit - mean).T @ (unit - mean) / len(unit))
+        values, axes = values.flip(0)[: self.project.out_features], axes.flip(1)[:, : self.project.out_features]
+        projection = axes * values.clamp(min=1e-4 * values[0]) ** (-self.power / 2)
         projection = (
             projection / ((unit - mean) @ projection).square().sum(1).mean().sqrt()
         )  # lengths of 1, to train on

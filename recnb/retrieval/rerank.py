@@ -291,16 +291,14 @@ class Whitening:
         return torch.nn.functional.normalize((rows - mean) @ projection).numpy()
 
 
-def fit_whitening(
-    train: Array, dimensions: int | None = None, whiten: bool | float = True, memory: int = MEMORY
-) -> Whitening:
+def fit_whitening(train: Array, dimensions: int | None = None, whiten: bool = True, memory: int = MEMORY) -> Whitening:
     """Return a `Whitening` to the leading principal components of training vectors, never of the test gallery.
 
     Args:
         train: (N, D) embeddings.
         dimensions: how many components; None: all that the vectors span.
-        whiten: whether each component is divided by its standard deviation (Jegou and Chum, ECCV 2012), or by which
-            power of it; False only rotates and cuts (PCA).
+        whiten: whether each component is divided by its standard deviation (Jegou and Chum, ECCV 2012); False only
+            rotates and cuts (PCA).
         memory: bytes of working memory.
 
     Raises:
@@ -317,5 +315,5 @@ def fit_whitening(
         raise ValueError(
             f"{wanted} dimensions cannot be whitened from {len(rows)} vectors of {rows.width} dimensions: ask for fewer"
         )
-    scale = values[:wanted] ** (-float(whiten) / 2) if whiten else torch.ones(wanted)
+    scale = values[:wanted].rsqrt() if whiten else torch.ones(wanted)
     return Whitening(mean.float().numpy(), (vectors[:, :wanted] * scale).float().numpy())

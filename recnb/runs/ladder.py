@@ -7,6 +7,7 @@ that is there already is read, and one that was interrupted goes on where it sto
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -37,6 +38,7 @@ from recnb.runs.results import save_results
 from recnb.runs.verdict import BETTER, WORSE, Verdict, verdict
 from recnb.training.adaptor import Callback
 from recnb.training.evaluation import Evaluation
+from recnb.training.guard import TrainingError
 from recnb.training.learner import RetrievalLearner
 
 
@@ -146,7 +148,7 @@ def climb(cfg: dict, run: Path, show: Callable[[Ladder], object] | None = None) 
     shared, result = Shared(run, split_lists(cfg, run / "lists"), at), Ladder()
     began = time.monotonic()
     try:
-        for rung in climbed(cfg, shared):
+        for rung in climbed(cfg, shared, result.said):
             rung.minutes = (time.monotonic() - began) / 60
             result.rungs.append(rung)
             print(f"{rung.name}: {rung.verdict if result.rungs[1:] else 'the features as they come'}", flush=True)
@@ -194,8 +196,8 @@ class Shared:
         return None if self.start is None else self.start.values(number)
 
 
-def climbed(cfg: dict, shared: Shared) -> Iterator[Rung]:
-    """Yield each rung once it is climbed on every split."""
+def climbed(cfg: dict, shared: Shared, said: list[str]) -> Iterator[Rung]:
+    """Yield each rung once it is climbed on every split; why one cannot be is added to `said`."""
     shared.start = trained("start", ladder.start(cfg), shared)
     yield shared.start
     images, identities, width, flat = facts(shared.start.cfg, shared)
@@ -207,7 +209,13 @@ def climbed(cfg: dict, shared: Shared) -> Iterator[Rung]:
         yield whitened
         power = whitened.cfg["Arch"]["Neck"]["power"]
         yield trained("probe", ladder.probe(cfg, width, power, images, identities), shared)
-    tuned = trained("finetune", ladder.plain(cfg), shared)
+    else:
+        said.append("whiten, probe: left out, since the backbone is cut where it gives maps and no vectors")
+    try:
+        tuned = trained("finetune", ladder.plain(cfg), shared)
+    except TrainingError as error:
+        said.append(f"finetune, interpolate: left out, since {error}")
+        return
     yield tuned
     yield max(between(tuned, shared), key=lambda rung: rung.mean)
 
@@ -217,7 +225,7 @@ def facts(cfg: dict, shared: Shared) -> tuple[int, int, int, bool]:
     loaders = build_loaders(on_split(cfg, shared.splits[0]))
     backbone: Any = build_model(cfg).backbone
     images, shape = len(loaders.train.dataset), backbone.out_shape
-    return images, loaders.classes, min(ladder.WIDTH, shape[0], images - 1), prod(shape[1:]) == 1
+    return images, loaders.classes, min(ladder.WIDTH, shape[0]), prod(shape[1:]) == 1
 
 
 def missing(place: Path, cfg: dict, shared: Shared) -> bool:
@@ -243,8 +251,7 @@ def trained(name: str, cfg: dict, shared: Shared, folder: str = "") -> Rung:
         if missing(place, made, shared):
             learn = learner_of(made, place)
             learn.add_cb(Deadline(shared.at))
-            with learn.no_bar(), learn.no_logging():
-                learn.fit_config()
+            fit_quietly(learn, place)
             finish(place, learn, shared.before(number))
         tables.append(read_queries(place).assign(fold=number))
     return Rung(name, cfg, pd.concat(tables, ignore_index=True), folder)
@@ -262,7 +269,7 @@ def between(tuned: Rung, shared: Shared) -> list[Rung]:
                 open_run(place, cfg, learn.loaders.classes)
                 start = build_model(cfg, learn.loaders.classes).state_dict()
                 take_weights(learn, interpolate(start, read_weights(source / "model.safetensors"), alpha), place)
-                copy_tables(source, place)
+                shutil.copyfile(source / "labels.csv", place / "labels.csv")
                 finish(place, learn, shared.before(number))
             found.append(read_queries(place).assign(fold=number))
     return [
@@ -308,9 +315,7 @@ def refitted(cfg: dict, kept: Rung, shared: Shared) -> tuple[dict, Path | None]:
     final["Global"] |= {"epochs": best_epoch([*folder.rglob("history.csv")]), "eval_during_train": False}
     source = folder.with_name(f"{kept.folder}-refit")
     if not (source / "model.safetensors").exists():
-        learn = learner_of(unjudged(final), source)
-        with learn.no_bar(), learn.no_logging():
-            learn.fit_config()
+        fit_quietly(learner_of(unjudged(final), source), source)
     if not (source / "history.csv").exists():
         write_history(source, {})
     return final, source
@@ -330,6 +335,17 @@ def learner_of(cfg: dict, folder: Path) -> RetrievalLearner:
     loaders = build_loaders(cfg)
     open_run(folder, cfg, loaders.classes)
     return build_learner(cfg, build_model(cfg, loaders.classes), loaders, folder)
+
+
+def fit_quietly(learn: RetrievalLearner, folder: Path) -> None:
+    """Train a rung; what it prints goes into its folder, as output.txt."""
+    with (
+        (folder / "output.txt").open("a", encoding="utf-8") as file,
+        contextlib.redirect_stdout(file),
+        learn.no_bar(),
+        learn.no_logging(),
+    ):
+        learn.fit_config()
 
 
 def take_weights(learn: RetrievalLearner, weights: dict[str, Tensor], folder: Path) -> None:

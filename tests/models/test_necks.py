@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from recnb.models.necks import FC, INITIALIZERS, NECKS, BNNeck, VehicleNeck, initialize
+from recnb.models.necks import FC, INITIALIZERS, NECKS, BNNeck, VehicleNeck, Whitening, initialize
 from recnb.registry import ConfigError
 
 WIDE = (96, 64)  # large enough for the spread of random weights to be measured
@@ -181,3 +181,21 @@ def test_tanh_and_frfn_necks():
     hidden = features @ neck.layers[0].weight.T + neck.layers[0].bias
     wanted = torch.where(hidden > 0, hidden, 0.1 * hidden) @ neck.layers[2].weight.T + neck.layers[2].bias
     torch.testing.assert_close(neck(features), wanted / wanted.norm(dim=1, keepdim=True))
+
+
+def test_whitening_turns_to_the_principal_components_and_divides_by_their_deviation():
+    vectors = torch.randn(200, 6, generator=torch.Generator().manual_seed(0)) @ torch.diag(
+        torch.tensor([5.0, 3, 2, 1, 1, 1])
+    )
+    for power, spread in ((0.0, False), (1.0, True)):
+        neck = Whitening(6, dimensions=3, power=power)
+        neck.fit(vectors)
+        out = neck(vectors).detach()
+        covariance = out.T @ out / len(out)
+        torch.testing.assert_close(covariance, torch.diag(covariance.diag()), atol=1e-4, rtol=0)
+        torch.testing.assert_close(covariance.trace(), torch.tensor(1.0), atol=1e-4, rtol=0)
+        assert torch.allclose(covariance.diag(), torch.full((3,), 1 / 3), atol=1e-3) == spread
+        assert torch.allclose(out, neck(7 * vectors), atol=1e-5)  # of the direction alone
+    flat = torch.ones(20, 6)
+    neck.fit(flat + 1e-3 * torch.eye(6)[torch.arange(20) % 2])  # fewer dimensions than asked for
+    assert neck(flat).isfinite().all()
