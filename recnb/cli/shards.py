@@ -97,7 +97,8 @@ def write(
     ids = np.delete(start + np.arange(len(images)), [*found])
     images.leave_out(found)
     if len(images):
-        vectors = embed(model, over(loader, images, persistent_workers=False))
+        first = os.environ.get("RANK", "0") == "0"
+        vectors = embed(model, over(loader, images, persistent_workers=False), progress=first)
     else:  # as many dimensions as others have
         black = loader.transform(torch.zeros(3, 64, 64, dtype=torch.uint8))[None]
         vectors = views(model, black.to(next(model.parameters()).device), False, (1.0,))[:0].detach().cpu()

@@ -3,11 +3,13 @@
 import csv
 import shutil
 
+import numpy as np
 import pytest
 
 from recnb.cli import shards
 from recnb.cli.main import main
 from recnb.registry import ConfigError
+from recnb.retrieval.exchange import read_parquet
 from recnb.retrieval.search import Index
 
 pytest.importorskip("pyarrow", reason="the extra parquet is not installed")
@@ -86,6 +88,15 @@ def test_a_shard_without_a_readable_image_is_not_fatal(embed, tmp_path):
     for line in (tmp_path / "images/list.txt").read_text().splitlines()[10:]:
         (tmp_path / "images" / line.split()[0]).unlink()
     assert Index.from_parquet(embed("second")).ids.tolist() == [0, 1, 2, 3, 4, 5, 7, 8, 9]
+
+
+def test_a_run_gives_the_vectors_that_it_was_judged_by(trained_run, drawn, tmp_path, capsys):
+    words = [trained_run, drawn / "gallery.txt", "--out", tmp_path / "out", "--root", drawn / "images", "--shard", 20]
+    assert main(["embed", *map(str, words)]) == 0
+    assert "0 images are left out" in capsys.readouterr().out
+    _, vectors, columns, _ = read_parquet(tmp_path / "out")
+    assert np.allclose(vectors, np.load(trained_run / "embeddings/gallery.npy"), atol=1e-5)
+    assert columns["label"][0] == (drawn / "gallery.txt").read_text().split()[1]
 
 
 def test_the_command_names_what_is_not_there(tmp_path, capsys):
