@@ -94,8 +94,10 @@ def fitting(registry: Registry, section: dict, where: str, **known) -> nn.Module
     Raises:
         ConfigError: The section cannot be meant, or needs more memory than there is.
     """
-    with suppress(NotImplementedError), torch.device("meta"):  # of a part that looks at its numbers while it is built
-        check_room(registry.build(section, where, **known), 1, torch.device("cpu"), where)
+    part = nn.Module()  # stays where a part looks at its numbers, of which there are none yet, while it is built
+    with suppress(ConfigError, NotImplementedError), torch.device("meta"):
+        part = registry.build(section, where, **known)
+    check_room(part, 1, torch.device("cpu"), where)
     return registry.build(section, where, **known)
 
 

@@ -34,6 +34,7 @@ from recnb.recipe.model import build_model
 from recnb.recipe.optimizer import build_optimizer
 from recnb.recipe.schema import load_config
 from recnb.registry import ConfigError
+from recnb.storage import seal
 from recnb.training.adaptor import Callback
 from recnb.training.evaluation import embed
 
@@ -364,6 +365,7 @@ def stopped_and_resumed(rank, config, folder, old):
     assert len(kept["rng"]) == 2 and not torch.equal(kept["rng"][0]["torch"], kept["rng"][1]["torch"])
     if old and rank == 0:  # as checkpoints were that held the first process's state
         torch.save({**kept, "rng": kept["rng"][0]}, latest)
+        seal(latest)
     dist.barrier()
     torch.manual_seed(17)  # a new process would have another random state
     learns[2].fit_config()
