@@ -19,14 +19,14 @@ def convert(
     What comes of a whole model can be given as Global.pretrained_model, what comes of a backbone as
     Arch.Backbone.pretrained. Nothing in the file is run.
     """
-    from recnb.models.paddle import below, read_pdparams
+    from recnb.models.paddle import read_pdparams
     from recnb.models.weights import load_weights, save_weights
     from recnb.recipe.model import build_model
     from recnb.recipe.schema import architectures, class_num, load_config
     from recnb.runs.folder import untrained
 
     cfg, arrays = untrained(load_config(config)), read_pdparams(source)
-    whole = bool(below(arrays, "backbone"))
+    whole = any("backbone." in name for name in arrays)
     if not whole:
         architectures(cfg)[0][1]["Backbone"] |= {"pretrained": str(source), "strict": strict}
     heads = [arrays[name].shape[-1] for name in ("head.weight", "head.fc.weight", "head.kernel") if name in arrays]

@@ -108,7 +108,10 @@ def _load(model: nn.Module, path: str | Path, strict: bool = True) -> list[str]:
     serious = {what: sorted(name for name in group if not name.startswith(classifier)) for what, group in wrong.items()}
     parts = [f"{len(group)} are {what} ({listed(group, 3)})" for what, group in serious.items() if group]
     if parts and strict:
-        raise ValueError(f"'{path}' does not fit {kind(model)}: of {len(own)} tensors " + ", ".join(parts))
+        raise ValueError(
+            f"'{path}' does not fit {kind(model)}: of {len(own)} tensors {', '.join(parts)}; "
+            "strict: False takes the others"
+        )
     model.load_state_dict({name: given[name] for name in own.keys() - set(names)}, strict=False)
     return names
 

@@ -3,6 +3,7 @@
 The files come from `scripts/paddle_parity.py fixtures`, which also compares whole networks with Paddle's.
 """
 
+import copy
 import itertools
 import os
 import pickle
@@ -14,7 +15,7 @@ import torch
 
 from recnb import build_model, load_config
 from recnb.cli.main import main
-from recnb.models import RecModel, create_backbone
+from recnb.models import DistillationModel, RecModel, create_backbone
 from recnb.models.heads import HEADS
 from recnb.models.necks import NECKS
 from recnb.models.paddle import converted, read_pdparams
@@ -294,13 +295,31 @@ def test_neck_and_head_of_a_whole_model_read_features_that_were_smaller_in_the_o
     assert torch.equal(model.head.weight, torch.from_numpy(arrays["head.kernel"].T))
 
 
+def test_models_that_are_distilled_together_take_each_its_own():
+    student = RecModel(create_backbone("PPLCNet_x0_25", stop="flatten", input_size=(3, 32, 32)))
+    model = DistillationModel({"Teacher": copy.deepcopy(student), "Student": student}, "Student")
+    arrays = {f"backbone.{name}": array for name, array in pplcnet().items() if not name.startswith("fc.")}
+    both = {
+        f"{part}.{name}": array * factor
+        for part, factor in (("Teacher", 1), ("Student", 2))
+        for name, array in arrays.items()
+    }
+    found = converted(both | {"other.weight": numbers(3)}, model)
+    places = {name for name in model.state_dict() if not name.endswith("num_batches_tracked")}
+    assert found.keys() - places == {"other.weight"} and places <= found.keys()
+    pair = [found[f"models.{part}.backbone.model.bn1.weight"] for part in ("Teacher", "Student")]
+    assert torch.equal(2 * pair[0], pair[1])
+
+
 def test_what_does_not_fit_is_named_unless_it_may(tmp_path):
     arrays = resnet(vd=False, classes=7)
     path = written(tmp_path / "r.pdparams", arrays)
     create_backbone("ResNet50_last_stage_stride1", pretrained=path, stop="flatten", input_size=(3, 32, 32))
     renamed = {name.replace("blocks.3.short.conv", "blocks.3.shirt"): array for name, array in arrays.items()}
     written(path, renamed)
-    words = r"1 are missing \('layer2.0.downsample.0.weight'\), 1 are unexpected \('layer2.0.shirt.weight'\)"
+    words = (
+        r"1 are missing \('layer2.0.downsample.0.weight'\), 1 are unexpected \('layer2.0.shirt.weight'\); strict: False"
+    )
     with pytest.raises(ValueError, match=words):
         create_backbone("ResNet50", pretrained=path, input_size=(3, 32, 32))
     create_backbone("ResNet50", pretrained=path, input_size=(3, 32, 32), strict=False, stop="flatten")
