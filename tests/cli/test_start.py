@@ -285,7 +285,7 @@ def test_the_help_loads_nothing_heavy():
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    for command in ("start", "identify", "report", "run", "train", "sweep", "check"):
+    for command in ("start", "identify", "report", "run", "train", "sweep", "check", "convert"):
         assert f"\n  {command} " in result.stdout
 
 
