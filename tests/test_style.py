@@ -172,7 +172,7 @@ def test_chapters_are_short_and_the_package_thin():
     table = "\n".join(f"{count:>7} {name}" for name, count in counts.items())
     kit = counts.pop("total") - sum(count for name, count in counts.items() if name.startswith("demo/"))
     assert max(counts.values()) <= 250, f"a chapter has at most 250 statements\n{table}"
-    assert kit <= 11500, f"the kit has at most 11,500 statements, the demo's drawings apart; it has {kit}\n{table}"
+    assert kit <= 12000, f"the kit has at most 12,000 statements, the demo's drawings apart; it has {kit}\n{table}"
 
 
 def test_a_statement_over_several_lines_counts_once():
