@@ -204,8 +204,10 @@ class ArcMargin(nn.Module):
         super().__init__()
         hold_classes(self, embedding_size, class_num, sample_rate, sharded, sub_centers=sub_centers)
         self.margin, self.scale, self.easy_margin, self.sub_centers = margin, scale, easy_margin, sub_centers
-        counts = [*(class_counts or ()), *[0] * (class_num - len(class_counts or ()))]
-        margins = frequency_margins(counts, **margin) if isinstance(margin, dict) else None
+        margins = None
+        if isinstance(margin, dict):
+            counts = [*(class_counts or ()), *[0] * (class_num - len(class_counts or ()))]
+            margins = frequency_margins(counts, **margin)
         self.register_buffer("margins", margins if class_counts else None, persistent=False)
 
     def forward(self, features: Tensor, y: Tensor | None = None) -> Tensor | PartialLogits:  # (B, D), (B,) -> (B, C)

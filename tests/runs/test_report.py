@@ -34,7 +34,8 @@ def test_the_report_says_what_the_run_knows(run):
 
 def test_a_run_without_the_queries_of_the_start_or_without_pictures_has_a_report(run, tmp_path):
     bare = shutil.copytree(run, tmp_path / "bare")
-    (bare / "queries.csv").unlink()
+    for name in ("queries.csv", "SHA256SUMS"):
+        (bare / name).unlink()
     cfg = yaml.safe_load((bare / "config.yaml").read_text())
     for part in ("Query", "Gallery"):
         cfg["DataLoader"]["Eval"][part]["dataset"]["image_root"] = str(tmp_path / "gone")
