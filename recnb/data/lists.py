@@ -74,6 +74,11 @@ class ImageList(Dataset):
         """The paths, each with its box where there are boxes, as galleries show them."""
         return self.paths if self.boxes is None else [*map(Cropped, self.paths, self.boxes.tolist())]
 
+    @property
+    def classes(self) -> int:
+        """How many identities there are numbers for; 0 where they have no names."""
+        return 0 if self.names is None else len(self.names)
+
     def name(self, label: int) -> str:
         """Return what an identity is called: its name, or its number where it has none."""
         return str(label if self.names is None else self.names[label])

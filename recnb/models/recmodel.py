@@ -7,7 +7,7 @@ evaluation and export.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
 from typing import Any
 
@@ -119,7 +119,7 @@ class DistillationModel(nn.Module):
     In evaluation only the chosen model runs.
     """
 
-    def __init__(self, models: dict[str, nn.Module], chosen: str):
+    def __init__(self, models: Mapping[str, nn.Module], chosen: str):
         super().__init__()
         self.models, self.chosen = nn.ModuleDict(models), chosen
 

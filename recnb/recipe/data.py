@@ -130,10 +130,10 @@ def evaluation_images(cfg: dict, classes: np.ndarray | None = None, part: str = 
     if cfg["Global"]["eval_mode"] == "classification":
         images = read_split(cfg, f"DataLoader.{part}")
         drop_repeated(images)
-        classes = training_images(cfg).names if classes is None else classes
-        number_alike(images, first=classes)
-        unknown = images.labels >= len(classes)
-        if unknown.any() or images.names.dtype.kind != classes.dtype.kind:
+        known = np.asarray(training_images(cfg).names if classes is None else classes)
+        number_alike(images, first=known)
+        unknown = images.labels >= len(known)
+        if unknown.any() or np.asarray(images.names).dtype.kind != known.dtype.kind:
             first = int(unknown.argmax())
             raise DataError(
                 f"{images.place(first)}: {images.name(images.labels[first])} is none of the training classes; "
@@ -142,7 +142,8 @@ def evaluation_images(cfg: dict, classes: np.ndarray | None = None, part: str = 
         if cfg["Global"]["on_bad_image"] == "drop":
             drop_faults(images)
         return images, images
-    return labelled_alike(cfg, *(read_split(cfg, where) for where in evaluation_places(cfg, part)), classes)
+    query, gallery = (read_split(cfg, where) for where in evaluation_places(cfg, part))
+    return labelled_alike(cfg, query, gallery, classes)
 
 
 def labelled_alike(
@@ -184,8 +185,9 @@ def build_loaders(cfg: dict) -> Loaders:
     train, held_out = training_split(cfg)
     images, drop = {"DataLoader.Train": numbered(cfg, train)}, cfg["Global"]["on_bad_image"] == "drop"
     given, names = class_num(cfg)[1], images["DataLoader.Train"].names
-    if given and given > len(names):
-        print(f"class_num is {given}, the training list has {len(names)} identities: the others will never be seen")
+    listed = images["DataLoader.Train"].classes
+    if given and given > listed:
+        print(f"class_num is {given}, the training list has {listed} identities: the others will never be seen")
     if drop:
         drop_faults(images["DataLoader.Train"])
     if cfg["Global"]["eval_during_train"] or lookup(cfg, "DataLoader.Eval"):
@@ -209,7 +211,8 @@ def build_loaders(cfg: dict) -> Loaders:
         for where, table in images.items():
             keep(table, resolve(cfg["Global"]["cache_images"]), where)
     test, validation = (searched(loaders, part) for part in LISTS)
-    return Loaders(loaders["DataLoader.Train"], *(vars(test).values() if test else (None, None)), validation)
+    query, gallery = (test.query, test.gallery) if test else (None, None)
+    return Loaders(loaders["DataLoader.Train"], query, gallery, validation)
 
 
 def searched(loaders: dict[str, ImageLoader], part: str) -> Pair | None:

@@ -13,6 +13,7 @@ from recnb.data.lists import seeded
 from recnb.data.loaders import Loaders
 from recnb.losses.combined import CombinedLoss
 from recnb.models.chunks import check_room
+from recnb.models.recmodel import RecModel
 from recnb.recipe.data import build_batch_transform
 from recnb.recipe.model import precision
 from recnb.recipe.objective import build_judge, build_loss
@@ -42,6 +43,8 @@ def build_learner(cfg: dict, model: nn.Module, loaders: Loaders, run_dir: str | 
     """
     device = pick_device(cfg["Global"]["device"])
     if cfg["Global"]["probe"]:
+        if not isinstance(model, RecModel):
+            raise ConfigError("Global.probe: keeps the features of one model, and Arch has several; leave it out")
         folder = resolve(cfg["Global"]["probe_cache"])
         loaders = on_features(model.to(device), loaders, folder, cfg["Global"]["probe"], cfg["Global"]["seed"])
     plan = build_plan(cfg, loaders, Path(run_dir))

@@ -14,6 +14,7 @@ from recnb.distributed.gradients import share_batches
 from recnb.distributed.processes import ranks
 from recnb.models.backbones import create_backbone, share_on_gpus
 from recnb.models.chunks import check_room, recompute_blocks
+from recnb.models.cutting import Cut
 from recnb.models.heads import HEADS
 from recnb.models.necks import NECKS
 from recnb.models.recmodel import DistillationModel, RecModel
@@ -51,7 +52,7 @@ def build_recmodel(cfg: dict, section: dict, where: str, classes: int | None) ->
     if section.get("Head"):
         behind = given == "backbone" or neck is None
         source = f"{where}.{'Backbone' if behind else 'Neck'} gives features of size"
-        known = {"embedding_size": (prod(backbone.out_shape) if behind else size, source)}
+        known: dict[str, tuple] = {"embedding_size": (prod(backbone.out_shape) if behind else size, source)}
         if isinstance(section["Head"].get("margin"), dict):  # by how many images each class has
             known["class_counts"] = (class_counts(cfg), "")
         head = fitting(HEADS, {**section["Head"], "class_num": classes}, f"{where}.Head", **known)
@@ -135,7 +136,7 @@ def count_classes(cfg: dict, counted: int | None) -> int:
         raise ConfigError(
             f"{where} is {given}, but there are {counted} training identities; correct {where} or leave it out"
         )
-    return given or counted or len(training_images(cfg).names)
+    return given or counted or training_images(cfg).classes
 
 
 def class_counts(cfg: dict) -> list[int] | None:
@@ -146,7 +147,7 @@ def class_counts(cfg: dict) -> list[int] | None:
         return None
 
 
-def build_backbone(cfg: dict, section: dict, where: str) -> nn.Module:
+def build_backbone(cfg: dict, section: dict, where: str) -> Cut:
     """The backbone of a model's section, cut where it says; raises ConfigError for what timm or the cut refuse."""
     given, stop = dict(section["Backbone"]), section.get("BackboneStopLayer") or {}
     if isinstance(given.get("pretrained"), str):
@@ -165,7 +166,7 @@ def build_backbone(cfg: dict, section: dict, where: str) -> nn.Module:
     return backbone
 
 
-def build_neck(section: dict, where: str, backbone: nn.Module) -> tuple[nn.Module | None, int]:
+def build_neck(section: dict, where: str, backbone: Cut) -> tuple[nn.Module | None, int]:
     """(the neck or None, the size of the features); the backbone's output is checked to suit it."""
     shape, stop = backbone.out_shape, lookup(section, "BackboneStopLayer.name") or "its end"
     if not section.get("Neck"):

@@ -59,7 +59,7 @@ def resolved(cfg: dict, classes: int | None = None) -> dict:
     cfg = copy.deepcopy(cfg)
     heads = [section["Head"] for _, section in architectures(cfg) if section.get("Head")]
     if heads and not class_num(cfg)[1]:
-        classes = classes or len(training_images(cfg).names)
+        classes = classes or training_images(cfg).classes
         for head in heads:
             head["class_num"] = classes
         cfg["DataLoader"]["Train"]["dataset"].setdefault("relabel", True)
