@@ -26,7 +26,7 @@ from torchvision.transforms import v2
 
 from recnb.data.lists import ImageList, own_index, positives
 from recnb.deploy.decision import check_wanted
-from recnb.deploy.graph import FORMATS, Plan, check_installed, embed_images, open_model, planned, write_models
+from recnb.deploy.graph import FORMATS, Exported, check_installed, embed_images, open_model, planned, write_models
 from recnb.deploy.index import build_index, labelled_images
 from recnb.deploy.modelcard import compared, model_card
 from recnb.recipe.reading import as_yaml
@@ -159,7 +159,7 @@ def metrics(vectors: tuple, query: ImageList, gallery: ImageList, distance: str)
     return Judge(("recall1", "mAP"), normalize=distance == "cosine")(asked, items, query, gallery).metrics
 
 
-def prove(run: Run, plan: Plan, runners: dict[str, Callable], example: Model, most: int) -> dict:
+def prove(run: Run, plan: Exported, runners: dict[str, Callable], example: Model, most: int) -> dict:
     """Return the content of parity.json: each file against the trained model, and example.py from image files on.
 
     Files are compared on the same tensors, in batches and singly; beside them stand the features that the run has
@@ -382,7 +382,7 @@ def summed(folder: Path) -> Iterator[str]:
             yield name
 
 
-def write_proved(run: Run, plan: Plan, formats: Sequence[str], folder: Path, most: int) -> dict:
+def write_proved(run: Run, plan: Exported, formats: Sequence[str], folder: Path, most: int) -> dict:
     """Return the content of parity.json, written beside the models, example.py and inference.yml.
 
     Args:

@@ -122,7 +122,7 @@ def trained_model(run: Run) -> RecModel:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Exported:
     """What is exported: how its graph is made, what is trained and what inference.yml says."""
 
     build: Callable[..., Inference]
@@ -139,7 +139,7 @@ class Plan:
         return output["name"] != "logits" and isinstance(output["embedding_size"], int)
 
 
-def planned(run: Run, normalize: bool | None, dynamic_size: bool, arch: dict) -> Plan:
+def planned(run: Run, normalize: bool | None, dynamic_size: bool, arch: dict) -> Exported:
     """Return what a run's model is exported as.
 
     Args:
@@ -162,7 +162,7 @@ def planned(run: Run, normalize: bool | None, dynamic_size: bool, arch: dict) ->
         "normalised": unit,
         "softmax": softmax,
     }
-    return Plan(
+    return Exported(
         partial(Inference, network, output, **inside, normalize=unit, softmax=softmax),
         lambda x: finished(picked(network, x, output), unit, softmax),
         outside,
@@ -366,7 +366,7 @@ def write_int8(source: Path, path: Path, meta: dict) -> None:
     onnx.save(proto, path)
 
 
-def write_models(plan: Plan, formats: Sequence[str], folder: Path) -> dict[str, Callable]:
+def write_models(plan: Exported, formats: Sequence[str], folder: Path) -> dict[str, Callable]:
     """Return by name what each file computes, from uint8 (B, H, W, 3) to (B, D); the files are written.
 
     Args:

@@ -226,7 +226,7 @@ class HeldOut:
 
 
 @dataclass
-class Model:
+class AnyArch:
     """What a RecModel and a DistillationModel both say."""
 
     name: str = "RecModel"
@@ -237,7 +237,7 @@ class Model:
 
 
 @dataclass
-class Arch(Model):
+class Arch(AnyArch):
     """The section of one RecModel."""
 
     head_feature_from: Literal["neck", "backbone"] = "neck"
@@ -257,7 +257,7 @@ class StopLayer:
 
 
 @dataclass
-class Distillation(Model):
+class Distillation(AnyArch):
     """The section of several models that are trained together."""
 
     models: list | None = None

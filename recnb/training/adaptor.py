@@ -23,6 +23,7 @@ from recnb.data.samplers import EpochSampler
 
 with warnings.catch_warnings():  # fastai's import warns of torch's and pandas' futures
     warnings.simplefilter("ignore")
+    import fastai.callback.hook  # noqa: F401 (its import gives summary)
     from fastai.callback.core import (  # noqa: F401
         Callback,
         CancelBatchException,
@@ -33,7 +34,6 @@ with warnings.catch_warnings():  # fastai's import warns of torch's and pandas' 
         TrainEvalCallback,
     )
     from fastai.callback.fp16 import MixedPrecision  # noqa: F401 (its import gives to_fp16)
-    from fastai.callback.hook import ActivationStats  # noqa: F401 (its import gives summary)
     from fastai.callback.progress import ProgressCallback  # noqa: F401 (its import gives the progress bars)
     from fastai.callback.schedule import ParamScheduler  # noqa: F401 (its import gives fit_one_cycle and lr_find)
     from fastai.callback.tracker import TrackerCallback  # noqa: F401
