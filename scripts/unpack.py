@@ -3,6 +3,8 @@ configs/grocery.yaml read:
 
     python scripts/unpack.py omniglot FOLDER   images_background.zip and images_evaluation.zip lie in FOLDER
     python scripts/unpack.py grocery FOLDER    grocery_store_cap28.zip lies in FOLDER
+
+The second also makes products/, with a folder of photographs for each product, as `recnb start` takes them.
 """
 
 import argparse
@@ -23,6 +25,8 @@ def main() -> None:
     target = args.to or DATA / args.name
     unpack(args.folder, target)
     lists = omniglot(target) if args.name == "omniglot" else grocery(target)
+    if args.name == "grocery":
+        by_product(target)
     for name, rows in lists.items():
         (target / name).write_text("".join(f"{path} {label}\n" for path, label in rows))
         print(f"{target / name}: {len(rows)} images of {len({label for _, label in rows})} identities")
@@ -66,6 +70,18 @@ def grocery(target: Path) -> dict[str, list[tuple[str, int]]]:
         "train.txt": [(path, fine) for path, fine in rows if fine % 2 == 0],
         "test.txt": [(path, fine) for path, fine in rows if fine % 2 == 1],
     }
+
+
+def by_product(target: Path) -> None:
+    """Copy the photographs into products/, a folder for each product, named by where they lay."""
+    table = next(target.rglob("images.csv"))
+    with next(target.rglob("classes.csv")).open(newline="") as file:
+        names = {row["Class ID (int)"]: row["Class Name (str)"] for row in csv.DictReader(file)}
+    with table.open(newline="") as file:
+        for row in csv.DictReader(file):
+            copy = target / "products" / names[row["fine"]] / row["path"].replace("/", "_")
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(table.parent / row["path"], copy)
 
 
 if __name__ == "__main__":
