@@ -17,6 +17,7 @@ RUNGS = {
     "probe": "neck and head on the frozen backbone",
     "finetune": "fine-tuned as the file says",
     "interpolate": "between the start and the fine-tuned weights",
+    "average": "mean of the weights behind the last epochs of fine-tuning",
 }
 WIDTH = 512  # of the embedding of the lower rungs, where there are images and features for so many
 VIEWS, PROBE_STEPS, PROBE_BATCH = 4, 400, 256
@@ -86,6 +87,18 @@ def probe(cfg: dict, width: int, power: float, images: int, identities: int) -> 
     cfg["Optimizer"] = {"name": "AdamW", "weight_decay": 0.0, "lr": {"name": "Cosine", "learning_rate": 0.001}}
     cfg["Retention"] = {"imprint": True}
     return cfg
+
+
+def finetune(cfg: dict) -> dict:
+    """Return the configuration of the fine-tuning: as the file says, with the weights behind its last epochs kept."""
+    cfg = plain(cfg)
+    cfg["Global"] |= {"save_interval": 1, "keep_checkpoints": last_epochs(cfg["Global"]["epochs"])}
+    return cfg
+
+
+def last_epochs(epochs: int) -> int:
+    """Return of how many of a training's last epochs the weights are averaged: of a third, two at least."""
+    return max(2, round(epochs / 3))
 
 
 def judged_by(cfg: dict, train: dict, query: dict, gallery: dict) -> dict:

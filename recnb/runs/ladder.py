@@ -24,7 +24,7 @@ from torch import Tensor
 
 from recnb.data.lists import save_label_map, write_csv
 from recnb.gallery.curves import ladder_figure
-from recnb.models.weights import interpolate, read_weights, save_weights
+from recnb.models.weights import average, interpolate, read_weights, save_weights
 from recnb.recipe import ladder
 from recnb.recipe.data import build_loaders
 from recnb.recipe.learner import build_learner
@@ -36,6 +36,7 @@ from recnb.recipe.splits import Split, split_lists, unjudged, whole_list
 from recnb.runs.folder import open_run
 from recnb.runs.results import save_results
 from recnb.runs.verdict import BETTER, WORSE, Verdict, verdict
+from recnb.training import checkpoints
 from recnb.training.adaptor import Callback
 from recnb.training.evaluation import Evaluation
 from recnb.training.guard import TrainingError
@@ -212,12 +213,18 @@ def climbed(cfg: dict, shared: Shared, said: list[str]) -> Iterator[Rung]:
     else:
         said.append("whiten, probe: left out, since the backbone is cut where it gives maps and no vectors")
     try:
-        tuned = trained("finetune", ladder.plain(cfg), shared)
+        tuned = trained("finetune", ladder.finetune(cfg), shared)
     except TrainingError as error:
-        said.append(f"finetune, interpolate: left out, since {error}")
+        said.append(f"finetune, interpolate, average: left out, since {error}")
         return
     yield tuned
-    yield max(between(tuned, shared), key=lambda rung: rung.mean)
+    tried = [mixed("interpolate", tuned, shared, alpha) for alpha in ladder.ALPHAS]
+    yield max(tried, key=lambda rung: rung.mean)
+    places = [shared.place("finetune", number) / "checkpoints" for number in range(len(shared.splits))]
+    if all(len(checkpoints.numbered(place)) > 1 for place in places):
+        yield mixed("average", tuned, shared)
+    else:
+        said.append("average: left out, since the weights of several epochs are not in rungs/finetune")
 
 
 def facts(cfg: dict, shared: Shared) -> tuple[int, int, int, bool]:
@@ -257,25 +264,37 @@ def trained(name: str, cfg: dict, shared: Shared, folder: str = "") -> Rung:
     return Rung(name, cfg, pd.concat(tables, ignore_index=True), folder)
 
 
-def between(tuned: Rung, shared: Shared) -> list[Rung]:
-    """Return a rung for each share of the way from the start's weights to the fine-tuned ones."""
-    tables: dict[float, list] = {alpha: [] for alpha in ladder.ALPHAS}
+def mixed(name: str, tuned: Rung, shared: Shared, alpha: float | None = None) -> Rung:
+    """Return a rung whose weights are mixed of those of the fine-tuning, `alpha` of the way to them or their mean."""
+    folder, tables = name if alpha is None else f"{name}-{alpha:g}", []
+    made = Rung(name, tuned.cfg, tuned.queries, "finetune", alpha)
     for number, split in enumerate(shared.splits):
-        source, cfg, learn = shared.place("finetune", number), on_split(tuned.cfg, split), None
-        for alpha, found in tables.items():
-            place = shared.place(f"interpolate-{alpha:g}", number)
-            if missing(place, cfg, shared):
-                learn = learn or learner_of(cfg, place)
-                open_run(place, cfg, learn.loaders.classes)
-                start = build_model(cfg, learn.loaders.classes).state_dict()
-                take_weights(learn, interpolate(start, read_weights(source / "model.safetensors"), alpha), place)
-                shutil.copyfile(source / "labels.csv", place / "labels.csv")
-                finish(place, learn, shared.before(number))
-            found.append(read_queries(place).assign(fold=number))
-    return [
-        Rung("interpolate", tuned.cfg, pd.concat(found, ignore_index=True), "finetune", alpha)
-        for alpha, found in tables.items()
-    ]
+        place, source = shared.place(folder, number), shared.place("finetune", number)
+        cfg = on_split(tuned.cfg, split)
+        if missing(place, cfg, shared):
+            learn = learner_of(cfg, place)
+            take_weights(learn, weights_of(made, learn.model.state_dict(), source), place)
+            shutil.copyfile(source / "labels.csv", place / "labels.csv")
+            finish(place, learn, shared.before(number))
+        tables.append(read_queries(place).assign(fold=number))
+    made.queries = pd.concat(tables, ignore_index=True)
+    return made
+
+
+def weights_of(rung: Rung, start: dict[str, Tensor], source: Path) -> dict[str, Tensor]:
+    """Return the weights of a rung.
+
+    Args:
+        rung: which.
+        start: the weights before any training.
+        source: the folder of the training that it is made of.
+    """
+    if rung.name == "average":
+        last = ladder.last_epochs(len(pd.read_csv(source / "history.csv")))
+        paths = checkpoints.numbered(source / "checkpoints")[-last:]
+        return average(checkpoints.kept(path)["model"] for path in paths)
+    trained = read_weights(source / "model.safetensors")
+    return trained if rung.alpha is None else interpolate(start, trained, rung.alpha)
 
 
 def hand_back(cfg: dict, kept: Rung, shared: Shared) -> RetrievalLearner:
@@ -283,10 +302,7 @@ def hand_back(cfg: dict, kept: Rung, shared: Shared) -> RetrievalLearner:
     final, source = refitted(cfg, kept, shared)
     learn = learner_of({**final, "Global": {**final["Global"], "probe": None}}, shared.run)
     start = learn.model.state_dict()
-    weights = start if source is None else read_weights(source / "model.safetensors")
-    if kept.alpha is not None:
-        weights = interpolate(start, weights, kept.alpha)
-    take_weights(learn, weights, shared.run)
+    take_weights(learn, start if source is None else weights_of(kept, start, source), shared.run)
     open_run(shared.run, final, learn.loaders.classes)
     if source is None:
         save_label_map(learn.loaders.train.dataset, shared.run / "labels.csv")
@@ -312,8 +328,8 @@ def refitted(cfg: dict, kept: Rung, shared: Shared) -> tuple[dict, Path | None]:
         section["dataset"] = ladder.with_ops(section["dataset"], shared.splits[0].train)
         return final, folder
     section["dataset"] = ladder.with_ops(section["dataset"], whole_list(cfg, shared.run / "lists"))
-    final["Global"] |= {"epochs": best_epoch([*folder.rglob("history.csv")]), "eval_during_train": False}
-    source = folder.with_name(f"{kept.folder}-refit")
+    final["Global"] |= {"epochs": epochs_of(kept, [*folder.rglob("history.csv")]), "eval_during_train": False}
+    source = folder.with_name(f"{'average' if kept.name == 'average' else kept.folder}-refit")
     if not (source / "model.safetensors").exists():
         fit_quietly(learner_of(unjudged(final), source), source)
     if not (source / "history.csv").exists():
@@ -361,6 +377,7 @@ def finish(folder: Path, learn: RetrievalLearner, start: dict[str, np.ndarray] |
     """Judge a rung and write its results, compared with the start's values for the same queries."""
     with learn.no_bar(), learn.no_logging():
         after = before = learn.evaluate()
+    learn.loaders.stop_workers()
     if start is not None:
         before = Evaluation(metrics={k: float(np.nanmean(v)) for k, v in start.items()}, per_query=start)
     if not (folder / "history.csv").exists():
@@ -384,11 +401,17 @@ def copy_tables(source: Path, folder: Path) -> None:
         shutil.copyfile(source / file, folder / file)
 
 
-def best_epoch(histories: list[Path]) -> int:
-    """Return how many epochs were best, the median over the folds."""
+def epochs_of(kept: Rung, histories: list[Path]) -> int:
+    """Return how many epochs a rung is trained for again: as many as were best, all for a mean of the last ones.
+
+    Over folds it is the median.
+    """
     epochs = [0] * (not histories)
     for path in histories:
         table = pd.read_csv(path)
+        if kept.name == "average":
+            epochs.append(int(table.epoch.max()))
+            continue
         metric = "mAP" if "mAP" in table else table.columns[-1]
         judged = table.dropna(subset=[metric])
         epochs.append(int(judged.epoch[judged[metric][::-1].idxmax()]) if len(judged) else 0)

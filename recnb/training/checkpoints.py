@@ -66,16 +66,11 @@ class Checkpoints(Callback):
             self.stop_if(asked, f"epoch {self.epoch + 1} step {step}")
 
     def after_epoch(self):
-        epoch, interval, last = self.epoch + 1, self.keeping.save_interval, self.keeping.keep_checkpoints
+        epoch = self.epoch + 1
         self.save(epoch, 0)
         if self.state.best.get("epoch") == epoch:
             self.save_best()
-        if interval > 0 and epoch % interval == 0 and ranks()[0] == 0:
-            kept = self.folder / f"epoch_{epoch}.pt"
-            link_or_copy(self.folder / "latest.pt", kept)  # `latest` is replaced, never rewritten: a link is a copy
-            numbered = sorted(self.folder.glob("epoch_*.pt"), key=lambda path: int(path.stem.split("_")[1]))
-            for path in numbered[:-last] if last else ():
-                path.unlink()
+        self.number(epoch, self.folder / "latest.pt")
         if epoch < self.n_epoch:
             self.stop_if(anywhere(self.wish.asked, self.dls.device), f"epoch {epoch}")
 
@@ -113,8 +108,22 @@ class Checkpoints(Callback):
             intact = "the one before it is intact" if path.exists() else "there is none yet"
             raise TrainingError(f"{path}: the checkpoint cannot be written, {intact} ({error})") from error
 
+    def number(self, epoch: int, latest: Path) -> None:
+        """Keep the checkpoint behind an epoch under its number, where that is wanted, and the last of these alone."""
+        interval, last = self.keeping.save_interval, self.keeping.keep_checkpoints
+        if ranks()[0] or not interval or epoch % interval:
+            return
+        link_or_copy(latest, self.folder / f"epoch_{epoch}.pt")  # `latest` is replaced, never rewritten: a link will do
+        for path in numbered(self.folder)[:-last] if last else ():
+            path.unlink()
+
     def save_best(self) -> None:
         save_weights(whole_states(self.judged)[0], self.folder / "best.safetensors")
+
+
+def numbered(folder: Path) -> list[Path]:
+    """Return the checkpoints of a folder that are kept under the numbers of their epochs, in order."""
+    return sorted(folder.glob("epoch_*.pt"), key=lambda path: int(path.stem.split("_")[1]))
 
 
 def save_weights(state: dict[str, torch.Tensor], path: Path) -> None:
@@ -186,7 +195,9 @@ def resume(learn: Learner, callbacks: list[Callback], checkpoints: Checkpoints, 
     ours.rows, ours.best, checkpoints.restored = state["history"], state["best"], state
     learn.first_epoch, learn.first_batch = state["epoch"], state["batch"]
     best = ours.best.get("epoch")
-    if best == state["epoch"] and not state["batch"]:  # the process may have ended before they were written
+    if path == checkpoints.folder / "latest.pt" and state["epoch"] and not state["batch"]:
+        checkpoints.number(state["epoch"], path)  # the process may have ended before it was kept
+    if best == state["epoch"] and not state["batch"]:  # nor may these have been written
         checkpoints.save_best()
     elif best and not (checkpoints.folder / "best.safetensors").exists():  # a checkpoint from another folder
         print(f"the best epoch so far, {best}, is not in {checkpoints.folder}: the best is found anew")

@@ -18,7 +18,7 @@ from recnb.models import chunks
 from recnb.models.heads import HEADS, ArcMargin, cosine
 from recnb.models.necks import FC, NECKS, VehicleNeck
 from recnb.models.recmodel import RecModel
-from recnb.models.weights import interpolate, load_weights
+from recnb.models.weights import average, interpolate, load_weights
 from recnb.recipe.data import build_loaders
 from recnb.recipe.model import build_model
 from recnb.recipe.objective import build_loss
@@ -370,6 +370,16 @@ def test_interpolated_weights_are_on_the_line_between():
         interpolate(before, after | {"0.weight": torch.zeros(5, 3)}, 0.5)
     with pytest.raises(ValueError, match=r"'head\.weight' is absent before and \(2,\) after"):
         interpolate(before, after | {"head.weight": torch.zeros(2)}, 0.5)
+
+
+def test_the_average_of_weights_is_their_mean():
+    states = [{"w": torch.full((2,), value), "count": torch.tensor(i)} for i, value in enumerate((1.0, 2.0, 6.0))]
+    mean = average(iter(states))
+    assert torch.allclose(mean["w"], torch.full((2,), 3.0)) and mean["count"] == 2 and states[0]["w"][0] == 1
+    with pytest.raises(ValueError, match=r"'w' is \(2,\) before and \(3,\) after"):
+        average([states[0], {**states[1], "w": torch.zeros(3)}])
+    with pytest.raises(ValueError, match="no weights to take the mean of"):
+        average([])
 
 
 def test_more_classes_than_the_file_says(config):

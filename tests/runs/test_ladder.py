@@ -13,6 +13,8 @@ from recnb.registry import ConfigError
 from recnb.runs import ladder
 from recnb.runs.experiment import train
 from recnb.runs.folder import load_run
+from recnb.storage import seal
+from recnb.training.checkpoints import numbered
 
 
 @pytest.fixture
@@ -42,7 +44,7 @@ def test_a_climb_that_is_interrupted_in_any_rung_keeps_the_same_rung_and_bits(
 ):
     cfg = load_config(config_file(pretrained | {"Optimizer": HURTING, "Ladder": {"minutes": 60.0, "folds": 2}}))
     result, table = climbed(cfg, tmp_path / "run")
-    assert list(table.index) == ["start", "whiten", "probe", "finetune", "interpolate"]
+    assert list(table.index) == [*rungs.RUNGS]
     assert table.kept.sum() == 1 and not table.kept["finetune"] and table.gain["finetune"] < 0 == table.gain["start"]
     assert table["images"].eq(table["images"].iloc[0]).all()  # of all folds together
     kept = table.index[table.kept][0]
@@ -58,7 +60,7 @@ def test_a_climb_that_is_interrupted_in_any_rung_keeps_the_same_rung_and_bits(
         again = climbed(cfg, tmp_path / "again")[1]
     assert "the 60 minutes ended before the ladder did" in capsys.readouterr().out
     assert list(again.index) == ["start", "whiten"], "the probe has ended behind its first epoch"
-    waiting = {"whiten-1", "probe", "finetune", "interpolate-0.5"}
+    waiting = {"whiten-1", "probe", "finetune", "interpolate-0.5", "average"}
     real = ladder.finish
 
     def killed(folder, *rest):
@@ -77,6 +79,30 @@ def test_a_climb_that_is_interrupted_in_any_rung_keeps_the_same_rung_and_bits(
     assert not waiting
     for name in ("model.safetensors", "queries.csv", "metrics.json"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "run" / name).read_bytes(), name
+
+    monkeypatch.setattr(ladder, "best", lambda climbed, metric: climbed[-1])
+    table = climbed(cfg, tmp_path / "again")[1]
+    assert table.kept["average"], "and it is trained again on all images"
+    first, second = numbered(tmp_path / "again" / "rungs" / "average-refit" / "checkpoints")
+    states = [torch.load(path, weights_only=True)["model"] for path in (first, second)]
+    for key, value in load_file(tmp_path / "again" / "model.safetensors").items():
+        mean = (states[0][key] + states[1][key]) / 2 if value.is_floating_point() else states[1][key]
+        assert torch.allclose(value, mean, rtol=1e-5, atol=1e-7), key
+
+
+def test_the_average_is_that_of_the_last_third_of_the_epochs(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "history.csv").write_text("epoch\n" + "".join(f"{epoch}\n" for epoch in range(1, 13)))
+    for epoch in range(1, 13):
+        state = {"w": torch.tensor([float(epoch**2)]), "batches": torch.tensor(epoch)}
+        path = tmp_path / "checkpoints" / f"epoch_{epoch}.pt"
+        torch.save({"model": state, "config": "{}", "contents": "{}"}, path)
+        seal(path)
+    made = ladder.weights_of(rung("average", [0.0], [0.0]), {}, tmp_path)
+    assert made["w"].item() == pytest.approx((81 + 100 + 121 + 144) / 4) and made["batches"] == 12
+    assert [rungs.last_epochs(epochs) for epochs in (1, 2, 5, 20)] == [2, 2, 2, 7]
+    kept = rung("average", [0.0], [0.0])
+    assert ladder.epochs_of(kept, [tmp_path / "history.csv"]) == 12
 
 
 def test_without_time_the_start_is_kept(config_file, tmp_path, pretrained, capsys):

@@ -157,10 +157,20 @@ def test_missing_and_foreign_checkpoints_are_named(config_file, tmp_path):
         make(config_file, tmp_path / "run", {"Global.checkpoints": str(tmp_path / "text.pt")}).fit_config()
 
 
-def test_only_the_last_numbered_checkpoints_are_kept(config_file, tmp_path):
-    make(
-        config_file, tmp_path, {"Global.epochs": 4, "Global.save_interval": 1, "Global.keep_checkpoints": 2}
-    ).fit_config()
+def test_only_the_last_numbered_checkpoints_are_kept_also_by_a_run_that_ends_before_it_keeps_one(
+    config_file, tmp_path, monkeypatch
+):
+    changes, real = {"Global.epochs": 4, "Global.save_interval": 1, "Global.keep_checkpoints": 2}, os.link
+
+    def killed(source, path, **options):
+        if Path(path).name == "epoch_3.pt":
+            raise KeyboardInterrupt
+        real(source, path, **options)
+
+    with monkeypatch.context() as third, pytest.raises(KeyboardInterrupt):
+        third.setattr(os, "link", killed)
+        make(config_file, tmp_path, changes).fit_config()
+    make(config_file, tmp_path, changes).fit_config()
     assert {path.name for path in (tmp_path / "checkpoints").glob("*.pt")} == {"latest.pt", "epoch_3.pt", "epoch_4.pt"}
 
 
