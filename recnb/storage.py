@@ -38,6 +38,10 @@ def replacing(path: str | Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         temporary.chmod(0o644)
         temporary.replace(path)
+    except OSError as error:
+        if error.filename in (None, str(temporary)):  # a write that finds the disk full names none
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -111,3 +111,15 @@ def test_an_error_within_frees_the_lock(tmp_path):
     process = start(HOLD, tmp_path)
     process.communicate()
     assert process.returncode == 0
+
+
+def test_a_full_disk_names_the_file_and_leaves_what_was_there(tmp_path, monkeypatch):
+    files.write_text(tmp_path / "a.txt", "before")
+
+    def full(self, text, **options):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as disk, pytest.raises(OSError, match=r"No space left on device: '.*a\.txt'"):
+        disk.setattr(files.Path, "write_text", full)
+        files.write_text(tmp_path / "a.txt", "after")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["before"]

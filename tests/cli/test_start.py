@@ -1,14 +1,18 @@
 """`recnb start` and the commands around it: what is done once, what is refused in a sentence, whose names come out."""
 
+import contextlib
 import errno
+import itertools
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections import namedtuple
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -20,6 +24,7 @@ from recnb.cli import journey, progress
 from recnb.cli import notebook as notebooks
 from recnb.cli.main import main
 from recnb.cli.run import names
+from recnb.data import audit, layouts
 from recnb.registry import ConfigError
 
 NAMES = ["Garlic", "Red Beet", "Åpple Äkerö", "檸檬", "Лимон", "Lime", "Mango", "Kiwi", "Plum", "Leek"]
@@ -88,7 +93,7 @@ def executed(monkeypatch):
             path.write_text(json.dumps(parameters), encoding="utf-8")
 
     monkeypatch.setattr(journey, "execute", execute)
-    monkeypatch.setattr(journey, "check_photos", lambda *_: None)
+    monkeypatch.setattr(journey, "check_photos", lambda *_: "")
     return ran
 
 
@@ -197,7 +202,8 @@ def test_photos_that_change_while_they_are_read_are_told(executed, photos, tmp_p
     [
         (["none"], "there is no such folder"),
         (["empty"], "empty"),
-        (["alone"], "no identity can be tested while another is trained on"),
+        (["alone"], "1 identities were found, 1 of them with two images or more, and it takes two of these"),
+        (["single"], "4 identities were found, 0 of them with two images or more, and it takes two of these"),
         (["photos", "--to", "photos/out"], "lies among the photos"),
         (["photos", "--weights", "none.pth"], "there is no such file; give a FILE, True for the hub's or False"),
         (["photos", "--backbone", "resnet51"], "there is no network 'resnet51'; did you mean 'resnet5"),
@@ -207,11 +213,13 @@ def test_photos_that_change_while_they_are_read_are_told(executed, photos, tmp_p
 def test_bad_input_is_one_sentence_and_nothing_is_written(called, photos, tmp_path, monkeypatch, words, message):
     monkeypatch.chdir(tmp_path)
     if "photos/Lime/IMG_0.jpg/x" in words:  # elsewhere, as this is no folder of photos
-        monkeypatch.setattr(journey, "check_photos", lambda *_: None)
+        monkeypatch.setattr(journey, "check_photos", lambda *_: "")
     Path("photos").symlink_to(photos)
     Path("empty").mkdir()
     for view in range(3):
         draw(Path("alone", "Garlic", f"{view}.jpg"), 0, view)
+    for kind in range(4):
+        draw(Path("single", NAMES[kind], "1.jpg"), kind, 0)
     code, printed = called("start", *words)
     assert code == 2 and message in printed
     assert printed.startswith("error: ") and printed.count("\n") == 1
@@ -221,9 +229,78 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(called, photos, tmp_pa
 def test_a_full_disk_is_said_before_anything_is_written(called, photos, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")(10**9, 10**9, 3_000_000)
     monkeypatch.setattr(journey.shutil, "disk_usage", lambda path: usage)
-    monkeypatch.setattr(journey, "check_photos", lambda *_: None)
+    monkeypatch.setattr(journey, "check_photos", lambda *_: "")
     code, printed = called("start", photos, "--to", tmp_path / "mine")
     assert code == 2 and "its disk has 3 MB left" in printed and [*(tmp_path / "mine").iterdir()] == []
+
+
+def test_a_folder_that_cannot_be_written_to_is_said(called, photos, tmp_path, monkeypatch):
+    def refused(dir):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(journey.tempfile, "TemporaryFile", refused)
+    monkeypatch.setattr(journey, "check_photos", lambda *_: "")
+    (tmp_path / "mine").mkdir()
+    code, printed = called("start", photos, "--to", tmp_path / "mine")
+    assert code == 2 and [*(tmp_path / "mine").iterdir()] == []
+    assert printed == (
+        f"error: --to {tmp_path / 'mine'}: cannot be written to (Read-only file system); choose another folder\n"
+    )
+
+
+def test_a_disk_that_is_full_between_two_steps_leaves_the_earlier_ones(called, executed, photos, tmp_path, monkeypatch):
+    real = Path.write_text
+
+    def full(self, text, **options):
+        if "start.json" in self.name and "03_evaluate" in text:
+            real(self, text[:9], **options)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(self, text, **options)
+
+    to = tmp_path / "mine"
+    with monkeypatch.context() as disk:
+        disk.setattr(Path, "write_text", full)
+        code, printed = called("start", photos, "--to", to)
+    assert code == 2 and f"error: {to / 'start.json'}: No space left on device\n" in printed
+    assert executed == ["01_prepare", "02_train", "03_evaluate"] and (to / "03_evaluate.ipynb").is_file()
+    assert set(json.loads((to / "start.json").read_text())) == {"01_prepare", "02_train"}
+    journey.Journey(photos, to).go()
+    assert executed[3:] == ["03_evaluate", "04_gallery", "05_export"] and not [*to.glob(".*.part")]
+
+
+class Entry(NamedTuple):
+    """A folder as os.scandir lists it."""
+
+    name: str
+    path: str
+
+    def is_dir(self) -> bool:
+        return True
+
+
+def listed(monkeypatch, identities: int, each: int) -> None:
+    """Let every folder seem to hold so many folders of so many photos."""
+    folders = contextlib.nullcontext([Entry(f"{i:05d}", f"/photos/{i:05d}") for i in range(identities)])
+    names = [f"IMG_{i:04d}.jpg" for i in range(each)]
+    monkeypatch.setattr(layouts.os, "scandir", lambda root: folders)
+    monkeypatch.setattr(layouts.os, "walk", lambda folder: [(folder, [], names)])
+
+
+@pytest.mark.parametrize("identities", [200, pytest.param(20_000, marks=pytest.mark.slow)])
+def test_millions_of_photos_are_listed_and_split_in_little_memory_and_their_time_is_told(
+    tmp_path, monkeypatch, identities
+):
+    clock = itertools.count(0.0, 6.4)  # a tenth of a second a photo
+    monkeypatch.setattr(audit, "fingerprints", lambda paths: None)
+    monkeypatch.setattr(journey.time, "monotonic", lambda: next(clock))
+    tracemalloc.start()
+    with monkeypatch.context() as disk:
+        listed(disk, identities, 100)
+        said = journey.check_photos(tmp_path, tmp_path.parent / "mine", {})
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert said.startswith(f"{100 * identities:,} photos of {identities:,} identities, which take about ")
+    assert most < 2000 * 100 * identities, f"{most / 100 / identities:.0f} bytes a photo"
 
 
 @pytest.mark.parametrize(("place", "name"), [("", ""), ("rungs/probe/", "probe: ")])
