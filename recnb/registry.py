@@ -1,14 +1,15 @@
 """Registries: the names that a YAML file may use, each with the constructor that it stands for.
 
 A section such as `{name: ArcMargin, margin: 0.15}` is one object: `name` picks it from a registry and the other keys
-are its constructor's arguments. Each chapter fills the registries of its own parts, so that what can be written in a
-file is what exists, and every misspelling ends in one sentence that names the place.
+are its constructor's arguments. Each module registers its own parts. A name or argument that does not exist is a
+ConfigError of one sentence that names its place.
 """
 
 from __future__ import annotations
 
 import difflib
 import inspect
+import operator
 import types
 import typing
 from dataclasses import dataclass
@@ -16,14 +17,14 @@ from typing import Annotated, Literal
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot mean what it says; the message names the place and what would mend it."""
+    """A configuration that cannot be used; the message names the place and what would mend it."""
 
     def __init__(self, message: str):
-        super().__init__(message.encode("utf-8", "backslashreplace").decode())  # a file may hold what is no text
+        super().__init__(message.encode("utf-8", "backslashreplace").decode())  # a file may have bytes that are no text
 
 
 def suggest(word: str, known: typing.Iterable[str]) -> str:
-    """A half sentence that offers the nearest known spelling, or lists what there is."""
+    """Return half a sentence that offers the nearest known spelling, or lists what there is."""
     known = sorted(str(k) for k in known)
     near = difflib.get_close_matches(str(word), known, n=1, cutoff=0.6)
     folded = [k for k in known if k.lower() == str(word).lower()]
@@ -33,7 +34,14 @@ def suggest(word: str, known: typing.Iterable[str]) -> str:
 
 
 def check_known(words: typing.Iterable[str], known: typing.Collection[str], where: str, kind: str = "") -> None:
-    """Raise ConfigError for the first word that is not among the known ones, which are of some kind."""
+    """Raise ConfigError for the first word that is not known.
+
+    Args:
+        words: The words to check.
+        known: What they may be.
+        where: Their place in the file.
+        kind: What they name, for the message.
+    """
     for word in words:
         if word not in known:
             named = f"{kind} '{word}'".lstrip()
@@ -42,7 +50,7 @@ def check_known(words: typing.Iterable[str], known: typing.Collection[str], wher
 
 @dataclass(frozen=True)
 class Range:
-    """The bounds of a number in an annotation, `Annotated[int, Range(1)]`; `above` and `below` are not reached."""
+    """The bounds of a number in an annotation, `Annotated[int, Range(1)]`; `above` and `below` are excluded."""
 
     least: float | None = None
     most: float | None = None
@@ -51,16 +59,15 @@ class Range:
 
     def problem(self, value: float | None) -> str | None:
         """Return what is wrong with a number, as half a sentence, or None."""
-        if value is None:
-            return None
-        if self.least is not None and value < self.least:
-            return f"{value} is too small; the least is {self.least}"
-        if self.most is not None and value > self.most:
-            return f"{value} is too large; the most is {self.most:,}"
-        if self.above is not None and value <= self.above:
-            return f"{value} is too small; it has to be above {self.above}"
-        if self.below is not None and value >= self.below:
-            return f"{value} is too large; it has to be below {self.below}"
+        bounds = (
+            (operator.lt, self.least, "small; the least is"),
+            (operator.gt, self.most, "large; the most is"),
+            (operator.le, self.above, "small; it has to be above"),
+            (operator.ge, self.below, "large; it has to be below"),
+        )
+        for outside, bound, words in bounds:
+            if value is not None and bound is not None and outside(value, bound):
+                return f"{value} is too {words} {bound:,}"
         return None
 
     def __str__(self) -> str:
@@ -87,11 +94,11 @@ ACCEPTED: dict[typing.Any, type | tuple[type, ...]] = {
 
 
 def problem(value, hint, wants: str = "not") -> str | None:
-    """Return why a value from YAML cannot be what an annotation asks for, as half a sentence, or None where it can.
+    """Return why a value from YAML does not fit an annotation, as half a sentence, or None where it fits.
 
     Args:
         value: A plain value.
-        hint: An annotation; what YAML cannot express always fits.
+        hint: The annotation; any value fits a type that YAML cannot express.
         wants: The words before the type, such as `ArcMargin wants`.
     """
     if isinstance(hint, str) or hint in (typing.Any, inspect.Parameter.empty):
@@ -115,12 +122,12 @@ def problem(value, hint, wants: str = "not") -> str | None:
 
 
 def fits(value, hint) -> bool:
-    """Return whether a value from YAML can be what an annotation asks for."""
+    """Return whether a value from YAML fits an annotation."""
     return problem(value, hint) is None
 
 
 def written(hint, bounds: bool = False) -> str:
-    """Return an annotation as text, a type's bounds in brackets or left out."""
+    """Return an annotation as text, with the bounds of types in brackets or without them."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         limits = f" ({', '.join(map(str, inner[1:]))})" if bounds else ""
@@ -135,14 +142,21 @@ def written(hint, bounds: bool = False) -> str:
 
 
 def check_values(section: dict, hints: dict[str, typing.Any], where: str, wants: str = "not") -> None:
-    """Raise ConfigError for the first value of a section that its annotation does not allow."""
+    """Raise ConfigError for the first value of a section that does not fit its annotation.
+
+    Args:
+        section: The section.
+        hints: Keys with their annotations.
+        where: The section's place in the file.
+        wants: The words before the type, as for `problem`.
+    """
     for key, value in section.items():
         if key in hints and (text := problem(value, hints[key], wants)):
             raise ConfigError(f"{where}.{key}: {text}".lstrip("."))
 
 
 class Registry(dict):
-    """Constructors by the name that a YAML file uses; the name is the class's or function's own."""
+    """Constructors by the names that a YAML file uses, which are their own."""
 
     def __init__(self, kind: str, beside: dict[str, typing.Any] | None = None):
         """Make an empty registry.
@@ -155,28 +169,24 @@ class Registry(dict):
         self.kind, self.beside = kind, beside or {}
 
     def register(self, part):
-        """The part itself, now known by its own name: use as a decorator."""
+        """Register a part under its own name and return it: a decorator."""
         self[part.__name__] = part
         return part
 
-    def arguments(self, section: dict) -> dict:
-        """The keys of a section that go to the constructor."""
-        return {k: v for k, v in section.items() if k != "name" and k not in self.beside}
-
     def parameters(self, name: str) -> dict[str, inspect.Parameter]:
-        """Return what a part takes; nothing where it takes `*args`, as a module without a constructor of its own."""
+        """Return the parameters of a part; none where it takes `*args`, as a module without its own constructor."""
         found = {k: p for k, p in inspect.signature(self[name]).parameters.items() if k != "self"}
         return {} if any(p.kind is p.VAR_POSITIONAL for p in found.values()) else found
 
     def hints(self, name: str) -> dict[str, typing.Any]:
-        """Return what a section of this name may say: each key with its annotation."""
+        """Return the keys of a section of this name, each with its annotation."""
         part = self[name].__init__ if inspect.isclass(self[name]) else self[name]
         known = typing.get_type_hints(part, include_extras=True)
         hints = {k: known.get(k, typing.Any) for k, p in self.parameters(name).items() if p.kind is not p.VAR_KEYWORD}
         return {**hints, **self.beside}
 
     def check(self, section, where: str) -> None:
-        """Raise ConfigError for an unknown name or argument, or a value that cannot be."""
+        """Raise ConfigError for an unknown name or argument, or a value that does not fit."""
         if not isinstance(section, dict) or section.get("name") is None:
             raise ConfigError(f"{where}: holds {section!r}, not a mapping with a 'name'; {suggest('', self)}")
         name = section["name"]
@@ -189,13 +199,19 @@ class Registry(dict):
         check_values(args, hints, where, f"{name} wants")
 
     def build(self, section: dict, where: str, **known):
-        """The object that a section describes.
+        """Return the object that a section describes.
 
-        `known` holds what only the run can tell, as `argument=(value, where it comes from)`: it is supplied when the
-        section leaves the argument out, and compared when the section gives it. Raises ConfigError on a conflict.
+        Args:
+            section: Its `name`, and arguments of the part.
+            where: Its place in the file.
+            known: What only the run can tell, as `argument=(value, words that say where it comes from)`: supplied where
+                the section leaves the argument out, compared where it gives it.
+
+        Raises:
+            ConfigError: The section cannot be meant, or contradicts what is known.
         """
         self.check(section, where)
-        name, args = section["name"], self.arguments(section)
+        name, args = section["name"], {k: v for k, v in section.items() if k != "name" and k not in self.beside}
         parameters = self.parameters(name)
         for key, (value, source) in known.items():
             if key in args and not source:
@@ -213,12 +229,21 @@ class Registry(dict):
             return self[name](**args)
         except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and type(error) is not RuntimeError:
-                raise  # torch refuses sizes with the bare class; others say something else
+                raise  # torch refuses sizes with RuntimeError itself; its subclasses are other errors
             raise ConfigError(f"{where}: {error}") from error
 
 
 def entry(item, where: str, named: bool = False) -> tuple[str, str, dict]:
-    """(place, name, arguments) of one `- Name: {arguments}`; raises ConfigError for anything else."""
+    """Return place, name and arguments of one `- Name: {arguments}`.
+
+    Args:
+        item: The entry of a list.
+        where: Its place in the file.
+        named: Whether the arguments may have a 'name' too.
+
+    Raises:
+        ConfigError: The entry has another form.
+    """
     pairs = list(item.items()) if isinstance(item, dict) else []
     if len(pairs) != 1 or not isinstance(pairs[0][1], dict | None) or (not named and "name" in (pairs[0][1] or {})):
         raise ConfigError(f"{where}: {item!r} is not of the form '- Name: {{arguments}}'")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import cycle, islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,7 +31,13 @@ STYLES = [(colour, line) for line in ("-", "--", ":") for colour in PALETTE]  # 
 
 
 def curves_figure(arrays: dict, recall: np.ndarray, precision: np.ndarray) -> Figure:
-    """Draw two panels: CMC, and precision over recall."""
+    """Draw two panels: CMC, and precision over recall.
+
+    Args:
+        arrays: As `retrieval_metrics(per_query=True)` gives them.
+        recall: (P,) from 0 to 1.
+        precision: (P,) the precision at each recall.
+    """
     figure, axes = plots(2)
     draw_cmc(axes[0], arrays)
     axes[1].plot(recall, precision, color=COLOURS[RIGHT], linewidth=2)
@@ -44,14 +49,26 @@ def curves_figure(arrays: dict, recall: np.ndarray, precision: np.ndarray) -> Fi
 
 
 def histogram_figure(edges: np.ndarray, counts: np.ndarray, point: dict) -> Figure:
-    """Draw the similarities of pairs, with the operating threshold."""
+    """Draw the similarities of pairs, with the operating threshold.
+
+    Args:
+        edges: (bins + 1,) edges of the bins.
+        counts: (2, bins) how many negative (row 0) and positive pairs are in each.
+        point: `threshold`, `TPR` and `rate`, the false-match rate, as `operating_point` gives them.
+    """
     figure, (ax,) = plots(1, 7)
     draw_pairs(ax, edges, counts, point)
     return figure
 
 
 def draw_cmc(ax: Axes, arrays: dict, most: int = 50) -> None:
-    """Draw the share of queries found by each rank, with the first and the tenth named."""
+    """Draw the share of queries that are found by each rank, with a number at the first and the tenth.
+
+    Args:
+        ax: Where to draw.
+        arrays: As `retrieval_metrics(per_query=True)` gives them.
+        most: The last rank.
+    """
     values = cmc(arrays, most)
     ax.plot(np.arange(1, most + 1), values, color=COLOURS[RIGHT], linewidth=2)
     for k in (1, 10):
@@ -64,7 +81,14 @@ def draw_cmc(ax: Axes, arrays: dict, most: int = 50) -> None:
 
 
 def draw_pairs(ax: Axes, edges: np.ndarray, counts: np.ndarray, point: dict) -> None:
-    """Draw both kinds of pairs, each with an area of 1, and the threshold."""
+    """Draw the similarities of both kinds of pairs, each with an area of 1, and the threshold.
+
+    Args:
+        ax: Where to draw.
+        edges: As for `histogram_figure`.
+        counts: As there.
+        point: As there.
+    """
     width, used = edges[1] - edges[0], np.flatnonzero(counts.sum(0))
     heights = counts / counts.sum(1, keepdims=True) / width
     for kind, name, colour in ((0, "other identity", COLOURS[WRONG]), (1, "same identity", COLOURS[RIGHT])):
@@ -115,12 +139,12 @@ def draw_ap(ax: Axes, arrays: dict) -> None:
 
 
 def ladder_figure(rows: Sequence[Mapping], metric: str = "mAP") -> Figure:
-    """Draw the rungs of a ladder, the first at the top: each value with its interval, in a picture and in numbers.
+    """Draw the rungs of a ladder, the first at the top: each value with its interval, drawn and in numbers.
 
     Args:
-        rows: of each rung `name`, `value`, `low`, `high` (the 95 % interval) and `kept`, whether it is the one to use;
-            `note`, where there is one, stands behind the numbers.
-        metric: what the values are, on the validation list.
+        rows: for each rung `name`, `value`, `low` and `high` (the 95 % interval), `kept`, whether it is the one to use,
+            and perhaps a `note`, which follows the numbers.
+        metric: the metric that the values are.
     """
     figure, (ax,) = plots(1, 9, 1.3 + 0.42 * len(rows))
     for place, row in enumerate(rows):
@@ -144,7 +168,7 @@ def confusion_figure(table: pd.DataFrame) -> Figure:
     """Draw how often queries of each identity (rows) have each identity (columns) as their first hit.
 
     Args:
-        table: counts, identities by name; what is right stands where a row meets the column of its own name.
+        table: counts, with the identities' names as index and columns; a count is right where both are the same.
     """
     rows, columns = table.shape
     figure, (ax,) = plots(1, 2.2 + 0.42 * columns, 1.6 + 0.42 * rows)
@@ -178,13 +202,13 @@ def map_figure(
     names=None,
     most: int = 120,
 ) -> Figure:
-    """Return the points as a map, some identities coloured and named, the others grey.
+    """Draw the points as a map, some identities coloured and named, the others grey.
 
     Args:
         points: (N, 2).
         labels: (N,) identities.
-        pictures: one for each point; those drawn are none over another.
-        groups: the identities that are coloured, at most six; their pictures are drawn first.
+        pictures: one for each point; as many are drawn as fit without overlap.
+        groups: the identities to colour, at most six; their pictures are drawn first.
         title: the heading.
         names: from identity to text, a list or a mapping.
         most: how many pictures are drawn at most.
@@ -213,7 +237,7 @@ def map_figure(
 
 
 def _apart(points: np.ndarray, first: np.ndarray, most: int) -> list[int]:
-    """Up to `most` points, none within a picture's size of another; those marked `first` come first."""
+    """Return up to `most` points that are a picture's size apart, beginning with those marked `first`."""
     place = (points - points.min(0)) / np.maximum(np.ptp(points, axis=0), 1e-30) * (18, 14)  # in pictures
     taken = []
     for i in np.argsort(~first, kind="stable"):
@@ -223,7 +247,13 @@ def _apart(points: np.ndarray, first: np.ndarray, most: int) -> list[int]:
 
 
 def plots(count: int, width: float | None = None, height: float = 3.4) -> tuple[Figure, np.ndarray]:
-    """Return a figure of some plots in a row, each over a grid without a frame."""
+    """Return a figure with plots in a row, each over a grid and without a frame.
+
+    Args:
+        count: How many plots.
+        width: Inches; by default 10 for two plots and otherwise 12.
+        height: Inches.
+    """
     figure, axes = panels(1, count, (width or (10 if count == 2 else 12), height))
     for ax in axes[0]:
         ax.set_facecolor("white")
@@ -234,10 +264,10 @@ def plots(count: int, width: float | None = None, height: float = 3.4) -> tuple[
 
 
 def samples_figure(table: pd.DataFrame, rows: int = 6, columns: int = 8) -> Figure:
-    """Return a page of samples, an identity a row, spread over the identities by size.
+    """Draw samples of images, an identity a row; the identities are spread from the largest to the smallest.
 
     Args:
-        table: a row per image: path, label, and where they are known camera and split, which stand over a picture.
+        table: a row per image: path, label and, where they are known, camera and split, which stand over the picture.
         rows: how many identities.
         columns: how many images of each.
     """
@@ -245,10 +275,9 @@ def samples_figure(table: pd.DataFrame, rows: int = 6, columns: int = 8) -> Figu
     names = counts.index[np.unique(np.linspace(0, len(counts) - 1, rows).round().astype(int))]
     columns = min(columns, counts.iloc[0])
     size, widths = (1.2 * columns + 1.8, 1.4 * len(names)), [1.3] + [1] * columns
-    figure, axes = panels(len(names), columns + 1, size, dpi=90, layout="none", width_ratios=widths)
+    look = {"dpi": 90, "layout": "none", "subplot_kw": {"frame_on": False, "xticks": [], "yticks": []}}
+    figure, axes = panels(len(names), columns + 1, size, width_ratios=widths, **look)
     figure.subplots_adjust(0.01, 0.01, 0.99, 0.97, 0.06, 0.16)
-    for ax in axes.ravel():
-        ax.set_axis_off()
     for line, name in zip(axes, names, strict=True):
         mine = table[table.label == name].sort_values("path")
         line[0].text(
@@ -270,29 +299,27 @@ def samples_figure(table: pd.DataFrame, rows: int = 6, columns: int = 8) -> Figu
 
 
 def augmentation_figure(loader: ImageLoader, count: int = 8) -> Figure:
-    """Return images of the first training batch in pairs: above as in the file, below as the model gets them."""
+    """Draw images of the first training batch: above as they are in the file, below as the model gets them."""
     sampler: Any = loader.batch_sampler
     items, images = list(islice(next(iter(sampler)), count)), loader.dataset
-    figure, axes = panels(2, len(items), (1.25 * len(items), 2.9), dpi=90, layout="none")
+    look = {"dpi": 90, "layout": "none", "subplot_kw": {"xticks": [], "yticks": []}}
+    figure, axes = panels(2, len(items), (1.25 * len(items), 2.9), **look)
     for (before, after), item in zip(axes.T, items, strict=True):
-        index = item[0] if isinstance(item, tuple) else item  # the other number is the seed of its augmentation
+        index = item[0] if isinstance(item, tuple) else item  # with it comes the seed of the augmentation
         before.imshow(images.image(index).permute(1, 2, 0))
         before.set_title(shorten(printable(images.name(int(images.labels[index]))), 14), fontsize=8, parse_math=False)
         after.imshow(display_image(images[item][0], images.transform))
-    for ax in axes.ravel():
-        ax.set(xticks=[], yticks=[])
     axes[0, 0].set_ylabel("file", fontsize=8)
     axes[1, 0].set_ylabel("model", fontsize=8)
     figure.tight_layout(pad=0.4)
     return legible(figure)
 
 
-def history_figure(run: Path) -> Figure:
-    """Draw two panels over the epochs of history.csv: the losses, and the retrieval metrics."""
-    history = pd.read_csv(run / "history.csv").drop(columns="lr")
-    losses = [c for c in history if "loss" in c.lower()]
+def history_figure(history: pd.DataFrame) -> Figure:
+    """Draw the content of history.csv in two panels over the epochs: the losses, and the retrieval metrics."""
+    losses = [column for column in history if "loss" in column.lower()]
+    metrics = [column for column in history if column not in (*losses, "epoch", "lr")]
     figure, axes = plots(2)
-    metrics = [c for c in history if c not in (*losses, "epoch")]
     for ax, columns, title in zip(axes, (losses, metrics), ("loss", "retrieval"), strict=True):
         for column, style in zip(columns, cycle(STYLES)):
             _draw_epochs(ax, history, column, column, style)

@@ -1,7 +1,7 @@
 """The gallery as a figure: a row of pictures for each query, with its numbers beside it.
 
-An item left out by the protocol (the query's own picture, the same identity seen by the same camera) takes no rank:
-what stands behind it moves up, here as in the metrics.
+An item that the protocol leaves out (the query's own picture, the same identity seen by the same camera) takes no rank:
+what follows it moves up, as in the metrics.
 """
 
 from __future__ import annotations
@@ -32,9 +32,15 @@ SIGNS = {RIGHT: MarkerPath([(-0.9, 0.0), (-0.25, -0.65), (0.95, 0.75)]), WRONG: 
 
 
 def panels(rows: int, columns: int, size: tuple[float, float], **options) -> tuple[Figure, np.ndarray]:
-    """Return a white figure of `size` inches and its axes (rows, columns).
+    """Return a white figure and its axes (rows, columns).
 
-    A notebook shows it once, as a cell's value, and not again when pyplot shows what is open.
+    A notebook shows it once, as a cell's value: it is closed, so that pyplot does not show it again.
+
+    Args:
+        rows: How many rows of axes.
+        columns: How many columns.
+        size: Width and height in inches.
+        options: For `pyplot.subplots`.
     """
     look: dict[str, Any] = {"dpi": 100, "facecolor": "white", "layout": "constrained"}
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, **look | options)
@@ -43,7 +49,7 @@ def panels(rows: int, columns: int, size: tuple[float, float], **options) -> tup
 
 
 class PaletteCanvas(FigureCanvasAgg):
-    """Writes PNG with 256 fitted colours: a third of the bytes of true colour, which stay in the notebook."""
+    """Writes PNG in 256 colours fitted to the figure, which takes a third of the room in a notebook."""
 
     def print_png(self, filename_or_obj, *, metadata=None, pil_kwargs=None, **_):
         buffer = io.BytesIO()
@@ -86,7 +92,7 @@ def gallery_figure(
     shown, k = choose_rows(ranking) if rows is None else np.asarray(rows), min(k, ranking.ids.shape[1])
     width, height = NOTES + (k + 1) * (TILE + GAP) + 3 * GAP, HEAD + len(shown) * (TILE + CAPTION)
     fig = plt.figure(figsize=(width, height), dpi=100, facecolor=PAPER, layout="none")
-    plt.close(fig)  # shown once, as a cell's value, and not again when pyplot shows what is open
+    plt.close(fig)  # as in `panels`
     PaletteCanvas(fig)
     head = fig.add_axes((0, 1 - HEAD / height, 1, HEAD / height), xlim=(0, width), ylim=(0, HEAD), label="head")
     _draw_head(head, title, [s for s in SIGNS if (ranking.state[shown, :k] == s).any()])
@@ -113,32 +119,27 @@ def _draw_query(ax: Axes, ranking: Ranking, q: int, k: int, images: Sequence[Pic
         notes += [f"next right: {missed}"] if missed else []
     lines = _wrap(drawn_label(ranking.query_labels[q], names), 20)
     for i, line in enumerate(lines + notes):
-        _note(ax, line, 0.99 - 0.165 * i, "bold" if i < len(lines) else "normal", SOFT if "next right" in line else INK)
+        ax.annotate(  # to the left of the tile, ending at its edge
+            line,
+            (0, 0.99 - 0.165 * i),
+            (-7, 0),
+            xycoords="axes fraction",
+            textcoords="offset points",
+            ha="right",
+            va="top",
+            parse_math=False,
+            fontsize=8,
+            fontweight="bold" if i < len(lines) else "normal",
+            color=SOFT if "next right" in line else INK,
+        )
 
 
 def _wrap(text: str, n: int) -> list[str]:
-    """Return the text in one line, or in two of n characters, split at a space that fits, or else behind a sign."""
+    """Return the text in one line, or in two of n characters, split at a space or, without one, after / _ or -."""
     if len(text) <= n:
         return [text]
     cut = text.rfind(" ", 0, n + 1) + 1 or max(text.rfind(sign, 0, n) + 1 for sign in "/_-")
     return [text[:cut].strip(), shorten(text[cut:], n)] if cut else [shorten(text, n)]
-
-
-def _note(ax: Axes, text: str, y: float, weight: str, colour: str) -> None:
-    """A line of text to the left of the tile, ending at its edge."""
-    ax.annotate(
-        text,
-        (0, y),
-        (-7, 0),
-        xycoords="axes fraction",
-        textcoords="offset points",
-        ha="right",
-        va="top",
-        parse_math=False,
-        fontsize=8,
-        fontweight=weight,
-        color=colour,
-    )
 
 
 def _draw_hit(ax: Axes, ranking: Ranking, q: int, place: int, images: Sequence[Picture], names: Names) -> None:
@@ -163,7 +164,7 @@ def _draw_hit(ax: Axes, ranking: Ranking, q: int, place: int, images: Sequence[P
 
 
 def _draw_tile(ax: Axes, picture: Picture, colour: str, width: float, style="-") -> None:
-    """The whole picture in the middle of a square, framed."""
+    """Draw the whole picture in the middle of a square, framed."""
     pixels = round(TILE * ax.figure.dpi)
     tile = ImageOps.pad(read_picture(picture, pixels), (pixels, pixels), color=MAT)
     ax.imshow(tile, interpolation="nearest", alpha=1 if style == "-" else 0.4)
@@ -173,14 +174,14 @@ def _draw_tile(ax: Axes, picture: Picture, colour: str, width: float, style="-")
 
 
 def _draw_sign(ax: Axes, state: str, at: tuple[float, float], transform) -> None:
-    """A disc in the colour of the state with its sign, drawn: fonts differ in what they hold."""
+    """Draw a disc in the colour of the state with its sign, without a font, since few have these signs."""
     style = {"transform": transform, "clip_on": False, "linestyle": "none", "zorder": 9}
     ax.plot(*at, marker="o", markersize=11, color=COLOURS[state], markeredgecolor=PAPER, markeredgewidth=1, **style)
     ax.plot(*at, marker=SIGNS[state], markersize=5.5, color="none", markeredgecolor=PAPER, markeredgewidth=1.6, **style)
 
 
 def _draw_head(ax: Axes, title: str, states: list[str]) -> None:
-    """The title, and what the signs mean."""
+    """Draw the title, and what the signs mean."""
     ax.set_axis_off()
     ax.text(0.1, HEAD - 0.13, title, fontsize=10.5, fontweight="bold", color=INK, va="top", parse_math=False)
     x = NOTES + TILE + 3 * GAP

@@ -1,4 +1,7 @@
-"""Names in figures: matplotlib draws a box for a sign that its font lacks; a page in a browser finds a font itself."""
+"""Names in figures: where a font lacks a character, matplotlib draws a box unless it is given another font.
+
+A browser finds such a font by itself.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from matplotlib.text import Text
 
 from recnb.gallery.pictures import Names, label_text
 
-NO_TEXT = ("Last Resort", "STIX", "cm")  # beginnings of the names of fonts of boxes and of formulas
+NO_TEXT = ("Last Resort", "STIX", "cm")  # how the names of fonts begin that have only boxes or formulas
 
 
 @cache
@@ -22,7 +25,7 @@ def signs(path: str) -> frozenset[int]:
 
 @cache
 def family(sign: str) -> str | None:
-    """Return the first installed font that has the sign, DejaVu Sans before others; None where none has it."""
+    """Return an installed font that has a character, DejaVu Sans where it does; None where none has it."""
     plain = [font for font in fontManager.ttflist if font.style == "normal" and font.weight == 400]
     fonts = sorted(plain, key=lambda font: font.name != "DejaVu Sans")
     having = (font.name for font in fonts if not font.name.startswith(NO_TEXT) and ord(sign) in signs(font.fname))
@@ -30,7 +33,7 @@ def family(sign: str) -> str | None:
 
 
 def spelt(sign: str) -> str:
-    """Return what a sign is called: the sound of a letter, the name of a symbol; nothing for an ideograph."""
+    """Return what a character is called: the sound of a letter, the name of a symbol, nothing for an ideograph."""
     name = unicodedata.name(sign, "").lower()
     if "letter " in name or "syllable " in name:
         return name.rsplit(" ", 1)[-1]
@@ -38,11 +41,11 @@ def spelt(sign: str) -> str:
 
 
 def drawn(text: str, other: str = "name") -> str:
-    """Return the line in signs that an installed font has: what none has is spelt, or left out.
+    """Return a line with every character that no installed font has spelt out, or left out where it cannot be.
 
     Args:
-        text: what would be drawn.
-        other: stands in its place, or before the rest of it, where no letter is left.
+        text: the line.
+        other: what is returned where nothing is left of it.
     """
     if text.isascii() or all(map(family, text)):
         return text
@@ -51,12 +54,12 @@ def drawn(text: str, other: str = "name") -> str:
 
 
 def drawn_label(label, names: Names = None) -> str:
-    """Return what an identity is called in a figure: `label_text`, or "name 7" where no font has its signs."""
+    """Return what an identity is called in a figure: `label_text`, or "name 7" where no font has its characters."""
     return drawn(label_text(label, names), "name" if isinstance(label, str) else f"name {label}")
 
 
 def legible(figure: Figure) -> Figure:
-    """Return the figure, each of its texts in fonts that have its signs."""
+    """Return the figure, with fonts for every character of its texts."""
     for text in figure.findobj(Text):
         if not text.get_text().isascii():
             text.set_text("\n".join(map(drawn, text.get_text().split("\n"))))

@@ -1,4 +1,4 @@
-"""The hits of the gallery widget: a grid of tiles, each a button, since only a widget can tell Python of a click."""
+"""The hits of the gallery widget: a grid of tiles, each with a button, whose clicks reach Python."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ FILL = {RIGHT: "%230072B2", WRONG: "%23D55E00", EXCLUDED: "%23767676"}  # '#' es
 
 
 class Hits(widgets.VBox):
-    """A heading over a grid of places, each with a tile for every ranking shown, so that ranks read across.
+    """A heading over a grid of places, each with a tile for every ranking shown, so that rankings read side by side.
 
-    `pick(item)` is called for the tile clicked; tiles are used again for the next query.
+    A click on a tile calls `pick(item)`. Tiles are used again for the next query.
     """
 
     def __init__(self, pages: Pages, pick: Callable[[int], None]):
@@ -35,12 +35,12 @@ class Hits(widgets.VBox):
         self.add_class(self.key)
 
     def show(self, title: str, places: Sequence[Sequence[Hit]], pickable: Callable[[int], bool]) -> None:
-        """Show the places.
+        """Show the hits of a query.
 
         Args:
             title: the heading, as HTML.
             places: for each place of the grid, the hit of each ranking there.
-            pickable: gallery row -> whether a click on it leads somewhere.
+            pickable: gallery row -> whether it can be made the query.
         """
         self.places = [list(place) for place in places]
         hits = [hit for place in self.places for hit in place]
@@ -61,7 +61,7 @@ class Hits(widgets.VBox):
         return [place[0].item for place in self.places]
 
     def _laid_out(self) -> list[widgets.VBox]:
-        """Return the tiles as they stand; those of one place in a cell where there are several rankings."""
+        """Return the tiles in their order, with several rankings those of each place in a cell."""
         tiles = iter(self.tiles)
         if max(map(len, self.places), default=1) == 1:
             return list(islice(tiles, len(self.places)))

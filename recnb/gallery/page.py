@@ -1,7 +1,7 @@
-"""The gallery as HTML: one file that stands alone, and pages that turn in a saved notebook.
+"""The gallery as HTML: a file of its own, and pages to choose from in a saved notebook.
 
-Both need no network and no library: pictures are JPEG thumbnails in data URIs, signs are drawn, and without JavaScript
-the file still shows every query, worst first. What they look like is written in `templates/`.
+Neither needs the network: pictures are JPEG thumbnails in data URIs, and signs are drawings. Without JavaScript the
+file still shows every query, worst first. The HTML, CSS and JavaScript are in `templates/`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from recnb.retrieval.lists import EXCLUDED, RIGHT, WRONG, Ranking, choose_rows
 from recnb.storage import write_text
 
 MISSED = "missed"
-MARKS = {RIGHT: "✓", WRONG: "✗", EXCLUDED: "-", MISSED: "…"}  # seen where a viewer strips style and drawings
+MARKS = {RIGHT: "✓", WRONG: "✗", EXCLUDED: "-", MISSED: "…"}  # for viewers that remove style and drawings
 PATHS = {RIGHT: "M5.5 10.5l3 3 6-7", WRONG: "M6 6l8 8M14 6l-8 8", EXCLUDED: "M5.5 10h9", MISSED: "M10 5v5l3.5 2"}
 MEANING = {RIGHT: "right", WRONG: "wrong", EXCLUDED: "own camera, not counted", MISSED: "right, but further down"}
 ORDERS = {"worst": "worst AP first", "best": "best AP first", "index": "by number"}
@@ -38,7 +38,7 @@ FOLDER = Path(__file__).with_name("templates")
 
 
 def wrapped(text: str) -> Markup:
-    """Return the text escaped, free to break behind signs that join words, and with a hyphen in long words."""
+    """Return the text escaped, with places to break lines: after / and _, and by a soft hyphen in long words."""
     return (
         escape(re.sub(r"([^\W\d_]{11})(?=[^\W\d_]{4})", "\\1\u00ad", text))
         .replace("/", Markup("/<wbr>"))
@@ -67,17 +67,8 @@ class Hit(NamedTuple):
     place: str  # where it stands, in words
 
 
-class First(NamedTuple):
-    """What a query's entry in a list says: whether its first hit is right, and its average precision."""
-
-    state: str
-    text: str
-    AP: str
-    key: str  # to order by; what has no average precision comes last
-
-
 class Pages:
-    """What the templates show of a ranking; `embed` says how a picture enters the page."""
+    """What the templates show of a ranking; `embed(side, row)` gives the attributes of a picture's element."""
 
     def __init__(
         self,
@@ -101,7 +92,7 @@ class Pages:
         self.embed: Callable[[str, int], str] = lambda side, i: f'src="{self.uri(side, i)}"'
 
     def key(self, side: str, i: int) -> tuple[str, int]:
-        """Return the picture's name, one for a query that is in the gallery too."""
+        """Return the side and row of a picture: those of the gallery for a query that is in it too."""
         own = self.ranking.own[i] if side == "query" else -1
         return ("item", int(own)) if own >= 0 else (side, int(i))
 
@@ -118,7 +109,7 @@ class Pages:
         return query if query in self.linked else None
 
     def name(self, side: str, i: int) -> str:
-        """Return where the picture lies, its last two steps, or its number where it is no file."""
+        """Return the last two parts of the picture's path, or its number where it is no file."""
         image = self.images[side][i]
         return printable("/".join(Path(image).parts[-2:])) if isinstance(image, (str, Path)) else f"{side} {i}"
 
@@ -134,7 +125,7 @@ class Pages:
 
     @property
     def scale(self) -> str:
-        """A sentence on what the scores mean where they are not similarities."""
+        """What the scores mean, in a sentence, where they are not similarities."""
         scores = self.ranking.scores
         distances = (scores < 0).any() and not (scores > 0).any()
         return "Scores are minus a distance: the nearer to 0, the more alike." if distances else ""
@@ -155,7 +146,7 @@ class Pages:
         return [Hit(int(item), MISSED, f"{rank} · {score:.3f}", f"rank {rank}") for item, rank, score in missed]
 
     def facts(self, q: int, k: int) -> dict[str, str]:
-        """Return what is known of a query by its name; nothing where it counts in no metric."""
+        """Return the facts about a query by name; none where it counts in no metric."""
         r = self.ranking
         if not r.valid[q]:
             return {}
@@ -165,16 +156,17 @@ class Pages:
             facts |= {"camera": printable(str(r.query_cameras[q])), "own camera": f"{r.left_out[q]} left out"}
         return facts
 
-    def first(self, q: int) -> First:
-        """Return what a list of queries says of one."""
+    def first(self, q: int) -> dict[str, str]:
+        """Return a query's entry in a list: `state` and `text` of its first hit, its `AP`, and a `key` to sort by."""
         r = self.ranking
         if not r.valid[q]:
-            return First(EXCLUDED, "no positive", "-", "2")
+            return {"state": EXCLUDED, "text": "no positive", "AP": "-", "key": "2"}  # sorted last
         state = WRONG if r.failed[q] else RIGHT
-        return First(state, f"first hit {MEANING[state]}", f"{r.AP[q]:.3f}", f"{r.AP[q]:.6f}")
+        said = {"state": state, "text": f"first hit {MEANING[state]}"}
+        return said | {"AP": f"{r.AP[q]:.3f}", "key": f"{r.AP[q]:.6f}"}
 
     def show(self, macro: str, *args, **kwargs) -> Markup:
-        """Return what a macro of `templates/parts.html` makes of these pages."""
+        """Return the output of a macro of `templates/parts.html` for these pages."""
         return getattr(TEMPLATES.get_template("parts.html").module, macro)(self, *args, **kwargs)
 
 
@@ -217,7 +209,7 @@ def gallery_html(
     shown, pictures = wanted[:max_queries], {}
     pages.linked = set(shown)
 
-    def embed(side: str, i: int) -> str:  # as a background of its class: so it is shown often and held once
+    def embed(side: str, i: int) -> str:  # a class with the picture as background: the page holds it once
         pictures[f"{side[0]}{i}"] = Markup(pages.uri(side, i))
         return f'class="{side[0]}{i}" src="{EMPTY}"'
 
@@ -259,10 +251,10 @@ def gallery_static(
     label_names: Names = None,
     size: int = 80,
 ) -> HTML:
-    """Return ready pages for a saved notebook and for what nbconvert makes of it, chosen by click or arrow key.
+    """Return a page for each query, which work without a kernel, also in what nbconvert makes of a notebook.
 
-    Where a viewer strips style and buttons, every query is shown, one below the other. Each page is stored in the
-    notebook: about 40 KB.
+    A click or an arrow key chooses the page. Viewers that remove style and buttons show all pages, one below the other.
+    Each takes about 40 KB of the notebook.
 
     Args:
         ranking: what is shown, as `recnb.retrieval.rank` judges it.
@@ -275,7 +267,7 @@ def gallery_static(
     """
     pages = Pages(ranking, query_images, gallery_images, label_names, size)
     shown = choose_rows(ranking, 10).tolist() if rows is None else [int(q) for q in rows]
-    name = f"pages-{next(CALLS)}-{crc32(ranking.scores.tobytes()):08x}"  # a page may hold several galleries
+    name = f"pages-{next(CALLS)}-{crc32(ranking.scores.tobytes()):08x}"  # one for each gallery of a page
     return HTML(TEMPLATES.get_template("static.html").render(pages=pages, shown=shown, k=k, name=name))
 
 

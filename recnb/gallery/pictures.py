@@ -51,7 +51,7 @@ def _from_array(array: np.ndarray) -> Image.Image:
 
 
 def label_text(label, names: Names = None) -> str:
-    """Return what an identity is called: its name where there is one, itself if it is text, otherwise 'id 7'."""
+    """Return what an identity is called: its name, or without names the label if it is text, otherwise 'id 7'."""
     plain = str(label) if isinstance(label, str) else f"id {label}"
     if isinstance(names, Mapping):
         return printable(str(names.get(label, plain)))
@@ -59,6 +59,6 @@ def label_text(label, names: Names = None) -> str:
 
 
 def shorten(text: str, n: int) -> str:
-    """Return the text in at most n characters, the middle left out: names differ at either end."""
+    """Return the text in at most n characters; what is too long loses its middle, since names differ at their ends."""
     head = (n - 1) // 2
     return text if len(text) <= n else f"{text[:head]}…{text[len(text) - (n - 1 - head) :]}"

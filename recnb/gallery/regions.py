@@ -1,7 +1,7 @@
-"""Regions: where two pictures agree, read off a model's last spatial map without a gradient.
+"""Regions: where two pictures agree, by a model's last spatial map and without a gradient.
 
-The heat of a location of A is its cosine with the mean vector of B's map: 0 is no agreement, 1 the same direction.
-The scale is fixed, so heats of different pairs compare.
+The heat at a location of one picture is the cosine of its vector with the mean vector of the other picture's map: 0 is
+no agreement, 1 the same direction. The scale is fixed, so that heats of different pairs can be compared.
 """
 
 from __future__ import annotations
@@ -15,7 +15,13 @@ from torch.nn.functional import interpolate, normalize
 
 
 def agreement(model: nn.Module, a: Tensor, b: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Return the heats (H, W) in [0, 1] of two model inputs (3, H, W), each against the other."""
+    """Return the heats of two model inputs, each (H, W) in [0, 1].
+
+    Args:
+        model: A model with a `backbone`, or a backbone.
+        a: (3, H, W).
+        b: (3, H, W).
+    """
     first, second = spatial_map(model, a), spatial_map(model, b)
     return heat(first, second, a.shape[1:]), heat(second, first, b.shape[1:])
 
@@ -34,9 +40,9 @@ def heat(own: Tensor, other: Tensor, size: Sequence[int]) -> np.ndarray:
 
 
 def spatial_map(model: nn.Module, x: Tensor) -> Tensor:
-    """Return the last map (C, h, w) of at least 4 x 4 places that the backbone makes of one input (3, H, W).
+    """Return the last map (C, h, w) that the backbone makes of one input (3, H, W).
 
-    Where it has none so fine, it is the last of any size.
+    It is the last of at least 16 places or, without such a map, the last of any size.
 
     Raises:
         ValueError: the backbone makes no map at all.
@@ -63,12 +69,12 @@ def spatial_map(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def as_map(out: Tensor, aspect: float, prefix: int = 0) -> Tensor | None:
-    """Return an output as a map (C, h, w); None for what has no place.
+    """Return an output as a map (C, h, w), or None where it is no map.
 
     Args:
         out: (C, h, w), (h, w, C), or tokens (prefix + h * w, C).
         aspect: height of the input by its width.
-        prefix: how many tokens stand for no place.
+        prefix: how many tokens at the beginning belong to no place.
     """
     if out.ndim == 2 and len(out) - prefix > 1:
         tokens = out[prefix:]

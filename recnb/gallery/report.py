@@ -1,4 +1,4 @@
-"""A run as one page: words, figures, tables and the gallery, in one HTML file that stands alone."""
+"""A run as one page: words, figures, tables and the gallery, in a single HTML file."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class Section:
     title: str
     text: str = ""
     figure: Figure | None = None
-    alt: str = ""  # what the figure shows, for who cannot see it
+    alt: str = ""  # what the figure shows, in words
     gallery: HTML | None = None  # of `gallery_static`
-    table: pd.DataFrame | None = None  # escaped; floats with three decimals
-    code: str = ""  # folded away
+    table: pd.DataFrame | None = None  # text is escaped, numbers have three decimals
+    code: str = ""  # folded
 
 
 def report_html(

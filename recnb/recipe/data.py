@@ -1,4 +1,4 @@
-"""DataLoader, read: sections of the file become tables of images, transforms, samplers and loaders."""
+"""Build what the section DataLoader says: tables of images, transforms, samplers and loaders."""
 
 from __future__ import annotations
 
@@ -35,13 +35,17 @@ from recnb.storage import resolve
 
 
 def build_batch_transform(cfg: dict, class_num: int) -> Callable | None:
-    """What batch_transform_ops says, or None where it says nothing.
+    """Return the function that blends the images of a batch as batch_transform_ops says, or None where it says nothing.
 
-    It is called as (images (B, 3, H, W), labels (B,)) -> (images (B, 3, H, W), labels (B, class_num), whose rows sum to
-    1), images and labels on one device, and draws on torch's global generator.
+    The function takes images (B, 3, H, W) and labels (B,) on one device, and returns blended images (B, 3, H, W) and
+    labels (B, class_num) whose rows sum to 1. It draws on torch's global generator.
 
-    `class_num` is the number of training identities; a section that gives another one is a ConfigError, and so is a
-    list of several ops, which would mix what is mixed already.
+    Args:
+        cfg: The checked configuration.
+        class_num: The number of training identities.
+
+    Raises:
+        ConfigError: The file lists several ops, which would blend what is blended already, or another class_num.
     """
     ops = items(cfg, MIXING)
     if len(ops) > 1:
@@ -59,7 +63,7 @@ def build_batch_transform(cfg: dict, class_num: int) -> Callable | None:
 
 
 def read_split(cfg: dict, where: str) -> ImageList:
-    """The table of the data set section at `where`, labels as the list or the folders give them."""
+    """Return the table of the data set at `where`, with the labels that the list or the folders give."""
     section = lookup(cfg, f"{where}.dataset")
     if section is None:
         raise ConfigError(f"{where}.dataset: there is no such section")
@@ -70,26 +74,27 @@ def read_split(cfg: dict, where: str) -> ImageList:
 
 
 def training_split(cfg: dict) -> tuple[ImageList, ImageList | None]:
-    """Return the training table and what DataLoader.Validation.share holds out of it, labels as the list gives them."""
+    """Return the training table, and what DataLoader.Validation.share holds out of it; labels are the list's own."""
     images, section = read_split(cfg, "DataLoader.Train"), lookup(cfg, "DataLoader.Validation") or {}
     if not section.get("share"):
         return images, None
     try:
-        return hold_out(images, section["share"], section.get("seed", 0))
+        return hold_out(images, section["share"], section["seed"])
     except DataError as error:
         raise DataError(f"DataLoader.Validation.share: {error}") from None
 
 
 def training_images(cfg: dict) -> ImageList:
-    """The training table, without what is held out for validation, with labels 0..N-1 and their names.
+    """Return the training table, without what is held out for validation, with labels 0..N-1 and their names.
 
-    Raises DataError where a label is not below the class_num that the file gives, naming both and their places.
+    Raises:
+        DataError: A label is not below the class_num of the file.
     """
     return numbered(cfg, training_split(cfg)[0])
 
 
 def numbered(cfg: dict, images: ImageList) -> ImageList:
-    """Return the training table with its labels as numbers 0..N-1 and their names, changed in place."""
+    """Return the training table, its labels changed in place to numbers 0..N-1 with names."""
     (where, classes), relabel = class_num(cfg), lookup(cfg, "DataLoader.Train.dataset.relabel")
     literal = images.names is None and not (classes is None if relabel is None else relabel)
     ids = np.unique(images.labels) if images.names is None else images.names
@@ -112,20 +117,25 @@ def numbered(cfg: dict, images: ImageList) -> ImageList:
 
 
 def evaluation_places(cfg: dict, part: str = "Eval") -> tuple[str, str]:
-    """Where a configuration declares the query and the gallery images of `Eval` or `Validation`."""
+    """Return the places of the query and the gallery images of `Eval` or `Validation` in a configuration."""
     single = cfg["Global"]["eval_mode"] == "classification"
     return (f"DataLoader.{part}",) * 2 if single else (f"DataLoader.{part}.Query", f"DataLoader.{part}.Gallery")
 
 
 def evaluation_images(cfg: dict, classes: np.ndarray | None = None, part: str = "Eval") -> tuple[ImageList, ImageList]:
-    """The query and the gallery tables, labelled alike; in classification one table, labelled as in training, twice.
+    """Return the query and the gallery table, labelled alike; in classification one table, twice.
 
-    `classes` are the names of the training identities in the order of their numbers: these are theirs here too, where
-    the caller knows them. `part` is `Eval` or `Validation`. Where Global.on_bad_image is drop, what cannot be decoded
-    is left out; the identities keep their numbers.
+    Where Global.on_bad_image is drop, images that cannot be decoded are left out, and identities keep their numbers.
 
-    Raises DataError where no query has anything to find, where only one of the lists has cameras, or where a class is
-    none of the training's.
+    Args:
+        cfg: The checked configuration.
+        classes: The names of the training identities in the order of their numbers, which they keep here; in
+            classification they are read from the training list where they are not given.
+        part: `Eval` or `Validation`.
+
+    Raises:
+        DataError: No query has anything to find, only one of the lists has cameras, or a class is none of the
+            training's.
     """
     if cfg["Global"]["eval_mode"] == "classification":
         images = read_split(cfg, f"DataLoader.{part}")
@@ -149,7 +159,17 @@ def evaluation_images(cfg: dict, classes: np.ndarray | None = None, part: str = 
 def labelled_alike(
     cfg: dict, query: ImageList, gallery: ImageList, classes: np.ndarray | None = None
 ) -> tuple[ImageList, ImageList]:
-    """Return a query and a gallery table, changed in place so that a number is the same identity in both."""
+    """Change the labels of a query and a gallery table in place, so that a number is one identity, and return both.
+
+    Args:
+        cfg: The checked configuration.
+        query: The queries.
+        gallery: The gallery, which may be the same table.
+        classes: The names of the training identities in the order of their numbers, which they keep here.
+
+    Raises:
+        DataError: No query has anything to find, or only one of the lists has cameras.
+    """
     if (query.cameras is None) != (gallery.cameras is None):
         with_cameras, without = (query, gallery) if gallery.cameras is None else (gallery, query)
         raise DataError(
@@ -175,27 +195,27 @@ MOST_WORKERS = 8  # where the file does not say: one GPU seldom needs more
 
 
 def build_loaders(cfg: dict) -> Loaders:
-    """The data loaders of a configuration, all images checked by decoding them (`recnb.data.images.faults`).
+    """Return the data loaders of a configuration, once every image has been decoded (`recnb.data.images.faults`).
 
-    With Global.on_bad_image: drop, the others are left out of the lists, before anything but the number of classes is
-    computed from these, and stand in `Loaders.dropped` (`save_dropped`).
+    With Global.on_bad_image: drop, images that cannot be decoded are left out of the lists and stand in
+    `Loaders.dropped` (`save_dropped`); only the number of classes counts them.
 
-    Raises ConfigError or DataError, before anything is trained, for whatever would fail or mislead later.
+    Raises:
+        ConfigError: The configuration contradicts itself, or images would have different sizes.
+        DataError: A list or an image cannot be used.
     """
+    settings = cfg["Global"]
     train, held_out = training_split(cfg)
-    images, drop = {"DataLoader.Train": numbered(cfg, train)}, cfg["Global"]["on_bad_image"] == "drop"
-    given, names = class_num(cfg)[1], images["DataLoader.Train"].names
-    listed = images["DataLoader.Train"].classes
-    if given and given > listed:
-        print(f"class_num is {given}, the training list has {listed} identities: the others will never be seen")
-    if drop:
-        drop_faults(images["DataLoader.Train"])
-    if cfg["Global"]["eval_during_train"] or lookup(cfg, "DataLoader.Eval"):
-        images |= zip(evaluation_places(cfg), evaluation_images(cfg, names), strict=True)
-    if held_out is not None:
-        images["DataLoader.Validation"] = labelled_alike(cfg, held_out, held_out, names)[0]
-    elif lookup(cfg, "DataLoader.Validation"):
-        images |= zip(evaluation_places(cfg, "Validation"), evaluation_images(cfg, names, "Validation"), strict=True)
+    images, given = {"DataLoader.Train": numbered(cfg, train)}, class_num(cfg)[1]
+    if given and given > train.classes:
+        print(f"class_num is {given}, the training list has {train.classes} identities: the others will never be seen")
+    if settings["on_bad_image"] == "drop":
+        drop_faults(train)
+    for part in LISTS:
+        if part == "Validation" and held_out is not None:
+            images["DataLoader.Validation"] = labelled_alike(cfg, held_out, held_out, train.names)[0]
+        elif lookup(cfg, f"DataLoader.{part}"):
+            images |= zip(evaluation_places(cfg, part), evaluation_images(cfg, train.names, part), strict=True)
     loaders, wanted = {}, None
     for where, table in images.items():
         read_as = "DataLoader.Eval.Query" if table is held_out else where
@@ -205,11 +225,10 @@ def build_loaders(cfg: dict) -> Loaders:
         if wanted not in (None, shape):
             raise ConfigError(f"{read_as}.dataset.transform_ops make images of {shape}, and others are of {wanted}")
         loaders[where] = build_loader(cfg, read_as, table)
-    if not drop:
-        check_images(*{(t.source, t.paths[0]): t for t in images.values()}.values())
-    if cfg["Global"]["cache_images"]:
-        for where, table in images.items():
-            keep(table, resolve(cfg["Global"]["cache_images"]), where)
+    if settings["on_bad_image"] != "drop":
+        check_images(*{(table.source, table.paths[0]): table for table in images.values()}.values())
+    for where, table in images.items() if settings["cache_images"] else ():
+        keep(table, resolve(settings["cache_images"]), where)
     test, validation = (searched(loaders, part) for part in LISTS)
     query, gallery = (test.query, test.gallery) if test else (None, None)
     return Loaders(loaders["DataLoader.Train"], query, gallery, validation)
@@ -218,7 +237,7 @@ def build_loaders(cfg: dict) -> Loaders:
 def searched(loaders: dict[str, ImageLoader], part: str) -> Pair | None:
     """Return the query and the gallery loader of `Eval` or `Validation`, None where there are none.
 
-    One loader serves as both where these are the same list, so that its images are embedded once.
+    Equal lists share one loader, so that their images are embedded once.
     """
     found = [loader for where, loader in loaders.items() if where.startswith(f"DataLoader.{part}")]
     if len(found) == 2 and same_list(*(loader.dataset for loader in found)):
@@ -227,7 +246,16 @@ def searched(loaders: dict[str, ImageLoader], part: str) -> Pair | None:
 
 
 def build_loader(cfg: dict, where: str, images: ImageList) -> ImageLoader:
-    """The loader of one split: training batches from its sampler, evaluation images in the order of their list."""
+    """Return the loader of one list: training batches from its sampler, evaluation images in their order.
+
+    Args:
+        cfg: The checked configuration.
+        where: The place of the list's section.
+        images: The list.
+
+    Raises:
+        ConfigError: The section has no sampler, or one that would leave out images of an evaluation.
+    """
     section, options = lookup(cfg, f"{where}.sampler"), machine_options(lookup(cfg, f"{where}.loader") or {})
     if section is None or section.get("batch_size", 0) < 1:
         raise ConfigError(f"{where}.sampler: must name a sampler and its batch_size, at least 1")
@@ -254,28 +282,25 @@ def build_loader(cfg: dict, where: str, images: ImageList) -> ImageLoader:
 
 
 def machine_options(options: dict) -> dict:
-    """num_workers and prefetch_factor where the file leaves them out, by the cores that this process may use.
+    """Return the options of a loader, with num_workers and prefetch_factor by the cores that this process may use.
 
-    A worker for each of its cores, 8 at most, and at least 8 batches ahead.
+    Where the file leaves them out: a worker for each core, 8 at most, and at least 8 batches ahead.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = max(1, min(MOST_WORKERS, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
-    options = {
-        "num_workers": workers,
-        **{k: v for k, v in options.items() if k != "use_shared_memory" and v is not None},
-    }
-    if not options["num_workers"]:
-        options.pop("prefetch_factor", None)  # which torch refuses without workers
-    else:
-        options.setdefault("prefetch_factor", max(2, 8 // options["num_workers"]))
-    return options
+    given = {key: value for key, value in options.items() if key != "use_shared_memory" and value is not None}
+    workers = given.get("num_workers", workers)
+    if not workers:
+        return {"num_workers": 0}  # torch refuses prefetch_factor without workers
+    return {"num_workers": workers, "prefetch_factor": max(2, 8 // workers), **given}
 
 
 def build_transform(cfg: dict, where: str) -> Pipeline:
-    """The composed transform_ops of the data set section at `where`.
+    """Return the composed transform_ops of the data set section at `where`.
 
-    Raises ConfigError where an op cannot be built, or where two images of different sizes come out differently,
-    since they could not share a batch.
+    Raises:
+        ConfigError: An op cannot be built, or images of different sizes leave with different sizes, which no batch can
+            hold.
     """
     ops = [
         TRANSFORMS.build({"name": name, **args}, place) for place, name, args in items(cfg, f"{where}.transform_ops")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 
 from recnb.recipe.schema import check, lookup
+from recnb.recipe.settings import Retention, defaults
 from recnb.registry import ConfigError
 
 RUNGS = {
@@ -85,7 +86,7 @@ def probe(cfg: dict, width: int, power: float, images: int, identities: int) -> 
     epochs = min(60, max(5, round(PROBE_STEPS * sampler["batch_size"] / max(1, images))))
     cfg["Global"] |= {"epochs": epochs, "probe": VIEWS, "eval_interval": max(1, epochs // 6), "save_interval": 0}
     cfg["Optimizer"] = {"name": "AdamW", "weight_decay": 0.0, "lr": {"name": "Cosine", "learning_rate": 0.001}}
-    cfg["Retention"] = {"imprint": True}
+    cfg["Retention"] = {**defaults(Retention), "imprint": True}
     return cfg
 
 

@@ -1,4 +1,4 @@
-"""The whole file, read: model, loaders, loss, optimizers and schedule become one Learner."""
+"""Build the Learner of a configuration from its model, loaders, loss, optimizers and schedule."""
 
 from __future__ import annotations
 
@@ -54,8 +54,7 @@ def build_learner(cfg: dict, model: nn.Module, loaders: Loaders, run_dir: str | 
         model.to(memory_format=torch.channels_last)
     if cfg["Global"]["compile"]:
         model.compile()  # in place: the names of the weights stay
-    mix = build_batch_transform(cfg, loaders.classes)
-    if mix:
+    if mix := build_batch_transform(cfg, loaders.classes):
         check_mixable(cfg)
     learn = RetrievalLearner(
         loaders,
@@ -72,12 +71,12 @@ def build_learner(cfg: dict, model: nn.Module, loaders: Loaders, run_dir: str | 
     )
     adam = any("adam" in section["name"].lower() for _, section in optimizers(cfg))
     check_room(model, 4 if adam else 2, device, "Arch")
-    learn.create_opt()  # what no optimizer would train is found now
+    learn.create_opt()  # now, since it finds parameters without an optimizer
     return learn
 
 
 def check_mixable(cfg: dict) -> None:
-    """Raise ConfigError where a head or a loss needs one label for each image and images are blended."""
+    """Raise ConfigError where a head or a loss cannot take the labels of blended images."""
     where = "DataLoader.Train.dataset.batch_transform_ops: blends images and their labels, but"
     for place, section in architectures(cfg):
         if lookup(section, "Head.name") not in (None, "FC"):
@@ -92,21 +91,19 @@ def build_plan(cfg: dict, loaders: Loaders, folder: Path) -> Plan:
 
     Args:
         cfg: The checked configuration.
-        loaders: Say how long an epoch is and how many identities there are.
+        loaders: The loaders, for the length of an epoch and the number of identities.
         folder: The run folder.
 
     Raises:
         ConfigError: There is no such checkpoint, or a package is missing.
     """
     settings = cfg["Global"]
-    by_flag = ["visualdl"] if settings["use_visualdl"] else []
-    check_installed(by_flag, "Global.use_visualdl")
+    flagged = ["visualdl"] if settings["use_visualdl"] else []
+    check_installed(flagged, "Global.use_visualdl")
     check_installed(settings["loggers"], "Global.loggers")
     checkpoint = resolve(settings["checkpoints"]) if settings["checkpoints"] else None
     if checkpoint and not checkpoint.is_file():
         raise ConfigError(f"Global.checkpoints: there is no file {checkpoint}")
-    amp, ema = cfg.get("AMP"), cfg.get("EMA")
-    half = precision(amp, settings["device"]) if amp is not None and amp["use_amp"] else None
     steps = -(-len(loaders.train) // settings["update_freq"])
     ours, read = resolved(cfg, loaders.classes), contents(cfg)
     return Plan(
@@ -115,8 +112,8 @@ def build_plan(cfg: dict, loaders: Loaders, folder: Path) -> Plan:
             epochs=settings["epochs"],
             rates=build_schedules(cfg, steps),
             update_freq=settings["update_freq"],
-            decay=None if ema is None else ema["decay"],
-            half=half,
+            decay=lookup(cfg, "EMA.decay"),
+            half=precision(cfg),
             skip_nonfinite=settings["on_nonfinite"] == "skip",
         ),
         keeping=Keeping(
@@ -133,7 +130,7 @@ def build_plan(cfg: dict, loaders: Loaders, folder: Path) -> Plan:
         ),
         retention=Retention(**{k: v for k, v in (cfg.get("Retention") or {}).items() if k != "batch_norm"}),
         log_interval=settings["print_batch_step"],
-        loggers=list(dict.fromkeys([*settings["loggers"], *by_flag])),
+        loggers=list(dict.fromkeys([*settings["loggers"], *flagged])),
         seed=settings["seed"],
         devices=device_count(settings["devices"]),
     )
@@ -145,9 +142,9 @@ def device_count(wanted: int | str) -> int:
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device that Global.device names: a GPU unless it is cpu, and the CPU where there is none.
+    """Return the device that Global.device names: a GPU unless it is cpu, or the CPU where there is no GPU.
 
-    A line says so where the file asks for gpu.
+    Where the file asks for gpu, a line says that there is none.
     """
     if name != "cpu" and torch.cuda.is_available():
         return torch.device(f"cuda:{torch.cuda.current_device()}")
@@ -157,7 +154,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def evaluation_loss(cfg: dict, loaders: Loaders) -> CombinedLoss | None:
-    """Return Loss.Eval where it has a meaning; where a term needs logits and has no such class, a line says so."""
+    """Return Loss.Eval, or None where it lists nothing or needs logits of identities that the head has no class for."""
     loss, watched = build_loss(cfg, "Loss.Eval"), loaders.validation or loaders.test
     if watched is None or not len(loss.losses):
         return None

@@ -1,6 +1,7 @@
-"""What in a configuration is allowed and yet seldom meant: each finding says where, what, why, and how to mend it.
+"""Findings: what is allowed in a configuration and is probably a mistake, with the reason and what to write instead.
 
-Whatever cannot mean what it says is an error of `recnb.config`; what is found here runs, perhaps to a poor result.
+What is not allowed is a ConfigError of `recnb.recipe.schema`. A configuration with findings runs, perhaps to a poor
+result.
 """
 
 from __future__ import annotations
@@ -39,20 +40,20 @@ PER_IDENTITY = ("sample_per_id", "num_instances")
 
 
 class Finding(NamedTuple):
-    """One thing to look at: its place in the file, what is there, why that matters, what would mend it."""
+    """A probable mistake: its place in the file, what is there, why it matters, and what to write instead."""
 
     place: str
     what: str
     why: str
     mend: str
-    strict: bool = False  # nothing useful can come of it
+    strict: bool = False  # training would be useless
 
     def __str__(self) -> str:
         return f"{self.place}: {self.what}: {self.why}; {self.mend}"
 
 
 def lint(cfg: dict, loaders: Loaders | None = None) -> list[Finding]:
-    """The findings of a checked configuration; with its loaders, those of the lists too."""
+    """Return the findings about a checked configuration and, with its loaders, about its lists."""
     checks = [losses, augmentation, inference, schedule, processes, without_effect]
     findings = [finding for check in checks for finding in check(cfg)]
     if loaders is None:
@@ -68,7 +69,7 @@ def stop(findings: list[Finding]) -> None:
 
 
 def losses(cfg: dict) -> Iterator[Finding]:
-    """Pair losses without pairs, views that the sampler does not draw, a weight that the original ignored."""
+    """Find pair losses without pairs, views that the sampler does not draw, weights that PaddleClas ignores."""
     sampler, terms = lookup(cfg, "DataLoader.Train.sampler") or {}, list(items(cfg, "Loss.Train"))
     drawn = next((sampler[key] for key in PER_IDENTITY if key in sampler), None)
     for place, name, args in terms:
@@ -105,27 +106,27 @@ def losses(cfg: dict) -> Iterator[Finding]:
 
 
 def augmentation(cfg: dict) -> Iterator[Finding]:
-    """Erasing on the wrong side of the normalisation."""
+    """Find erasing on the wrong side of the normalisation, and random ops in an evaluation."""
     ops = list(items(cfg, "DataLoader.Train.dataset.transform_ops"))
     names = [name for _, name, _ in ops]
     normalize = next((name for name in names if name in ("NormalizeImage", "Normalize")), None)
     if "RandomErasing" in names and normalize:
         place, _, args = ops[names.index("RandomErasing")]
-        behind = names.index("RandomErasing") > names.index(normalize)
+        after = names.index("RandomErasing") > names.index(normalize)
         mean = args.get("mean") or [0.0]
-        if behind and any(mean):
+        if after and any(mean):
             yield Finding(
                 f"{place}.mean",
-                f"{mean} behind {normalize}",
-                "it is written as it stands: in normalised values, 0 is the mean colour",
+                f"{mean} after {normalize}",
+                "the values are normalised by then, and 0 is the mean colour",
                 "write mean: [0., 0., 0.]",
             )
-        if not behind:
+        if not after:
             yield Finding(
                 place,
                 f"RandomErasing before {normalize}",
                 "0 is black there and not the mean colour",
-                f"move it behind {normalize}",
+                f"move it after {normalize}",
             )
     for part in (part for part in LOADERS if part != "Train"):
         for place, name, _ in items(cfg, f"DataLoader.{part}.dataset.transform_ops"):
@@ -139,7 +140,7 @@ def augmentation(cfg: dict) -> Iterator[Finding]:
 
 
 def inference(cfg: dict) -> Iterator[Finding]:
-    """A softmax over an embedding."""
+    """Find a softmax over an embedding."""
     for place, section in [("Arch", cfg["Arch"]), *architectures(cfg)[:1]]:
         key, given = section.get("infer_output_key") or "features", section.get("infer_add_softmax")
         if isinstance(given, str):
@@ -161,7 +162,7 @@ def inference(cfg: dict) -> Iterator[Finding]:
 
 
 def schedule(cfg: dict) -> Iterator[Finding]:
-    """A warm-up that never ends."""
+    """Find a warm-up that never ends."""
     epochs = cfg["Global"]["epochs"]
     for where, section in optimizers(cfg):
         warmup = section["lr"].get("warmup_epoch") or 0
@@ -175,7 +176,7 @@ def schedule(cfg: dict) -> Iterator[Finding]:
 
 
 def processes(cfg: dict) -> Iterator[Finding]:
-    """A step of several batches at the learning rate of one."""
+    """Find several processes, whose step sees more images than the learning rate is meant for."""
     count, batch = cfg["Global"]["devices"], lookup(cfg, "DataLoader.Train.sampler.batch_size")
     if count != 1:
         yield Finding(
@@ -187,7 +188,7 @@ def processes(cfg: dict) -> Iterator[Finding]:
 
 
 def without_effect(cfg: dict) -> Iterator[Finding]:
-    """What the original has and this has not, or does not need."""
+    """Find keys and sections that have no effect here."""
     for key in (key for key in WITHOUT_EFFECT if cfg["Global"].get(key)):
         yield Finding(f"Global.{key}", f"{cfg['Global'][key]}", "it changes nothing here", "leave it out")
     for key, why in (
@@ -206,7 +207,7 @@ def without_effect(cfg: dict) -> Iterator[Finding]:
 
 
 def shapes(cfg: dict, loaders: Loaders) -> Iterator[Finding]:
-    """Images of another size than the file says, and training images of another than those that are evaluated."""
+    """Find sizes of images that differ from Global.image_shape, or between training and evaluation."""
     shape, said = output_shape(loaders.train.dataset.transform, "DataLoader.Train"), cfg["Global"]["image_shape"]
     evaluated = [part for name, part in loaders.parts.items() if name != "train"]
     sizes = [list(output_shape(part.dataset.transform, "DataLoader.Eval")) for part in evaluated[:1]] or [said]
@@ -215,7 +216,7 @@ def shapes(cfg: dict, loaders: Loaders) -> Iterator[Finding]:
         yield Finding(
             "Global.image_shape",
             f"{said}, but the evaluation's transform_ops make images of {sizes[0]}",
-            "only a network that takes one size reads it, all else takes the images as they come",
+            "a network with a fixed input size is built for image_shape, and would get images of another size",
             f"write image_shape: {sizes[0]}",
             any(fact.get("fixed_input_size") for fact in facts),
         )
@@ -230,7 +231,7 @@ def shapes(cfg: dict, loaders: Loaders) -> Iterator[Finding]:
 
 
 def pretraining(cfg: dict, loaders: Loaders) -> Iterator[Finding]:
-    """Images that are prepared in another way than those that the weights were trained on."""
+    """Find images that are normalised or sized differently from those that the weights were trained on."""
     for place, section in architectures(cfg):
         backbone = section["Backbone"]
         facts = pretrained_images(backbone["name"]) if backbone.get("pretrained") else None
@@ -257,7 +258,7 @@ def pretraining(cfg: dict, loaders: Loaders) -> Iterator[Finding]:
 
 
 def normalisation(transform: Transform) -> tuple[list[float], list[float]]:
-    """Return the mean and std that a transform takes off an image between 0 and 1, one of each a channel."""
+    """Return the mean and std of each channel by which a transform normalises images between 0 and 1."""
     with torch.random.fork_rng(devices=[]):
         black, white = (transform(torch.full((3, 256, 256), value, dtype=torch.uint8)) for value in (0, 255))
     (black, white) = (image[:, image.shape[1] // 2, image.shape[2] // 2].double() for image in (black, white))
@@ -266,7 +267,7 @@ def normalisation(transform: Transform) -> tuple[list[float], list[float]]:
 
 
 def identities(loaders: Loaders) -> Iterator[Finding]:
-    """Identities that stand in two of the training, validation and test lists: by their names, numbers in a list."""
+    """Find identities that are in two of the training, validation and test lists, by their names."""
     sets = {name: seen(part.dataset) for name, part in loaders.parts.items() if "gallery" not in name}
     places = {"query": "DataLoader.Eval.Query", "validation query": "DataLoader.Validation"}
     for name, other in (("query", "train"), ("validation query", "train"), ("validation query", "query")):
@@ -281,7 +282,7 @@ def identities(loaders: Loaders) -> Iterator[Finding]:
 
 
 def copies(loaders: Loaders) -> Iterator[Finding]:
-    """Images of a test or validation list that are exact copies of another one's file, under another name."""
+    """Find images of the test or validation lists whose file is an exact copy of another's."""
     for pair, place in ((loaders.test, "DataLoader.Eval"), (loaders.validation, "DataLoader.Validation")):
         tables = [] if pair is None else [pair.query.dataset, pair.gallery.dataset]
         files = {os.path.realpath(path) for table in tables if table.boxes is None for path in table.paths}
@@ -302,5 +303,5 @@ def copies(loaders: Loaders) -> Iterator[Finding]:
 
 
 def seen(images: ImageList) -> set:
-    """The names of the identities that a table has images of."""
+    """Return the names of the identities that have an image in a table."""
     return {images.name(label) for label in images.labels.tolist()}

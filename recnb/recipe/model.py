@@ -1,4 +1,4 @@
-"""Arch, read: its sections become a model."""
+"""Build the model that the section Arch describes."""
 
 from __future__ import annotations
 
@@ -25,12 +25,18 @@ from recnb.registry import ConfigError, Registry, check_known
 
 
 def build_model(cfg: dict, classes: int | None = None) -> RecModel | DistillationModel:
-    """The model of a configuration, its weights drawn from Global.seed or read from the files it names.
+    """Return the model of a configuration, its weights drawn from Global.seed or read from the files it names.
 
-    Sizes that the file leaves out are derived: the neck's input from the cut backbone, the head's from the neck and
-    from `classes`, the number of training identities. These are counted in the training list only where neither the
-    file nor the caller says how many there are. Raises ConfigError, naming both numbers and both places, where a given
-    size disagrees.
+    Sizes that the file leaves out follow from the other parts: the neck's input from the cut backbone, the head's from
+    the neck.
+
+    Args:
+        cfg: The checked configuration.
+        classes: The number of training identities. They are counted in the training list where neither the file nor
+            the caller gives it.
+
+    Raises:
+        ConfigError: A size of the file disagrees with another; the message names both.
     """
     sections = architectures(cfg)
     classes = count_classes(cfg, classes) if any(section.get("Head") for _, section in sections) else None
@@ -38,21 +44,30 @@ def build_model(cfg: dict, classes: int | None = None) -> RecModel | Distillatio
         torch.default_generator.manual_seed(cfg["Global"]["seed"])  # torch.manual_seed would reach GPUs too
         models = {where: build_recmodel(cfg, section, where, classes) for where, section in sections}
     model = models.get("Arch") or build_distillation(cfg, {where.split(".")[-1]: m for where, m in models.items()})
-    if cfg["Global"]["pretrained_model"]:
-        given = cfg["Global"]["pretrained_model"]
+    if given := cfg["Global"]["pretrained_model"]:
         print(load_weights(model, given, strict=cfg["Global"]["pretrained_strict"]))
     return model
 
 
 def build_recmodel(cfg: dict, section: dict, where: str, classes: int | None) -> RecModel:
-    """The model of one section; `classes` is the number of training identities."""
+    """Return the model of one section.
+
+    Args:
+        cfg: The checked configuration.
+        section: The section.
+        where: Its place in the file.
+        classes: The number of training identities; None where there is no head.
+
+    Raises:
+        ConfigError: A part cannot be built, or does not fit the others.
+    """
     backbone = build_backbone(cfg, section, where)
     neck, size = build_neck(section, where, backbone)
     head, given = None, section.get("head_feature_from", "neck")
     if section.get("Head"):
-        behind = given == "backbone" or neck is None
-        source = f"{where}.{'Backbone' if behind else 'Neck'} gives features of size"
-        known: dict[str, tuple] = {"embedding_size": (prod(backbone.out_shape) if behind else size, source)}
+        from_backbone = given == "backbone" or neck is None
+        source = f"{where}.{'Backbone' if from_backbone else 'Neck'} gives features of size"
+        known: dict[str, tuple] = {"embedding_size": (prod(backbone.out_shape) if from_backbone else size, source)}
         if isinstance(section["Head"].get("margin"), dict):  # by how many images each class has
             known["class_counts"] = (class_counts(cfg), "")
         head = fitting(HEADS, {**section["Head"], "class_num": classes}, f"{where}.Head", **known)
@@ -68,14 +83,12 @@ def build_recmodel(cfg: dict, section: dict, where: str, classes: int | None) ->
     model.sizes = {"backbone": prod(backbone.out_shape), "features": size}
     model.head_feature_from, model.grad_cache = given, cfg["Global"]["grad_cache"]
     model.retrieval_feature_from = cfg["Global"]["retrieval_feature_from"] if neck else "features"
-    amp = cfg.get("AMP")
-    if amp is not None and amp["use_amp"]:
-        model.precision = precision(amp, cfg["Global"]["device"])
-        model.half_evaluation = amp["use_fp16_test"] or amp["level"] == "O2"
+    model.precision = precision(cfg)
+    model.half_evaluation = model.precision is not None and (cfg["AMP"]["use_fp16_test"] or cfg["AMP"]["level"] == "O2")
     if ranks()[1] > 1 and (section.get("use_sync_bn") or cfg["Arch"].get("use_sync_bn")):
         on_gpu = cfg["Global"]["device"] != "cpu" and torch.cuda.is_available()
         (share_on_gpus if on_gpu else share_batches)(model)
-    model.rests = (cfg.get("Retention") or {}).get("batch_norm") == "frozen"
+    model.rests = lookup(cfg, "Retention.batch_norm") == "frozen"
     try:
         model.freeze(section.get("freeze") or ())
     except ValueError as error:
@@ -84,10 +97,10 @@ def build_recmodel(cfg: dict, section: dict, where: str, classes: int | None) ->
 
 
 def fitting(registry: Registry, section: dict, where: str, **known) -> nn.Module:
-    """Return a part, built on the meta device first, where it takes no memory: what no memory can hold is told.
+    """Return a part, built on the meta device first, to see whether there is memory for it.
 
     Args:
-        registry: Has the part.
+        registry: The registry of the part.
         section: The part's section of the file.
         where: The section's place.
         known: As `Registry.build` takes it.
@@ -102,15 +115,17 @@ def fitting(registry: Registry, section: dict, where: str, **known) -> nn.Module
     return registry.build(section, where, **known)
 
 
-def precision(amp: dict, device: str) -> torch.dtype:
-    """The type of autocast: as AMP.dtype says, otherwise bfloat16 where it is fast or the only one, else float16."""
-    on_gpu = device != "cpu" and torch.cuda.is_available()
+def precision(cfg: dict) -> torch.dtype | None:
+    """Return the type of autocast, None without it: AMP.dtype, else bfloat16, or float16 on a GPU without bfloat16."""
+    amp, on_gpu = cfg.get("AMP"), cfg["Global"]["device"] != "cpu" and torch.cuda.is_available()
+    if amp is None or not amp["use_amp"]:
+        return None
     fallback = "float16" if on_gpu and not torch.cuda.is_bf16_supported() else "bfloat16"
     return getattr(torch, amp["dtype"] or fallback)
 
 
 def build_distillation(cfg: dict, models: dict[str, RecModel]) -> DistillationModel:
-    """The models trained together, some frozen or with weights of their own; `infer_model_name` or the last is used."""
+    """Return models that are trained together, frozen or with weights as Arch says; one of them is used afterwards."""
     section, names = cfg["Arch"], list(models)
     chosen = section.get("infer_model_name") or names[-1]
     check_known([chosen], names, "Arch.infer_model_name", "model")
@@ -127,7 +142,7 @@ def build_distillation(cfg: dict, models: dict[str, RecModel]) -> DistillationMo
 
 
 def count_classes(cfg: dict, counted: int | None) -> int:
-    """Return how many classes the head tells apart: as the file says, as counted, or as the training list has.
+    """Return how many classes the head has: as the file says, as counted, or as the training list has.
 
     Raise ConfigError where the file gives fewer than were counted.
     """
@@ -148,7 +163,16 @@ def class_counts(cfg: dict) -> list[int] | None:
 
 
 def build_backbone(cfg: dict, section: dict, where: str) -> Cut:
-    """The backbone of a model's section, cut where it says; raises ConfigError for what timm or the cut refuse."""
+    """Return the backbone of a model's section, cut where it says.
+
+    Args:
+        cfg: The checked configuration.
+        section: The model's section.
+        where: Its place in the file.
+
+    Raises:
+        ConfigError: timm refuses the arguments, or the backbone cannot be cut there.
+    """
     given, stop = dict(section["Backbone"]), section.get("BackboneStopLayer") or {}
     if isinstance(given.get("pretrained"), str):
         given["pretrained"] = local(given["pretrained"])
@@ -167,7 +191,16 @@ def build_backbone(cfg: dict, section: dict, where: str) -> Cut:
 
 
 def build_neck(section: dict, where: str, backbone: Cut) -> tuple[nn.Module | None, int]:
-    """(the neck or None, the size of the features); the backbone's output is checked to suit it."""
+    """Return the neck, None where there is none, and the size of the features.
+
+    Args:
+        section: The model's section.
+        where: Its place in the file.
+        backbone: The backbone, cut.
+
+    Raises:
+        ConfigError: The neck cannot take what the backbone gives, or there is none and no vector.
+    """
     shape, stop = backbone.out_shape, lookup(section, "BackboneStopLayer.name") or "its end"
     if not section.get("Neck"):
         if len(shape) > 1 and prod(shape[1:]) > 1:

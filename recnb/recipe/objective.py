@@ -1,4 +1,4 @@
-"""Loss, Metric and PostProcess, read: their sections become a loss and a judge of embeddings."""
+"""Build the loss of the section Loss, and the judge of embeddings of Metric and PostProcess."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def build_metrics(cfg: dict) -> list[str]:
 def build_judge(cfg: dict, model: nn.Module | None = None) -> Judge | Accuracy:
     """Return what judges features: the metrics, the post-processing and the re-ranking of a configuration.
 
-    In classification it is the accuracy of `model`'s head, and takes what the head reads in place of features.
+    In classification this is the accuracy of the head of `model`, which takes what the head reads instead of features.
     """
     settings, names = cfg["Global"], build_metrics(cfg)
     steps = [POST_PROCESS.build({"name": name, **args}, place) for place, name, args in items(cfg, "PostProcess")]
@@ -62,12 +62,10 @@ def build_loss(
     """
     weighted, kinds = [], []
     for place, name, args in items(cfg, where):
-        more = (
-            classes and (args.get("num_classes") or 0) > classes
-        )  # as a head may have, when only a part is trained on
-        known = {"num_classes": (classes, "the training identities are")} if classes and not more else {}
-        size = (sizes or {}).get(args.get("feature_from", "features"))
-        if size:
+        known: dict[str, tuple] = {}
+        if classes and (args.get("num_classes") or 0) <= classes:  # of more, only a part may be trained on
+            known["num_classes"] = (classes, "the training identities are")
+        if size := (sizes or {}).get(args.get("feature_from", "features")):
             known |= dict.fromkeys(("feat_dim", "embedding_size"), (size, "the model gives features of size"))
         loss = LOSSES.build({"name": name, **args}, place, **known)
         if getattr(loss, "needs_logits", False):

@@ -1,4 +1,4 @@
-"""Optimizer, read: its sections become optimizers, groups of parameters and learning-rate schedules."""
+"""Build what the section Optimizer describes: optimizers, groups of parameters and learning-rate schedules."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from recnb.training.schedules import SCHEDULES, WARMUP, warmed_up
 
 
 def build_optimizer(cfg: dict) -> Callable:
-    """Return a function `(groups, lr) -> torch optimizer`, or what behaves as one where the file lists several.
+    """Return a function `(groups, lr) -> optimizer`; where the file lists several, they act as one.
 
     `groups` are those of `parameter_groups`, or anything that torch takes.
 
@@ -40,7 +40,7 @@ def build_optimizer(cfg: dict) -> Callable:
 
 
 def build_entry(section: dict, where: str) -> Callable:
-    """Return a function `(groups, lr) -> torch optimizer` for one entry; L1 and clipping come before its steps."""
+    """Return a function `(groups, lr) -> torch optimizer` for one entry, with L1 and clipping before each step."""
     section = dict(section)
     regular = REGULARIZERS.build(section["regularizer"], f"{where}.regularizer") if section.get("regularizer") else {}
     if regular and "weight_decay" in section:
@@ -70,12 +70,21 @@ def in_backbone(name: str) -> bool:
 
 
 def parameter_groups(cfg: dict, model: nn.Module, loss: nn.Module) -> list[dict]:
-    """The trainable parameters of model and loss in groups, the backbone's first.
+    """Return the trainable parameters of model and loss in groups, the backbone's first.
 
-    Each is a dict of `params`, `entry` (which optimizer of the file), `lr_scale` (its share of that one's rate), and
-    `weight_decay` where it is not that one's own. Raises ConfigError where a parameter has no optimizer or the reverse.
+    Args:
+        cfg: The checked configuration.
+        model: The model.
+        loss: The loss.
+
+    Returns:
+        Dicts of `params`, `entry` (which optimizer of the file), `lr_scale` (the share of that optimizer's rate),
+        `backbone` and, where it differs from the optimizer's, `weight_decay`.
+
+    Raises:
+        ConfigError: A parameter has no optimizer, or an optimizer no parameter.
     """
-    entries, shares = list(optimizers(cfg)), depth_shares(cfg, model)
+    entries, shares = optimizers(cfg), depth_shares(cfg, model)
     owners = [scope_names(section.get("scope"), where, model, loss) for where, section in entries]
     named = [(name, p) for name, p in [*model.named_parameters(), *loss_parameters(loss)] if p.requires_grad]
     groups: dict[tuple, list] = defaultdict(list)
@@ -155,10 +164,10 @@ def scope_names(scope: str | None, where: str, model: nn.Module, loss: nn.Module
 
 
 def undecayed(name: str, p: nn.Parameter, section: dict) -> bool:
-    """Return whether an entry of Optimizer exempts a parameter from weight decay.
+    """Return whether an entry of Optimizer takes weight decay off a parameter.
 
     Args:
-        name: The parameter's.
+        name: The parameter's name.
         p: The parameter.
         section: The entry.
     """
@@ -170,7 +179,7 @@ def undecayed(name: str, p: nn.Parameter, section: dict) -> bool:
 
 
 def depth_shares(cfg: dict, model: nn.Module) -> dict[str, float]:
-    """For AdamWDL the share of the rate of each parameter of a backbone, by how far it lies before the end."""
+    """Return AdamWDL's share of the rate for each parameter of a backbone: the further from the end, the smaller."""
     decays = [s.get("layerwise_decay", 0.75) for _, s in optimizers(cfg) if s["name"] == "AdamWDL"]
     if not decays:
         return {}
@@ -180,7 +189,7 @@ def depth_shares(cfg: dict, model: nn.Module) -> dict[str, float]:
     for prefix, part in model.named_modules():
         if re.fullmatch(r"(models\.[^.]+\.)?backbone", prefix):
             depths = layer_depths(part)
-            last = max(depths.values(), default=0) + 1  # neck and head are the layer behind the backbone's last
+            last = max(depths.values(), default=0) + 1  # neck and head count as the layer after the backbone's last
             shares |= {f"{prefix}.{name}": decays[0] ** (last - depth) for name, depth in depths.items()}
     return shares
 
@@ -207,14 +216,8 @@ def build_schedule(section: dict, where: str, epochs: int, step_each_epoch: int)
     """
     SCHEDULES.check(section, where)
     warmup = {key: section[key] for key in WARMUP if key in section}
-    epochs -= warmup.get("warmup_epoch", 0)
-    return warmed_up(
-        SCHEDULES.build(
-            section,
-            where,
-            epochs=(epochs, "behind the warm-up there are"),
-            step_each_epoch=(step_each_epoch, "the training list makes"),
-        ),
-        step_each_epoch,
-        **warmup,
-    )
+    known = {
+        "epochs": (epochs - warmup.get("warmup_epoch", 0), "after the warm-up there are"),
+        "step_each_epoch": (step_each_epoch, "the training list makes"),
+    }
+    return warmed_up(SCHEDULES.build(section, where, **known), step_each_epoch, **warmup)

@@ -1,7 +1,7 @@
-"""Which parts a file may name, and where: importing this module fills the registries.
+"""Which parts a configuration may name, and where: importing this module fills the registries.
 
-Parts of one's own are registered in a Python file that the command line names, never a configuration. Its path stands
-in the environment, so that the processes and kernels that are started from here know them too.
+A user's own parts are registered by a Python file that the command line names; a configuration cannot name it. Its path
+is kept in the environment, so that processes and kernels started from here import it too.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ SLOTS = {  # the places of a file where a name stands; `*` is each list of image
 }
 
 VARIABLE = "RECNB_PARTS"
-IMPORTED: dict[str, str] = {}  # the names of such modules, the last one last, with the hashes of their files
+IMPORTED: dict[str, str] = {}  # the names of such modules in the order of import, with the hashes of their files
 
 
 def use_parts(file: str | Path) -> None:
-    """Import a Python file, here and in the processes started from here: what it registers, a file may name.
+    """Import a Python file of parts, here and in the processes started from here.
 
     Raises:
         ConfigError: There is no such file, or it cannot be imported.
@@ -60,7 +60,7 @@ def use_parts(file: str | Path) -> None:
 
 
 def import_parts(path: Path) -> None:
-    """Import a Python file, unless its content was imported last; raise ConfigError where that cannot be done."""
+    """Import a Python file unless it is the one imported last; raise ConfigError where that fails."""
     if not path.is_file():
         raise ConfigError(f"parts: there is no file {path}")
     name, content = path.stem, sha256(path)
@@ -88,7 +88,7 @@ def import_parts(path: Path) -> None:
 
 
 def parts_in_use() -> Path | None:
-    """Return the file that was named to this process or to the one that started it."""
+    """Return the file of parts that this process, or the one that started it, was given."""
     return Path(os.environ[VARIABLE]) if os.environ.get(VARIABLE) else None
 
 

@@ -10,7 +10,7 @@ import contextlib
 import re
 from itertools import chain
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import yaml
 
@@ -21,21 +21,21 @@ LARGEST, VALUES, DEEPEST = 500_000, 100_000, 50  # bytes, values and levels of a
 
 
 class Loader(yaml.SafeLoader):
-    """Plain values only, read as YAML 1.2 has them: `1e-3` and `0o17` are numbers, `yes` and `1:30:00` are text.
+    """Reads plain values by YAML 1.2: `1e-3` and `0o17` are numbers, `yes` and `1:30:00` are text.
 
-    A repeated key is an error.
+    A key given twice is an error.
     """
 
     yaml_implicit_resolvers: ClassVar[dict] = {}
 
     def construct_document(self, node: yaml.Node):
-        """The values of a document, once `measure` has found nothing in it to refuse."""
+        """Return the values of a document that `measure` does not refuse."""
         measure(node)
         return super().construct_document(node)
 
 
 class Dumper(yaml.SafeDumper):
-    """Nothing is abbreviated by anchors; text that YAML 1.1 or 1.2 takes for something else is quoted."""
+    """Writes no anchors and quotes text that YAML 1.1 or 1.2 would take for something else."""
 
     def ignore_aliases(self, data) -> bool:
         """Return True: no value is an alias of another."""
@@ -53,7 +53,7 @@ for kind, pattern in {**NUMBERS, **WORDS}.items():
 
 
 def whole_number(loader: Loader, node: yaml.ScalarNode) -> int:
-    """Return the number of a YAML scalar: octal behind 0o, hexadecimal behind 0x, otherwise decimal."""
+    """Return the number of a YAML scalar: octal after 0o, hexadecimal after 0x, otherwise decimal."""
     return int(node.value, {"0o": 8, "0x": 16}.get(node.value[:2], 10))
 
 
@@ -61,7 +61,7 @@ Loader.add_constructor("tag:yaml.org,2002:int", whole_number)
 
 
 def mapping(loader: Loader, node: yaml.MappingNode) -> dict:
-    """The dict of a YAML mapping; raises ConstructorError where a key is given twice."""
+    """Return the dict of a YAML mapping; raise ConstructorError where a key is given twice."""
     seen = set()
     for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
         if key.value in seen:
@@ -74,15 +74,19 @@ Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
 
 
 def measure(node: yaml.Node, above: tuple[int, ...] = (), known: dict | None = None) -> tuple[int, int]:
-    """(values, levels) of a YAML node once its aliases are written out, a long text counting as several values.
+    """Return how many values and levels a YAML node has once its aliases are written out.
 
-    Raises ConstructorError where either is too large, or where a node contains itself. Merged mappings are no more.
+    Args:
+        node: The node; a text counts as a value for each 100 characters. A merged mapping counts as one that is nested.
+        above: The ids of the nodes that it is in.
+        known: What has been measured, by the ids of the nodes.
+
+    Raises:
+        ConstructorError: The node has too many of either, or contains itself.
     """
     known = {} if known is None else known
     if id(node) in above:
         raise refused(node, "an anchor contains itself")
-    if len(above) > DEEPEST:
-        raise refused(node, f"it has more than {DEEPEST} levels, one in another, which no configuration needs")
     if id(node) not in known:
         inner = (
             []
@@ -103,7 +107,7 @@ def measure(node: yaml.Node, above: tuple[int, ...] = (), known: dict | None = N
 
 
 def refused(node: yaml.Node, problem: str) -> yaml.constructor.ConstructorError:
-    """The error of a node that is not built."""
+    """Return the error for a node that is refused."""
     return yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
 
 
@@ -133,7 +137,7 @@ def read_text(path: Path) -> str:
 
 
 def read_yaml(path: str | Path) -> dict:
-    """The mapping that a YAML file holds; raises ConfigError with file and line where it is anything else."""
+    """Return the mapping in a YAML file; raise ConfigError, with file and line, where there is none."""
     path = resolve(path)
     try:
         text = read_text(path)
@@ -153,12 +157,12 @@ def read_yaml(path: str | Path) -> dict:
 
 
 def as_yaml(cfg: dict) -> str:
-    """The YAML text of a configuration: short sections on one line, the order kept, nothing abbreviated by anchors."""
+    """Return a configuration as YAML text: short sections on one line, the order kept, no anchors."""
     return yaml.dump(cfg, Dumper=Dumper, sort_keys=False, default_flow_style=None, width=110)
 
 
 def plain_number(value, like):
-    """The number that a text spells where it replaces a number (papermill gives `1e-3` as text), else the value."""
+    """Return the number that a text spells where it replaces one (papermill gives `1e-3` as text), else the value."""
     if isinstance(value, str) and isinstance(like, (int, float)) and not isinstance(like, bool):
         for kind in (int, float):
             with contextlib.suppress(ValueError):
@@ -166,41 +170,55 @@ def plain_number(value, like):
     return value
 
 
-def is_index(step: str) -> bool:
-    """Return whether a step of a dotted key is a number, in ASCII digits."""
-    return step.isascii() and step.isdecimal()
+def step_into(entries: list, step: str, where: str) -> tuple[Any, Any]:
+    """Return the container and the key in it that a step of a dotted key means in a list of entries.
 
+    Args:
+        entries: The list.
+        step: A number from 0 in ASCII digits, or the name of an entry `{name: arguments}` that the list has once.
+        where: The place of the list, for messages.
 
-def item_index(entries: list, step: str, where: str) -> int:
-    """Which entry of a list a step of a dotted key means: it is a number from 0, or the only entry of that name."""
+    Raises:
+        ConfigError: The list has no such entry, or several.
+    """
     names = [next(iter(entry), None) if isinstance(entry, dict) else None for entry in entries]
-    if names.count(step) > 1:
+    if step.isascii() and step.isdecimal() and int(step) < len(entries):
+        return entries, int(step)
+    if names.count(step) == 1:
+        return entries[names.index(step)], step
+    if step in names:
         raise ConfigError(f"{where} has {names.count(step)} entries '{step}'; give the number of one, counted from 0")
-    index = int(step) if is_index(step) else names.index(step) if step in names else len(entries)
-    if index >= len(entries):
-        raise ConfigError(f"{where} has no entry '{step}'; {suggest(step, [name for name in names if name])}")
-    return index
+    raise ConfigError(f"{where} has no entry '{step}'; {suggest(step, filter(None, names))}")
 
 
 def override(cfg: dict, key: str, value) -> None:
-    """Set one dotted key (list items by number) in place. Raises ConfigError where its parents do not exist."""
-    node, steps = cfg, str(key).split(".")
+    """Set the value of a dotted key in place.
+
+    Args:
+        cfg: The configuration.
+        key: The steps to the value, with dots between; a step into a list is as `step_into` takes it.
+        value: What is set; a text that spells a number where it replaces one is that number.
+
+    Raises:
+        ConfigError: There is nothing above the value.
+    """
+    node: Any = cfg
+    steps = str(key).split(".")
     for depth, step in enumerate(steps):
         last = depth == len(steps) - 1
         if isinstance(node, list):
-            index = item_index(node, step, f"override '{key}': '{'.'.join(steps[:depth])}'")
-            node, step = (node, index) if is_index(step) else (node[index], step)
+            node, step = step_into(node, step, f"override '{key}': '{'.'.join(steps[:depth])}'")
         elif not isinstance(node, dict) or (step not in node and not last):
             known = node if isinstance(node, dict) else ()
             raise ConfigError(f"override '{key}': there is no '{'.'.join(steps[: depth + 1])}'; {suggest(step, known)}")
         if last:
-            node[step] = plain_number(value, node[step] if isinstance(node, list) else node.get(step))
+            node[step] = plain_number(value, node.get(step) if isinstance(node, dict) else node[step])
         else:
             node = node[step]
 
 
 def unshared(node):
-    """A copy without shared parts: with YAML's aliases, an override would change every place that shares one."""
+    """Return a copy in which no parts are shared: an override would change every place that shares a YAML alias."""
     if isinstance(node, dict):
         return {key: unshared(value) for key, value in node.items()}
     return [unshared(value) for value in node] if isinstance(node, list | tuple) else node

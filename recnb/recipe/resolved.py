@@ -1,4 +1,4 @@
-"""What a run is remembered by: its configuration without what may change on resuming."""
+"""What a run folder records of its configuration and files, and what may differ when the run is resumed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from recnb.registry import ConfigError
 from recnb.storage import from_root, resolve, sha256
 from recnb.training.schedules import SCHEDULES
 
-# What may differ between a checkpoint's configuration and the one that resumes it: nothing of this changes the numbers.
+# What may differ between a checkpoint's configuration and the one that resumes it: none of it changes the numbers.
 FREE = (
     *(
         f"Global.{key}"
@@ -52,9 +52,11 @@ PATHS = {
 
 
 def resolved(cfg: dict, classes: int | None = None) -> dict:
-    """The configuration with what the run derived: `portable` paths, the number of classes, relabelling.
+    """Return the configuration with what a run adds: `portable` paths, the number of classes, relabelling.
 
-    `classes` is the number of training identities; without it, and where the file does not say, their list is read.
+    Args:
+        cfg: The checked configuration.
+        classes: The number of training identities; where neither it nor the file says, their list is read.
     """
     cfg = copy.deepcopy(cfg)
     heads = [section["Head"] for _, section in architectures(cfg) if section.get("Head")]
@@ -67,7 +69,7 @@ def resolved(cfg: dict, classes: int | None = None) -> dict:
 
 
 def portable(cfg: dict) -> dict:
-    """Return the configuration with each path as it stands below the project, or absolute where it lies elsewhere."""
+    """Return the configuration with each path relative to the project, or absolute where it is outside."""
     return with_paths(cfg, lambda path: path if "://" in path else from_root(resolve(path)))
 
 
@@ -81,9 +83,10 @@ def with_paths(cfg: dict, change: Callable[[str], str]) -> dict:
 
 
 def contents(cfg: dict) -> dict[str, dict]:
-    """Return what the files that a run depends on hold: their SHA-256, and of a list a checksum of each line.
+    """Return checksums of the files that a run depends on: their SHA-256 and, for a list, one of each line.
 
-    The keys are places with the files that they name. A folder of folders counts as the list of its images.
+    The keys are places in the configuration with the files that they name. A folder of folders counts as the list of
+    its images.
     """
     found = {}
     for place in (f"DataLoader.{part}.dataset" for part in LOADERS):
@@ -109,12 +112,12 @@ def contents(cfg: dict) -> dict[str, dict]:
 
 
 def check_kept(ours: dict, read: dict, state: dict, path: Path) -> None:
-    """Raise ConfigError unless what a checkpoint holds may be gone on with.
+    """Raise ConfigError unless a run may be resumed from a checkpoint.
 
     Args:
         ours: The resolved configuration.
         read: Its `contents`.
-        state: What the checkpoint holds: `config` and `contents` of its run.
+        state: The checkpoint's `config` and `contents`.
         path: The checkpoint.
     """
     check_same(ours, state["config"], path)
@@ -122,13 +125,13 @@ def check_kept(ours: dict, read: dict, state: dict, path: Path) -> None:
 
 
 def check_contents(ours: dict, new: dict, old: dict, path: Path) -> None:
-    """Raise ConfigError where lists or weights hold something else than when a run began, unless that is accepted.
+    """Raise ConfigError where lists or weights have changed since a run began, unless the file accepts that.
 
     Args:
         ours: The resolved configuration.
         new: Its `contents`.
-        old: The `contents` then.
-        path: What tells them.
+        old: The `contents` when the run began.
+        path: The file that recorded these.
     """
     differences = [changed(place, old[place], new[place]) for place in new if place in old and new[place] != old[place]]
     if differences and not ours["Global"]["accept_changes"]:
@@ -139,9 +142,15 @@ def check_contents(ours: dict, new: dict, old: dict, path: Path) -> None:
 
 
 def changed(place: str, old: dict, new: dict) -> str:
-    """Return in words what differs between what a file held and what it holds."""
+    """Return in words how a file has changed.
+
+    Args:
+        place: Its key in `contents`.
+        old: Its checksums when the run began.
+        new: Its checksums now.
+    """
     if "lines" not in new:
-        return f"{place}: the weights are others"
+        return f"{place}: the weights have changed"
     before, after = (re.findall("." * 8, part["lines"]) for part in (old, new))
     first = next((i for i, pair in enumerate(zip(before, after, strict=False)) if pair[0] != pair[1]), None)
     line = min(len(before), len(after)) if first is None else first
@@ -149,8 +158,14 @@ def changed(place: str, old: dict, new: dict) -> str:
 
 
 def check_same(ours: dict, theirs: dict, path: Path) -> None:
-    """Raise ConfigError where a checkpoint's configuration differs from this one in what changes numbers."""
-    fill(theirs)  # a key that is newer than the checkpoint had its default then
+    """Raise ConfigError where a configuration differs from a checkpoint's in what changes the numbers.
+
+    Args:
+        ours: The resolved configuration.
+        theirs: The checkpoint's; defaults that it lacks are added in place.
+        path: The checkpoint.
+    """
+    fill(theirs)  # a key that did not exist then
     differences = compare(portable(theirs), portable(ours))
     bound = [
         section["lr"]["name"]
@@ -158,19 +173,25 @@ def check_same(ours: dict, theirs: dict, path: Path) -> None:
         if "epochs" in SCHEDULES.parameters(section["lr"]["name"])
     ]
     longer = [text for text in differences if text.startswith("Global.epochs:")]
-    if longer and not bound:  # a schedule that does not know the end may go on behind it
+    if longer and not bound:  # a schedule that does not depend on the last epoch may go on
         differences.remove(longer[0])
     if differences:
         end = f" ({bound[0]} runs over Global.epochs: with others its rates would differ)" if longer and bound else ""
         raise ConfigError(
             f"{path} belongs to another configuration ({'; '.join(differences)}){end}; "
-            "use another run folder (Global.pretrained_model takes weights along), or delete this one to "
-            "begin anew"
+            "use another run folder (Global.pretrained_model takes the weights along), or delete this one to "
+            "start again"
         )
 
 
 def compare(old, new, where: str = "") -> list[str]:
-    """What differs between two configurations and matters, each as `place: old -> new`."""
+    """Return the differences between two configurations that matter, each as `place: old -> new`.
+
+    Args:
+        old: One configuration, or what it has at `where`.
+        new: The other, likewise.
+        where: The dotted place.
+    """
     if where in FREE:
         return []
     if isinstance(old, dict) and isinstance(new, dict):

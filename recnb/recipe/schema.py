@@ -1,40 +1,37 @@
-"""YAML in, a checked plain dict out: sections, names and arguments are all verified before anything is built.
+"""YAML in, a checked plain dict out: sections, names and arguments are verified before anything is built.
 
-What a section may say is what the registries hold (`parts`), and for the others what `settings` lists. Everything found
-wrong is a ConfigError of one sentence: the file and line, or the key, and what would mend it.
+A section that names a part may have what the part's constructor takes (`parts`), any other section what `settings`
+lists. What is wrong is a ConfigError of one sentence: the file and line, or the key, and what would mend it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 from recnb.recipe.reading import override, read_yaml, unshared
 from recnb.recipe.settings import (
-    AMP,
-    EMA,
-    GLOBAL,
-    LADDER,
+    DISTILLATION,
+    EVALUATION,
+    RECMODEL,
+    SPLIT,
+    STOP_LAYER,
+    WITHOUT_EFFECT,
     Amp,
-    Arch,
-    Distillation,
     Ema,
     Global,
     HeldOut,
     Ladder,
-    Lists,
     Loader,
     Retention,
-    Split,
-    StopLayer,
-    WithoutEffect,
+    defaults,
     hints,
 )
 from recnb.registry import ConfigError, Registry, check_known, check_values, entry, suggest
 
-# What the original has and this has not, with the reason.
+# What PaddleClas has and recnb has not, with the reason.
 UNSUPPORTED = {
     "SSL": "semi-supervised training on unlabelled images (FixMatch, CCSSL) has no counterpart here",
     "UnLabelLoss": "semi-supervised training on unlabelled images (FixMatch, CCSSL) has no counterpart here",
@@ -42,33 +39,18 @@ UNSUPPORTED = {
     "Global.train_mode": "other training loops (metabin, fixmatch, fixmatch_ccssl, progressive) have no counterpart "
     "here; the default loop is the only one",
 }
-LISTS = ("Eval", "Validation")  # judged: by a query and a gallery list or, in classification, by one list
+LISTS = ("Eval", "Validation")  # evaluated with a query and a gallery list or, in classification, with one list
 LOADERS = ("Train", *(f"{part}{each}" for part in LISTS for each in (".Query", ".Gallery", "")))
-SECTIONS = (
-    "Global",
-    "AMP",
-    "EMA",
-    "Retention",
-    "Ladder",
-    "DataLoader",
-    "Arch",
-    "Loss",
-    "Metric",
-    "PostProcess",
-    "Slim",
-    "Infer",
-)
+FILLED = {"Global": Global, "AMP": Amp, "EMA": Ema, "Ladder": Ladder, "Retention": Retention}  # with their defaults
+SECTIONS = (*FILLED, "DataLoader", "Arch", "Loss", "Metric", "PostProcess", "Slim", "Infer")
 KEYS: dict[str, dict[str, Any]] = {  # what the sections that are not constructor calls may say
     "": {**dict.fromkeys(SECTIONS, Any), "Optimizer": dict | list},
-    "Global": hints(Global, WithoutEffect),
-    "AMP": hints(Amp),
-    "EMA": hints(Ema),
-    "Retention": hints(Retention),
-    "Ladder": hints(Ladder),
+    **{where: hints(kind) for where, kind in FILLED.items()},
+    "Global": hints(Global) | WITHOUT_EFFECT,
     "DataLoader": dict.fromkeys(("Train", *LISTS), Any),
-    "DataLoader.Eval": hints(Lists),
-    "DataLoader.Validation": hints(Lists, HeldOut),
-    **{f"DataLoader.{part}": hints(Split) for part in LOADERS if part not in LISTS},
+    "DataLoader.Eval": EVALUATION,
+    "DataLoader.Validation": EVALUATION | hints(HeldOut),
+    **{f"DataLoader.{part}": SPLIT for part in LOADERS if part not in LISTS},
     **{f"DataLoader.{part}.loader": hints(Loader) for part in LOADERS},
     "Loss": dict.fromkeys(("Train", "Eval"), Any),
     "Metric": dict.fromkeys(("Train", "Eval"), Any),
@@ -77,22 +59,28 @@ REQUIRED = ("DataLoader.Train.dataset", "Arch", "Loss.Train", "Optimizer")
 
 
 def load_config(path: str | Path, overrides: dict | None = None) -> dict:
-    """The checked configuration of a YAML file, a plain dict with Global filled up with its defaults.
+    """Return the checked configuration of a YAML file, a plain dict with the defaults of FILLED.
 
-    `overrides` maps dotted keys to values, e.g. `{"Global.epochs": 2, "Loss.Train.SupConLoss.weight": 0.5}`.
-    Raises ConfigError, with file, line or key, before anything is built or any image is read.
+    Args:
+        path: The file.
+        overrides: Dotted keys with values to use instead, e.g. `{"Global.epochs": 2,
+            "Loss.Train.SupConLoss.weight": 0.5}`.
+
+    Raises:
+        ConfigError: The file or an override cannot be meant; the message names the file and line, or the key. Nothing
+            has been built and no image has been read by then.
     """
     cfg, overrides = unshared(read_yaml(path)), overrides or {}
     if not isinstance(overrides, dict):
         raise ConfigError(f"overrides: {overrides!r} is a {type(overrides).__name__}, not a mapping of dotted keys")
-    check_keys(cfg, "")
+    check_keys(cfg, "", KEYS[""])
     fill(cfg)
-    for key, value in overrides.items():
+    for key in sorted(overrides, key=lambda key: str(key).partition(".")[0] != "Global"):  # whose recipe adds Ladder
         try:
-            override(cfg, key, unshared(value))
+            override(cfg, key, unshared(overrides[key]))
         except RecursionError:
             raise ConfigError(f"override '{key}': its value contains itself, or is too deeply nested") from None
-    fill(cfg)
+        fill(cfg)
     fill_loaders(cfg)
     fill_normalisation(cfg)
     check(cfg)
@@ -100,18 +88,23 @@ def load_config(path: str | Path, overrides: dict | None = None) -> dict:
 
 
 def fill(cfg: dict) -> None:
-    """Give Global and, where they count, AMP, EMA and Ladder, in place, every key that they leave out."""
-    for where, known in (("Global", GLOBAL), ("AMP", AMP), ("EMA", EMA), ("Ladder", LADDER)):
+    """Add, in place, what sections leave out: to Global always, to the others of FILLED where the file has them.
+
+    A configuration with a recipe has the section Ladder.
+    """
+    for where, kind in FILLED.items():
         given = cfg.get(where)
         if given is None and where != "Global" and not (where == "Ladder" and cfg["Global"]["recipe"]):
             continue
-        check_keys(given or {}, where)
-        mode = {"eval_mode": "classification"} if known is GLOBAL and lookup(cfg, "DataLoader.Eval.dataset") else {}
-        cfg[where] = {**unshared(known), **mode, **(given or {})}
+        check_keys(given or {}, where, KEYS[where])
+        mode = {"eval_mode": "classification"} if kind is Global and lookup(cfg, "DataLoader.Eval.dataset") else {}
+        cfg[where] = {**defaults(kind), **mode, **(given or {})}
+    if lookup(cfg, "DataLoader.Validation.share") is not None:
+        cfg["DataLoader"]["Validation"].setdefault("seed", HeldOut.seed)
 
 
 def fill_loaders(cfg: dict) -> None:
-    """A sampler without a name is the plain one, and an evaluation list that stands alone is query and gallery."""
+    """Name the sampler where a file does not, and let a query or gallery list that stands alone be both, in place."""
     for section in (lookup(cfg, f"DataLoader.{part}.sampler") for part in LOADERS):
         if isinstance(section, dict):
             section.setdefault("name", "DistributedBatchSampler")
@@ -141,9 +134,8 @@ def fill_normalisation(cfg: dict) -> None:
         op["NormalizeImage"] = {**{key: value for key, value in args.items() if key != "auto"}, **given}
 
 
-def check_keys(section, where: str, known: Iterable[str] | None = None) -> None:
-    """Raise ConfigError where a section is no mapping, or has a key that is not among the known, those of KEYS."""
-    known = list(KEYS[where] if known is None else known)
+def check_keys(section, where: str, known: Collection[str]) -> None:
+    """Raise ConfigError unless a section is a mapping with known keys only."""
     if not isinstance(section, dict):
         raise ConfigError(f"{where}: holds {section!r}, not a mapping of {', '.join(known)}")
     for key in section:
@@ -154,15 +146,14 @@ def check_keys(section, where: str, known: Iterable[str] | None = None) -> None:
             raise ConfigError(f"{place}: there is no such key; {suggest(key, known)}")
 
 
-def check_section(section, where: str, known: dict[str, Any] | None = None) -> None:
-    """Raise ConfigError for what `check_keys` refuses, and for a value that its annotation does not allow."""
-    known = KEYS[where] if known is None else known
+def check_section(section, where: str, known: dict[str, Any]) -> None:
+    """Raise ConfigError unless a section is a mapping of known keys, each with a value of its type."""
     check_keys(section, where, known)
     check_values(section, known, where)
 
 
 def check_numbers(node, where: str = "") -> None:
-    """Raise ConfigError for a number of a file that nothing can count or compute with."""
+    """Raise ConfigError for a number that is not finite or does not fit 64 bits."""
     for key, value in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
         place = f"{where}.{key}".lstrip(".")
         if isinstance(value, float) and not math.isfinite(value):
@@ -173,12 +164,12 @@ def check_numbers(node, where: str = "") -> None:
 
 
 def check(cfg: dict) -> None:
-    """Raise ConfigError for the first section, name, argument or value that cannot be meant."""
+    """Raise ConfigError for the first section, name, argument or value that cannot be used."""
     check_numbers(cfg)
     for where in KEYS:
         section = lookup(cfg, where) if where else cfg
         if section is not None:
-            check_section(section, where)
+            check_section(section, where, KEYS[where])
     shape = cfg["Global"]["image_shape"]
     if len(shape) != 3 or shape[0] != 3:
         raise ConfigError(f"Global.image_shape: {shape} is not [3, height, width]; images are read in RGB")
@@ -200,8 +191,8 @@ def check(cfg: dict) -> None:
 
 
 def check_retention(cfg: dict) -> None:
-    """Raise ConfigError where Retention asks to imprint a head that has no one weight for each class."""
-    if not (cfg.get("Retention") or {}).get("imprint"):
+    """Raise ConfigError where Retention asks to imprint a head without exactly one cosine weight for each class."""
+    if not lookup(cfg, "Retention.imprint"):
         return
     for place, arch in architectures(cfg):
         head = arch["Head"] if isinstance(arch.get("Head"), dict) else {}
@@ -213,24 +204,29 @@ def check_retention(cfg: dict) -> None:
 
 
 def check_arch(section: dict, where: str) -> None:
-    """Raise ConfigError for what a model's section cannot mean; the parts are checked by their registries."""
-    check_section(section, where, hints(Arch))
-    if section.get("name", "RecModel") != "RecModel":
-        check_known([section["name"]], ("RecModel", "DistillationModel"), f"{where}.name", "model")
-    check_section(section.get("BackboneStopLayer") or {}, f"{where}.BackboneStopLayer", hints(StopLayer))
+    """Raise ConfigError for a key or value that a model's section cannot have; registries check the parts."""
+    check_section(section, where, RECMODEL)
+    check_known([section.get("name", "RecModel")], ("RecModel", "DistillationModel"), f"{where}.name", "model")
+    check_section(section.get("BackboneStopLayer") or {}, f"{where}.BackboneStopLayer", STOP_LAYER)
     if not lookup(section, "Backbone.name"):
         raise ConfigError(f"{where}.Backbone.name: the file has no such section, and nothing can be trained without it")
-    known = {"name": str, "pretrained": bool | str | None}  # the network's constructor checks the rest
-    check_values(section["Backbone"], known, f"{where}.Backbone")
+    # the network's constructor checks the rest
+    check_values(section["Backbone"], {"name": str, "pretrained": bool | str | None}, f"{where}.Backbone")
 
 
 def adds_softmax(section: dict) -> bool:
-    """Whether a model's section asks for a softmax behind what is exported; the text 'false' is no."""
+    """Return whether a model's section asks for a softmax in the export; the text 'false' means no."""
     return str(section.get("infer_add_softmax", False)).lower() == "true"
 
 
 def check_logits(cfg: dict, where: str, name: str) -> None:
-    """Raise ConfigError where a part that needs logits is asked for and a model has no head."""
+    """Raise ConfigError where a part needs logits and a model has no head, or has them of some classes only.
+
+    Args:
+        cfg: The configuration.
+        where: The place of the part.
+        name: The part.
+    """
     for place, section in architectures(cfg):
         if not section.get("Head"):
             raise ConfigError(f"{where}: {name} needs logits, and {place}.Head, which makes them, is missing")
@@ -258,13 +254,13 @@ def check_class_num(cfg: dict) -> None:
 
 
 def class_num(cfg: dict) -> tuple[str, int | None]:
-    """(the place, the number) of training identities where the file gives one, otherwise the place is Global's."""
+    """Return the place and the number of training identities that the file gives, or Global's place and None."""
     given = [(f"{where}.Head.class_num", lookup(section, "Head.class_num")) for where, section in architectures(cfg)]
     return next((pair for pair in given if pair[1]), ("Global.class_num", cfg["Global"]["class_num"]))
 
 
 def check_evaluation(cfg: dict) -> None:
-    """Raise ConfigError where lists are asked for and missing, or are those of another mode."""
+    """Raise ConfigError where evaluation lists are missing, or belong to another mode."""
     mode, wanted = cfg["Global"]["eval_mode"], cfg["Global"]["eval_during_train"]
     single = mode == "classification"
     for part in LISTS:
@@ -308,7 +304,7 @@ def check_validation(cfg: dict) -> None:
 
 
 def lookup(cfg: dict, where: str):
-    """What stands at a dotted place, or None."""
+    """Return the value at a dotted place of a configuration, or None."""
     node: Any = cfg
     for step in where.split("."):
         node = node.get(step) if isinstance(node, dict) else None
@@ -316,9 +312,12 @@ def lookup(cfg: dict, where: str):
 
 
 def items(cfg: dict, where: str, named: bool = False) -> list[tuple[str, str, dict]]:
-    """The entries of a list of `{Name: arguments}` as (place, name, arguments).
+    """Return the entries of a list of `{Name: arguments}`, each as (place, name, arguments).
 
-    `named`: these may have a 'name' too.
+    Args:
+        cfg: The configuration.
+        where: The dotted place of the list; without one there are no entries.
+        named: Whether arguments may have a 'name' too.
     """
     section = lookup(cfg, where) or []
     if not isinstance(section, list):
@@ -327,11 +326,11 @@ def items(cfg: dict, where: str, named: bool = False) -> list[tuple[str, str, di
 
 
 def architectures(cfg: dict) -> list[tuple[str, dict]]:
-    """The (place, section) of every model of a configuration: Arch itself, or those that Arch.models lists."""
+    """Return (place, section) of every model of a configuration: Arch, or those that Arch.models lists."""
     section = lookup(cfg, "Arch") or {}
     if not isinstance(section, dict) or section.get("name") != "DistillationModel":
         return [("Arch", section)]
-    check_section(section, "Arch", hints(Distillation))
+    check_section(section, "Arch", DISTILLATION)
     models = [(place, args) for place, _, args in items(cfg, "Arch.models", named=True)]
     if not models:
         raise ConfigError("Arch.models: DistillationModel needs a list of '- Name: {a RecModel}'")
@@ -339,7 +338,7 @@ def architectures(cfg: dict) -> list[tuple[str, dict]]:
 
 
 def optimizers(cfg: dict) -> list[tuple[str, dict]]:
-    """The (place, section with its name) of each optimizer: the section is one, or a list of `- Name: {arguments}`."""
+    """Return (place, section with its name) of each optimizer: Optimizer, or the entries of its list."""
     section = cfg.get("Optimizer")
     if isinstance(section, list):
         return [(place, {"name": name, **args}) for place, name, args in items(cfg, "Optimizer")]
@@ -348,7 +347,7 @@ def optimizers(cfg: dict) -> list[tuple[str, dict]]:
 
 def named_sections(cfg: dict) -> Iterator[tuple[str, dict, Registry]]:
     """Yield every (place, section, registry) of a configuration whose section picks a part by name."""
-    from recnb.recipe.parts import SLOTS  # loads torch and more, which a word that is mistyped need not wait for
+    from recnb.recipe.parts import SLOTS  # imports torch, which a message about a mistyped key need not wait for
 
     roots = {"Arch": architectures(cfg), "Optimizer": optimizers(cfg)}
     for slot, registry in SLOTS.items():

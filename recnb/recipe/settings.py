@@ -1,4 +1,4 @@
-"""What the sections that are no part's constructor call may say: each key with its type, bounds and default."""
+"""The keys of the sections that do not name a part, each with its type, bounds and default."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 from recnb.registry import Count, Natural, Positive, Range, Rate, Side
 
-WORKERS = max(64, 8 * (os.cpu_count() or 1))  # more take the machine's memory and make nothing faster
+WORKERS = max(64, 8 * (os.cpu_count() or 1))  # more take memory and make nothing faster
 
 
 @dataclass
@@ -18,43 +18,43 @@ class Global:
     Args:
         checkpoints: a checkpoint to go on from
         pretrained_model: weights of the whole model to start from: `.safetensors`, `.pth`, `.pdparams` or a checkpoint
-        pretrained_strict: refuse a `.pdparams` that does not fill the model, its head apart, or has more in it
+        pretrained_strict: refuse a `.pdparams` that does not fill the model without its head, or has more in it
         output_dir: the run folder, where none is given at the start
-        device: `auto`: a GPU where there is one; `gpu`: the same, and a line says where there is none; `cpu`
+        device: `auto`: a GPU where there is one; `gpu`: the same, and a line says if there is none; `cpu`
         class_num: the number of training identities; counted where it is left out
-        save_interval: keep a checkpoint of every so many epochs; 0 for none
+        save_interval: epochs between the checkpoints that are kept; 0 for none
         eval_during_train: evaluate while training
-        eval_interval: evaluate after every so many epochs; the last one is always evaluated
+        eval_interval: epochs between evaluations; the last epoch is always evaluated
         epochs: how many epochs to train
-        print_batch_step: a line in `train.log` every so many steps
+        print_batch_step: steps between the lines of `train.log`
         use_visualdl: write scalars for VisualDL (`pip install 'recnb[track]'`)
         loggers: where the curves go too: `tensorboard`, `wandb`, `mlflow`, `visualdl`; see [](../runs.md)
         image_shape: what `transform_ops` make: [3, height, width]
-        save_inference_dir: where `05_export` writes; `export/` in the run folder where it is left alone
+        save_inference_dir: where `05_export` writes; by default `export/` in the run folder
         eval_mode: `retrieval`, or `classification` (the default with `Eval.dataset`)
         seed: of all random draws
         re_ranking: k-reciprocal [re-ranking](../glossary.md#re-ranking) in evaluation
         start_eval_epoch: evaluate from this epoch on
-        update_freq: how many batches a step of the optimizer sums
+        update_freq: how many batches make a step of the optimizer
         iter_per_epoch: steps in an epoch; the sampler's length where it is left out
         devices: how many processes, or `auto`: one for each GPU; see [](../devices.md)
         channels_last: channels last in memory; faster on recent GPUs
         compile: `model.compile()`
-        grad_cache: compute the backbone in parts of so many images; see [](../performance.md)
+        grad_cache: how many images the backbone computes at a time; see [](../performance.md)
         grad_checkpointing: compute blocks again in the backward pass, to save memory
-        save_steps: save every so many steps too, so that no more are repeated after a kill
-        keep_checkpoints: how many `epoch_N.pt` are kept; all where it is left out
-        patience: stop behind so many epochs without a better first metric; never where it is left out
+        save_steps: steps between further checkpoints, which a kill repeats at most
+        keep_checkpoints: how many `epoch_N.pt` are kept, the latest; all where it is left out
+        patience: stop after this many epochs without a better first metric; never where it is left out
         cache_images: a folder for decoded and resized images
         on_nonfinite: `stop` at a loss that is not finite, or `skip` the step
         on_bad_image: `stop` at an image that cannot be read, or `drop` it
         retrieval_feature_from: which output is searched with: `features`, `neck` or `backbone`
         feature_normalize: embeddings at length 1
         feature_binarize: `round` or `sign`: binary codes
-        recipe: `ladder`: climb from the untouched features to fine-tuned ones, keep the best; see [](../ladder.md)
-        probe: freeze the backbone, keep what it gives for so many views of each image, and train neck and head on that
-        probe_cache: the folder for these features
-        accept_changes: go on with a run although its lists or the weights it began from have changed
+        recipe: `ladder`: try from untouched features to fine-tuned ones and keep the best; see [](../ladder.md)
+        probe: freeze the backbone and train neck and head on its stored output, for this many views of each image
+        probe_cache: the folder of that output
+        accept_changes: resume a run although its lists or starting weights have changed
     """
 
     checkpoints: str | None = None
@@ -99,20 +99,6 @@ class Global:
 
 
 @dataclass
-class WithoutEffect:
-    """Keys of Global in the original that change no result here: how it computes or logs."""
-
-    use_dali: bool | None = None
-    to_static: bool | None = None
-    sim_block_size: int | None = None
-    print_mem_info: bool | None = None
-    log_ranks: str | None = None
-    infer_imgs: str | None = None
-    warmup_iter: int | None = None
-    use_multilabel: bool | None = None
-
-
-@dataclass
 class Amp:
     """Mixed precision.
 
@@ -151,9 +137,9 @@ class Ladder:
     """How a ladder is climbed (`Global.recipe: ladder`).
 
     Args:
-        minutes: behind so many it ends with the best rung so far; null for as long as it takes
-        folds: how often identities are held out in turn; where it is left out 4, and 1 from 40 identities on
-        refit: train the kept rung again on all training identities, those held out included
+        minutes: after this time it ends with the best rung so far; null for as long as it takes
+        folds: how many times identities are held out in turn; where it is left out 4, or 1 from 40 identities on
+        refit: train the rung that is kept again, on all training identities
     """
 
     minutes: Rate | None = 20.0
@@ -167,7 +153,7 @@ class Retention:
 
     Args:
         batch_norm: `trained`, or `frozen`: batch statistics stay as they were
-        thaw_epoch: so many first epochs train only neck and head
+        thaw_epoch: how many epochs at the start train only neck and head
         pull: how strongly each step pulls the backbone's weights towards the starting ones
         distill: weight of the cosine distance to the starting backbone's output for the same images
         imprint: whether the head's weights begin as the classes' mean embeddings
@@ -187,29 +173,12 @@ class Loader:
     Args:
         num_workers: processes that read images; by the number of cores where it is left out
         use_shared_memory: without effect: torch always shares memory
-        prefetch_factor: how many batches each of them is ahead
+        prefetch_factor: how many batches each of these processes prepares ahead
     """
 
     num_workers: Annotated[int, Range(0, WORKERS)] | None = None
     use_shared_memory: bool = True
     prefetch_factor: Annotated[int, Range(1, 256)] | None = None
-
-
-@dataclass
-class Split:
-    """A list of images: which, in what batches, and how they are loaded."""
-
-    dataset: Any = None
-    sampler: Any = None
-    loader: Any = None
-
-
-@dataclass
-class Lists(Split):
-    """The lists of an evaluation: query and gallery or, in classification, one list."""
-
-    Query: Any = None
-    Gallery: Any = None
 
 
 @dataclass
@@ -225,56 +194,48 @@ class HeldOut:
     seed: Natural = 0
 
 
-@dataclass
-class AnyArch:
-    """What a RecModel and a DistillationModel both say."""
-
-    name: str = "RecModel"
-    infer_output_key: str | None = None
-    infer_add_softmax: bool | Literal["True", "False", "true", "false"] | None = None
-    is_rec: Any = None
-    use_sync_bn: bool | None = None
-
-
-@dataclass
-class Arch(AnyArch):
-    """The section of one RecModel."""
-
-    head_feature_from: Literal["neck", "backbone"] = "neck"
-    freeze: list[str] | None = None
-    Backbone: dict | None = None
-    BackboneStopLayer: dict | None = None
-    Neck: Any = None
-    Head: Any = None
-
-
-@dataclass
-class StopLayer:
-    """Where the backbone ends."""
-
-    name: str | None = None
-    output_dim: Count | None = None
-
-
-@dataclass
-class Distillation(AnyArch):
-    """The section of several models that are trained together."""
-
-    models: list | None = None
-    infer_model_name: str | None = None
-    freeze_params_list: list | None = None
-    pretrained_list: list | None = None
+# Sections that name other sections, or without defaults: each key with what it may be.
+WITHOUT_EFFECT: dict[str, Any] = {  # keys of Global in the original that change no result here: how it computes or logs
+    **dict.fromkeys(("use_dali", "to_static", "print_mem_info", "use_multilabel"), bool | None),
+    **dict.fromkeys(("sim_block_size", "warmup_iter"), int | None),
+    **dict.fromkeys(("log_ranks", "infer_imgs"), str | None),
+}
+SPLIT: dict[str, Any] = {"dataset": Any, "sampler": Any, "loader": Any}  # a list of images
+EVALUATION: dict[str, Any] = {**SPLIT, "Query": Any, "Gallery": Any}  # what is evaluated; in classification one list
+ANY_ARCH: dict[str, Any] = {
+    "name": str,
+    "infer_output_key": str | None,
+    "infer_add_softmax": bool | Literal["True", "False", "true", "false"] | None,
+    "is_rec": Any,
+    "use_sync_bn": bool | None,
+}
+RECMODEL: dict[str, Any] = {
+    **ANY_ARCH,
+    "head_feature_from": Literal["neck", "backbone"],
+    "freeze": list[str] | None,
+    "Backbone": dict | None,
+    "BackboneStopLayer": dict | None,
+    "Neck": Any,
+    "Head": Any,
+}
+STOP_LAYER: dict[str, Any] = {"name": str | None, "output_dim": Count | None}  # where the backbone ends
+DISTILLATION: dict[str, Any] = {  # several models that are trained together
+    **ANY_ARCH,
+    "models": list | None,
+    "infer_model_name": str | None,
+    "freeze_params_list": list | None,
+    "pretrained_list": list | None,
+}
 
 
-def hints(*sections: type) -> dict[str, Any]:
-    """Return what sections of these kinds may say: each key with its annotation."""
-    return {key: hint for section in sections for key, hint in get_type_hints(section, include_extras=True).items()}
+def hints(section: type) -> dict[str, Any]:
+    """Return what a section of this kind may say: each key with its annotation."""
+    return get_type_hints(section, include_extras=True)
 
 
 def defaults(section: type) -> dict[str, Any]:
-    """Return each key of a kind of section with its default, which belongs to the caller."""
+    """Return each key of a kind of section with its default; the caller may change it."""
     return {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(section)}
 
 
-GLOBAL, AMP, EMA, LADDER = (defaults(section) for section in (Global, Amp, Ema, Ladder))
-WITHOUT_EFFECT = (*defaults(WithoutEffect),)
+GLOBAL = defaults(Global)

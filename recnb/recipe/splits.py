@@ -1,4 +1,4 @@
-"""Training identities held out to choose by: as lists, so that every choice can be looked at and repeated."""
+"""Hold out training identities to choose by, as list files, so that every choice can be looked at and repeated."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from recnb.recipe.schema import lookup
 from recnb.registry import ConfigError
 from recnb.storage import resolve, write_text
 
-FEWEST = 4  # validation identities, below which there is nothing to choose by
-ENOUGH = 10  # identities in Validation lists, which then are taken as they are
+FEWEST = 4  # validation identities; with fewer nothing can be chosen
+ENOUGH = 10  # identities in Validation lists that are used as they are
 SHARE = 0.25  # of many identities
-MANY = 40  # identities, from which one quarter of them is enough to choose by
+MANY = 40  # identities; from here on SHARE of them is held out once, not in folds
 
 
 @dataclass
 class Split:
-    """Images to train on and others, of other identities, to choose by; sections of data sets."""
+    """The data set sections of images to train on, and of images of other identities to choose by."""
 
     train: dict
     query: dict
@@ -32,8 +32,12 @@ class Split:
 def split_lists(cfg: dict, folder: Path) -> list[Split]:
     """Return the splits of the training identities: the Validation lists, or a share of them, or folds.
 
-    Lists of fewer than ENOUGH identities are no basis for a choice: they are joined to the training list, and others
-    are held out of it in turn.
+    Validation lists of fewer than ENOUGH identities are too small for a choice. Their images join the training list,
+    and identities are held out of both in turn.
+
+    Args:
+        cfg: The configuration of a ladder.
+        folder: Where the lists are written.
 
     Raises:
         ConfigError: There are too few identities with two images to choose by.
@@ -76,12 +80,12 @@ def held_tables(cfg: dict) -> list[ImageList]:
 
 
 def training_table(cfg: dict) -> ImageList:
-    """Return every training image, those that Validation.share would hold out included."""
+    """Return the table of all training images, including those that Validation.share would hold out."""
     return build_loaders(unjudged(cfg)).train.dataset
 
 
 def whole_list(cfg: dict, folder: Path) -> dict:
-    """Return the section of all training images, those held out included."""
+    """Return the data set section of all training images, including those held out."""
     tables = [training_table(cfg), *held_tables(cfg)]
     return write_list(folder / "all.txt", *((table, np.arange(len(table))) for table in tables))
 
@@ -108,7 +112,7 @@ def write_list(path: Path, *parts: tuple[ImageList, np.ndarray]) -> dict:
 
 
 def unjudged(cfg: dict) -> dict:
-    """Return the configuration without lists to be judged by."""
+    """Return the configuration without Eval and Validation lists."""
     cfg = copy.deepcopy(cfg)
     for part in ("Eval", "Validation"):
         cfg["DataLoader"].pop(part, None)

@@ -1,8 +1,8 @@
 """What embeddings do well and where they fail: curves, errors by identity, suspicious labels, a map.
 
-Everything starts from an `Embeddings`, plain arrays with their labels, wherever they come from, compared by cosine.
-Tables are pandas DataFrames, figures are matplotlib's. What counts is said in `recnb.protocol`. No (Q, G) matrix is
-made: ranks are counted and pairs put into bins block by block, and yet exactly, none is left out or sampled.
+Everything starts from an `Embeddings`: arrays from a run or from files with their labels, compared by cosine. Tables
+are pandas DataFrames, figures are matplotlib's. `recnb.retrieval.protocol` says what counts. Ranks and pairs are
+counted block by block, without a (Q, G) matrix; they are exact, none is left out or sampled.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ OPTIONS = {
     "shortcuts": True,
     "masks": "",
 }
-RANGE = 1.00001  # cosines end here: rounding may carry them past 1
+RANGE = 1.00001  # bounds of a cosine: rounding may carry it past 1
 
 
 @dataclass
 class Embeddings:
-    """Queries (Q, D) and gallery (G, D) with what is known about them; names: identity -> text."""
+    """Queries (Q, D) and gallery (G, D) with what is known about them."""
 
     query: np.ndarray
     gallery: np.ndarray
@@ -66,26 +66,26 @@ class Embeddings:
     query_paths: Sequence | None = None
     gallery_paths: Sequence | None = None
     names: Any = None  # identity -> text: a sequence, an array or a mapping
-    root: str = ""  # the folder below which the paths are named
+    root: str = ""  # the folder that paths are shown relative to
 
     @property
     def lists(self) -> tuple[Any, Any, Any, Any, Any]:
-        """What `recnb.retrieval.metrics` and `recnb.retrieval.verification` take after the vectors."""
+        """The arguments of `recnb.retrieval` that follow the vectors: labels, cameras, exclude_self."""
         return self.query_labels, self.gallery_labels, self.query_cameras, self.gallery_cameras, self.exclude_self
 
     @property
     def protocol(self) -> Protocol:
-        """Who is whose positive; raises ValueError where the arrays do not fit together."""
+        """Which gallery images count for which query; raises ValueError where the arrays do not fit together."""
         ql, gl, qc, gc, own = self.lists
         return make_protocol(len(self.query), len(self.gallery), own, False, (ql, gl), (qc, gc), (None, None))
 
     @property
     def same(self) -> bool:
-        """Whether the queries are the gallery, each finding all the others."""
+        """Whether queries and gallery are the same images in the same order."""
         return np.array_equal(self.protocol.own, np.arange(len(self.gallery)))
 
     def union(self) -> tuple[np.ndarray, np.ndarray, list | None]:
-        """Vectors, labels and paths of all images, once each: the gallery, then the queries that are not in it."""
+        """Return vectors, labels and paths of all images once: the gallery, then the queries that are not in it."""
         new = np.flatnonzero(self.protocol.own < 0)
         paths = None
         if self.query_paths is not None and self.gallery_paths is not None:
@@ -94,16 +94,16 @@ class Embeddings:
         return np.concatenate([self.gallery, self.query[new]]), labels, paths
 
     def short(self, path) -> str:
-        """Return a path as it stands below the root, or whole where it lies elsewhere."""
+        """Return a path relative to the root, or whole where it lies elsewhere."""
         return below(path, self.root)
 
     def text(self, labels) -> list[str]:
-        """What the identities are called."""
+        """Return what each identity is called."""
         return [label_text(label, self.names) for label in np.asarray(labels).tolist()]
 
 
 def chosen(given: Mapping) -> dict:
-    """Return OPTIONS with the values given; raise ConfigError for a name that does not exist."""
+    """Return OPTIONS with these values instead of their own; raise ConfigError for an unknown name."""
     check_known(given, OPTIONS, "options")
     return {**OPTIONS, **given}
 
@@ -126,9 +126,16 @@ def of_run(run: Run) -> Embeddings:
 
 
 def of_files(files: Mapping[str, str]) -> Embeddings:
-    """Return the embeddings of .npy files, or .txt files with a value a line; keys as in FILES, ConfigError for others.
+    """Return the embeddings of .npy files, or of .txt files with a value a line.
 
-    Without a gallery the queries search each other. Where both have paths, an image is known to be its own by them.
+    Without a gallery the queries search each other. Where both have paths, a query's own image in the gallery is known
+    by its path, and left out.
+
+    Args:
+        files: From names of FILES to paths.
+
+    Raises:
+        ConfigError: A name is unknown, or a file is missing, cannot be read or has another length.
     """
     check_known(files, FILES, "embeddings")
     two = any(key.startswith("gallery") for key in files)
@@ -171,8 +178,8 @@ def _read(key: str, path: Path):
 def judge(data: Embeddings, topk: Sequence[int] = (1, 5, 10)) -> tuple[pd.DataFrame, dict]:
     """Return a row per metric with its 95 % interval, and the arrays of `retrieval_metrics(per_query=True)`.
 
-    Identities are resampled whole: the intervals are for other identities, not only for other pictures of these.
-    Precision and NDCG at 1 are recall1 by other names and left out.
+    The bootstrap resamples identities, not queries, so that the intervals hold for other identities too. Precision and
+    NDCG at 1 equal recall1 and are left out.
     """
     scores, arrays = retrieval_metrics(data.query, data.gallery, *data.lists, topk, metrics=STANDARD, per_query=True)
     valid, labels = arrays["valid"], np.asarray(data.query_labels)
@@ -185,10 +192,10 @@ def judge(data: Embeddings, topk: Sequence[int] = (1, 5, 10)) -> tuple[pd.DataFr
 
 
 def precision_recall(data: Embeddings, points: int = 101, memory: int = MEMORY) -> tuple[np.ndarray, np.ndarray]:
-    """Return recall (P,) and the precision (P,) there, interpolated per query and averaged over the queries.
+    """Return recall (P,) and the precision (P,) there, interpolated for each query and averaged over the queries.
 
-    Exact, from the ranks of all positives: at recall t, the best precision at any recall of at least t (Manning et al.,
-    Introduction to Information Retrieval, 2008, 8.4).
+    Computed from the ranks of all positives: at recall t, the best precision at any recall of at least t (Manning et
+    al., Introduction to Information Retrieval, 2008, 8.4).
 
     Args:
         data: the embeddings.
@@ -208,15 +215,15 @@ def precision_recall(data: Embeddings, points: int = 101, memory: int = MEMORY) 
 
 
 def pair_histogram(data: Embeddings, bins: int = 100, memory: int = MEMORY) -> tuple[np.ndarray, np.ndarray]:
-    """Return the edges (bins + 1,) of equal bins over all cosines, and how many pairs are in each (2, bins).
+    """Return a histogram of the cosines of all pairs of a query and a gallery image that count.
 
     Args:
-        data: the embeddings; each pair of a query and a gallery image that counts is in one bin.
+        data: the embeddings.
         bins: how many there are between -1 and 1.
         memory: bytes of working memory.
 
     Returns:
-        The edges, and the counts of negative (row 0) and positive pairs (row 1).
+        The edges (bins + 1,) of the bins, and the counts (2, bins) of negative (row 0) and positive pairs (row 1).
     """
     protocol, counts = data.protocol, np.zeros((2, bins), np.int64)
     query, gallery = pair(data.query, data.gallery)
@@ -227,7 +234,7 @@ def pair_histogram(data: Embeddings, bins: int = 100, memory: int = MEMORY) -> t
 
 
 def operating_point(data: Embeddings, rate: float = 1e-3) -> dict:
-    """Return `verification_metrics`, with the threshold for a false-match rate and the TPR there as plain names."""
+    """Return `verification_metrics`, and under `rate`, `threshold` and `TPR` those of one false-match rate."""
     result = verification.verification_metrics(data.query, data.gallery, *data.lists, fpr=(rate,))
     return {
         "rate": rate,
@@ -246,7 +253,8 @@ def identities(data: Embeddings, arrays: dict) -> pd.DataFrame:
 def confused(data: Embeddings, ranking: Ranking | None = None) -> pd.DataFrame:
     """Return a row per pair (identity, taken_for): how many queries of the first have the second as first hit.
 
-    `share` is of the identity's queries that have a positive; `back` counts the other way round.
+    `share` is their part of the identity's queries with a positive; `back` counts the queries of taken_for that have
+    the identity as first hit.
     """
     pairs = _first_hits(data, ranking)
     table = pairs[pairs.identity != pairs.taken_for].value_counts().rename("queries").reset_index()
@@ -258,7 +266,7 @@ def confused(data: Embeddings, ranking: Ranking | None = None) -> pd.DataFrame:
 
 
 def _first_hits(data: Embeddings, ranking: Ranking | None) -> pd.DataFrame:
-    """Return the identity of each query that has a positive, and of the first image it finds that counts."""
+    """Return the identity of each query with a positive, and that of its first hit."""
     ranking = ranking or rank(data.query, data.gallery, *data.lists, k=1, show_excluded=0)
     found = np.asarray(data.gallery_labels)[ranking.ids[:, 0]]
     return pd.DataFrame({"identity": np.asarray(data.query_labels), "taken_for": found})[ranking.valid]
@@ -277,9 +285,10 @@ def confusion(data: Embeddings, ranking: Ranking | None = None) -> pd.DataFrame:
 
 
 def effects(data: Embeddings, others: Mapping[str, tuple] | None = None) -> pd.DataFrame:
-    """Return a row per way of searching: its metrics, what it adds to the mAP, and the 95 % interval of that.
+    """Return a row per way to search: its metrics, the mAP it gains over plain search, and the gain's 95 % interval.
 
-    k-reciprocal re-ranking, query expansion, database augmentation, and `others`: name -> (query, gallery) vectors.
+    The ways are k-reciprocal re-ranking, query expansion, database augmentation, and `others`, which maps a name to
+    (query, gallery) vectors.
     """
     gallery = None if data.same else data.gallery
     expanded = alpha_query_expansion(data.query, gallery)
@@ -311,7 +320,7 @@ def effects(data: Embeddings, others: Mapping[str, tuple] | None = None) -> pd.D
 
 
 def spread(data: Embeddings, most: int = 2000) -> pd.DataFrame:
-    """Return in a row the dimensions of the embedding, its effective rank and its uniformity, of a sample of images."""
+    """Return the dimensions of the embedding, its effective rank and its uniformity over `most` images, in a row."""
     vectors, _, _ = data.union()
     some = vectors[np.random.default_rng(0).permutation(len(vectors))[:most]]
     row = {"dimensions": some.shape[1], "effective_rank": effective_rank(some), "uniformity": uniformity(some)}
@@ -319,7 +328,7 @@ def spread(data: Embeddings, most: int = 2000) -> pd.DataFrame:
 
 
 def mirrored(run: Run) -> tuple[np.ndarray, np.ndarray]:
-    """Return query and gallery vectors of a run, each image's averaged with those of its mirror image."""
+    """Return the query and gallery vectors of a run, averaged over each image and its mirror image."""
     model = run.model()
     loaders = [ImageLoader(images, batch_size=64) for images in (run.query, run.gallery)]
     query, gallery = (embed(model, loader, flip=True, progress=False).numpy() for loader in loaders)
@@ -327,7 +336,7 @@ def mirrored(run: Run) -> tuple[np.ndarray, np.ndarray]:
 
 
 def project(features, seed: int = 0) -> tuple[np.ndarray, str]:
-    """Return points (N, 2) of unit vectors and how they were made: by UMAP where it is installed, otherwise by PCA."""
+    """Return points (N, 2) of vectors (N, D) by cosine, and the method: UMAP where it is installed, otherwise PCA."""
     unit = np.asarray(features, np.float32)
     unit = unit / np.maximum(np.linalg.norm(unit, axis=1, keepdims=True), 1e-30)
     if find_spec("umap"):
@@ -341,7 +350,7 @@ def project(features, seed: int = 0) -> tuple[np.ndarray, str]:
 
 
 def overview_figure(data: Embeddings, rate: float = 1e-3) -> Figure:
-    """Draw in a row: CMC, similarities of pairs with the threshold, AP of the queries."""
+    """Draw three panels: CMC, similarities of pairs with the threshold, AP of the queries."""
     _, arrays = judge(data)
     figure, axes = plots(3)
     draw_cmc(axes[0], arrays)

@@ -1,7 +1,7 @@
-"""Runs side by side: who leads, what differs between them, and which queries one gains and loses against another.
+"""Runs side by side: which is best, how they differ, and which queries one gains and loses against another.
 
-Metrics are those of the run folder. Queries are judged anew from its embeddings, re-ranked where its config says so;
-the steps of PostProcess, which the embeddings have not gone through, take no part in that.
+Metrics are those of the run folder. Queries are judged again from its embeddings, with re-ranking where its config has
+it, but without the steps of PostProcess, which are not in the embeddings.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PATH_KEYS = {*(key for keys in PATHS.values() for key in keys), "pretrained"}
 
 
 def find_runs(run_dirs: Sequence[str | Path] = (), pattern: str = "") -> list[Path]:
-    """Return the folders named, and those of the pattern that hold a config.yaml; ConfigError where there is none."""
+    """Return the folders named, and those of the pattern with a config.yaml; raise ConfigError where there is none."""
     base = Path("/") if Path(pattern).is_absolute() else ROOT
     found = sorted(base.glob(pattern.lstrip("/"))) if pattern else []
     folders = [*map(resolve, run_dirs), *(path for path in found if (path / "config.yaml").is_file())]
@@ -43,7 +43,7 @@ def find_runs(run_dirs: Sequence[str | Path] = (), pattern: str = "") -> list[Pa
 
 
 def short_names(keys: Iterable[Sequence[str]], joint: str = "/") -> list[str]:
-    """Return each key (its steps) by its last step, or as many of the last steps as tell it from the others."""
+    """Return for each key (its steps) its last step, or as many of its last steps as no other key has."""
     keys, names = [tuple(key) for key in keys], []
     for key in keys:
         same = [sum(other[-n:] == key[-n:] for other in keys) for n in range(1, len(key) + 1)]
@@ -52,12 +52,12 @@ def short_names(keys: Iterable[Sequence[str]], joint: str = "/") -> list[str]:
 
 
 def load_runs(folders: Sequence[Path]) -> tuple[dict[str, Run], dict[str, str]]:
-    """Return the finished runs by name, and for each of the others the reason why it cannot be compared."""
+    """Return the finished runs by name, and for every other folder the reason why it cannot be compared."""
     runs, unusable = {}, {}
     for name, folder in zip(short_names(folder.absolute().parts for folder in folders), folders, strict=True):
         try:
             run = load_run(folder)
-            run.lists()  # queries are judged anew, so these have to be there
+            run.lists()  # which have to be there, since queries are judged again
             runs[name] = run
         except (ConfigError, DataError, OSError, ValueError) as error:
             unusable[name] = str(error).splitlines()[0].removeprefix(f"{folder}: ")
@@ -67,13 +67,13 @@ def load_runs(folders: Sequence[Path]) -> tuple[dict[str, Run], dict[str, str]]:
 def leaderboard(runs: dict[str, Run], unusable: dict[str, str] | None = None, by: str = "") -> pd.DataFrame:
     """Return a row per run: state, test set, epochs and metrics; the best of each test set first.
 
-    `best_epoch` is the epoch whose weights the run kept, and the metrics are theirs; `last ...` are the last epoch's,
-    where the epochs were judged on the test lists too.
+    `best_epoch` is the epoch whose weights the run kept; the metrics are of these weights. `last ...` are metrics of
+    the last epoch, where each epoch was evaluated on the test lists.
 
     Args:
         runs: the finished runs by name.
         unusable: for each of the other runs, why it cannot be compared.
-        by: the metric that decides; empty: the first there is.
+        by: the metric to sort by; empty: the first.
     """
     sets = test_sets(runs).test_set if runs else {}
     table = pd.DataFrame.from_dict({name: _board_row(run, sets[name]) for name, run in runs.items()}, orient="index")
@@ -103,12 +103,12 @@ def _board_row(run: Run, test_set: int) -> dict:
 
 
 def comparable(board: pd.DataFrame, runs: dict[str, Run], baseline: str = "") -> tuple[str, dict[str, Run]]:
-    """Return the baseline and, best first, the runs over its test set, itself included.
+    """Return the baseline and the runs on its test set, itself included, the best first.
 
     Args:
         board: the leaderboard of the runs.
         runs: the finished runs by name.
-        baseline: a run; empty: the last on the leaderboard of the test set that most runs share.
+        baseline: a run; empty: the lowest on the leaderboard of the test set that most runs share.
 
     Raises:
         ConfigError: There is no finished run of that name.
@@ -121,7 +121,7 @@ def comparable(board: pd.DataFrame, runs: dict[str, Run], baseline: str = "") ->
 
 
 def flat(node, place: str = "") -> dict:
-    """Return a configuration as {dotted key: value}, spelt as overrides are; of a list of parts, the order as well."""
+    """Return a configuration as {dotted key: value}, the keys as in overrides; a list of parts also has its order."""
     if isinstance(node, dict) and node:
         return {k: v for key, value in node.items() for k, v in flat(value, f"{place}.{key}".lstrip(".")).items()}
     if isinstance(node, list) and node and all(isinstance(entry, dict) and len(entry) == 1 for entry in node):
@@ -133,9 +133,9 @@ def flat(node, place: str = "") -> dict:
 
 
 def differences(runs: dict[str, Run]) -> pd.DataFrame:
-    """Return a row per run and a column per dotted key in which the configurations differ; '-' where one lacks it.
+    """Return a row per run and a column per dotted key whose values differ; '-' where a run has no such key.
 
-    Paths count from the folder that a run shares with them, so that a project that was copied or moved does not differ.
+    Paths count from the folder that they share with the run, so that copied and moved projects do not differ.
     """
     flats = {name: {key: _told(run, key, value) for key, value in flat(run.cfg).items()} for name, run in runs.items()}
     keys = dict.fromkeys(key for cfg in flats.values() for key in cfg if key not in FREE)
@@ -148,7 +148,7 @@ def differences(runs: dict[str, Run]) -> pd.DataFrame:
 
 
 def _told(run: Run, key: str, value) -> str:
-    """Return a value of a configuration as text, a path from the folder on that it shares with the run's."""
+    """Return a value of a configuration as text, a path from the folder on that it shares with the run."""
     if not (key.rsplit(".", 1)[-1] in PATH_KEYS and isinstance(value, str)):
         return str(value)
     path, folder = resolve(value).absolute(), run.folder.absolute()
@@ -156,20 +156,20 @@ def _told(run: Run, key: str, value) -> str:
 
 
 def curves(runs: dict[str, Run], metric: str = "") -> Figure:
-    """Return the training loss and a metric (by default the first that the runs have) over the epochs."""
+    """Draw the training loss and a metric over the epochs, by default the first metric of the runs."""
     metric = metric or next((key for run in runs.values() for key in run.metrics if key in run.history), "")
     return histories_figure({name: run.history for name, run in runs.items()}, ("train_loss", metric))
 
 
 def judge(run: Run, k: int = 10) -> Ranking:
-    """Return the run's judged lists as its own evaluation ranks them."""
+    """Return what each query of a run finds, ranked as in the run's own evaluation."""
     return run.rank(k, re_ranking=run.cfg["Global"]["re_ranking"])
 
 
 def unpaired(first: Run, second: Run) -> str:
-    """Return why two runs cannot be paired query by query, in a sentence, or nothing where they can.
+    """Return in a sentence why two runs cannot be compared query by query, or nothing where they can.
 
-    Lists are compared by what they say, wherever they lie: a copied or moved project still compares.
+    Lists are compared by their content, not by their folder, so that copied and moved projects compare.
     """
     for part in ("query", "gallery"):
         ours, theirs = first.content(part), second.content(part)
@@ -185,9 +185,9 @@ def unpaired(first: Run, second: Run) -> str:
 
 
 def test_sets(runs: dict[str, Run]) -> pd.DataFrame:
-    """Return a row per run: the number of its test set, 1 for the one with most runs, and what is in it.
+    """Return a row per run: the number of its test set, 1 for the one of most runs, and how much is in it.
 
-    Runs of one set are judged on the same lists, and only these can be compared.
+    Only runs with one test set, the same query and gallery lists, can be compared.
     """
     contents = {name: repr([run.content(part) for part in ("query", "gallery")]) for name, run in runs.items()}
     sets = list(dict.fromkeys(sorted(contents.values(), key=list(contents.values()).count, reverse=True)))
@@ -204,9 +204,9 @@ def test_sets(runs: dict[str, Run]) -> pd.DataFrame:
 
 
 def paired(rankings: dict[str, Ranking], baseline: str) -> pd.DataFrame:
-    """Return a row per run and metric: the mean difference from the baseline, its 95 % interval, queries gained.
+    """Return a row per run and metric: the mean difference from the baseline, its 95 % interval, queries won and lost.
 
-    Identities are resampled whole: their queries rise and fall together.
+    The bootstrap resamples identities, since their queries rise and fall together.
     """
     first, rows = rankings[baseline], []
     for name, second in rankings.items():
@@ -222,9 +222,16 @@ def paired(rankings: dict[str, Ranking], baseline: str) -> pd.DataFrame:
 
 
 def versus(rankings: dict[str, Ranking], baseline: str, name: str, most: int) -> list[tuple[Ranking, int, str]]:
-    """Return up to `most` queries that a run finds and the baseline misses, then as many the other way round.
+    """Return queries whose first hit only a run has right, then those that only the baseline has right.
 
-    Each stands there twice, as the baseline answers it and as the run does: its ranking, its row, and who finds what.
+    Args:
+        rankings: What each run finds, by name.
+        baseline: The name of the baseline.
+        name: The name of the run.
+        most: How many queries of each kind at most.
+
+    Returns:
+        Two entries a query, of the baseline and of the run: the ranking, the row in it, and who finds or misses it.
     """
     first, second = rankings[baseline], rankings[name]
     fixed, broken = changed(first, second)
@@ -238,10 +245,10 @@ def versus(rankings: dict[str, Ranking], baseline: str, name: str, most: int) ->
 
 
 def stacked(entries: Sequence[tuple[Ranking, int, str]], label_names=None) -> Ranking:
-    """Return one ranking of chosen lists over the same gallery, for the galleries.
+    """Return one ranking made of queries of several rankings over the same gallery, to show in a gallery.
 
     Args:
-        entries: of each list its ranking, its query and what is said of it, which comes before the identity.
+        entries: for each query its ranking, its row in it, and words that are shown before its identity.
         label_names: identity -> text.
     """
     first = entries[0][0]

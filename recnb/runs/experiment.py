@@ -1,4 +1,4 @@
-"""One experiment from a checked configuration to a run folder."""
+"""One experiment: from a checked configuration to a run folder."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from recnb.training.learner import RetrievalLearner
 
 
 def train(cfg: dict, run_dir: str | Path) -> dict:
-    """Train a checked configuration into a run folder and return its metrics, those before under `before`.
+    """Train a checked configuration into a run folder and return its metrics, with those of the start as `before`.
 
     Raises:
-        ConfigError: The lint has found what makes the run useless.
+        ConfigError: The configuration has a strict finding, or cannot be built.
     """
     first, run = base(cfg), resolve_run(run_dir)
     loaders = build_loaders(first)
@@ -53,18 +53,19 @@ def train(cfg: dict, run_dir: str | Path) -> dict:
 
 
 def fit(cfg: dict, learn: RetrievalLearner, run: Path, show: Callable[[Figure], object] | None = None):
-    """Train as the file says, or climb its ladder, and return the learner of the result.
+    """Train as the file says, or climb its ladder, and return the learner with the result.
 
     Args:
         cfg: The configuration.
         learn: The learner of `base(cfg)`.
         run: The run folder.
-        show: Called with the curves after each epoch, or the ladder after each rung; without it lines are printed.
+        show: Called with a figure, the curves after each epoch or the ladder after each rung; without it lines are
+            printed.
     """
     if is_ladder(cfg):
         return climb(cfg, run, show and (lambda found: show(found.figure())))[0]
     lines = None if sys.stdout.isatty() else partial(print_epoch, run, cfg["Global"]["epochs"])
-    learn.fit_config(on_epoch=(lambda: show(history_figure(run))) if show else lines)
+    learn.fit_config(on_epoch=(lambda: show(history_figure(pd.read_csv(run / "history.csv")))) if show else lines)
     return learn
 
 

@@ -54,12 +54,12 @@ SUMMED = (  # what results are read from; checkpoints carry their own checksums
 
 
 def open_run(run_dir: str | Path, cfg: dict, classes: int | None = None) -> Path:
-    """Return the run folder, made where it is missing, with config.yaml, contents.json and env.json written.
+    """Make a run folder where it is missing, write config.yaml, contents.json and env.json, and return its path.
 
     Args:
         run_dir: The folder.
         cfg: The checked configuration.
-        classes: The number of training identities, for config.yaml; where it is not known their list is read.
+        classes: The number of training identities, for config.yaml; without it the training list is read.
 
     Raises:
         ConfigError: The folder cannot be made, or belongs to another configuration or to other lists or weights.
@@ -80,7 +80,7 @@ def open_run(run_dir: str | Path, cfg: dict, classes: int | None = None) -> Path
 
 
 def check_begun(run: Path, ours: dict, read: dict) -> dict:
-    """Return what else the lists and weights held that a folder's rungs began with.
+    """Return what the files held with which the rungs in a folder began, nothing where no rung did.
 
     Args:
         run: The folder.
@@ -88,7 +88,7 @@ def check_begun(run: Path, ours: dict, read: dict) -> dict:
         read: What its lists and weights hold.
 
     Raises:
-        ConfigError: What has begun in the folder cannot be gone on with.
+        ConfigError: What has begun in the folder belongs to another configuration or to other files.
     """
     latest, known = run / "checkpoints" / "latest.pt", run / "contents.json"
     if latest.is_file():
@@ -101,7 +101,7 @@ def check_begun(run: Path, ours: dict, read: dict) -> dict:
 
 
 def keep_parts(run: Path) -> dict[str, str] | None:
-    """Copy the file of the user's own parts into the run folder, and return its name and hash, None without one."""
+    """Copy the file of the user's own parts into the run folder, and return its name and hash; None without one."""
     own, stored = parts_in_use(), run / "parts.py"
     if own is None:
         return None
@@ -113,7 +113,7 @@ def keep_parts(run: Path) -> dict[str, str] | None:
 
 
 def resolve_run(run_dir: str | Path) -> Path:
-    """Return where a run folder is: as it stands, or below the project's root."""
+    """Return the path of a run folder; a relative one counts from the project's root."""
     run = Path(run_dir)
     return run if run.is_absolute() else ROOT / run
 
@@ -141,19 +141,16 @@ def environment(cfg: dict) -> dict:
 
 def commit() -> str | None:
     """Return the project's git commit, with a plus where files differ from it, or None outside a checkout."""
-
-    def git(*args: str) -> str:
-        return subprocess.check_output(["git", "-C", str(ROOT), *args], text=True, stderr=subprocess.DEVNULL).strip()
-
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+"]
     try:
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+        return subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL).strip()
     except (OSError, subprocess.CalledProcessError):
         return None
 
 
 @dataclass
 class Run:
-    """A finished run as its folder tells it: configuration, evaluation lists and their features, results.
+    """A finished run as its folder has it: configuration, evaluation lists and their features, results.
 
     The lists are read when they are first asked for: the rest of a run can be used where its images are not.
     """
@@ -179,7 +176,7 @@ class Run:
         return self.lists()[1]
 
     def content(self, part: str) -> tuple[list[str], list[str], list[int] | None]:
-        """What a list says wherever it lies: paths from the image root on, names of identities, cameras.
+        """Return what a list says, wherever it lies: paths from the image root on, names of identities, cameras.
 
         Args:
             part: "query" or "gallery".
@@ -191,20 +188,17 @@ class Run:
 
     @property
     def class_names(self) -> list[str]:
-        """What the training identities are called, in the order of their labels."""
-
-        def names(path: Path) -> list[str]:
-            return pd.read_csv(path, dtype=str, keep_default_na=False)["name"].tolist()
-
-        return undamaged(self.folder, self.folder / "labels.csv", names)
+        """The names of the training identities, in the order of their labels."""
+        read = partial(pd.read_csv, usecols=["name"], dtype=str, keep_default_na=False)
+        return undamaged(self.folder, self.folder / "labels.csv", read)["name"].tolist()
 
     @property
     def exclude_self(self) -> np.ndarray:
-        """(Q,) where each query's own file stands in the gallery, -1 where it does not."""
+        """(Q,) the gallery row of each query's own file, -1 where it is not in the gallery."""
         return own_index(self.query, self.gallery)
 
     def rank(self, k: int = 10, re_ranking: bool = False) -> Ranking:
-        """Return the judged first k of every query, by cosine or by k-reciprocal distance."""
+        """Return the first k of every query's list, judged; ordered by cosine, or by k-reciprocal distance."""
         others = None if same_list(self.query, self.gallery) else self.gallery_features
         scores = -k_reciprocal(self.query_features, others) if re_ranking else None
         return rank(
@@ -234,31 +228,37 @@ def use_own_parts(run: Path) -> None:
 
 
 def below(path: str, root: str) -> str:
-    """Return a path from a folder on, or whole where there is no folder or the path lies elsewhere."""
+    """Return a path relative to a folder, or whole where there is no folder or the path is outside."""
     inside = os.path.relpath(path, root) if root else path
     return str(path) if inside.startswith("..") else Path(inside).as_posix()
 
 
 def image_root(cfg: dict, part: str = "Query") -> str:
     """Return the folder that the paths of the query list, or of the gallery list, start from."""
-    sections = (lookup(cfg, f"{place}.dataset") for place in (f"DataLoader.Eval.{part}", "DataLoader.Eval"))
-    return str(resolve((next(filter(None, sections), None) or {}).get("image_root") or ""))
+    section = lookup(cfg, f"DataLoader.Eval.{part}.dataset") or lookup(cfg, "DataLoader.Eval.dataset") or {}
+    return str(resolve(section.get("image_root") or ""))
 
 
 def model_input(run: Run, picture) -> torch.Tensor:
-    """Return (3, H, W), a picture (path, PIL image or array) as the run's evaluation shows it to the model."""
+    """Return a picture (path, PIL image or array) transformed as in the run's evaluation, (3, H, W)."""
     transform = build_transform(run.cfg, f"{evaluation_places(run.cfg)[0]}.dataset")
     return transform(pil_to_tensor(read_picture(picture, 4096)))
 
 
 def embed_picture(run: Run, model: torch.nn.Module, picture) -> np.ndarray:
-    """Return the feature (D,) of one picture."""
+    """Return the embedding (D,) of one picture.
+
+    Args:
+        run: The run, for the transforms of its evaluation.
+        model: Its model, as `run.model()` gives it.
+        picture: A path, PIL image or array.
+    """
     with torch.inference_mode():
         return model(model_input(run, picture)[None])["features"][0].float().numpy()
 
 
 def untrained(cfg: dict) -> dict:
-    """Return the configuration for use only: without pretrained weights, and without recomputed blocks."""
+    """Return the configuration of a model that is not trained: without pretrained weights or recomputed blocks."""
     cfg = copy.deepcopy(cfg)
     cfg["Global"] |= {"pretrained_model": None, "grad_checkpointing": False}
     cfg["Arch"].pop("pretrained_list", None)
@@ -294,7 +294,7 @@ def load_run(folder: str | Path) -> Run:
 
 
 def beside(run: Path, path: str) -> str:
-    """Return where a run's path leads: below the nearest folder around the run that has it, or as it stands."""
+    """Return the file that a relative path of a run means: below the nearest folder around the run that has it."""
     places = (folder / path for folder in run.absolute().parents)
     return path if Path(path).is_absolute() else next((str(place) for place in places if place.exists()), path)
 
@@ -330,18 +330,26 @@ def read_history(path: Path) -> pd.DataFrame:
 
 
 def read_lists(run: Path, cfg: dict, features: Sequence[np.ndarray]) -> tuple[ImageList, ImageList]:
-    """Return a run's query and gallery lists with their transforms, where these are not here as the run kept them.
+    """Return a run's query and gallery list with their transforms.
+
+    Where the lists are not on this machine, they are those that the run folder keeps.
+
+    Args:
+        run: The folder.
+        cfg: The run's configuration.
+        features: The embeddings of the query and of the gallery, a row for each image.
 
     Raises:
-        DataError: They are neither on this machine nor in the run folder.
+        DataError: The lists are neither on this machine nor in the run folder.
         ConfigError: They have changed since the run.
     """
     try:
         lists = evaluation_images(cfg)
     except (DataError, OSError):
-        if not (kept := undamaged(run, run / "embeddings", lambda _: kept_rows(run))):
+        rows = undamaged(run, run / "embeddings", lambda _: kept_rows(run))
+        if rows is None:
             raise
-        lists = kept
+        lists = rows
     for where, images, values in zip(evaluation_places(cfg), lists, features, strict=True):
         images.transform = build_transform(cfg, f"{where}.dataset")
         if len(images) != len(values):
@@ -353,7 +361,7 @@ def read_lists(run: Path, cfg: dict, features: Sequence[np.ndarray]) -> tuple[Im
 
 
 def kept_rows(run: Path) -> tuple[ImageList, ImageList] | None:
-    """Return the query and the gallery list that `save_rows` wrote, without transforms, or None where it did not."""
+    """Return the query and the gallery list that `save_rows` wrote, without transforms, or None if it wrote none."""
     files = [run / "embeddings" / f"{part}.csv" for part in PARTS]
     if not all(path.is_file() for path in files):
         return None
@@ -363,7 +371,13 @@ def kept_rows(run: Path) -> tuple[ImageList, ImageList] | None:
 
 
 def images_in(table: pd.DataFrame, names: np.ndarray, path: Path) -> ImageList:
-    """Return the list that a table of rows was written from; `names` are the identities, by their numbers."""
+    """Return the list whose rows a table has.
+
+    Args:
+        table: Columns path, label (the identity's name), camera and box, the last two empty where they are not known.
+        names: The identities, by their numbers.
+        path: The file of the table.
+    """
     boxed, seen = table.box.ne("").all(), table.camera.ne("").all()
     return ImageList(
         [str(resolve(path)) for path in table.path],
@@ -376,8 +390,17 @@ def images_in(table: pd.DataFrame, names: np.ndarray, path: Path) -> ImageList:
 
 
 def undamaged(run: Path, path: Path, read: Callable):
-    """Return what `read` makes of a file of a run; raise ConfigError where it cannot."""
+    """Return `read(path)` for a file of a run.
+
+    Args:
+        run: The run folder, for the message.
+        path: The file.
+        read: How to read it.
+
+    Raises:
+        ConfigError: Reading fails.
+    """
     try:
         return read(path)
-    except Exception as error:  # readers raise whatever a damaged file leads them to
+    except Exception as error:  # a damaged file makes readers raise anything
         raise ConfigError(f"{run}: {path.relative_to(run)} is damaged: {error}") from error

@@ -1,6 +1,6 @@
-"""What is folded behind a click in a notebook: long texts, and the traceback of an error of the kit.
+"""Text that a notebook folds behind a click: long listings, and tracebacks of recnb's own errors.
 
-A notebook asks for it in its first cell: `%load_ext recnb.runs.notebook`.
+A notebook loads this in its first cell: `%load_ext recnb.runs.notebook`.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ if TYPE_CHECKING:
 
 
 def is_own(error: BaseException | type[BaseException]) -> bool:
-    """Return whether an error, or its class, is one of the kit's, whose message is written for its user."""
+    """Return whether an error, or its class, is recnb's own, with a message for users."""
     kind = error if isinstance(error, type) else type(error)
     return kind.__module__.partition(".")[0] == "recnb"
 
 
 def load_ipython_extension(shell: InteractiveShell) -> None:
-    """Show the kit's errors in this kernel as sentences."""
+    """Show recnb's own errors in this kernel as sentences."""
     shell.set_custom_exc((Exception,), show)
 
 
 def folded(title: str, text: str) -> HTML:
-    """Return a text behind its title, which a click opens."""
+    """Return a title as HTML that a click unfolds to the text."""
     from IPython.display import HTML
 
     return HTML(f"<details><summary>{html.escape(title)}</summary><pre>{html.escape(text)}</pre></details>")
@@ -40,7 +40,15 @@ def show(
     trace: TracebackType,
     tb_offset: int | None = None,
 ) -> None:
-    """Show an error of the kit as its sentence, with its traceback folded, and any other as ever."""
+    """Show an error: recnb's own as a sentence with the traceback folded, any other as usual.
+
+    Args:
+        shell: The kernel's shell.
+        kind: The class of the error.
+        error: The error.
+        trace: Its traceback.
+        tb_offset: How many frames of it to leave out.
+    """
     if not is_own(kind):
         shell.showtraceback((kind, error, trace), tb_offset=tb_offset)
         return

@@ -1,4 +1,4 @@
-"""A run on one page, to keep or to hand on: verdict, metrics, curves, gallery, worst identities, environment."""
+"""A run on one page, to keep or to pass on: verdict, metrics, curves, gallery, worst identities, environment."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WORST = 15  # identities
 
 
 def report(folder: str | Path) -> Path:
-    """Return the file report.html of a finished run, written anew; it needs neither network nor images to be read.
+    """Write report.html of a finished run, which needs neither network nor images to be read, and return its path.
 
     Raises:
         ConfigError: the folder is not that of a finished run.
@@ -33,7 +33,7 @@ def report(folder: str | Path) -> Path:
     said, sections = judged(run)
     sections += [
         Section("Metrics", "With their 95 % intervals, for other identities of the same kind.", table=table),
-        Section("Training", figure=history_figure(run.folder), alt="losses and metrics by epoch"),
+        Section("Training", figure=history_figure(run.history), alt="losses and metrics by epoch"),
         Section("Curves", figure=overview_figure(data), alt="found by rank, similarity of pairs, average precision"),
         gallery(run),
         worst(data, arrays),
@@ -46,7 +46,7 @@ def report(folder: str | Path) -> Path:
 
 
 def judged(run: Run) -> tuple[str, list[Section]]:
-    """Return the sentence whether training helped, and its bars; or why there is none."""
+    """Return a sentence on whether training helped, and its section; or why that is not known, and no section."""
     try:
         result = verdict(run)
     except ConfigError as error:
@@ -56,7 +56,7 @@ def judged(run: Run) -> tuple[str, list[Section]]:
 
 
 def gallery(run: Run) -> Section:
-    """Return the pages of some queries, failures first; a sentence where their pictures are not on this machine."""
+    """Return the section of some queries, failures first, or a sentence where pictures are not on this machine."""
     title = "What queries find"
     try:
         pages = gallery_static(run.rank(8), run.query.pictures, run.gallery.pictures, label_names=run.query.names)
@@ -66,7 +66,7 @@ def gallery(run: Run) -> Section:
 
 
 def worst(data: Embeddings, arrays: dict) -> Section:
-    """Return the identities with the lowest mean AP, and what each is most often taken for."""
+    """Return the section of the identities with the lowest mean AP, and what each is most often taken for."""
     table, pairs = identities(data, arrays), confused(data)
     most = pairs.drop_duplicates("identity").assign(identity=lambda x: data.text(x.identity))
     taken = dict(zip(most.identity, data.text(most.taken_for), strict=True))
@@ -76,7 +76,7 @@ def worst(data: Embeddings, arrays: dict) -> Section:
 
 
 def environment(run: Run) -> list[Section]:
-    """Return what the run was made with, and its configuration, folded away."""
+    """Return the sections of what the run was made with, and of its configuration."""
     file = run.folder / "env.json"
     env = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     known = {key: value for key, value in env.items() if not isinstance(value, dict)} | env.get("packages", {})

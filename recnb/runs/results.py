@@ -1,4 +1,4 @@
-"""What a run writes down when it has been judged: metrics, the embeddings, and each query before and after."""
+"""What an evaluation writes into the run folder: metrics, embeddings, and each query before and after training."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 
 from recnb.data.lists import ImageList, write_csv
 from recnb.distributed.processes import first_does
@@ -21,7 +20,7 @@ from recnb.training.learner import RetrievalLearner
 def evaluate_start(run: Path, learn: RetrievalLearner) -> Evaluation:
     """Return the evaluation of the model before training, and keep each query's values in queries.csv.
 
-    Where a run goes on, the metrics and the values are those that it kept, and there are no features.
+    A run that goes on has the metrics and values that it kept, and no features.
     """
     if learn.tested is None:
         return Evaluation()
@@ -30,21 +29,17 @@ def evaluate_start(run: Path, learn: RetrievalLearner) -> Evaluation:
         table = pd.read_csv(path, float_precision="round_trip")
         if set(columns) <= set(table) and len(table) == len(learn.tested.query):
             values = {name: table[column].to_numpy(float) for column, name in columns.items()}
-            return Evaluation(metrics={name: mean_of_valid(v) for name, v in values.items()}, per_query=values)
+            means = {name: float(v[~np.isnan(v)].mean()) for name, v in values.items()}  # of queries with a positive
+            return Evaluation(metrics=means, per_query=values)
     start = learn.evaluate()
     first_does(save_queries, path, learn.tested.query, start)
     return start
 
 
-def mean_of_valid(values: np.ndarray) -> float:
-    """Return the mean over the queries that have something to find."""
-    return float(values[~np.isnan(values)].mean())
-
-
 def save_queries(path: Path, images: ImageList, before: Evaluation, after: Evaluation | None = None) -> None:
     """Write a row for each query: its path, its identity, and each metric's value before and after training.
 
-    A query that has nothing to find has no value.
+    A query without a positive has no value.
 
     Args:
         path: The CSV file.
@@ -63,18 +58,16 @@ def save_queries(path: Path, images: ImageList, before: Evaluation, after: Evalu
     write_csv(table, path)
 
 
-def save_embeddings(run: Path, **embeddings: torch.Tensor) -> None:
-    """Write each array of embeddings, float32 (N, D), as embeddings/NAME.npy."""
-    for name, values in embeddings.items():
-        with replacing(run / "embeddings" / f"{name}.npy") as path, path.open("wb") as file:
-            np.save(file, values.numpy())
-
-
 def save_metrics(run: Path, before: dict, after: dict) -> dict:
     """Write metrics.json and return its content.
 
     It holds the final metrics, those before training, their gain and, where the run has a queries.csv, the 95 %
-    intervals of all three. There are no times in it, so that two runs compare by bytes.
+    intervals of all three. There are no times in it, so that the files of equal runs are equal.
+
+    Args:
+        run: The run folder.
+        before: The metrics before training.
+        after: The metrics after it.
     """
     content = {**after, "before": before, "gain": {k: after[k] - before[k] for k in after if k in before}}
     if (run / "queries.csv").is_file():
@@ -85,7 +78,7 @@ def save_metrics(run: Path, before: dict, after: dict) -> dict:
 
 
 def save_rows(run: Path, lists: Mapping[str, ImageList]) -> None:
-    """Write embeddings/query.csv and gallery.csv: of each row the path, the identity's name, the camera and the box."""
+    """Write embeddings/query.csv and gallery.csv: path, identity, camera and box of each row of the embeddings."""
     for part, images in lists.items():
         boxes = images.boxes if images.boxes is not None else [()] * len(images)
         columns = {
@@ -108,6 +101,8 @@ def save_results(run: Path, learn: RetrievalLearner, before: Evaluation, after: 
     """
     if learn.tested is not None:
         save_queries(run / "queries.csv", learn.tested.query, before, after)
-        save_embeddings(run, query=after.query, gallery=after.gallery)
+        for name, values in (("query", after.query), ("gallery", after.gallery)):
+            with replacing(run / "embeddings" / f"{name}.npy") as path, path.open("wb") as file:
+                np.save(file, values.numpy())
         save_rows(run, {"query": learn.tested.query, "gallery": learn.tested.gallery})
     save_metrics(run, before.metrics, after.metrics)

@@ -1,7 +1,7 @@
-"""Does the model look at the thing, or at what is around it? Retrieval with one of the two blanked out.
+"""Does the model look at the object, or at its background? Retrieval with one of the two blanked out.
 
-A model that finds nearly as much by the backgrounds alone has learnt where the pictures were taken, and will fail
-elsewhere (arXiv 2604.09690).
+A model that finds nearly as much by backgrounds alone has learnt where the pictures were taken, and will fail elsewhere
+(arXiv 2604.09690).
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from recnb.storage import resolve
 from recnb.training.evaluation import embed
 
 Mask = Callable[[str, Tensor], Tensor]  # the path of an image and its pixels (3, H, W) -> bool (H, W), the foreground
-FILL = (124, 116, 104)  # the mean colour of ImageNet: nothing to a network that was pretrained there
+FILL = (124, 116, 104)  # the mean colour of ImageNet, which is 0 once normalised
 
 
 class Blanked(Dataset):
-    """The images of a list, each with its foreground kept and the rest filled with grey, or the other way round."""
+    """The images of a list, with their backgrounds filled with grey, or their foregrounds."""
 
     def __init__(self, images: ImageList, mask: Mask, foreground: bool):
         self.images, self.mask, self.foreground = images, mask, foreground
-        self.whole: Any = images.transform  # by another name: a loader would leave part of `transform` to itself
+        self.whole: Any = images.transform  # not called `transform`, whose last ops a loader would run by itself
 
     def __len__(self) -> int:
         return len(self.images)
@@ -47,7 +47,7 @@ class Blanked(Dataset):
 
 
 def centre(share: float = 0.6) -> Mask:
-    """Return the mask whose foreground is the middle of any image, `share` of each side."""
+    """Return the mask whose foreground is the middle of an image, `share` of each side."""
 
     def mask(path: str, pixels: Tensor) -> Tensor:
         sides = [((torch.arange(n) + 0.5) / n - 0.5).abs() < share / 2 for n in pixels.shape[1:]]
@@ -57,9 +57,9 @@ def centre(share: float = 0.6) -> Mask:
 
 
 def from_folder(folder: str | Path, data: Embeddings) -> Mask:
-    """Return the masks of a folder that holds, for `a/b.jpg` below the image root, `a/b.png`; what is not black counts.
+    """Return the masks of a folder with `a/b.png` for `a/b.jpg` below the image root; what is not black is foreground.
 
-    Raises ConfigError, when it is asked for one, where that is missing or has another size than its image.
+    The mask raises ConfigError for an image whose file is missing or has another size.
     """
     root = resolve(folder)
 
@@ -76,12 +76,12 @@ def from_folder(folder: str | Path, data: Embeddings) -> Mask:
 
 
 def shortcut_table(run: Run, masks: str = "", share: float = 0.6) -> pd.DataFrame:
-    """Return recall1 and mAP, the latter with its 95 % interval, of whole images, of foregrounds and of backgrounds.
+    """Return recall@1, mAP and its 95 % interval of whole images, of foregrounds alone and of backgrounds alone.
 
     Args:
-        run: queries and gallery are read and embedded twice more by its model, blanked in the same way.
+        run: the run; its model embeds queries and gallery twice more, both blanked in the same way.
         masks: a folder of masks as for `from_folder`; empty: the middle of each image is its foreground.
-        share: of each side, how much the middle is.
+        share: how much of each side the middle is.
     """
     data, model = of_run(run), run.model()
     mask = from_folder(masks, data) if masks else centre(share)

@@ -1,4 +1,4 @@
-"""Which labels are probably wrong? Images whose neighbours agree on another identity, with what they look like."""
+"""Which labels are probably wrong? Images whose nearest neighbours agree on another identity."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from recnb.runs.analysis import Embeddings
 
 
 def label_errors(features, labels, k: int = 5, agreement: float = 1.0) -> pd.DataFrame:
-    """Return the items whose k nearest neighbours agree on an identity that is not theirs, the surest first.
+    """Return the items whose k nearest neighbours agree on another identity, the most certain first.
 
     Args:
         features: (N, D), compared by cosine.
@@ -54,7 +54,13 @@ def _best_of_own(features, codes: np.ndarray, item: int) -> float:
 
 
 def suspects(data: Embeddings, k: int = 5, agreement: float = 1.0) -> pd.DataFrame:
-    """Return the `label_errors` of all images, with identities by name and, where they are known, paths."""
+    """Return the `label_errors` of all images, with the names of identities and, where they are known, paths.
+
+    Args:
+        data: The embeddings.
+        k: As for `label_errors`.
+        agreement: As there.
+    """
     vectors, labels, paths = data.union()
     table = label_errors(vectors, labels, k, agreement)
     for column in ("label", "suggested"):
@@ -65,12 +71,18 @@ def suspects(data: Embeddings, k: int = 5, agreement: float = 1.0) -> pd.DataFra
 
 
 def corrections(table: pd.DataFrame) -> pd.DataFrame:
-    """Return `suspects` as tags to correct by hand: path, action, label, where the label is the suggested one."""
+    """Return `suspects` as tags to correct by hand: path, action and, as label, the suggested identity."""
     return table.assign(action="relabel", label=table.suggested)[["path", "action", "label"]]
 
 
 def suspects_figure(data: Embeddings, table: pd.DataFrame, k: int = 6) -> Figure:
-    """Return a row per image of `suspects`: its label, its picture and its nearest neighbours with theirs."""
+    """Draw a row per image of `suspects`: its label, its picture, and its nearest neighbours with their labels.
+
+    Args:
+        data: The embeddings, with paths.
+        table: Rows of `suspects`.
+        k: How many neighbours.
+    """
     vectors, labels, known = data.union()
     paths = known or []
     items, names = table["item"].to_numpy(), np.array(data.text(labels))

@@ -1,7 +1,7 @@
-"""Did training help? The queries before and after, compared in pairs, in words.
+"""Did training help? Each query before and after training, compared, and the answer in words.
 
-A metric over a few queries moves by chance. What is called better or worse here is so with 95 % confidence for other
-identities of the same kind; for all else, the queries were too few to tell.
+Over a few queries a metric changes by chance. "Better" and "worse" are said with 95 % confidence for other identities
+of the same kind; otherwise there were too few queries to tell.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ COLUMNS = ["before", "after", "difference", "low", "high", "verdict"]
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether training helped: `str()` is one sentence, `table()` the numbers, `figure()` the bars.
+    """Whether training helped: `str()` is a sentence, `table()` the numbers, `figure()` the bars.
 
-    `rows` has a row per metric: before, before_low, before_high, the same of after, difference, low, high, verdict.
-    All intervals are of 95 %.
+    `rows` has a row per metric: before, before_low, before_high, the same for after, then difference, low, high and
+    verdict. All intervals are of 95 %.
     """
 
     rows: pd.DataFrame
-    queries: int  # that have a positive
+    queries: int  # those with a positive
     identities: int
 
     def __str__(self) -> str:
@@ -45,14 +45,14 @@ class Verdict:
 
     @property
     def counted(self) -> str:
-        """How many queries of how many identities there are, in words."""
+        """The number of queries and of their identities, in words."""
         return f"{_many(self.queries, 'query', 'queries')} of {_many(self.identities, 'identity', 'identities')}"
 
     @property
     def intervals(self) -> dict[str, dict]:
-        """What metrics.json holds: for each metric [low, high] of before, after and their difference, and the verdict.
+        """For each metric [low, high] before, after and of the difference, and the verdict, as metrics.json has them.
 
-        There are no times in it, and equal queries give equal numbers. One identity alone has no interval: None.
+        Equal queries give equal numbers. A single identity has no interval: both bounds are None.
         """
         rows = self.rows.astype(object).where(self.rows.notna(), None).to_dict("index")
         names = {"before": "before_", "after": "after_", "difference": ""}
@@ -77,7 +77,7 @@ class Verdict:
 
 
 def verdict(queries) -> Verdict:
-    """Return whether the values after training differ from those before, by a paired bootstrap over identities.
+    """Compare each query's values before and after training, by a paired bootstrap over identities.
 
     Args:
         queries: a run, its folder, or the content of its queries.csv: a row per query with its `label` and, for each
@@ -103,8 +103,8 @@ def verdict(queries) -> Verdict:
 
 
 def show_verdict(run) -> None:
-    """Display the sentence, the bars and the table of a run, or why there is no verdict, in a notebook."""
-    from IPython.display import display  # the commands print the sentence and need no notebook
+    """Display in a notebook the sentence, the bars and the table of a run, or why there is no verdict."""
+    from IPython.display import display  # imported here: the commands need no notebook
 
     try:
         result = verdict(run)
@@ -117,7 +117,7 @@ def show_verdict(run) -> None:
 
 
 def spoken(metric: str) -> str:
-    """Return a metric as it is spoken of: recall@1 for recall1."""
+    """Return a metric's usual name: recall@1 for recall1."""
     return re.sub(r"^(recall|top)(\d+)$", r"\1@\2", str(metric))
 
 

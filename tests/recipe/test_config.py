@@ -11,6 +11,7 @@ from conftest import tiny_config
 from recnb import build_learner, build_loaders, build_model, load_config
 from recnb.data.images import DataError
 from recnb.recipe.reading import as_yaml, parse, read_yaml
+from recnb.recipe.schema import lookup
 from recnb.recipe.settings import GLOBAL
 from recnb.registry import ConfigError, suggest
 
@@ -145,6 +146,22 @@ def test_global_is_filled_up(config):
         load_config(config({"Global": None, "Arch.Head": ..., "Loss": {"Train": [{"SupConLoss": {}}]}}))["Global"]
         == GLOBAL
     )
+
+
+@pytest.mark.parametrize(
+    ("section", "given", "filled"),
+    [
+        ("AMP", {"level": "O2"}, ("use_amp", True)),
+        ("EMA", {}, ("decay", 0.9999)),
+        ("Retention", {"pull": 0.1}, ("batch_norm", "trained")),
+        ("Ladder", {"folds": 2}, ("minutes", 20.0)),
+        ("DataLoader.Validation", {"share": 0.2}, ("seed", 0)),
+    ],
+)
+def test_a_section_that_the_file_has_is_filled_up(config, section, given, filled):
+    cfg = lookup(load_config(config({section: given})), section)
+    assert cfg[filled[0]] == filled[1] and given.items() <= cfg.items()
+    assert lookup(load_config(config()), section) is None
 
 
 def test_a_configuration_shares_nothing_with_the_defaults(config):
@@ -435,6 +452,14 @@ def test_overrides_reach_any_place(config):
     assert cfg["Metric"]["Eval"] == [{"Recallk": {"topk": [1, 5]}}, {"mINP": {}}]
     assert cfg["DataLoader"]["Train"]["dataset"]["transform_ops"][1] == {"RandFlipImage": {"flip_code": 0}}
     assert cfg["Optimizer"]["lr"]["warmup_epoch"] == 1
+
+
+@pytest.mark.parametrize("first", ["Global.recipe", "Ladder.minutes"])
+def test_an_override_may_set_how_the_ladder_is_climbed_that_another_asks_for(config, first):
+    overrides = {"Global.recipe": "ladder", "Ladder.minutes": 5}
+    overrides = {first: overrides[first], **overrides}
+    assert load_config(config(), overrides)["Ladder"] == {"minutes": 5, "folds": None, "refit": True}
+    assert "there is no 'Ladder'" in refused(config(), {"Ladder.minutes": 5})
 
 
 def test_overrides_are_not_changed(config):

@@ -50,12 +50,12 @@ def test_each_finding_names_what_would_mend_it(config_file, key, value, mend):
 @pytest.mark.parametrize(
     ("ops", "mend"),
     [
-        ([{"RandomErasing": {}}, {"NormalizeImage": {}}], "move it behind NormalizeImage"),
+        ([{"RandomErasing": {}}, {"NormalizeImage": {}}], "move it after NormalizeImage"),
         ([{"NormalizeImage": {}}, {"RandomErasing": {"mean": [0.5, 0.5, 0.5]}}], "write mean: [0., 0., 0.]"),
         ([{"NormalizeImage": {}}, {"RandomErasing": {}}], None),
     ],
 )
-def test_erasing_belongs_behind_the_normalisation(config_file, ops, mend):
+def test_erasing_belongs_after_the_normalisation(config_file, ops, mend):
     found = mends(config_file({"DataLoader.Train.dataset.transform_ops": [{"ResizeImage": {"size": 32}}, *ops]}))
     assert found == ([mend] if mend else [])
 

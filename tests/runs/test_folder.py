@@ -1,5 +1,6 @@
 """Run folders: what cannot be true is refused, and what was moved opens where it is now."""
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -87,6 +88,14 @@ def test_a_moved_project_resumes_the_same_configuration(project):
     theirs["DataLoader"]["Train"]["dataset"]["image_root"] = str(project / "other")
     with pytest.raises(ConfigError, match="image_root: other -> data/images"):
         check_same(ours, theirs, Path("latest.pt"))
+
+
+def test_what_an_older_checkpoint_leaves_out_had_its_default(config_file):
+    sections = {"AMP": {"level": "O2"}, "Retention": {"pull": 0.1}, "DataLoader.Validation": {"share": 0.4}}
+    ours = resolved(load_config(config_file(sections)))
+    theirs = copy.deepcopy(ours) | {"AMP": {"level": "O2"}, "Retention": {"pull": 0.1}}
+    del theirs["DataLoader"]["Validation"]["seed"]
+    check_same(ours, theirs, Path("latest.pt"))
 
 
 def test_a_run_without_its_lists_and_images_opens_until_a_picture_is_asked_for(project):

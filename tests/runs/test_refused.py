@@ -167,7 +167,7 @@ def test_weights_that_have_changed_are_named(config_file, tmp_path):
 
     start(0)
     with pytest.raises(
-        ConfigError, match=r"belongs to other files \(Global.pretrained_model .*weights.pth: the weights are others"
+        ConfigError, match=r"belongs to other files \(Global.pretrained_model .*weights.pth: the weights have changed"
     ):
         start(1)
 

@@ -56,7 +56,7 @@ def test_warm_up_by_step_and_by_epoch():
 def test_cosine_ends_at_its_lowest_and_stays_there():
     rate = schedule(name="Cosine", learning_rate=0.4, eta_min=0.1)
     assert [rate(step) for step in (0, 30, 60, 90)] == pytest.approx([0.4, 0.25, 0.1, 0.1])
-    with pytest.raises(ConfigError, match=r"Optimizer\.lr\.epochs is 5, but behind the warm-up there are 10"):
+    with pytest.raises(ConfigError, match=r"Optimizer\.lr\.epochs is 5, but after the warm-up there are 10"):
         schedule(name="Cosine", learning_rate=0.4, warmup_epoch=2, epochs=5)
 
 
