@@ -1,7 +1,7 @@
 """What training costs here, as ratios to a bare loop, another pipeline and another library in the same process.
 
     python benchmarks/training.py               all parts, each in a process of its own; a JSON line for each result
-    python benchmarks/training.py step          one part: step, loader, kept, optimizer, or supcon
+    python benchmarks/training.py step          one part: step, loader, kept, memory, optimizer, or supcon
 
 Run it on an idle machine. notebooks/07_benchmark.ipynb runs the same and keeps the results under docs/benchmarks.
 """
@@ -40,6 +40,7 @@ from recnb.recipe.model import build_model
 from recnb.recipe.optimizer import build_optimizer
 from recnb.recipe.schema import load_config
 from recnb.training.adaptor import FastaiLoader
+from recnb.training.allocator import keep_freed_memory
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 MODEL = {
@@ -302,6 +303,34 @@ def kept(name: str = "resnet50", pixels: int = 224, batch: int = 4) -> dict:
     return {"part": "kept", "what": f"{name}, {pixels} px", "MB": found[0], "recomputed_MB": found[1]}
 
 
+def memory(name: str = "mobilenetv2_100", pixels: int = 160, batch: int = 64, steps: int = 7) -> dict:
+    """Milliseconds of a step on the CPU: as glibc gives memory back, with it kept, and with channels last, too."""
+    times = []
+    for kept_memory, layout in (
+        (False, torch.contiguous_format),
+        (True, torch.contiguous_format),
+        (True, torch.channels_last),
+    ):
+        if kept_memory:
+            keep_freed_memory(torch.device("cpu"))
+        model = create_backbone(name).train().to(memory_format=layout)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+        x, ends = torch.randn(batch, 3, pixels, pixels), []
+        for _ in range(steps):
+            model(x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            ends.append(time.perf_counter())
+        times.append(1e3 * median(np.diff(ends)))
+    return {
+        "part": "memory",
+        "what": f"{name}, {batch} x {pixels} px, AdamW, on the CPU",
+        "given_back_ms": times[0],
+        "kept_ms": times[1],
+        "kept_channels_last_ms": times[2],
+    }
+
+
 def optimizer(name: str = "AdamW", steps: int = 10) -> dict:
     """Milliseconds of an optimizer's step for the parameters of a ResNet-50, fused and as torch does it by default."""
     torch.set_num_threads(1)
@@ -338,6 +367,7 @@ def all_parts() -> list[dict]:
         ["loader"],
         ["kept", "resnet50"],
         ["kept", "vit_small_patch16_224"],
+        ["memory"],
         ["optimizer", "AdamW"],
         ["optimizer", "Momentum"],
         *(["supcon", which, str(rows)] for which, rows in sizes),
@@ -358,7 +388,7 @@ def main() -> None:
         for result in all_parts():
             print(json.dumps(result))
         return
-    parts = {"step": step, "loader": loader, "kept": kept, "optimizer": optimizer, "supcon": supcon}
+    parts = {"step": step, "loader": loader, "kept": kept, "memory": memory, "optimizer": optimizer, "supcon": supcon}
     args = [int(word) if word.isdigit() else word for word in words[1:]]
     print(json.dumps({**machine(), **parts[words[0]](*args)}))
 

@@ -50,7 +50,8 @@ def build_learner(cfg: dict, model: nn.Module, loaders: Loaders, run_dir: str | 
     plan = build_plan(cfg, loaders, Path(run_dir))
     with seeded(cfg["Global"]["seed"]):  # centres are drawn
         loss = build_loss(cfg, classes=loaders.classes, sizes=getattr(model, "sizes", None))
-    if cfg["Global"]["channels_last"]:
+    last = cfg["Global"]["channels_last"]
+    if device.type == "cpu" if last is None else last:
         model.to(memory_format=torch.channels_last)
     if cfg["Global"]["compile"]:
         model.compile()  # in place: the names of the weights stay

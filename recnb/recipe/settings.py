@@ -38,7 +38,8 @@ class Global:
         update_freq: how many batches make a step of the optimizer
         iter_per_epoch: steps in an epoch; the sampler's length where it is left out
         devices: how many processes, or `auto`: one for each GPU; see [](../devices.md)
-        channels_last: channels last in memory; faster on recent GPUs
+        channels_last: channels last in memory: convolutions are faster so on a CPU, where it is the default, and on
+            recent GPUs with half precision
         compile: `model.compile()`
         grad_cache: how many images the backbone computes at a time; see [](../performance.md)
         grad_checkpointing: compute blocks again in the backward pass, to save memory
@@ -79,7 +80,7 @@ class Global:
     update_freq: Count = 1
     iter_per_epoch: Count | None = None
     devices: Annotated[int, Range(1, 1024)] | Literal["auto"] = 1
-    channels_last: bool = False
+    channels_last: bool | None = None
     compile: bool = False
     grad_cache: Count | None = None
     grad_checkpointing: bool = False

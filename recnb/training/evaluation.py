@@ -27,6 +27,7 @@ from recnb.registry import Count, Registry
 from recnb.retrieval.metrics import DEFINITIONS, ranking_metrics, retrieval_metrics
 from recnb.retrieval.rerank import KReciprocal, alpha_query_expansion, database_augmentation, fit_whitening
 from recnb.storage import replacing
+from recnb.training.allocator import keep_freed_memory
 
 METRICS = Registry("metric")
 POST_PROCESS = Registry("post-processing step")
@@ -212,6 +213,7 @@ def embed(
     if kept and kept.exists():
         return torch.from_numpy(np.load(kept))
     device, training = next(model.parameters()).device, model.training
+    keep_freed_memory(device)
     model.eval()
     try:
         with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=amp):

@@ -32,6 +32,7 @@ from recnb.training.adaptor import (
     in_order,
     refused,
 )
+from recnb.training.allocator import keep_freed_memory
 from recnb.training.callbacks import PassLabels, RetrievalEvaluation
 from recnb.training.evaluation import DEFAULT_METRICS, Accuracy, Evaluation, Judge
 from recnb.training.fit import fit_config
@@ -92,6 +93,7 @@ class RetrievalLearner(Learner):
         if isinstance(metrics, Sequence) and not all(isinstance(name, str) for name in metrics):
             raise TypeError("metrics: give names, such as ['recall1', 'mAP'], or a Judge; a batch alone has no ranking")
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        keep_freed_memory(device)
         judge = Judge(metrics) if isinstance(metrics, Sequence) else metrics
         self.names = list(judge.names)
         self.tested = RetrievalEvaluation(loaders.test, judge) if loaders.test else None

@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from conftest import make, tiny_config
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from recnb.data.images import DataError
 from recnb.gallery.curves import history_figure
@@ -32,6 +32,7 @@ from recnb.storage import replacing
 from recnb.training import fit as training
 from recnb.training import loggers
 from recnb.training.adaptor import Callback
+from recnb.training.checkpoints import save_weights
 from recnb.training.evaluation import embed
 
 
@@ -69,7 +70,7 @@ def test_where_other_processes_train_an_epoch_is_a_new_row_of_the_history(config
         with replacing(history) as path:
             path.write_text("epoch\n1\n2\n")
         yield "epoch 2 of 2: train_loss 0.5\n"
-        save_file(learn.model.state_dict(), tmp_path / "model.safetensors")
+        save_weights(learn.model.state_dict(), tmp_path / "model.safetensors")
         yield "the model holds the weights of epoch 2\n"
 
     monkeypatch.setattr(training, "launch", launch)
@@ -403,17 +404,24 @@ def test_the_head_is_judged_with_the_averaged_weights(config_file, tmp_path):
     assert pd.read_csv(tmp_path / "history.csv").top1[best] == pytest.approx(accuracy(learn, "neck")["top1"])
 
 
-@pytest.mark.parametrize("key", ["channels_last", "grad_cache"])
-def test_memory_layout_and_chunks_change_no_more_than_rounding(config_file, tmp_path, key):
-    frozen = {"Global.epochs": 1, "Arch.freeze": ["backbone"]}
+@pytest.mark.parametrize(("key", "value"), [("channels_last", True), ("grad_cache", 3)])
+def test_memory_layout_and_chunks_change_no_more_than_rounding(config_file, tmp_path, key, value):
+    frozen = {"Global.epochs": 1, "Global.channels_last": False, "Arch.freeze": ["backbone"]}
     make(config_file, tmp_path / "plain", frozen).fit_config()
-    learn = make(config_file, tmp_path / key, {**frozen, f"Global.{key}": True if key == "channels_last" else 3})
+    learn = make(config_file, tmp_path / key, {**frozen, f"Global.{key}": value})
     learn.fit_config()
     plain, other = (load_file(tmp_path / run / "model.safetensors") for run in ("plain", key))
     torch.testing.assert_close(plain, other, rtol=1e-3, atol=1e-4)
     if key == "channels_last":
         weight = learn.model.backbone.model.layer1[0].conv1.weight
         assert weight.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(("given", "last"), [(None, True), (False, False)])
+def test_on_the_cpu_channels_are_last_unless_the_file_says_otherwise(config_file, tmp_path, given, last):
+    learn = make(config_file, tmp_path, {"Global.device": "cpu", "Global.channels_last": given})
+    weight = learn.model.backbone.model.layer1[0].conv1.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last) == last
 
 
 def test_images_may_be_blended_for_a_plain_classifier(config_file, tmp_path):
