@@ -17,6 +17,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 from recnb import build_learner, build_loaders, build_model
+from recnb.distributed import AverageGradients
 
 METHOD = "forkserver" if sys.platform == "linux" else "spawn"  # macOS's own libraries do not bear a fork
 SERVER = multiprocessing.get_context(METHOD)
@@ -43,6 +44,17 @@ def begin(rank: int, count: int, folder: str, work, args: tuple) -> None:
     dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=count)
     (Path(folder) / str(rank)).write_bytes(pickle.dumps(work(rank, *args)))
     dist.destroy_process_group()
+
+
+def follow(loss, parameters) -> None:
+    """Run the backward pass of a loss; the gradients of the parameters become the means over processes, if any run."""
+    if not dist.is_initialized():
+        return loss.backward()
+    average = AverageGradients()
+    average.begin([*parameters])
+    loss.backward()
+    average.finish()
+    average.close()
 
 
 def start(log: Path, work, *args) -> multiprocessing.Process:

@@ -9,7 +9,7 @@ __getattr__, __dir__, __all__ = lazily(
     __name__,
     {
         "processes": "processes ranks first_does gather everyone launch",
-        "gradients": "average_gradients copy_from_first share_batches",
+        "gradients": "AverageGradients copy_from_first share_batches",
         "rows": "PartialLogits sharded_weights step_by_rows",
     },
 )

@@ -8,16 +8,17 @@ otherwise its statistics are each process's own. The weights of sharded heads st
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from recnb.distributed.processes import all_rows, gather, ranks
+from recnb.distributed.processes import TIMEOUT, all_rows, gather, ranks
 
-BUCKET = 25 << 20  # bytes of gradients that travel at a time
+BUCKET, LAST = 25 << 20, 1 << 20  # bytes of gradients that travel at a time, and behind the backward pass
 
 
 def share_batches(model: nn.Module) -> None:
@@ -47,29 +48,81 @@ def keep_own_rows(norm: Any, args: tuple, output: Tensor) -> Tensor:
     return output[norm.own_rows] if norm.training and ranks()[1] > 1 else output
 
 
-def buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """The tensors in lists of one kind, each of about as many bytes as travel at a time."""
+def buckets(tensors: Iterable[Tensor], first: int | None = None) -> Iterator[list[Tensor]]:
+    """The tensors in lists of one kind, each of about as many bytes as travel at a time, or `first` of the first."""
+    limit = first or BUCKET
     held: dict[torch.dtype, list[Tensor]] = {}
     for tensor in tensors:
         bucket = held.setdefault(tensor.dtype, [])
         bucket.append(tensor)
-        if sum(t.numel() * t.element_size() for t in bucket) > BUCKET:
+        if sum(t.numel() * t.element_size() for t in bucket) > limit:
             yield held.pop(tensor.dtype)
+            limit = BUCKET
     yield from held.values()
 
 
-def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Make each gradient its mean over the processes; one that is missing here counts as 0.
+class AverageGradients:
+    """Makes each gradient its mean over the processes, and sends it while the backward pass still runs.
 
-    A sparse one has the same rows in all processes, and keeps them.
+    A bucket travels when all its gradients are there and the buckets before it are on their way: in one order, the
+    reverse of registration, however the gradients come. The last one is small, since nothing is computed meanwhile.
+    The process group is one of its own, since gathered features communicate in the backward pass too. A gradient that
+    is missing here counts as 0; a sparse one has the same rows in all processes, and keeps them.
     """
-    for p in (parameters := list(parameters)):
-        p.grad = torch.zeros_like(p) if p.grad is None else p.grad.coalesce() if p.grad.is_sparse else p.grad
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    for bucket in buckets(gradient.values() if gradient.is_sparse else gradient for gradient in gradients):
-        flat = torch.cat([gradient.flatten() for gradient in bucket]) / ranks()[1]
-        dist.all_reduce(flat)
-        write_back(flat, bucket)
+
+    def __init__(self) -> None:
+        self.group = dist.new_group(timeout=TIMEOUT)
+        self.buckets: list[list[Tensor]] = []
+        self.number: dict[Tensor, int] = {}  # of a parameter's bucket
+        self.hooks: list[RemovableHandle] = []
+        self.waiting, self.sent = False, []
+
+    def begin(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Take the next backward pass as the last one before the step: what gradients are then, is averaged."""
+        if self.number.keys() != set(parameters):
+            self.close()
+            self.buckets = [*buckets(parameters, LAST)][::-1]
+            self.number = {p: number for number, bucket in enumerate(self.buckets) for p in bucket}
+            self.hooks = [p.register_post_accumulate_grad_hook(self.arrived) for p in self.number]
+        self.missing, self.sent, self.waiting = [len(bucket) for bucket in self.buckets], [], True
+
+    def arrived(self, p: Tensor) -> None:
+        """Send what is complete with the gradient of this parameter."""
+        if not self.waiting:
+            return
+        if self.number[p] < len(self.sent):
+            raise RuntimeError("a gradient has come twice: of several processes, a batch has one backward pass")
+        self.missing[self.number[p]] -= 1
+        while len(self.sent) < len(self.buckets) and not self.missing[len(self.sent)]:
+            self.send(self.buckets[len(self.sent)])
+
+    def send(self, bucket: list[Tensor]) -> None:
+        """Start to sum the gradients of a bucket over the processes."""
+        for p in bucket:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad.coalesce() if p.grad.is_sparse else p.grad
+        found = [p.grad for p in bucket if p.grad is not None]
+        gradients = [gradient.values() if gradient.is_sparse else gradient for gradient in found]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        self.sent.append((flat, gradients, self.start(flat)))
+
+    def start(self, flat: Tensor) -> Any:
+        """Start to sum a vector over the processes; what is returned can be waited for."""
+        return dist.all_reduce(flat, group=cast(dist.ProcessGroup, self.group), async_op=True)
+
+    def finish(self) -> None:
+        """Send what is left, and wait until each gradient is its mean; all processes have to call it."""
+        for bucket in self.buckets[len(self.sent) :]:
+            self.send(bucket)
+        for flat, gradients, work in self.sent:
+            work.wait()
+            for gradient, part in zip(gradients, parts(flat, gradients), strict=True):
+                torch.div(part, ranks()[1], out=gradient)
+        self.sent, self.waiting = [], False
+
+    def close(self) -> None:
+        """Let go of the parameters."""
+        for hook in self.hooks:
+            hook.remove()
 
 
 def copy_from_first(tensors: Iterable[Tensor]) -> None:
@@ -78,10 +131,11 @@ def copy_from_first(tensors: Iterable[Tensor]) -> None:
         for bucket in buckets(tensors):
             flat = torch.cat([tensor.detach().flatten() for tensor in bucket])
             dist.broadcast(flat, 0)
-            write_back(flat, bucket)
+            for tensor, part in zip(bucket, parts(flat, bucket), strict=True):
+                tensor.copy_(part)
 
 
-def write_back(flat: Tensor, tensors: list[Tensor]) -> None:
-    """The tensors get their values from one long vector."""
-    for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
-        tensor.data.copy_(part.view_as(tensor))
+def parts(flat: Tensor, tensors: list[Tensor]) -> list[Tensor]:
+    """The parts of one long vector that stand for these tensors, in their shapes."""
+    sizes = [tensor.numel() for tensor in tensors]
+    return [part.view_as(tensor) for part, tensor in zip(flat.split(sizes), tensors, strict=True)]

@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+TIMEOUT = datetime.timedelta(minutes=30)  # of a process that waits for the others
+
 
 @contextlib.contextmanager
 def processes(device: str) -> Iterator[None]:
@@ -25,7 +27,7 @@ def processes(device: str) -> Iterator[None]:
     on_gpu = device != "cpu" and torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=datetime.timedelta(minutes=30))
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT)
     try:
         with contextlib.redirect_stdout(io.StringIO()) if ranks()[0] else contextlib.nullcontext():
             yield

@@ -165,7 +165,7 @@ def build_callbacks(
     before_recorder = [
         *callbacks_of(learn.model, plan.retention),
         Accumulate(schedule.update_freq) if schedule.update_freq > 1 else None,
-        Together() if several else None,
+        Together(schedule.update_freq) if several else None,
         Guard(schedule.skip_nonfinite, not scaled, state),  # ScaleLoss looks for gradients that overflow itself
         ScaleLoss(learn.dls.device) if scaled else None,
         average,

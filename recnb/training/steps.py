@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from recnb.distributed.gradients import average_gradients, copy_from_first
+from recnb.distributed.gradients import AverageGradients, copy_from_first
 from recnb.distributed.processes import ranks
 from recnb.distributed.rows import sharded_weights, split
 from recnb.training.adaptor import Callback, CancelBatchException, CancelStepException
@@ -20,7 +20,13 @@ from recnb.training.checkpoints import whole_states
 
 
 class Together(Callback):
-    """Keeps several processes at one: the first one's weights to begin with and its buffers, averaged gradients."""
+    """Keeps several processes at one: the first one's weights to begin with and its buffers, averaged gradients.
+
+    Gradients travel during the backward pass of the last batch of a step, summed over its `batches`.
+    """
+
+    def __init__(self, batches: int = 1):
+        self.batches = batches
 
     def own(self) -> list[nn.Parameter]:
         """Return the parameters that every process holds."""
@@ -30,12 +36,25 @@ class Together(Callback):
 
     def before_fit(self):
         copy_from_first([*self.own(), *self.model.buffers()])
+        self.average = AverageGradients()
+
+    def before_backward(self):
+        if ends_step(self, self.batches):
+            self.average.begin(self.own())
 
     def before_step(self):
-        average_gradients(self.own())
+        self.average.finish()
 
     def after_step(self):
         copy_from_first(self.model.buffers())
+
+    def after_fit(self):
+        self.average.close()
+
+
+def ends_step(callback: Callback, batches: int) -> bool:
+    """Return whether the optimizer steps behind this batch; the last batches of an epoch may be fewer."""
+    return (callback.iter + 1) % batches == 0 or callback.iter + 1 == callback.n_iter
 
 
 class Accumulate(Callback):
@@ -47,8 +66,8 @@ class Accumulate(Callback):
     def before_backward(self):
         self.learn.loss_grad = self.loss_grad / self.batches
 
-    def before_step(self):  # the last batches of an epoch may be fewer
-        if (self.iter + 1) % self.batches and self.iter + 1 < self.n_iter:
+    def before_step(self):
+        if not ends_step(self, self.batches):
             raise CancelBatchException
 
 

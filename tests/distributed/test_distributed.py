@@ -14,13 +14,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import run_notebook
-from processes import in_processes
+from processes import follow, in_processes
 from safetensors.torch import load_file
 from torch import nn
 
 from recnb.cli.train import main
 from recnb.data.loaders import divided
-from recnb.distributed.gradients import average_gradients, copy_from_first, share_batches
+from recnb.distributed.gradients import copy_from_first, share_batches
 from recnb.distributed.processes import joined
 from recnb.losses.combined import CELoss, CombinedLoss, SupConLoss
 from recnb.losses.memories import CenterLoss
@@ -56,10 +56,8 @@ def one_step(rank, count):
     """The gradients of all parameters, as numpy, of a process that sees its share of the batch."""
     model, loss, x, y = parts()
     own = slice(rank * 12 // count, (rank + 1) * 12 // count)
-    loss(model(x[own], y[own]), y[own]).backward()
     parameters = [*model.parameters(), *loss.parameters()]
-    if count > 1:
-        average_gradients(parameters)
+    follow(loss(model(x[own], y[own]), y[own]), parameters)
     return [p.grad.numpy() for p in parameters]
 
 
@@ -90,9 +88,7 @@ def sampled_steps(rank, count):
     own = slice(rank * 12 // count, (rank + 1) * 12 // count)
     for _ in range(2):
         optimizer.zero_grad()
-        CELoss(0.1)({"logits": head(x[own], y[own])}, y[own]).backward()
-        if count > 1:
-            average_gradients([head.weight])
+        follow(CELoss(0.1)({"logits": head(x[own], y[own])}, y[own]), [head.weight])
         optimizer.step()
     return [head.weight.detach().numpy(), optimizer.state[head.weight]["momentum_buffer"].numpy()]
 
@@ -123,9 +119,8 @@ def normalised_step(rank, count, synchronized=True, chunk=None):
     model.grad_cache = chunk
     own = slice(rank * 12 // count, (rank + 1) * 12 // count)
     value = loss(model(x[own], y[own]), y[own])
-    value.backward()
+    follow(value, model.parameters())
     if count > 1:
-        average_gradients(list(model.parameters()))
         dist.all_reduce(value.detach_())
     found = [value.detach() / count, *(p.grad for p in model.parameters()), *model.buffers()]
     return [tensor.numpy() for tensor in (*found, model.eval()(x)["features"].detach())]

@@ -7,10 +7,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from processes import in_processes
+from processes import follow, in_processes
 from torch import nn
 
-from recnb.distributed.gradients import average_gradients
 from recnb.distributed.processes import all_rows, gather, share
 from recnb.distributed.rows import PartialLogits, collect, draw_rows, merge, sharded_weights, split, step_by_rows
 from recnb.losses.combined import CELoss
@@ -64,9 +63,7 @@ def train(model, optimizer, batches):
     for x, y in batches:
         optimizer.zero_grad()
         values.append(LOSS(model(x, y), y))
-        values[-1].backward()
-        if dist.is_initialized():
-            average_gradients(model.backbone.parameters())
+        follow(values[-1], model.backbone.parameters())
         optimizer.step()
     return torch.stack(values).detach()
 
