@@ -77,6 +77,72 @@ class Excitation(nn.Layer):
         return x * self.gate(self.conv2(F.relu(self.conv1(x.mean([2, 3], keepdim=True)))))
 
 
+class Pooled(nn.Layer):
+    """A convolution, its activation and a pooling, as AlexNet names them."""
+
+    def __init__(self, *sizes):
+        super().__init__()
+        self._conv = nn.Conv2D(*sizes)
+
+    def forward(self, x):
+        return F.max_pool2d(F.relu(self._conv(x)), 3, 2)
+
+
+class AlexNet(nn.Layer):
+    """AlexNet: rows of channels in and out, kernel size, stride and padding."""
+
+    def __init__(self, class_num=1000):
+        super().__init__()
+        self._conv1, self._conv2 = Pooled(3, 64, 11, 4, 2), Pooled(64, 192, 5, 1, 2)
+        self._conv3, self._conv4 = nn.Conv2D(192, 384, 3, 1, 1), nn.Conv2D(384, 256, 3, 1, 1)
+        self._conv5, self.dropout = Pooled(256, 256, 3, 1, 1), nn.Dropout(0.5, mode="downscale_in_infer")
+        self._fc6, self._fc7, self._fc8 = nn.Linear(9216, 4096), nn.Linear(4096, 4096), nn.Linear(4096, class_num)
+
+    def features(self, x):
+        x = F.relu(self._conv4(F.relu(self._conv3(self._conv2(self._conv1(x))))))
+        x = F.relu(self._fc6(self.dropout(self._conv5(x).flatten(1))))
+        return F.relu(self._fc7(self.dropout(x)))
+
+    def forward(self, x):
+        return self._fc8(self.features(x))
+
+
+class ConvBlock(nn.Layer):
+    """Convolutions without a bias of a VGG, and a pooling."""
+
+    def __init__(self, channels, out, count):
+        super().__init__()
+        self.count = count
+        for i in range(1, count + 1):
+            setattr(self, f"conv{i}", nn.Conv2D(channels if i == 1 else out, out, 3, padding=1, bias_attr=False))
+
+    def forward(self, x):
+        for i in range(1, self.count + 1):
+            x = F.relu(getattr(self, f"conv{i}")(x))
+        return F.max_pool2d(x, 2, 2)
+
+
+class VGG19(nn.Layer):
+    """VGG of 19 layers."""
+
+    def __init__(self, class_num=1000):
+        super().__init__()
+        widths = [3, 64, 128, 256, 512, 512]
+        for i, count in enumerate((2, 2, 4, 4, 4)):
+            setattr(self, f"conv_block_{i + 1}", ConvBlock(widths[i], widths[i + 1], count))
+        self.dropout = nn.Dropout(0.5, mode="downscale_in_infer")
+        self.fc1, self.fc2, self.fc3 = nn.Linear(25088, 4096), nn.Linear(4096, 4096), nn.Linear(4096, class_num)
+
+    def features(self, x):
+        for i in range(1, 6):
+            x = getattr(self, f"conv_block_{i}")(x)
+        x = self.dropout(F.relu(self.fc1(x.flatten(1))))
+        return self.dropout(F.relu(self.fc2(x)))
+
+    def forward(self, x):
+        return self.fc3(self.features(x))
+
+
 class Separable(nn.Layer):
     """A depthwise and a pointwise convolution, under the names of PP-LCNet or MobileNetV1."""
 
@@ -337,11 +403,11 @@ class Block(nn.Layer):
 
 
 class ViT(nn.Layer):
-    """A vision transformer; `clip`: the one of CLIP, whose tokens are projected and averaged."""
+    """A vision transformer; `clip`: the one of CLIP, whose tokens are projected and averaged from `first` on."""
 
-    def __init__(self, patch=16, width=768, depth=12, heads=12, clip=False, conv_bias=True, size=224):
+    def __init__(self, patch=16, width=768, depth=12, heads=12, clip=False, conv_bias=True, size=224, first=1):
         super().__init__()
-        self.clip, epsilon = clip, 1e-5 if clip else 1e-6
+        self.clip, self.first, epsilon = clip, first, 1e-5 if clip else 1e-6
         self.patch_embed = Patches(patch, width, conv_bias)
         self.pos_embed = self.create_parameter([1, (size // patch) ** 2 + 1, width])
         self.cls_token = self.create_parameter([1, 1, width])
@@ -359,7 +425,7 @@ class ViT(nn.Layer):
         for block in self.blocks:
             x = block(x)
         x = self.norm(x)
-        return (x[:, 1:] @ self.proj).mean(1) if self.clip else x[:, 0]
+        return (x[:, self.first :] @ self.proj).mean(1) if self.clip else x[:, 0]
 
     def forward(self, x):
         return self.features(x) if self.clip else self.head(self.features(x))

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-FLAT = {"stop": "flatten"}
+FLAT, CLIP = {"stop": "flatten"}, ("base_patch16", "large_patch14")
 # What a network is called: its options here, and the side of the images.
 BACKBONES = {
     "ResNet50": (FLAT, 96),
@@ -29,7 +29,9 @@ BACKBONES = {
     "MobileNetV3_small_x1_0": (FLAT, 96),
     "SwinTransformer_tiny_patch4_window7_224": (FLAT, 224),
     "ViT_base_patch16_224": (FLAT, 224),
-    "CLIP_vit_base_patch16_224": ({"return_embed": True, "return_mean_embed": True}, 224),
+    **{f"CLIP_vit_{size}_224": ({"return_embed": True, "return_mean_embed": True}, 224) for size in CLIP},
+    "AlexNet": (FLAT, 224),
+    "VGG19": (FLAT, 224),
 }
 # Whole models: the backbone, the neck with its sizes, and the head for 7 classes.
 RECMODELS = {
@@ -57,6 +59,10 @@ def original(name):
         "SwinTransformer_tiny_patch4_window7_224": lambda: networks.Swin(),
         "ViT_base_patch16_224": lambda: networks.ViT(),
         "CLIP_vit_base_patch16_224": lambda: networks.ViT(clip=True, conv_bias=False),
+        # The mean of the large one has the class token in it.
+        "CLIP_vit_large_patch14_224": lambda: networks.ViT(14, 1024, 24, 16, clip=True, conv_bias=False, first=0),
+        "AlexNet": lambda: networks.AlexNet(),
+        "VGG19": lambda: networks.VGG19(),
     }[name]()
 
 

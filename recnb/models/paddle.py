@@ -10,6 +10,7 @@ from __future__ import annotations
 import pickle
 import re
 from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from recnb.models.cutting import Cut, classifiers, first_line, kind
+from recnb.registry import ConfigError
 
 NUMBERS = ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "b1")
 BOTTLENECK = {**{f"conv{i}.conv": f"conv{i + 1}" for i in range(3)}, **{f"conv{i}.bn": f"bn{i + 1}" for i in range(3)}}
@@ -65,6 +67,8 @@ FAMILIES = {
     r"PPLCNet_|lcnet_|mobilenetv1_|MobileNetV3_": MOBILE,
     r"swin_": {"head": "head.fc", **{f"layers.{i}.downsample": f"layers.{i + 1}.downsample" for i in range(3)}},
     r"vit_": {"ln_pre": "norm_pre", "head.fc_head": "head"},
+    r"alexnet$": {"_fc6": "classifier.1", "_fc7": "classifier.4", "_fc8": "classifier.6"},
+    r"vgg\d+$": {"fc1": "pre_logits.fc1", "fc2": "pre_logits.fc2", "fc3": "head.fc"},
 }
 GEARS = {
     "neck.feat_bn": "neck.bn",
@@ -75,11 +79,19 @@ GEARS = {
     "head.batch_std": "head.std",
 }
 STATISTICS = {"_mean": "running_mean", "_variance": "running_var"}
+# Layers before the last whose input a dropout thins out, and that dropout.
+THINNED = {
+    "classifier.1.weight": "classifier.0",
+    "classifier.4.weight": "classifier.3",
+    "pre_logits.fc2.weight": "pre_logits.drop",
+}
+# Convolutions that have a bias here and none in the original.
+WITHOUT_BIAS = re.compile(r"(vgg\d+ features\.\d+|\S+ conv_head)\.bias")
 # What follows from other tensors of the file, and has no place here.
 DERIVED = re.compile(r"(^|\.)(relative_position_(index|bias)|attn_mask|dw_conv\.(weight|bias))$|^head\.t$")
 THEIR_BLOCK, OWN_BLOCK = (
-    re.compile(r"(blocks\d*\.\d+|last_second_conv)\."),
-    re.compile(r"((layer\d|blocks\.\d)\.\d+)\."),
+    re.compile(r"(blocks\d*\.\d+|last_second_conv|conv_block_\d\.conv\d|_conv\d(\._conv)?)\."),
+    re.compile(r"((layer\d|blocks\.\d|features)\.\d+)\."),
 )
 
 
@@ -130,7 +142,7 @@ def read_pdparams(path: str | Path) -> dict[str, np.ndarray]:
     """Return the arrays of a file that paddle.save has written, by the original's names; nothing in it is run.
 
     Raises:
-        ValueError: The file cannot be read, asks for something else than arrays, or holds something else.
+        ConfigError: The file cannot be read, asks for something else than arrays, or holds something else.
     """
     try:
         with Path(path).open("rb") as file:
@@ -146,7 +158,7 @@ def read_pdparams(path: str | Path) -> dict[str, np.ndarray]:
             raise ValueError(f"'{name}' is a {type(arrays[name]).__name__}, no array")
         return {str(name): array.value for name, array in arrays.items()}
     except Exception as error:  # each kind of broken file fails in its own way
-        raise ValueError(f"'{path}' cannot be read as weights of Paddle: {first_line(error)}") from error
+        raise ConfigError(f"'{path}' cannot be read as weights of Paddle: {first_line(error)}") from error
 
 
 def converted(arrays: dict[str, np.ndarray], model: Any) -> dict[str, Tensor]:
@@ -157,14 +169,24 @@ def converted(arrays: dict[str, np.ndarray], model: Any) -> dict[str, Tensor]:
         model: a backbone that is not cut, a RecModel or a DistillationModel, whose names and shapes they shall have.
 
     Raises:
-        ValueError: The backbone is none whose names in the original are known here.
+        ConfigError: The backbone is none whose names in the original are known here.
     """
     if isinstance(getattr(model, "models", None), nn.ModuleDict):
-        parts = [(f"models.{name}.", below(arrays, name), part) for name, part in model.models.items()]
         found = {name: _tensor(name, a) for name, a in arrays.items() if name.split(".")[0] not in model.models}
-        return found | {f"{where}{name}": t for where, own, part in parts for name, t in converted(own, part).items()}
-    if not hasattr(model, "backbone"):
-        return _backbone(below(arrays, "backbone") or arrays, model)
+        for part, own in model.models.items():
+            found |= {f"models.{part}.{name}": t for name, t in converted(below(arrays, part), own).items()}
+        return found
+    if hasattr(model, "backbone"):
+        return _recmodel(arrays, model)
+    return _backbone(below(arrays, "backbone") or arrays, model)
+
+
+def below(arrays: dict[str, np.ndarray], part: str) -> dict[str, np.ndarray]:
+    """Return the arrays of a part, by their names in it."""
+    return {name.removeprefix(f"{part}."): array for name, array in arrays.items() if name.startswith(f"{part}.")}
+
+
+def _recmodel(arrays: dict[str, np.ndarray], model: Any) -> dict[str, Tensor]:
     backbone, where = model.backbone, "backbone."
     if isinstance(backbone, Cut):
         backbone, where = backbone.model, "backbone.model."
@@ -177,11 +199,6 @@ def converted(arrays: dict[str, np.ndarray], model: Any) -> dict[str, Tensor]:
     if getattr(model.backbone, "layer", "") == "" and not last:
         _shrink(found, model, _kept(backbone))
     return found
-
-
-def below(arrays: dict[str, np.ndarray], part: str) -> dict[str, np.ndarray]:
-    """Return the arrays of a part, by their names in it."""
-    return {name.removeprefix(f"{part}."): array for name, array in arrays.items() if name.startswith(f"{part}.")}
 
 
 def _renamed(name: str, rules: dict[str, str]) -> str:
@@ -198,26 +215,33 @@ def _tensor(name: str, array: np.ndarray) -> Tensor:
 def _backbone(arrays: dict[str, np.ndarray], model: Any) -> dict[str, Tensor]:
     rules = next((rules for pattern, rules in FAMILIES.items() if re.match(pattern, kind(model))), None)
     if rules is None:
-        raise ValueError(f"the names that the original's weights have are not known for {kind(model)}")
-    own = model.state_dict()
-    given = {_renamed(name, rules): _tensor(name, a) for name, a in arrays.items() if not DERIVED.search(name)}
+        raise ConfigError(f"the names that the original's weights have are not known for {kind(model)}")
+    named = {name.replace(".origin_layer.", "."): a for name, a in arrays.items() if not DERIVED.search(name)}
+    own, last = model.state_dict(), next(iter(classifiers(model)), "")
+    found = _in_blocks({_renamed(name, rules): _tensor(name, array) for name, array in named.items()}, own)
+    if re.match("vit_", kind(model)):
+        _transformer(found, model)
+    if f"{last}.0.weight" in own:  # something stands behind the last layer
+        found = {re.sub(rf"^{last}\.", f"{last}.0.", name): tensor for name, tensor in found.items()}
+    for name in {f"{last}.weight", f"{last}.0.weight"} & found.keys():
+        found[name] = found[name] * _kept(model)
+    for name in THINNED.keys() & found.keys() & own.keys():
+        found[name] = found[name] * (1 - model.get_submodule(THINNED[name]).p)
+    for name in (name for name in found.keys() & own.keys() if name.startswith("pre_logits.")):
+        found[name] = found[name].reshape(own[name].shape)  # a VGG's linear layers are convolutions here
+    zeros = {name: torch.zeros_like(own[name]) for name in own if WITHOUT_BIAS.fullmatch(f"{kind(model)} {name}")}
+    return zeros | found
+
+
+def _in_blocks(given: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under the names that a model's own blocks have, the first of theirs in the first, and so on."""
     theirs = {match[1] for name in given if (match := THEIR_BLOCK.match(name))}
     numbers = sorted(theirs, key=lambda block: [int(number) for number in re.findall(r"\d+", block)] or [99])
     blocks = dict(zip(numbers, dict.fromkeys(m[1] for name in own if (m := OWN_BLOCK.match(name))), strict=False))
-    found = {
+    return {
         f"{blocks[m[1]]}.{name[m.end() :]}" if (m := THEIR_BLOCK.match(name)) and m[1] in blocks else name: tensor
         for name, tensor in given.items()
     }
-    if re.match("vit_", kind(model)):
-        _transformer(found, model)
-    last = next(iter(classifiers(model)), "")
-    if f"{last}.0.weight" in own:  # something stands behind the last layer
-        found = {re.sub(rf"^{last}\.", f"{last}.0.", name): tensor for name, tensor in found.items()}
-    if "conv_head.weight" in found and "conv_head.bias" in own:  # the original's has none
-        found.setdefault("conv_head.bias", torch.zeros_like(own["conv_head.bias"]))
-    for name in {f"{last}.weight", f"{last}.0.weight"} & found.keys():
-        found[name] = found[name] * _kept(model)
-    return found
 
 
 def _transformer(found: dict[str, Tensor], model: Any) -> None:
@@ -235,7 +259,7 @@ def _kept(model: Any) -> float:
 
     In evaluation the original multiplies by it, torch does not: what reads the features has to be so much smaller.
     """
-    if not re.match("PPLCNet|lcnet_|MobileNetV3_", kind(model)):
+    if not re.match("PPLCNet|lcnet_|MobileNetV3_|vgg", kind(model)):
         return 1.0
     return 1 - getattr(getattr(model, "dropout", None), "p", getattr(model, "drop_rate", 0.0))
 

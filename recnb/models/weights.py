@@ -73,21 +73,31 @@ def local(source: str | Path) -> Path:
     return path
 
 
-def _read_weights(path: str | Path, model: nn.Module) -> dict[str, torch.Tensor]:
-    if not Path(path).is_file():
-        raise ValueError(f"there is no weights file '{path}': {LOCAL_WEIGHTS}; True takes the library's from its hub")
-    if str(path).endswith(".pdparams"):
-        return converted(read_pdparams(path), model)
+def read_tensors(path: Path, model: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors of a .safetensors, .pdparams or weights-only torch file, by the names they have in a model.
+
+    They may stand under 'state_dict' or 'model', as in a checkpoint, and begin with 'module.'.
+
+    Raises:
+        ValueError: The file is damaged, reading it could run code, or it is Paddle's, of a backbone not known there.
+    """
     try:
-        safe = str(path).endswith(".safetensors")
-        state = read_weights(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
+        if path.suffix == ".pdparams":
+            return converted(read_pdparams(path), model)
+        state = read_weights(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+    except UnpicklingError as error:
+        raise ValueError(
+            f"{path} cannot be read as a file of weights: it is damaged, or holds other things than tensors, which are "
+            "not read since that could run code; save a state_dict, best as .safetensors"
+        ) from error
+    except ConfigError:
+        raise
     except Exception as error:  # each kind of broken file fails in its own way
-        raise ValueError(f"'{path}' cannot be read as a file of weights: {first_line(error)}") from error
+        raise ValueError(f"{path} cannot be read as a file of weights: {first_line(error)}") from error
     for wrapper in ("state_dict", "model"):
-        state = state.get(wrapper, state) if isinstance(state, dict) else state
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise ValueError(f"'{path}' holds no state dict, bare or under 'state_dict' or 'model'")
-    return {name.removeprefix("module."): value for name, value in state.items()}
+        state = state.get(wrapper, state) if isinstance(state, dict) else {}
+    named = state.items() if isinstance(state, dict) else ()
+    return {name.removeprefix("module."): value for name, value in named if isinstance(value, Tensor)}
 
 
 def _load(model: nn.Module, path: str | Path, strict: bool = True) -> list[str]:
@@ -95,7 +105,11 @@ def _load(model: nn.Module, path: str | Path, strict: bool = True) -> list[str]:
 
     Other tensors without a place, or places without a tensor, are an error unless `strict` is False.
     """
-    read = _read_weights(path, model)
+    if not Path(path).is_file():
+        raise ValueError(f"there is no weights file '{path}': {LOCAL_WEIGHTS}; True takes the library's from its hub")
+    read = read_tensors(Path(path), model)
+    if not read:
+        raise ValueError(f"'{path}' holds no state dict, bare or under 'state_dict' or 'model'")
     given = {name: value for name, value in read.items() if not name.endswith("num_batches_tracked")}
     own = {name: value for name, value in model.state_dict().items() if not name.endswith("num_batches_tracked")}
     wrong = {
@@ -130,8 +144,11 @@ def load_weights(
     Raises:
         ConfigError: The file cannot be read, nothing in it fits, or, with `strict`, not all of it.
     """
-    path = local(path)
-    state, own = _tensors(path, model, where), model.state_dict()
+    path, own = local(path), model.state_dict()
+    try:
+        state = read_tensors(path, model)
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}") from error
     fitting = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
     if not fitting:
         first = [next((f"{k} {tuple(v.shape)}" for k, v in tensors.items()), "no tensor") for tensors in (state, own)]
@@ -150,25 +167,6 @@ def load_weights(
     model.load_state_dict(fitting, strict=False)
     left = f"; left as they were: {', '.join(others[:5])}{' ...' if len(others) > 5 else ''}" if others else ""
     return f"{path}: {len(fitting)} of the model's {len(own)} tensors loaded{left}"
-
-
-def _tensors(path: Path, model: nn.Module, where: str) -> dict[str, Tensor]:
-    """The tensors of a file, under the names they have in the model; raises ConfigError where it cannot be read."""
-    try:
-        if path.suffix == ".pdparams":
-            return converted(read_pdparams(path), model)
-        state = read_weights(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    except UnpicklingError as error:
-        raise ConfigError(
-            f"{where}: {path} holds other things than tensors, and is not read since "
-            "that could run code; save a state_dict, best as .safetensors"
-        ) from error
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from error
-    except Exception as error:  # a broken file can fail in any way
-        raise ConfigError(f"{where}: {path} cannot be read as weights: {first_line(error)}") from error
-    state = state.get("model", state) if isinstance(state, dict) else {}
-    return {k: v for k, v in state.items() if isinstance(v, Tensor)} if isinstance(state, dict) else {}
 
 
 def interpolate(start: dict[str, Tensor], trained: dict[str, Tensor], alpha: float) -> dict[str, Tensor]:

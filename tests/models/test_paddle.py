@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torchvision.models import alexnet
 
 from recnb import build_model, load_config
 from recnb.cli.main import main
@@ -273,6 +274,61 @@ def test_transformers():
     assert found.keys() == swin.state_dict().keys() and all(torch.equal(found[key], own[key]) for key in own)
 
 
+def narrow_alexnet():
+    """AlexNet with linear layers of 8 in place of 4,096, and the original's arrays for it."""
+    with torch.device("meta"):
+        model = alexnet()
+    for place, sizes in ((1, (9216, 8)), (4, (8, 8)), (6, (8, 5))):
+        model.classifier[place] = torch.nn.Linear(*sizes)
+    model.default_cfg = {"architecture": "alexnet", "classifier": "classifier.6"}
+    shapes = [own.shape for name, own in model.state_dict().items() if name.startswith("features") and own.dim() == 4]
+    arrays = {}
+    for i, (out, channels, size, _) in enumerate(shapes, 1):
+        name = f"_conv{i}" if i in (3, 4) else f"_conv{i}._conv"
+        arrays |= {f"{name}.weight": numbers(out, channels, size, size), f"{name}.bias": numbers(out)}
+    return model, arrays | linear("_fc6", 9216, 8) | linear("_fc7", 8, 8) | linear("_fc8", 8, 5)
+
+
+def narrow_vgg():
+    """VGG19Sigmoid with 40 in place of 4,096 behind its maps, and the original's arrays for it."""
+    options = {"class_num": 5, "mlp_ratio": 0.01, "input_size": (3, 32, 32)}
+    model, arrays = create_backbone("VGG19Sigmoid", **options).model, {}
+    for block, (width, depth) in enumerate(zip((64, 128, 256, 512, 512), (2, 2, 4, 4, 4), strict=True), 1):
+        for i in range(1, depth + 1):
+            channels = width if i > 1 else (3, 64, 128, 256, 512)[block - 1]
+            arrays[f"conv_block_{block}.conv{i}.weight"] = numbers(width, channels, 3, 3)
+    layers = linear("fc1", 25088, 40) | linear("fc2", 40, 4096) | linear("fc3.origin_layer", 4096, 5)
+    return model, arrays | layers
+
+
+@pytest.mark.parametrize(
+    ("make", "shares", "maps"),
+    [
+        (narrow_alexnet, {"_fc6": 0.5, "_fc7": 0.5, "_fc8": 1.0}, (2, 256, 6, 6)),
+        (narrow_vgg, {"fc1": 1.0, "fc2": 0.5, "fc3.origin_layer": 0.5}, (2, 512, 7, 7)),
+    ],
+)
+def test_linear_layers_read_what_a_dropout_made_smaller_in_the_original(make, shares, maps):
+    model, arrays = make()
+    own, found = model.state_dict(), converted(arrays, model)
+    assert {key: value.shape for key, value in found.items()} == {key: value.shape for key, value in own.items()}
+    model.load_state_dict(found, assign=True)
+    theirs = [array for name, array in arrays.items() if "conv" in name and name.endswith("weight")]
+    ours = [layer for layer in model.features if isinstance(layer, torch.nn.Conv2d)]
+    for layer, array in zip(ours, theirs, strict=True):
+        assert torch.equal(layer.weight, torch.from_numpy(array)) and layer.bias.any() == (make is narrow_alexnet)
+    given = torch.from_numpy(numbers(*maps))
+    x = given.flatten(1)
+    for name, share in shares.items():
+        x = share * x @ torch.from_numpy(arrays[f"{name}.weight"]) + torch.from_numpy(arrays[f"{name}.bias"])
+        x = x if name == [*shares][-1] else x.relu()
+    model.eval()
+    if make is narrow_vgg:
+        model.head.fc = model.head.fc[0]  # without the sigmoid
+    outputs = model.classifier(given.flatten(1)) if make is narrow_alexnet else model.head(model.pre_logits(given))
+    torch.testing.assert_close(outputs, x, rtol=1e-3, atol=1e-2)
+
+
 def test_neck_and_head_of_a_whole_model_read_features_that_were_smaller_in_the_original():
     model = RecModel(
         create_backbone("PPLCNet_x0_25", stop="flatten", input_size=(3, 32, 32)),
@@ -323,8 +379,8 @@ def test_what_does_not_fit_is_named_unless_it_may(tmp_path):
     with pytest.raises(ValueError, match=words):
         create_backbone("ResNet50", pretrained=path, input_size=(3, 32, 32))
     create_backbone("ResNet50", pretrained=path, input_size=(3, 32, 32), strict=False, stop="flatten")
-    with pytest.raises(ValueError, match="not known for alexnet"):
-        create_backbone("AlexNet", pretrained=path, class_num=5)
+    with pytest.raises(ValueError, match="not known for densenet121"):
+        create_backbone("DenseNet121", pretrained=path, class_num=5, input_size=(3, 32, 32))
 
 
 def test_weights_behind_a_url_are_downloaded_or_a_sentence_says_why_not(tmp_path, monkeypatch):
