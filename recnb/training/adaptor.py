@@ -158,5 +158,7 @@ class FastaiLoader:
         workers = {} if len(items) > self.bs else {"num_workers": 0, "prefetch_factor": None}
         return FastaiLoader(over(self.loader, Items(items, show), persistent_workers=False, **workers), self.device)
 
+    show_batch = refused("show_batch", "recnb.gallery.augmentation_figure(learn.loaders.train) shows images in pairs")
+
     def one_batch(self) -> tuple[Tensor, Tensor]:
         return next(iter(self))

@@ -1,8 +1,8 @@
-"""The fastai Learner for retrieval: labels reach the head, evaluation retrieves, and everything of fastai still works.
+"""The fastai Learner for retrieval: labels reach the head, and evaluation retrieves.
 
-The head's
-weights live in the model, so they are optimised, frozen, saved and distributed with it. `learn.fit`, `fit_one_cycle`,
-`lr_find`, `freeze`, `validate`, `get_preds` are fastai's; `learn.fit_config` follows the plan of a configuration.
+The head's weights live in the model, so they are optimised, frozen, saved and distributed with it. `learn.fit`,
+`fit_one_cycle`, `lr_find`, `freeze`, `validate`, `get_preds` are fastai's, and what of fastai has no meaning here says
+what to use instead. `learn.fit_config` follows the plan of a configuration.
 """
 
 from __future__ import annotations
@@ -61,13 +61,29 @@ class RunLoss(nn.Module):
 
 
 class RetrievalLearner(Learner):
-    """A fastai Learner over `Loaders`, a RecModel and a loss `(out, y) -> scalar`.
+    """A fastai Learner over `Loaders`, a RecModel and a loss.
 
-    `optimizer` makes a torch optimizer from `(groups, lr)`, the groups being those of `splitter(model, loss)`: the
-    backbone's, then the others', so that `freeze()` trains the latter and `slice(lr)` spreads over both. `metrics` are
-    keys of `retrieval_metrics`, or a `Judge` or what is called like one. `mix` is a batch transform
-    `(x, y) -> (x, soft labels)` for training. `plan` is what `fit_config` follows. Epochs are evaluated on the
-    validation lists where the loaders have any, and otherwise on the test lists, which `evaluate` always takes.
+    Epochs are evaluated on the validation lists where the loaders have any, and otherwise on the test lists, which
+    `evaluate` always takes.
+
+    Args:
+        loaders: of the training, test and validation images.
+        model: `(x, y) -> dict` of outputs, with a part `backbone`.
+        loss: `(out, y) -> scalar`.
+        eval_loss: of the evaluated identities, where it has a meaning for them; None: none is shown.
+        optimizer: makes a torch optimizer of (groups, lr).
+        metrics: keys of `retrieval_metrics`, or a `Judge` or what is called like one.
+        device: None: a GPU where there is one.
+        path: the folder that fastai writes below.
+        cbs: callbacks of fastai.
+        splitter: `splitter(model, loss)` gives the groups; None: the backbone's, then the others', so that `freeze()`
+            trains the latter and `slice(lr)` spreads over both.
+        mix: a batch transform `(x, y) -> (x, soft labels)` for training.
+        plan: what `fit_config` follows.
+        **kwargs: go to fastai's Learner.
+
+    Raises:
+        TypeError: An argument of fastai's has no meaning here; the message says what serves in its place.
     """
 
     first_epoch, first_batch = 0, 0  # where a resumed fit begins
@@ -112,15 +128,15 @@ class RetrievalLearner(Learner):
             cbs=in_order([PassLabels(), self.watched], TrainEvalCallback.order + 1),
             **kwargs,
         )
+        self.loaders, self.mix, self.plan, self.test_loader = loaders, mix, plan, held[-1] if self.tested else None
         self.remove_cb(FastaiRecorder)
         self.add_cbs([Recorder(), *cbs])
-        self.loaders, self.mix, self.plan, self.test_loader = loaders, mix, plan, held[-1] if self.tested else None
 
     def fit_config(self, on_epoch: Callable[[], object] | None = None) -> None:
         """Train as the plan says, going on behind the last checkpoint where the run folder holds one.
 
         Args:
-            on_epoch: Called after each epoch, when its row stands in history.csv: to draw the curves anew.
+            on_epoch: called after each epoch, when its row stands in history.csv: to draw the curves anew.
 
         Raises:
             ValueError: The learner has no plan.
@@ -150,6 +166,8 @@ class RetrievalLearner(Learner):
         cb = cb() if isinstance(cb, type) else cb
         if (name := type(cb).__name__) in INSTEAD:
             raise TypeError(f"{name}: {INSTEAD[name]}")
+        if name == "CSVLogger" and self.plan is not None and str(cb.fname) == "history.csv":
+            raise TypeError("CSVLogger: a run keeps history.csv itself; give another fname")
         if isinstance(cb, TrackerCallback) and cb.monitor == "valid_loss" and self.loss_func.eval_loss is None:
             if self.watched is None:
                 raise ValueError(f"{name}: nothing is evaluated; give the loaders query and gallery, or monitor=...")
@@ -160,7 +178,7 @@ class RetrievalLearner(Learner):
         """Return the features (N, D) of pictures, which are shown to the model as evaluation shows its own.
 
         Args:
-            items: Paths, PIL images, or uint8 arrays (H, W, 3).
+            items: paths, PIL images, or uint8 arrays (H, W, 3).
 
         Raises:
             ValueError: There is no evaluation, or it reads features and not images.

@@ -12,8 +12,10 @@ import torch
 from conftest import ROOT
 from fastai.callback.core import Callback
 from fastai.callback.mixup import CutMix, MixUp
-from fastai.callback.progress import ShowGraphCallback
+from fastai.callback.progress import CSVLogger, ShowGraphCallback
 from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, SaveModelCallback
+from fastai.callback.training import GradientAccumulation, GradientClip
+from fastai.interpret import Interpretation
 from fastai.metrics import accuracy
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -41,6 +43,12 @@ from recnb.training.learner import RetrievalLearner
 def learn(config_file, tmp_path):
     cfg = load_config(config_file())
     return build_learner(cfg, build_model(cfg), build_loaders(cfg), tmp_path / "run")
+
+
+CALLBACKS = (
+    *(SaveModelCallback, EarlyStoppingCallback, ReduceLROnPlateau, ShowGraphCallback, MixUp, CutMix),
+    *(GradientAccumulation, GradientClip, CSVLogger),
+)
 
 
 def weights(module) -> torch.Tensor:
@@ -108,12 +116,17 @@ def test_the_table_of_the_docs_says_what_of_fastai_works(learn):
     tried = {
         "learn.dls.test_dl(items)": lambda: learn.dls.test_dl([item]),
         "learn.get_preds(dl=dl)": lambda: learn.get_preds(dl=learn.dls.test_dl([item])),
+        "learn.get_preds(with_input=True)": lambda: learn.get_preds(with_input=True),
         "learn.get_preds(with_loss=True)": lambda: learn.get_preds(with_loss=True),
+        "Interpretation.from_learner(learn)": lambda: Interpretation.from_learner(learn),
+        "learn.dls.show_batch()": lambda: learn.dls.show_batch(),
         "learn.summary()": learn.summary,
-        **{
-            f"{kind.__name__}()": lambda kind=kind: learn.fit(1, 1e-4, cbs=kind())
-            for kind in (SaveModelCallback, EarlyStoppingCallback, ReduceLROnPlateau, ShowGraphCallback, MixUp, CutMix)
-        },
+        "learn.fine_tune(1)": lambda: learn.fine_tune(1),
+        "learn.fit_flat_cos(1)": lambda: learn.fit_flat_cos(1),
+        "learn.fit_sgdr(1, 1)": lambda: learn.fit_sgdr(1, 1),
+        **{f"{kind.__name__}()": lambda kind=kind: learn.fit(1, 1e-4, cbs=kind()) for kind in CALLBACKS},
+        'CSVLogger(fname="mine.csv")': lambda: learn.fit(1, 1e-4, cbs=CSVLogger(fname="mine.csv")),
+        "learn.to_bf16()": lambda: learn.to_bf16().to_fp32(),
         "learn.to_fp16()": lambda: learn.to_fp16().to_fp32(),
         "opt_func=Adam": lambda: other(opt_func=torch.optim.Adam),
         "loss_func=f": lambda: other(loss_func=torch.nn.functional.cross_entropy),
