@@ -23,9 +23,12 @@ LOSSES = Registry("loss", beside={"weight": float})
 
 @LOSSES.register
 class CELoss(nn.Module):
-    """Cross entropy of `logits` (B, class_num), averaged; `epsilon` smooths the labels: (1 - epsilon) + epsilon / C.
+    """Cross entropy of `logits` (B, class_num), averaged.
 
     PartialLogits, of classes drawn or divided over ranks, say themselves which of their columns a row's class is.
+
+    Args:
+        epsilon: smooths the labels: (1 - epsilon) + epsilon / class_num for the own class.
     """
 
     needs_logits, of_each_image = True, True
@@ -92,8 +95,6 @@ class SupConLoss(nn.Module):
         chunk: rows of the matrix of similarities (B, B) in memory at a time, by default all.
     """
 
-    needs_logits = False
-
     def __init__(
         self,
         views: int = 16,
@@ -136,11 +137,18 @@ def first_rows(y: Tensor) -> Tensor:
 
 
 class CombinedLoss(nn.Module):
-    """The weighted sum of (weight, loss) pairs.
+    """The weighted sum of several losses.
 
-    `names` tells the terms apart (a second SupConLoss is SupConLoss_2) and `terms` holds the last value of each,
-    before weighting, detached. Of several processes, each averages the losses `of_each_image` over its own batch; the
-    others see the images of all. `needs_logits` says whether any term does; a term that says nothing does not.
+    Of several processes, each averages the losses `of_each_image` over its own batch; the others see the images of all.
+
+    Args:
+        weighted: pairs of a weight and a loss.
+        kinds: what the losses are called; None: by their classes.
+
+    Attributes:
+        names: tell the terms apart (a second SupConLoss is SupConLoss_2).
+        terms: the last value of each by its name, before weighting, detached.
+        needs_logits: whether any term does; a term that says nothing does not.
     """
 
     def __init__(self, weighted: list[tuple[float, nn.Module]], kinds: list[str] | None = None):

@@ -17,7 +17,16 @@ DISTANCES = {"l2": F.mse_loss, "l1": F.l1_loss, "smooth_l1": F.smooth_l1_loss}
 
 
 def output(out: dict, name: str, key: str) -> Tensor:
-    """One model's output, or the loss's error: a KeyError of Python's would name neither."""
+    """Return one model's output.
+
+    Args:
+        out: the outputs of a DistillationModel.
+        name: whose.
+        key: which.
+
+    Raises:
+        ValueError: There is none; a KeyError of Python's would name neither.
+    """
     if name not in out or key not in out[name]:
         known = [n for n, part in out.items() if isinstance(part, dict)]
         raise ValueError(f"there is no output '{key}' of a model '{name}'; there are the models {', '.join(known)}")
@@ -26,7 +35,13 @@ def output(out: dict, name: str, key: str) -> Tensor:
 
 @LOSSES.register
 class DistillationGTCELoss(nn.Module):
-    """The sum of the cross entropies of several models' logits with the labels; `epsilon` smooths them."""
+    """The sum of the cross entropies of several models' logits with the labels.
+
+    Args:
+        model_names: whose logits.
+        epsilon: smooths the labels, as in CELoss.
+        key: the output that holds the logits.
+    """
 
     needs_logits, of_each_image = True, True
 
@@ -47,10 +62,16 @@ class DistillationGTCELoss(nn.Module):
 class DistillationDMLLoss(nn.Module):
     """Mutual learning (https://arxiv.org/abs/1706.00384): the mean of both Kullback-Leibler divergences of two models.
 
-    `act` makes probabilities of the outputs: softmax, or sigmoid entry by entry. Pairs are summed.
+    Args:
+        model_name_pairs: lists of two names; pairs are summed.
+        act: makes probabilities of the outputs: softmax, or sigmoid entry by entry.
+        key: the output that is compared.
+
+    Raises:
+        ValueError: The act is another.
     """
 
-    needs_logits, of_each_image = False, True
+    of_each_image = True
 
     def __init__(self, model_name_pairs: list, act: str = "softmax", key: str | None = "logits"):
         super().__init__()
@@ -63,7 +84,7 @@ class DistillationDMLLoss(nn.Module):
     def forward(self, out: dict[str, Tensor], y: Tensor) -> Tensor:
         values = []
         for pair in self.model_name_pairs:
-            a, b = (self.log_act(output(out, name, self.key).float()) for name in pair)
+            a, b = (self.log_act(precise(output(out, name, self.key))) for name in pair)
             both = ((a.exp() - b.exp()) * (a - b)).flatten(1).sum(1)  # of the two divergences
             values.append(both.mean() / 2)
         return torch.stack(values).sum()
@@ -71,9 +92,18 @@ class DistillationDMLLoss(nn.Module):
 
 @LOSSES.register
 class DistillationDistanceLoss(nn.Module):
-    """The mean distance of two models' outputs, `mode` l2 (squared), l1 or smooth_l1. Pairs are summed."""
+    """The mean distance of two models' outputs.
 
-    needs_logits, of_each_image = False, True
+    Args:
+        model_name_pairs: lists of two names; pairs are summed.
+        mode: l2 (squared), l1 or smooth_l1.
+        key: the output that is compared.
+
+    Raises:
+        ValueError: The mode is another.
+    """
+
+    of_each_image = True
 
     def __init__(self, model_name_pairs: list, mode: str = "l2", key: str | None = "features"):
         super().__init__()
@@ -83,7 +113,7 @@ class DistillationDistanceLoss(nn.Module):
         self.needs_logits = self.key == "logits"
 
     def forward(self, out: dict[str, Tensor], y: Tensor) -> Tensor:
-        pairs = [[output(out, name, self.key).float() for name in pair] for pair in self.model_name_pairs]
+        pairs = [[precise(output(out, name, self.key)) for name in pair] for pair in self.model_name_pairs]
         for a, b in pairs:
             if a.shape != b.shape:
                 raise ValueError(

@@ -1,6 +1,6 @@
 """Losses for hashing: the signs of the features are the code, and codes of one identity should agree.
 
-They take the features of a Tanh or sigmoid end as they come. `n_class` is accepted and not needed: labels are compared.
+They take the features of a Tanh or sigmoid end as they come.
 """
 
 from __future__ import annotations
@@ -18,8 +18,15 @@ from recnb.models.heads import check_labels, precise
 class DSHSDLoss(nn.Module):
     """Deep supervised hashing (Liu et al., CVPR 2016) beside the cross entropy of `logits`.
 
-    `alpha` times the mean over all pairs of half the squared distance within an identity, and of half of what is
-    missing to 2 D between two, D the length of the code.
+    The mean over all pairs of half the squared distance within an identity, and of half of what is missing to 2 D
+    between two, D the length of the code.
+
+    Args:
+        alpha: what the pairs count.
+        multi_label: an image has one identity here, so that it can only be False.
+
+    Raises:
+        ValueError: Several labels are asked for.
     """
 
     needs_logits = True
@@ -43,11 +50,13 @@ class DSHSDLoss(nn.Module):
 class LCDSHLoss(nn.Module):
     """Locality-constrained deep supervised hashing: likelihood of each pair, and how little the signs change it.
 
-    The mean over pairs of log(1 + exp(-s f.f' / 2)), s 1 within an identity and -1 otherwise, and `_lambda` times the
-    mean squared difference of the pair's probability by features and by their signs.
-    """
+    The mean over pairs of log(1 + exp(-s f.f' / 2)), s 1 within an identity and -1 otherwise, and the mean squared
+    difference of the pair's probability by features and by their signs.
 
-    needs_logits = False
+    Args:
+        n_class: changes nothing: labels are compared.
+        _lambda: what the difference counts.
+    """
 
     def __init__(self, n_class: int | None = None, _lambda: float = 3.0):
         super().__init__()
@@ -66,10 +75,13 @@ class DCHLoss(nn.Module):
     """Deep Cauchy hashing (Cao et al., CVPR 2018): Cauchy cross entropy of pairs and a Cauchy quantisation loss.
 
     With d = D / 2 (1 - cosine), the weighted mean over pairs of s log(d / gamma) + log(1 + gamma / d), s 1 within an
-    identity and else 0, each kind weighing the same, and `_lambda` times that of log(1 + d(|f|, 1) / gamma).
-    """
+    identity and else 0, each kind weighing the same, and the mean of log(1 + d(|f|, 1) / gamma).
 
-    needs_logits = False
+    Args:
+        gamma: the scale of the Cauchy distribution.
+        _lambda: what the second mean counts.
+        n_class: changes nothing: labels are compared.
+    """
 
     def __init__(self, gamma: float, _lambda: float, n_class: int | None = None):
         super().__init__()

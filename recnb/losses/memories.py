@@ -18,11 +18,13 @@ from recnb.models.heads import check_labels
 class CenterLoss(nn.Module):
     """The mean squared distance of features to the learnt centre of their class (Wen et al., ECCV 2016).
 
-    `num_classes` and `feat_dim` are those of the head and of the features where they are left out; centres of classes
-    that no image has stay where they are. A distance counts up to 1e12.
-    """
+    Centres of classes that no image has stay where they are. A distance counts up to 1e12.
 
-    needs_logits = False
+    Args:
+        num_classes: how many centres; left out in a config, the number of training identities.
+        feat_dim: the size of the features, which may be left out likewise.
+        feature_from: the model's output that is compared.
+    """
 
     def __init__(self, num_classes: int, feat_dim: int, feature_from: str = "features"):
         super().__init__()
@@ -73,11 +75,15 @@ class CrossBatchMemory(nn.Module):
 class AcrossBatches(nn.Module):
     """A pair loss within the batch and, weighted, between the batch and a memory of the batches before it.
 
-    The memory is filled and used once `start_iter` training steps are over, when embeddings move slowly; the batch is
-    added before it is compared.
+    The batch is added to the memory before it is compared.
+
+    Args:
+        loss: what compares two sets of features.
+        memory: of the batches before.
+        xbm_weight: what the comparison with the memory counts.
+        start_iter: so many training steps the memory is neither filled nor used, while embeddings still move fast.
     """
 
-    needs_logits = False
     steps: Tensor
 
     def __init__(
@@ -115,7 +121,18 @@ def ContrastiveLoss_XBM(
     normalize_feature: bool = True,
     feature_from: str = "features",
 ) -> AcrossBatches:
-    """ContrastiveLoss within the batch and with a memory of `xbm_size` embeddings of `embedding_size`."""
+    """ContrastiveLoss within the batch and with a memory (https://arxiv.org/abs/1912.06798).
+
+    Args:
+        xbm_size: how many embeddings the memory holds.
+        embedding_size: their size; left out in a config, that of the features.
+        xbm_weight: what the comparison with the memory counts.
+        start_iter: so many training steps the memory is neither filled nor used.
+        margin: as for ContrastiveLoss.
+        epsilon: as there.
+        normalize_feature: as there.
+        feature_from: as there.
+    """
     loss = ContrastiveLoss(margin, None, normalize_feature, epsilon, feature_from)
     return AcrossBatches(loss, CrossBatchMemory(xbm_size, embedding_size), xbm_weight, start_iter)
 
@@ -134,7 +151,21 @@ def TripletAngularMarginLoss_XBM(
     an_value: float = 0.5,
     feature_from: str = "features",
 ) -> AcrossBatches:
-    """TripletAngularMarginLoss within the batch and with a memory of `xbm_size` embeddings of `feat_dim`."""
+    """TripletAngularMarginLoss within the batch and with a memory (https://arxiv.org/abs/1912.06798).
+
+    Args:
+        start_iter: so many training steps the memory is neither filled nor used.
+        xbm_size: how many embeddings the memory holds.
+        xbm_weight: what the comparison with the memory counts.
+        feat_dim: the size of the embeddings; left out in a config, that of the features.
+        margin: as for TripletAngularMarginLoss.
+        normalize_feature: as there.
+        add_absolute: as there.
+        absolute_loss_weight: as there.
+        ap_value: as there.
+        an_value: as there.
+        feature_from: as there.
+    """
     loss = TripletAngularMarginLoss(
         feature_from, margin, normalize_feature, add_absolute, absolute_loss_weight, ap_value, an_value
     )

@@ -1,9 +1,8 @@
 """Losses over pairs of a batch: triplets, margins between the hardest pairs, N-pairs, and codes for hashing.
 
 All read one B x B matrix and two masks, who is of whose identity, so that batches may hold identities in any order and
-number. Where the original demands P identities x K consecutive rows (`batch_size`, `samples_each_class`), these agree
-with it on such a batch and go on elsewhere: a row without a positive or without a negative is no anchor. Those with a
-`chunk` hold that many rows of the matrix at a time, by default all.
+number. Where the original demands P identities x K consecutive rows, these agree with it on such a batch and go on
+elsewhere: a row without a positive or without a negative is no anchor.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ def products(a: Tensor, b: Tensor) -> Tensor:  # (B, D), (M, D) -> (B, M)
 
 
 def rows(out: dict[str, Tensor], feature_from: str, normalize: bool) -> Tensor:
-    """(B, D) features of the output dict, in float32 at least, at length 1 where asked for."""
+    """Return (B, D) of the outputs `out[feature_from]`, in float32 at least, at length 1 with `normalize`."""
     features = precise(out[feature_from]).flatten(1)
     return unit(features) if normalize else features
 
@@ -50,7 +49,7 @@ def mean(values: Tensor, counted: Tensor) -> Tensor:
 
 
 def hardest(matrix: Tensor, mask: Tensor, largest: bool) -> Tensor:  # (B, B) -> (B,)
-    """The largest or smallest entry of each row under the mask; 0 where the mask is empty."""
+    """Return the largest or smallest entry of each row under the mask; 0 where the mask is empty."""
     filled = matrix.masked_fill(~mask, -math.inf if largest else math.inf)
     value = filled.amax(1) if largest else filled.amin(1)
     return torch.where(mask.any(1), value, 0)
@@ -61,9 +60,13 @@ class TripletLossV2(nn.Module):
     """Batch-hard triplet loss (https://arxiv.org/abs/1703.07737): the farthest positive against the nearest negative.
 
     The mean over anchors of [d(anchor, positive) - d(anchor, negative) + margin]+, d the Euclidean distance.
-    """
 
-    needs_logits = False
+    Args:
+        margin: by how much a negative shall be farther.
+        normalize_feature: whether features are brought to length 1.
+        feature_from: the model's output that is compared.
+        chunk: rows of the matrix of pairs (B, B) in memory at a time; None: all.
+    """
 
     def __init__(
         self,
@@ -91,7 +94,13 @@ class TripletLossV2(nn.Module):
 
 @LOSSES.register
 def TripletLoss(margin: float = 1.0, feature_from: str = "features", chunk: int | None = None) -> TripletLossV2:
-    """TripletLossV2 over features as they come, not normalised."""
+    """TripletLossV2 over features as they come, not normalised.
+
+    Args:
+        margin: by how much a negative shall be farther.
+        feature_from: the model's output that is compared.
+        chunk: rows of the matrix of pairs (B, B) in memory at a time; None: all.
+    """
     return TripletLossV2(margin, False, feature_from, chunk)
 
 
@@ -99,12 +108,23 @@ def TripletLoss(margin: float = 1.0, feature_from: str = "features", chunk: int 
 class TripletAngularMarginLoss(nn.Module):
     """Batch-hard triplets in cosines: the mean of [s(anchor, negative) - s(anchor, positive) + margin]+.
 
-    `add_absolute` adds, with `absolute_loss_weight`, [ap_value - s(anchor, positive)]+ and
-    [s(anchor, negative) - an_value]+. The original counts 1 instead of 0 for the latter where it is satisfied: a
-    constant without a gradient, left out here.
-    """
+    The original counts 1 instead of 0 for the last of the absolute terms where it is satisfied: a constant without a
+    gradient, left out here.
 
-    needs_logits = False
+    Args:
+        feature_from: the model's output that is compared.
+        margin: by how much a positive shall be more alike.
+        normalize_feature: whether features are brought to length 1.
+        add_absolute: whether [ap_value - s(anchor, positive)]+ and [s(anchor, negative) - an_value]+ are added.
+        absolute_loss_weight: what these count.
+        ap_value: the least cosine of a positive.
+        an_value: the largest cosine of a negative.
+        reduction: there is mean only.
+        chunk: rows of the matrix of pairs (B, B) in memory at a time; None: all.
+
+    Raises:
+        ValueError: The reduction is another.
+    """
 
     def __init__(
         self,
@@ -119,18 +139,19 @@ class TripletAngularMarginLoss(nn.Module):
         chunk: int | None = None,
     ):
         super().__init__()
-        self.chunk = chunk
         if reduction != "mean":
             raise ValueError(f"reduction is '{reduction}', only 'mean' makes one number of a batch")
         self.feature_from, self.margin, self.normalize_feature = feature_from, margin, normalize_feature
         self.absolute_loss_weight = absolute_loss_weight if add_absolute else 0.0
-        self.ap_value, self.an_value = ap_value, an_value
+        self.ap_value, self.an_value, self.chunk = ap_value, an_value, chunk
 
     def forward(self, out: dict[str, Tensor], y: Tensor) -> Tensor:
         features = rows(out, self.feature_from, self.normalize_feature)
-        return mean(
-            *in_blocks(lambda x, *others: self.per_row(products(x, others[0]), *others[1:]), features, y, self.chunk)
-        )
+
+        def block(x: Tensor, to: Tensor, positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
+            return self.per_row(products(x, to), positive, negative)
+
+        return mean(*in_blocks(block, features, y, self.chunk))
 
     def between(self, similarity: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
         """The loss of the rows of a matrix of similarities (B, M), with the masks of its positives and negatives."""
@@ -149,9 +170,13 @@ class PairwiseCosface(nn.Module):
     """Softplus of the log-sum-exps over positive and negative cosines, with a margin (as in fast-reid's pairwise form).
 
     The mean over anchors of softplus(LSE(-gamma s_p) + LSE(gamma (s_n + margin))).
-    """
 
-    needs_logits = False
+    Args:
+        margin: by how much a positive shall be more alike.
+        gamma: what the cosines are multiplied by.
+        feature_from: the model's output that is compared.
+        chunk: rows of the matrix of pairs (B, B) in memory at a time; None: all.
+    """
 
     def __init__(self, margin: float, gamma: float, feature_from: str = "features", chunk: int | None = None):
         super().__init__()
@@ -171,9 +196,13 @@ class PairwiseCosface(nn.Module):
 
 @LOSSES.register
 class TriHardLoss(nn.Module):
-    """Batch-hard triplets of squared distances of unit features: mean [max d2(a, p) - min d2(a, n) + margin]+."""
+    """Batch-hard triplets of squared distances of unit features: mean [max d2(a, p) - min d2(a, n) + margin]+.
 
-    needs_logits = False
+    Args:
+        batch_size: changes nothing: the original needs to be told.
+        samples_each_class: likewise.
+        margin: by how much a negative shall be farther, in squared distance.
+    """
 
     def __init__(self, batch_size: int = 120, samples_each_class: int = 2, margin: float = 0.1):
         super().__init__()
@@ -192,9 +221,12 @@ class MSMLoss(nn.Module):
 
     [largest of all positive pairs - smallest of all negative pairs + margin]+, one value a batch.
     The original's gradient is twice this one: it counts a pair's two entries in the matrix of distances.
-    """
 
-    needs_logits = False
+    Args:
+        batch_size: changes nothing: the original needs to be told.
+        samples_each_class: likewise.
+        margin: by how much the nearest negative shall be farther, in squared distance.
+    """
 
     def __init__(self, batch_size: int = 120, samples_each_class: int = 2, margin: float = 0.1):
         super().__init__()
@@ -212,10 +244,14 @@ class EmlLoss(nn.Module):
     """A smooth bound on the gap of the hardest pairs over squared distances of features as they come.
 
     With b the gap and t the product of the means of exp(min - d2) over negatives and of exp(d2 - max) over positives,
-    the mean over anchors of log(1 + beta t exp(b)) / log(1 + beta); beyond b = thresh the exponential is not taken.
-    """
+    the mean over anchors of log(1 + beta t exp(b)) / log(1 + beta).
 
-    needs_logits = False
+    Args:
+        batch_size: changes nothing: the original needs to be told.
+        samples_each_class: likewise.
+        thresh: the gap beyond which the exponential is not taken.
+        beta: how near the bound is.
+    """
 
     def __init__(self, batch_size: int = 40, samples_each_class: int = 2, thresh: float = 20.0, beta: float = 100000.0):
         super().__init__()
@@ -239,11 +275,12 @@ class EmlLoss(nn.Module):
 class NpairsLoss(nn.Module):
     """Multi-class N-pair loss (Sohn, NIPS 2016): cross entropy of each anchor's products with all pairs' positives.
 
-    Rows of an identity are paired in their order, an odd one is left out. `reg_lambda` / 2 times the mean squared
-    length of the features is added. Two pairs of one identity are negatives of each other, as in the original.
-    """
+    Rows of an identity are paired in their order, an odd one is left out. Two pairs of one identity are negatives of
+    each other, as in the original.
 
-    needs_logits = False
+    Args:
+        reg_lambda: half of it, times the mean squared length of the features, is added.
+    """
 
     def __init__(self, reg_lambda: float = 0.01):
         super().__init__()
@@ -266,9 +303,14 @@ class ContrastiveLoss(nn.Module):
     """Per row, the sum of 1 - s over positives and of s over negatives with a cosine s above the margin; their mean.
 
     As in cross-batch memory (https://arxiv.org/abs/1912.06798). The original mistakes the shape of the labels here.
-    """
 
-    needs_logits = False
+    Args:
+        margin: negatives below it count nothing.
+        embedding_size: changes nothing: the original needs to be told.
+        normalize_feature: whether features are brought to length 1.
+        epsilon: positives within it of 1 count nothing.
+        feature_from: the model's output that is compared.
+    """
 
     def __init__(
         self,

@@ -15,8 +15,17 @@ from recnb.losses.pairs import rows
 from recnb.registry import suggest
 
 
-def part(kind: str, name: str, args: dict):
-    """The loss or miner of that name; raises ValueError where it, an argument or the package does not exist."""
+def part(kind: str, name: str, args: dict) -> nn.Module:
+    """Return the loss or miner of pytorch-metric-learning of that name.
+
+    Args:
+        kind: `losses` or `miners`.
+        name: of the class.
+        args: of its constructor.
+
+    Raises:
+        ValueError: There is none, or the package is not installed.
+    """
     try:
         known = vars(importlib.import_module(f"pytorch_metric_learning.{kind}"))
     except ImportError:
@@ -29,12 +38,15 @@ def part(kind: str, name: str, args: dict):
 
 @LOSSES.register
 class PML(nn.Module):
-    """The loss `loss` of pytorch-metric-learning over the features, built with all other arguments.
+    """A loss of pytorch-metric-learning over the features. Its parameters are optimised and kept like any loss's.
 
-    `miner` and `miner_args` choose the pairs it is given. Its parameters are optimised and kept like any loss's.
+    Args:
+        loss: the name of its class.
+        miner: that of what chooses the pairs that it is given; None: it gets the batch alone.
+        miner_args: the miner's arguments.
+        feature_from: the model's output that is compared.
+        **arguments: the loss's own.
     """
-
-    needs_logits = False
 
     def __init__(
         self,

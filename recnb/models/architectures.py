@@ -38,7 +38,13 @@ class BranchedConv(nn.Module):
     """Depthwise convolutions of each odd kernel size up to `kernel_size`, each with its batch norm, and their sum.
 
     `reparameterize` makes them one convolution that gives the same in eval mode (https://arxiv.org/abs/2101.03697);
-    timm.utils.reparameterize_model does it to a whole model. smallest: the smallest kernel.
+    timm.utils.reparameterize_model does it to a whole model.
+
+    Args:
+        channels: of the input and of the output.
+        kernel_size: the largest kernel.
+        stride: of each convolution.
+        smallest: the smallest kernel.
     """
 
     def __init__(self, channels: int, kernel_size: int, stride: int = 1, smallest: int = 1):
@@ -76,9 +82,16 @@ class BranchedConv(nn.Module):
 class SeparableBlock(nn.Module):
     """A depthwise and a pointwise convolution, with what PP-LCNetV2 adds in its later stages.
 
-    branched: the depthwise one has branches; excited: squeeze-and-excitation between the two; split: two pointwise
-    convolutions with half the channels between them; shortcut: the input is added where the shapes allow it; smallest:
-    the smallest kernel among the branches.
+    Args:
+        channels: of the input.
+        out: of the output.
+        kernel_size: of the depthwise convolution.
+        stride: of the depthwise convolution.
+        branched: whether the depthwise one has branches.
+        excited: whether there is squeeze-and-excitation between the two.
+        split: whether there are two pointwise convolutions, with half the channels between them.
+        shortcut: whether the input is added where the shapes allow it.
+        smallest: the smallest kernel among the branches.
     """
 
     def __init__(
@@ -121,9 +134,13 @@ def _stage(channels: int, depth: int, kernel_size: int, stride: int = 2, **optio
 class PPLCNetV2(nn.Module):
     """PP-LCNetV2 base, the successor of PP-LCNet (https://arxiv.org/abs/2109.15099): (B, 3, H, W) -> (B, class_num).
 
-    class_expand: the channels of the convolution behind the pooling, which are what 'flatten' gives; without that
-    convolution (`use_last_conv`), 1024. shitu: the variant of PP-ShiTuV2, whose last stage keeps the size of its maps
-    (14 x 14 at 224) and whose last convolution has no activation behind it, so that it can be the embedding.
+    Args:
+        class_num: outputs of the last layer.
+        class_expand: channels of the convolution behind the pooling, which are what 'flatten' gives.
+        use_last_conv: whether there is that convolution; without it 'flatten' gives 1024.
+        dropout_prob: of the dropout behind it.
+        shitu: the variant of PP-ShiTuV2, whose last stage keeps the size of its maps (14 x 14 at 224) and whose last
+            convolution has no activation behind it, so that it can be the embedding.
     """
 
     def __init__(
@@ -163,8 +180,13 @@ class PPLCNetV2(nn.Module):
 class PreActivationBlock(nn.Module):
     """Two 3 x 3 convolutions, each behind a batch norm and a leaky ReLU, and a shortcut.
 
-    activated: where the channels change, convolution and shortcut both start behind the first activation; otherwise
-    both start before it there, as in the original.
+    Args:
+        channels: of the input.
+        out: of the output.
+        stride: of the first convolution.
+        dropout: between the two.
+        activated: whether convolution and shortcut, where the channels change, both start behind the first activation;
+            otherwise both start before it there, as in the original.
     """
 
     def __init__(self, channels: int, out: int, stride: int, dropout: float, activated: bool):
@@ -188,9 +210,17 @@ class PreActivationBlock(nn.Module):
 class WideResNet(nn.Module):
     """A wide residual network for 32 x 32 images (https://arxiv.org/abs/1605.07146): (B, 3, H, W) -> (B, num_classes).
 
-    depth: 6 n + 4 layers; its three stages have 16, 32 and 64 times `widen_factor` channels and keep, halve and halve
-    the size. `proj` would add a second output, for which a neck is the place here; `low_dim` and `proj_after` belong
-    to it and have no effect. Raises ValueError for another depth, and for `proj`.
+    Args:
+        depth: 6 n + 4 layers.
+        widen_factor: the three stages have 16, 32 and 64 times as many channels and keep, halve and halve the size.
+        dropout: between the two convolutions of a block.
+        num_classes: outputs of the last layer.
+        proj: would add a second output, for which a neck is the place here.
+        proj_after: belongs to it.
+        low_dim: belongs to it, and has no effect.
+
+    Raises:
+        ValueError: The depth is another, or a second output is asked for.
     """
 
     def __init__(

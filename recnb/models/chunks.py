@@ -53,7 +53,13 @@ def in_chunks(part: Callable[[Tensor], dict[str, Tensor]], x: Tensor, chunk: int
 
 @torch.compiler.disable(recursive=False)  # the part itself may be compiled, what surrounds it cannot
 def computed_again(part: Callable[[Tensor], dict[str, Tensor]], x: Tensor, module: nn.Module) -> dict[str, Tensor]:
-    """`part(x)`, of which nothing is kept but the input."""
+    """Return `part(x)`, of which nothing is kept but the input.
+
+    Args:
+        part: what is computed, and again for its gradients.
+        x: (B, ...) images or maps.
+        module: whose buffers are kept the second time.
+    """
     return checkpoint(part, x, use_reentrant=False, context_fn=partial(contexts, module))
 
 
@@ -80,7 +86,10 @@ def recompute_blocks(backbone: Cut) -> None:
     Gradient checkpointing (https://arxiv.org/abs/1604.06174) of the blocks by which timm counts a model's depth, with
     the same random numbers and batch statistics that count once. `set_grad_checkpointing` of timm's models would count
     them twice, and calls the blocks of stages that a cut has taken off; here a block with the cut inside is left as it
-    is. Raises ValueError for a backbone that is not made of blocks.
+    is.
+
+    Raises:
+        ValueError: The backbone is not made of blocks.
     """
     layers: dict[int, list] = defaultdict(list)
     for name, depth in layer_depths(backbone).items() if hasattr(backbone.model, "group_matcher") else ():
@@ -95,7 +104,15 @@ def recompute_blocks(backbone: Cut) -> None:
 
 
 def computed_when_needed(block: nn.Module, forward: Callable, x: Tensor, *args, **kwargs):  # (B, ...) -> (B, ...)
-    """What a block's forward gives, computed again for its gradients while the block trains."""
+    """Return what a block's forward gives, computed again for its gradients while the block trains.
+
+    Args:
+        block: whose buffers are kept the second time.
+        forward: its own forward.
+        x: (B, ...), or a list of such maps.
+        *args: for `forward`.
+        **kwargs: likewise.
+    """
     if not (block.training and torch.is_grad_enabled()):
         return forward(x, *args, **kwargs)
     given = x if isinstance(x, Tensor) else [*x]  # the list of maps that a DenseNet's layer gets grows until then
@@ -106,10 +123,10 @@ def check_room(part: nn.Module, copies: int, device: torch.device, where: str) -
     """Raise ConfigError where a module's weights need more memory than a device has, were it empty.
 
     Args:
-        part: The module, which may be on the meta device.
-        copies: How many tensors of its size each trainable weight takes: itself, its gradient, the optimizer's state.
-        device: Where it is going to be.
-        where: Its place in the configuration.
+        part: the module, which may be on the meta device.
+        copies: how many tensors of its size each trainable weight takes: itself, its gradient, the optimizer's state.
+        device: where it is going to be.
+        where: its place in the configuration.
     """
     room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if device.type == "cuda":

@@ -32,9 +32,15 @@ def _stop_forward(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
 class Cut(nn.Module):
     """A model that ends at one of its layers; `cut` makes it.
 
-    out_shape: shape of the output without the batch; out_channels: its channels; layout: NC, NCHW, NHWC or NLC;
-    prefix_tokens: how many tokens of an NLC output come before the image's own (class token, registers);
-    stop: the layer as it was asked for; layer: its name inside `model`, "" for the whole of it.
+    Attributes:
+        model: what runs, up to the layer.
+        stop: the layer as it was asked for.
+        layer: its name inside `model`, "" for the whole of it.
+        input_size: (C, H, W) of the images that it was tried with.
+        out_shape: shape of the output without the batch.
+        out_channels: its channels.
+        layout: NC, NCHW, NHWC or NLC.
+        prefix_tokens: how many tokens of an NLC output come before the image's own (class token, registers).
     """
 
     def __init__(self, model: nn.Module, stop: str, layer: str, input_size: Size, out_shape: tuple[int, ...]):

@@ -55,9 +55,13 @@ def cosine(features: Tensor, weight: Tensor) -> Tensor:
 
 
 def check_labels(y: Tensor, count: int, owner: str, wait: bool = False) -> None:
-    """Raise ValueError unless all labels (B,) are from 0 to count - 1.
+    """Raise ValueError unless all labels are classes.
 
-    On a GPU, where asking would wait for the device, only with `wait`: its own kernels stop at such a label.
+    Args:
+        y: (B,) labels.
+        count: how many classes there are, from 0 on.
+        owner: whose they are, for the message.
+        wait: whether to ask on a GPU too, which takes a wait for the device; its own kernels stop at such a label.
     """
     if (wait or y.device.type == "cpu") and not ((y >= 0) & (y < count)).all():
         wrong = y[(y < 0) | (y >= count)][0].item()
@@ -75,7 +79,17 @@ def hold_classes(
 ) -> None:
     """Give a head its class weights (class_num, sub_centers * embedding_size), or this rank's share of their rows.
 
-    `draw(weight, generator)` fills them, or some of their rows, as they start: by default Xavier's normal distribution.
+    Args:
+        head: it also keeps the next four.
+        embedding_size: D, the size of the features.
+        class_num: how many classes there are.
+        sample_rate: the share of the classes that a step takes.
+        sharded: whether the rows are divided over the ranks of torch.distributed.
+        draw: `draw(weight, generator)` fills the weight, or some of its rows; None: Xavier's normal distribution.
+        sub_centers: centres of each class.
+
+    Raises:
+        ValueError: There is no centre, or the sample rate is no share.
     """
     if sub_centers < 1:
         raise ValueError(f"sub_centers is {sub_centers}: a class has one centre at least")
@@ -94,12 +108,19 @@ def xavier(std: float, weight: Tensor, generator: torch.Generator | None = None)
 
 
 def margin_logits(head: Any, features: Tensor, y: Tensor | None) -> Tensor | PartialLogits:
-    """The logits (B, class_num) of features (B, D); the cosines in evaluation and without labels.
+    """Return the logits (B, class_num) of a batch; the cosines in evaluation and without labels.
 
-    The head says what becomes of the cosine with a row's own class (`target`) and of those with the others (`others`).
     With a sample_rate below 1 the classes are drawn from torch's generator and the weight's gradient is sparse, of
     their rows alone. With `sharded` each rank gets the gradient of the mean over all ranks' images for its rows, which
     nothing must average again.
+
+    Args:
+        head: says what becomes of the cosine with a row's own class (`target`) and of the others (`others`).
+        features: (B, D).
+        y: (B,) labels.
+
+    Raises:
+        ValueError: A label is no class.
     """
     world = ranks()[1] if head.sharded else 1
     if y is None or not head.training:
@@ -119,9 +140,14 @@ def margin_logits(head: Any, features: Tensor, y: Tensor | None) -> Tensor | Par
 
 
 def sampled(head: Any, column: Tensor, here: Tensor) -> tuple[Tensor, Tensor]:  # (M,), (M,) -> (S, D), (M,)
-    """The weights of the batch's classes that are here and of others drawn; where each row's class stands in them.
+    """Return the weights of the batch's classes and of others drawn, and where each row's class stands in them.
 
     Ranks that all hold the whole weight take the same rows of it, for the classes of all their batches.
+
+    Args:
+        head: has the weight (rows, D) and the share to draw.
+        column: (M,) which row of the weight is that of each image's class.
+        here: (M,) whether this rank has it.
     """
     chance, own = torch.rand(len(head.weight), device=column.device), column[here]
     if ranks()[1] > 1 and not head.sharded:
@@ -137,11 +163,17 @@ def sampled(head: Any, column: Tensor, here: Tensor) -> tuple[Tensor, Tensor]:  
 def with_target(
     head: Any, features: Tensor, y: Tensor, weight: Tensor, column: Tensor, here: Tensor | None = None
 ) -> Tensor:
-    """Return (M, S) from features (M, D), labels (M,), class weights (S, D) and where each row's class stands (M,).
-
-    With `here` (M,), rows whose class stands elsewhere have no target among these.
+    """Return the logits (M, S), the target's margin added.
 
     One matrix serves for cosines and logits, and the margin is computed for one entry of a row.
+
+    Args:
+        head: as for `margin_logits`.
+        features: (M, D).
+        y: (M,) labels.
+        weight: (S, D) of the classes.
+        column: (M,) where each row's class stands among them.
+        here: (M,) False for rows whose class stands elsewhere, which have no target among these; None: all are here.
     """
     cos = cosine(features, weight)
     own = torch.arange(len(cos), device=cos.device), column  # gather() would keep the matrix that is written over
@@ -155,9 +187,17 @@ def with_target(
 def frequency_margins(
     counts: list[int], by: str = "frequency", low: float = 0.05, high: float = 0.5, power: float = -0.25
 ) -> Tensor:
-    """Return a margin (class_num,) for each class: `low` for the most frequent, `high` for the rarest.
+    """Return a margin (class_num,) for each class, as in the Google Landmark recipe (https://arxiv.org/abs/2010.05350).
 
-    Between them it goes with count ** power, as in the Google Landmark recipe (https://arxiv.org/abs/2010.05350).
+    Args:
+        counts: how many images each class has.
+        by: there is frequency only.
+        low: the margin of the most frequent class, in radians.
+        high: that of the rarest; between the two it goes with count ** power.
+        power: see there.
+
+    Raises:
+        ValueError: It is to be by something else.
     """
     if by != "frequency":
         raise ValueError(f"a margin by '{by}' does not exist, only one by 'frequency'")
@@ -246,6 +286,14 @@ class CosMargin(nn.Module):
 
     The target logit is scale * (cosine - margin). `margin: 0` is the normalised softmax, of which `scale: 16` on cached
     features is a strong probe (ILIAS, https://arxiv.org/abs/2502.11748).
+
+    Args:
+        embedding_size: D, the size of the features.
+        class_num: how many classes there are.
+        margin: taken from the cosine with a feature's own class.
+        scale: what the cosines are multiplied by.
+        sample_rate: the share of the classes that a step takes, those of the batch included.
+        sharded: whether the classes are divided over the ranks of torch.distributed.
     """
 
     def __init__(
@@ -279,6 +327,14 @@ class CircleMargin(nn.Module):
 
     Each logit is weighted by how far its cosine is from its optimum, 1 + margin for the target and -margin for the
     others; the weights pass no gradient on.
+
+    Args:
+        embedding_size: D, the size of the features.
+        class_num: how many classes there are.
+        margin: how far from 1 and from 0 the optima and the boundaries lie.
+        scale: what the weighted differences are multiplied by.
+        sample_rate: the share of the classes that a step takes, those of the batch included.
+        sharded: whether the classes are divided over the ranks of torch.distributed.
     """
 
     def __init__(
@@ -313,10 +369,19 @@ def uniform_directions(weight: Tensor, generator: torch.Generator | None = None)
 
 @HEADS.register
 class AdaMargin(nn.Module):
-    """AdaFace (https://arxiv.org/abs/2204.00964): (B, embedding_size) -> (B, class_num); `m`, `h`, `s` as there.
+    """AdaFace (https://arxiv.org/abs/2204.00964): (B, embedding_size) -> (B, class_num).
 
-    The margin grows with the length of the feature, which stands for the quality of the image. `t_alpha` is the rate
-    at which mean and deviation of the lengths follow the batches; they are learnt in training only.
+    The margin grows with the length of the feature, which stands for the quality of the image.
+
+    Args:
+        embedding_size: D, the size of the features.
+        class_num: how many classes there are.
+        m: the margin, as in the paper.
+        h: how much of it goes by the quality, likewise.
+        s: what the cosines are multiplied by, likewise.
+        t_alpha: the rate at which mean and deviation of the lengths follow the batches, in training only.
+        sample_rate: the share of the classes that a step takes, those of the batch included.
+        sharded: whether the classes are divided over the ranks of torch.distributed.
     """
 
     mean: Tensor
@@ -354,7 +419,7 @@ class AdaMargin(nn.Module):
 
     @torch.no_grad()
     def quality(self, length: Tensor) -> Tensor:
-        """(B, 1) in -1..1: how long a feature is among those seen, after its batch has been counted."""
+        """Return (B, 1) in -1..1, how long a feature is among those seen, its own batch included; lengths (B, 1)."""
         length = length.clamp(1e-3, 100)
         if len(length) > 1:  # one feature has no deviation
             self.mean.lerp_(length.mean(), self.t_alpha)

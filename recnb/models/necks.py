@@ -31,19 +31,29 @@ INITIALIZERS: dict[str, Callable] = {
 
 
 def kaiming(p: Tensor, fan_in: int | None, negative_slope: float, nonlinearity: str) -> float:
-    """The standard deviation (https://arxiv.org/abs/1502.01852).
+    """Return the standard deviation that keeps the size of activations (https://arxiv.org/abs/1502.01852).
 
-    `fan_in` is by default how many inputs reach an output.
+    Args:
+        p: the weight, (out, in, ...).
+        fan_in: how many inputs reach an output; None: as many as the weight has.
+        negative_slope: of a leaky ReLU.
+        nonlinearity: what follows the layer, by torch's name.
     """
     gain = nn.init.calculate_gain(nonlinearity, negative_slope)  # type: ignore[arg-type]
     return gain / math.sqrt(fan_in or p[0].numel())
 
 
 def initialize(parameter: Any, attr: dict | bool | None, default: dict) -> None:
-    """Fill a parameter as `attr` (`{initializer: {name: Normal, std: 0.01}}`) says, otherwise as `default` does.
+    """Fill a parameter as its attributes say.
 
-    `learning_rate` in it is a share of the optimizer's, 0 of which is no training, `regularizer` (L2) replaces its
-    weight decay: both are left on the parameter for the optimizer.
+    Args:
+        parameter: it also keeps, for the optimizer, what the attributes say of its training.
+        attr: `initializer` ({name: Normal, std: 0.01}), `learning_rate`, a share of the optimizer's (0 is no training),
+            and `regularizer` (L2), which replaces the optimizer's weight decay.
+        default: the initializer where they name none.
+
+    Raises:
+        ValueError: A key, name or argument is unknown, or the learning rate is no share.
     """
     attr = attr if isinstance(attr, dict) else {}  # True is the default, as in the original
     unknown = set(attr) - {"initializer", "learning_rate", "regularizer"}
@@ -62,8 +72,35 @@ def initialize(parameter: Any, attr: dict | bool | None, default: dict) -> None:
         choose(attr["regularizer"], known, "regularizer of a parameter", "{name: L2, coeff: 0.}")(parameter)
 
 
-def choose(section, known: dict, kind: str, example: str) -> Callable:
-    """The function of one parameter that a section names, with its arguments; raises ValueError for an unknown one."""
+def initialize_layer(layer: Any, weight_attr: dict | None, bias_attr: dict | bool | None, default: dict) -> None:
+    """Fill a layer's weight and, where it has one, its bias, which is 0 unless its attributes say otherwise.
+
+    Args:
+        layer: a convolution, linear layer or normalisation.
+        weight_attr: of the weight, as `initialize` takes it.
+        bias_attr: of the bias.
+        default: the weight's initializer where its attributes name none.
+
+    Raises:
+        ValueError: The attributes cannot be meant.
+    """
+    initialize(layer.weight, weight_attr, default)
+    if layer.bias is not None:
+        initialize(layer.bias, bias_attr, {"name": "Constant"})
+
+
+def choose(section: object, known: dict, kind: str, example: str) -> Callable:
+    """Return the function of one parameter that a section names, with its arguments.
+
+    Args:
+        section: `{name: Normal, std: 0.01}`.
+        known: functions of a parameter and of the arguments that a section may give, by their names.
+        kind: what they are, for messages.
+        example: how a section is written, for messages.
+
+    Raises:
+        ValueError: The name or an argument is unknown.
+    """
     name = section.get("name") if isinstance(section, dict) else section
     if not isinstance(section, dict) or name not in known:
         raise ValueError(f"there is no {kind} '{name}' (written {example}); {suggest(str(name), known)}")
@@ -78,8 +115,19 @@ def choose(section, known: dict, kind: str, example: str) -> Callable:
 class VehicleNeck(nn.Module):
     """A convolution and a flattening: (B, in_channels, H, W) -> (B, out_channels * H' * W').
 
-    Features (B, in_channels) are taken as maps of one pixel. Weights start as N(0, 2 / fan_in), biases at 0;
-    `bias_attr: False` leaves the bias out.
+    Features (B, in_channels) are taken as maps of one pixel.
+
+    Args:
+        in_channels: channels of the maps.
+        out_channels: channels of the convolution's output.
+        kernel_size: this and the following as `torch.nn.Conv2d` takes them.
+        stride: see there.
+        padding: see there.
+        dilation: see there.
+        groups: see there.
+        padding_mode: see there.
+        weight_attr: how the weight starts, by default as N(0, 2 / fan_in); see `initialize`.
+        bias_attr: likewise, by default at 0; False leaves the bias out.
     """
 
     def __init__(
@@ -108,9 +156,7 @@ class VehicleNeck(nn.Module):
             padding_mode=padding_mode,  # type: ignore[arg-type]
         )
         std = math.sqrt(2 / (kernel_size**2 * in_channels))
-        initialize(self.conv.weight, weight_attr, {"name": "Normal", "std": std})
-        if self.conv.bias is not None:
-            initialize(self.conv.bias, bias_attr, {"name": "Constant"})
+        initialize_layer(self.conv, weight_attr, bias_attr, {"name": "Normal", "std": std})
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) or (B, C) -> (B, D)
         return self.conv(x if x.dim() == 4 else x[:, :, None, None]).flatten(1)
@@ -119,7 +165,11 @@ class VehicleNeck(nn.Module):
 class FC(nn.Module):
     """A linear layer, as a neck (B, embedding_size) -> (B, class_num) or as a head that gives logits.
 
-    The names are the original's: `embedding_size` is the size of the input, `class_num` that of the output.
+    Args:
+        embedding_size: the size of the input; the name is the original's.
+        class_num: the size of the output, likewise.
+        weight_attr: how the weight starts, by default as Xavier's normal distribution; see `initialize`.
+        bias_attr: likewise, by default at 0; False leaves the bias out.
     """
 
     def __init__(
@@ -131,9 +181,7 @@ class FC(nn.Module):
     ):
         super().__init__()
         self.fc = nn.Linear(embedding_size, class_num, bias=bias_attr is not False)
-        initialize(self.fc.weight, weight_attr, {"name": "XavierNormal"})
-        if self.fc.bias is not None:
-            initialize(self.fc.bias, bias_attr, {"name": "Constant"})
+        initialize_layer(self.fc, weight_attr, bias_attr, {"name": "XavierNormal"})
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:  # (B, embedding_size) -> (B, class_num)
         return self.fc(x.flatten(1))
@@ -146,7 +194,12 @@ NECKS.register(FC)
 class BNNeck(nn.Module):
     """Batch normalisation of the features before the head (https://arxiv.org/abs/1903.07071): (B, C) -> (B, C).
 
-    As in the paper the shift stays at zero and is not trained; `bias_attr: {}` trains it, as the original does.
+    Args:
+        num_features: C.
+        weight_attr: how the factors start, by default at 1; see `initialize`.
+        bias_attr: how the shift starts, by default at 0, where it stays as in the paper; `{}` trains it, as the
+            original does.
+        use_global_stats: whether training too normalises by the running statistics, which then stay as they are.
     """
 
     def __init__(
@@ -158,8 +211,7 @@ class BNNeck(nn.Module):
     ):
         super().__init__()
         self.bn = nn.BatchNorm1d(num_features)
-        initialize(self.bn.weight, weight_attr, {"name": "Constant", "value": 1.0})
-        initialize(self.bn.bias, bias_attr, {"name": "Constant"})
+        initialize_layer(self.bn, weight_attr, bias_attr, {"name": "Constant", "value": 1.0})
         if bias_attr is None or bias_attr is False:
             self.bn.bias.requires_grad_(False)
         self.use_global_stats = use_global_stats
@@ -179,8 +231,8 @@ class Whitening(nn.Module):
 
     Args:
         num_features: C, the size of the backbone's output.
-        dimensions: How many components are kept.
-        power: By which power of its deviation each is divided: 0 only rotates and cuts, 1 whitens.
+        dimensions: how many components are kept.
+        power: by which power of its deviation each is divided: 0 only rotates and cuts, 1 whitens.
     """
 
     def __init__(self, num_features: int, dimensions: int = 512, power: float = 0.5):
@@ -189,14 +241,13 @@ class Whitening(nn.Module):
 
     def fit(self, vectors: Tensor) -> None:
         """Fit the projection to vectors (N, C); what these hardly span is divided by no less than 1 % of the most."""
-        unit = F.normalize(vectors.float())
+        unit, kept = F.normalize(vectors.float()), self.project.out_features
         mean = unit.mean(0)
-        values, axes = torch.linalg.eigh((unit - mean).T @ (unit - mean) / len(unit))
-        values, axes = values.flip(0)[: self.project.out_features], axes.flip(1)[:, : self.project.out_features]
+        centred = unit - mean
+        values, axes = torch.linalg.eigh(centred.T @ centred / len(unit))
+        values, axes = values.flip(0)[:kept], axes.flip(1)[:, :kept]
         projection = axes * values.clamp(min=1e-4 * values[0]) ** (-self.power / 2)
-        projection = (
-            projection / ((unit - mean) @ projection).square().sum(1).mean().sqrt()
-        )  # lengths of 1, to train on
+        projection /= (centred @ projection).square().sum(1).mean().sqrt()  # lengths of 1, to train on
         with torch.no_grad():
             self.project.weight.copy_(projection.T)
             self.project.bias.copy_(-mean @ projection)
@@ -215,7 +266,12 @@ class Tanh(nn.Module):
 
 @NECKS.register
 class FRFNNeck(nn.Module):
-    """Two linear layers with a leaky ReLU between them, at length 1: (B, num_features) -> (B, out_feat)."""
+    """Two linear layers with a leaky ReLU between them, at length 1: (B, num_features) -> (B, out_feat).
+
+    Args:
+        num_features: the size of the input, and between the two.
+        out_feat: the size of the output.
+    """
 
     def __init__(self, num_features: int, out_feat: int):
         super().__init__()
@@ -229,7 +285,13 @@ class FRFNNeck(nn.Module):
 
 @NECKS.register
 class MLP(nn.Module):
-    """Linear, batch normalisation, ReLU, linear: (B, embedding_size) -> (B, class_num), the names as for FC."""
+    """Linear, batch normalisation, ReLU, linear: (B, embedding_size) -> (B, class_num).
+
+    Args:
+        embedding_size: the size of the input, as for FC.
+        class_num: the size of the output.
+        hidden: the size between the two; None: that of the input.
+    """
 
     def __init__(self, embedding_size: Count, class_num: Count, hidden: int | None = None):
         super().__init__()
@@ -247,10 +309,16 @@ class MLP(nn.Module):
 
 @NECKS.register
 class GeM(nn.Module):
-    """Generalised-mean pooling (https://arxiv.org/abs/1711.02512): maps (B, in_channels, H, W) or tokens -> (B, C).
+    """Generalised-mean pooling (https://arxiv.org/abs/1711.02512): maps (B, C, H, W) or tokens (B, L, C) -> (B, C).
 
-    The mean of x ** p, to the power of 1 / p: 1 averages, a large p takes the maximum. `train_p` learns it. Of a
-    transformer's tokens (B, prefix_tokens + N, in_channels) those of the image count. Values below `eps` count as it.
+    The mean of x ** p, to the power of 1 / p.
+
+    Args:
+        in_channels: C.
+        p: 1 averages, a large number takes the maximum.
+        train_p: whether it is learnt.
+        eps: smaller values count as this one.
+        prefix_tokens: how many tokens come before the image's own, which alone count.
     """
 
     def __init__(
@@ -276,8 +344,13 @@ class GeM(nn.Module):
 class Tokens(nn.Module):
     """One vector of a transformer's tokens: (B, prefix_tokens + N, C) -> (B, C), or (B, 2 C) for 'cls+mean'.
 
-    pool: 'cls' takes the first token, 'mean' averages those of the image, 'cls+mean' puts one behind the other; the
-    others before the image's tokens (registers) do not count.
+    Args:
+        prefix_tokens: how many tokens come before the image's own: the class token, where there is one, and registers,
+            which do not count.
+        pool: 'cls' takes the first token, 'mean' averages those of the image, 'cls+mean' puts one behind the other.
+
+    Raises:
+        ValueError: The pool is another, or wants a class token that is not there.
     """
 
     def __init__(self, prefix_tokens: int, pool: str = "cls"):

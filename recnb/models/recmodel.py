@@ -21,20 +21,34 @@ from recnb.registry import suggest
 class RecModel(nn.Module):
     """`model(x, y=None) -> dict` with `backbone`, `neck` (where there is one), `features` (B, D) and `logits`.
 
-    `features` is the neck's output, or the backbone's; in evaluation, what `retrieval_feature_from` names. Logits, from
-    the features or from `head_feature_from`, are computed only when there is a head and labels `y` are given: retrieval
-    never needs them. `precision` (float16 or bfloat16) is that of training under autocast, with `half_evaluation` of
-    evaluation too. `frozen` names parts whose weights and batch statistics stay as they are.
+    `features` is the neck's output, or the backbone's. Logits are computed only when there is a head and labels `y`
+    are given: retrieval never needs them.
+
+    Args:
+        backbone: images (B, 3, H, W) -> maps, tokens or vectors.
+        neck: these -> the embedding (B, D); None: the backbone gives it.
+        head: (features, y) -> logits (B, class_num); None: no loss needs any.
+
+    Attributes:
+        retrieval_feature_from: the output that `features` is in evaluation.
+        head_feature_from: the part that the head reads, `neck` or `backbone`.
+        precision: of training under autocast, float16 or bfloat16; None: float32.
+        half_evaluation: whether evaluation has that precision too.
+        sizes: of `backbone` (flat) and `features`, where they are known.
+        grad_cache: images computed at a time while training; None: all.
+        frozen: parts whose weights and batch statistics stay as they are.
+        rests: whether the backbone's batch normalisations keep the statistics that they begin with.
+        on_features: whether `x` is what the (frozen) backbone gave, and not images.
     """
 
     retrieval_feature_from, head_feature_from = "features", "neck"
     precision: torch.dtype | None = None
-    sizes: dict[str, int] | None = None  # of `backbone` (flat) and `features`, where they are known
+    sizes: dict[str, int] | None = None
     half_evaluation = False
-    grad_cache: int | None = None  # images computed at a time while training
+    grad_cache: int | None = None
     frozen: tuple[str, ...] = ()
-    rests = False  # whether the backbone's batch normalisations keep the statistics that they begin with
-    on_features = False  # whether `x` is what the (frozen) backbone gave, and not images
+    rests = False
+    on_features = False
 
     def __init__(self, backbone: nn.Module, neck: nn.Module | None = None, head: nn.Module | None = None):
         super().__init__()
@@ -76,7 +90,11 @@ class RecModel(nn.Module):
         return self
 
     def freeze(self, names: Sequence[str]) -> None:
-        """Keep these parts (patterns of module names such as 'backbone.model.layer1*') as they are from now on."""
+        """Keep these parts (patterns of module names such as 'backbone.model.layer1*') as they are from now on.
+
+        Raises:
+            ValueError: No part has such a name.
+        """
         known = [name for name, _ in self.named_modules()]
         for pattern in names:
             found = [name for name in known if name and fnmatch(name, pattern)]
@@ -117,6 +135,10 @@ class DistillationModel(nn.Module):
     """`model(x, y=None) -> dict`: each model's outputs by its name, and those of `chosen` at the top as well.
 
     In evaluation only the chosen model runs.
+
+    Args:
+        models: RecModels by their names.
+        chosen: the name of the one that is used.
     """
 
     def __init__(self, models: Mapping[str, nn.Module], chosen: str):

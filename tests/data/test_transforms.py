@@ -273,10 +273,11 @@ def test_erasing_happens_with_its_probability():
     assert 70 < sum(bool(erase(torch.zeros(3, 32, 32)).any()) for _ in range(400)) < 130
 
 
-@pytest.mark.parametrize(("log_aspect", "median"), [(False, 1.75), (True, 1.0)])
+@pytest.mark.parametrize(("log_aspect", "median"), [(None, 1.75), (False, 1.75), (True, 1.0)])
 def test_the_aspect_of_an_erased_rectangle_is_drawn_as_asked(log_aspect, median):
     torch.manual_seed(0)
-    erase = build("RandomErasing", EPSILON=1.0, sl=0.02, sh=0.1, use_log_aspect=log_aspect)
+    asked = {} if log_aspect is None else {"use_log_aspect": log_aspect}
+    erase = build("RandomErasing", EPSILON=1.0, sl=0.02, sh=0.1, **asked)
     drawn = [erase.make_params([torch.zeros(3, 400, 400)]) for _ in range(2000)]
     assert np.median([box["h"] / box["w"] for box in drawn]) == pytest.approx(median, rel=0.06)
 
@@ -290,10 +291,11 @@ def test_erasing_tries_as_often_as_asked():
     assert share[0] < 0.7 < share[1] == 1
 
 
-@pytest.mark.parametrize(("log_aspect", "median"), [(False, 1.15), (True, 0.775)])
+@pytest.mark.parametrize(("log_aspect", "median"), [(None, 1.15), (False, 1.15), (True, 0.775)])
 def test_the_aspect_of_a_crop_is_drawn_as_asked(log_aspect, median):
     torch.manual_seed(0)
-    crop = build("RandCropImage", size=8, scale=[0.1, 0.2], ratio=[0.3, 2.0], use_log_aspect=log_aspect)
+    asked = {} if log_aspect is None else {"use_log_aspect": log_aspect}
+    crop = build("RandCropImage", size=8, scale=[0.1, 0.2], ratio=[0.3, 2.0], **asked)
     drawn = [crop.make_params([torch.zeros(3, 400, 400)]) for _ in range(2000)]
     assert np.median([box["width"] / box["height"] for box in drawn]) == pytest.approx(median, rel=0.05)
 

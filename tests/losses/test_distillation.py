@@ -26,6 +26,8 @@ def test_mutual_learning_is_both_divergences(outputs):
     p, q = (np.exp(v["logits"].detach().double().log_softmax(1).numpy()) for v in outputs.values())
     wanted = sum((a * np.log(a / b)).sum(1).mean() for a, b in ((p, q), (q, p))) / 2
     assert loss.item() == pytest.approx(wanted, rel=1e-5)
+    exact = {name: {"logits": part["logits"].double()} for name, part in outputs.items()}
+    assert DistillationDMLLoss([["Student", "Teacher"]])(exact, None).item() == pytest.approx(wanted, rel=1e-12)
     same = dict.fromkeys(outputs, outputs["Teacher"])
     assert DistillationDMLLoss([["Student", "Teacher"]])(same, None).item() == 0
 
@@ -40,8 +42,12 @@ def test_mutual_learning_is_both_divergences(outputs):
 )
 def test_distances(outputs, mode, plain):
     loss = DistillationDistanceLoss([["Student", "Teacher"]], mode, "features")(outputs, None)
-    a, b = (v["features"].detach().double().numpy() for v in outputs.values())
-    assert loss.item() == pytest.approx(plain(a - b).mean(), rel=1e-5)
+    a, b = (v["features"].detach().double() for v in outputs.values())
+    assert loss.item() == pytest.approx(plain((a - b).numpy()).mean(), rel=1e-5)
+    exact = DistillationDistanceLoss([["Student", "Teacher"]], mode)(
+        {"Teacher": {"features": a}, "Student": {"features": b}}, None
+    )
+    assert exact.item() == pytest.approx(plain((a - b).numpy()).mean(), rel=1e-12)
 
 
 def test_cross_entropies_are_summed(outputs):

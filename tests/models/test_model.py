@@ -3,11 +3,16 @@
 import copy
 import json
 import pickle
+import re
+import runpy
+from contextlib import ExitStack
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from conftest import ROOT
 from safetensors.torch import save_file
 from torch import nn
 
@@ -23,6 +28,7 @@ from recnb.recipe.data import build_loaders
 from recnb.recipe.model import build_model
 from recnb.recipe.objective import build_loss
 from recnb.recipe.optimizer import build_optimizer, build_schedules
+from recnb.recipe.parts import SLOTS
 from recnb.recipe.resolved import resolved
 from recnb.recipe.schema import load_config
 from recnb.registry import ConfigError
@@ -192,6 +198,19 @@ def test_every_schedule(name, shared):
     rate = build_schedules({"Global": {"epochs": 6}, "Optimizer": {"name": "SGD", "lr": section}}, 3)[0]
     rates = [rate(step) for step in range(18)]
     assert max(rates) == pytest.approx(0.1) and min(rates) >= 0 and all(isinstance(value, float) for value in rates)
+
+
+def test_the_neck_and_the_loss_of_the_docs_pass_what_every_part_does(tmp_path, monkeypatch):
+    text = (ROOT / "docs" / "python.md").read_text(encoding="utf-8").partition("## Parts of your own")[2]
+    assert all("# (" in line for line in re.findall(r"def forward\(self, (?!out: dict).*", text))
+    (tmp_path / "own.py").write_text("\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL)))
+    monkeypatch.setitem(EXAMPLES["neck"], "Squashed", {"class_num": 6})
+    with ExitStack() as stack:
+        for known in SLOTS.values():
+            stack.enter_context(patch.dict(known))
+        runpy.run_path(str(tmp_path / "own.py"))
+        test_every_neck("Squashed", tmp_path)
+        test_every_loss("Spread", tmp_path)
 
 
 def test_a_part_without_an_example_is_told_apart():
