@@ -2,7 +2,6 @@
 
     python benchmarks/retrieval.py                  all parts, each in a process of its own (about 10 minutes, 2 cores)
     python benchmarks/retrieval.py metrics 128      one part, with its numbers
-    python benchmarks/retrieval.py --ten-million    10 million drawn vectors, against what `sizes.plan` says of them
 
 Run it on an idle machine: beside other work the ratios are worthless. Times are the best of three, in seconds; memory
 is what the process grew by over its inputs, in MB.
@@ -22,7 +21,6 @@ import torch
 from recnb.retrieval.metrics import ranking_metrics, retrieval_metrics
 from recnb.retrieval.rerank import KReciprocal
 from recnb.retrieval.search import Index, knn
-from recnb.retrieval.sizes import plan
 from recnb.retrieval.verification import verification_metrics
 
 ITEMS, IDENTITIES = 60_500, 11_318  # Stanford Online Products' test set
@@ -202,43 +200,9 @@ def rerank_large(queries=11_659, items=82_161, width=256):
     }
 
 
-def vectors(count=10_000_000, width=64, queries=200):
-    """An index of the kind that its size asks for: how long it takes to fill, how often it is right, GB and ms a query.
-
-    Vectors lie around 100,000 centres. One query is asked at a time, as a person asks.
-    """
-    rng = np.random.default_rng(0)
-    centres = rng.standard_normal((100_000, width), dtype=np.float32)
-    x = np.empty((count + queries, width), np.float32)
-    for start in range(0, len(x), 500_000):
-        rows = x[start : start + 500_000]
-        rows[:] = centres[rng.integers(len(centres), size=len(rows))]
-        rows += rng.standard_normal(rows.shape, dtype=np.float32)
-    gallery, probe = x[:-queries], x[-queries:]
-    exact = knn(probe, gallery, 10)[1]
-    index, before = Index(), memory()
-    filled = seconds(lambda: index.add(gallery))
-    held = memory() - before
-    found = [index.search(query[None], 10)[1][0] for query in probe]
-    took = seconds(lambda: [index.search(query[None], 10) for query in probe])
-    return {
-        "factory": index.factory,
-        "filled": filled,
-        "recall@10": np.mean([len({*a} & {*b}) for a, b in zip(found, exact, strict=True)]) / 10,
-        "GB": held / 1024,
-        "ms": 1000 * took / queries,
-        **{f"plan {name}": value for name, value in plan(count, width).items() if name != "factory"},
-    }
-
-
-def memory():
-    """MB that this process holds now."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
-
-
 PARTS = {
     part.__name__: part
-    for part in (vectors, metrics, neighbours, accuracy_calculator, streamed, rerank, rerank_dense, rerank_large)
+    for part in (metrics, neighbours, accuracy_calculator, streamed, rerank, rerank_dense, rerank_large)
 }
 ALL = [
     ("metrics", 128),
@@ -254,8 +218,6 @@ ALL = [
 
 
 def main(arguments):
-    if arguments == ["--ten-million"]:
-        arguments = ["vectors"]
     if arguments:
         result = PARTS[arguments[0]](*map(int, arguments[1:]))
         print(json.dumps({key: round(v, 4) if isinstance(v, float) else v for key, v in result.items()}))

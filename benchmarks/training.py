@@ -27,6 +27,10 @@ from fastai.vision.core import PILImage
 from fastai.vision.data import ImageBlock
 from fasttransform import Transform
 from PIL import Image, ImageFilter
+from torch.utils.data import DataLoader
+from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import default_loader
+from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
 
 from recnb.demo.marks import draw_marks
@@ -177,8 +181,12 @@ def draw_photographs(folder: Path, identities: int = 16, images: int = 8) -> Pat
     return folder / "list.txt"
 
 
-def loader(batch: int = 32, passes: int = 3) -> dict:
-    """Milliseconds an image through the original's ops: recnb's loader and fastai's pipeline, no worker processes."""
+def loader(batch: int = 32, passes: int = 5) -> dict:
+    """Milliseconds an image through the original's ops, beside others' pipelines and the bare decoding and resizing.
+
+    All are asked in turn, in one process and without workers. At this severity torchvision's AugMix moves nothing and
+    recnb's does: the comparison is in the others' favour.
+    """
     torch.set_num_threads(1)  # as in a worker process
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -187,39 +195,75 @@ def loader(batch: int = 32, passes: int = 3) -> dict:
         cfg["DataLoader"]["Train"]["loader"] = {"num_workers": 0}
         ours = build_loaders(cfg).train
         cfg["Global"]["cache_images"] = str(folder / "kept")
-        kept = build_loaders(cfg).train
-        mix = Transform(v2.RandomApply([v2.AugMix(1, 3, 1, 0.1, all_ops=False)], 0.5))
-        # Behind the resizing: before it, as fastai would sort it, it costs three times as much. At this severity
-        # torchvision's moves nothing, recnb's does: the comparison is in fastai's favour.
-        mix.order = 2
-        theirs = (
-            DataBlock(
-                blocks=(ImageBlock, CategoryBlock),
-                get_items=lambda path: sorted(path.rglob("*.jpg")),
-                get_y=parent_label,
-                splitter=lambda items: (list(range(len(items))), [0]),
-                item_tfms=[Resize(224, method="squish"), FlipItem(), OfPillow(mix)],
-                batch_tfms=[Finish()],
-            )
-            .dataloaders(folder, bs=batch, num_workers=0)
-            .train
-        )
-        times = {"recnb": [], "kept": [], "fastai": []}
+        pipelines = {
+            "recnb": ours,
+            "recnb_kept": build_loaders(cfg).train,
+            "fastai": by_fastai(folder, batch),
+            "torchvision": by_torchvision(folder, batch, default_loader),
+            "torchvision_tensors": by_torchvision(folder, batch, decoded),
+            "floor": Floor(sorted(str(path) for path in folder.rglob("*.jpg"))),
+        }
+        times = {name: [] for name in pipelines}
         for _ in range(passes):
-            for name, batches in (("recnb", ours), ("kept", kept), ("fastai", theirs)):
+            for name, batches in pipelines.items():
                 began, count = time.perf_counter(), 0
                 for x, _ in batches:
                     count += len(x)
                 times[name].append(1e3 * (time.perf_counter() - began) / count)
-        best = {name: min(values) for name, values in times.items()}
+    best = {name: min(values) for name, values in times.items()}
     return {
         "part": "loader",
         "what": "JPEG 500 x 375 to 224 px, flip, AugMix 0.5, normalise, erase; no workers",
-        "fastai_ms": best["fastai"],
-        "recnb_ms": best["recnb"],
-        "recnb_kept_ms": best["kept"],
+        **{f"{name}_ms": value for name, value in best.items()},
         "ratio": best["fastai"] / best["recnb"],
+        "ratio_torchvision": min(best["torchvision"], best["torchvision_tensors"]) / best["recnb"],
+        "floor_share": best["floor"] / best["recnb"],
     }
+
+
+def decoded(file: str) -> torch.Tensor:
+    """uint8 (3, H, W) of a file, as torchvision decodes it."""
+    return decode_image(file, ImageReadMode.RGB)
+
+
+class Floor:
+    """Batches of one image, decoded and resized by torchvision, and nothing else."""
+
+    def __init__(self, files):
+        self.files = files
+
+    def __iter__(self):
+        return (([v2.functional.resize(decoded(file), [224, 224])], None) for file in self.files)
+
+
+def by_torchvision(folder: Path, batch: int, read) -> DataLoader:
+    """The ops as torchvision.transforms.v2 has them, on what `read` makes of a file."""
+    ops = [
+        v2.ToImage(),
+        v2.Resize((224, 224)),
+        v2.RandomHorizontalFlip(),
+        v2.RandomApply([v2.AugMix(1, 3, 1, 0.1, all_ops=False)], 0.5),
+        v2.ToDtype(torch.float32, scale=True),
+        v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+        v2.RandomErasing(0.5),
+    ]
+    known = {"is_valid_file": lambda path: path.endswith(".jpg"), "allow_empty": True}
+    return DataLoader(ImageFolder(str(folder), v2.Compose(ops), loader=read, **known), batch, shuffle=True)
+
+
+def by_fastai(folder: Path, batch: int):
+    """The ops as fastai has them, and torchvision's AugMix."""
+    mix = Transform(v2.RandomApply([v2.AugMix(1, 3, 1, 0.1, all_ops=False)], 0.5))
+    mix.order = 2  # behind the resizing: before it, as fastai would sort it, it costs three times as much
+    block = DataBlock(
+        blocks=(ImageBlock, CategoryBlock),
+        get_items=lambda path: sorted(path.rglob("*.jpg")),
+        get_y=parent_label,
+        splitter=lambda items: (list(range(len(items))), [0]),
+        item_tfms=[Resize(224, method="squish"), FlipItem(), OfPillow(mix)],
+        batch_tfms=[Finish()],
+    )
+    return block.dataloaders(folder, bs=batch, num_workers=0).train
 
 
 class OfPillow(Transform):

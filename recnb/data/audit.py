@@ -16,7 +16,7 @@ from scipy.fft import dctn
 from tqdm.auto import tqdm
 
 from recnb.data.images import opened, reason, to_rgb
-from recnb.retrieval.search import knn
+from recnb.retrieval.neighbours import knn
 
 FLAT = 4.0  # grey levels: a picture that varies less has no shape to compare
 TONE = 16.0  # grey levels: two pictures whose colours differ more, on average, are different pictures

@@ -9,9 +9,11 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +23,20 @@ from torch import Tensor
 from torchvision.transforms import v2
 from tqdm.auto import tqdm
 
-from recnb.data.images import PART, DataError, fingerprint
+from recnb.data.images import fingerprint
 from recnb.data.lists import ImageList
 from recnb.data.pipeline import Pipeline
 from recnb.distributed.processes import first_does
 from recnb.registry import ConfigError
 from recnb.storage import replacing
+
+TOGETHER = 100  # images that are decoded before they are written
+
+
+@cache
+def mapped(path: Path) -> np.ndarray:
+    """Return the array in a file, which each process maps into its memory once."""
+    return np.load(path, mmap_mode="r")
 
 
 class Kept:
@@ -34,15 +44,9 @@ class Kept:
 
     def __init__(self, path: Path, transform: Pipeline, done: int):
         self.path, self.transform, self.done = path, transform, done
-        self.map: np.ndarray | None = None
 
     def __getitem__(self, index: int) -> Tensor:
-        if self.map is None:
-            self.map = np.load(self.path, mmap_mode="r")
-        return torch.from_numpy(self.map[index].copy()).permute(2, 0, 1)
-
-    def __getstate__(self) -> dict:  # another process maps the file itself
-        return {**vars(self), "map": None}
+        return torch.from_numpy(mapped(self.path)[index].copy()).permute(2, 0, 1)
 
 
 def fixed_ops(transform: Pipeline) -> int:
@@ -57,10 +61,17 @@ def fixed_ops(transform: Pipeline) -> int:
 
 
 def keep(images: ImageList, folder: Path, where: str) -> None:
-    """Decode and resizes the images of a list into a file of the folder, unless it is there, and uses it.
+    """Decode and resize the images of a list into a file of the folder, unless it is there, and use it from now on.
 
-    The file is named by the paths, sizes, dates and boxes of the images, the ops and the decoders. Raises ConfigError
-    where the first ops leave no one size to keep, DataError where the disk has no room.
+    The file is named by the paths, sizes, dates and boxes of the images, the ops and the decoders.
+
+    Args:
+        images: the list, changed in place.
+        folder: where the file is.
+        where: the list's place in the configuration, for messages.
+
+    Raises:
+        ConfigError: The first ops leave no one size to keep, or the disk has no room.
     """
     done = fixed_ops(images.transform)
     if not done:
@@ -79,8 +90,7 @@ def keep(images: ImageList, folder: Path, where: str) -> None:
 
 def write_kept(images: ImageList) -> None:
     """Write the file of `images.kept` where there is none."""
-    if images.kept.path.exists():  # asked by one process: others might see the file and not wait for it
-        return
+    path, starts = images.kept.path, range(0, len(images), TOGETHER)
 
     def first_part(index: int) -> np.ndarray:  # (H, W, 3)
         image = images.image(index)
@@ -88,22 +98,42 @@ def write_kept(images: ImageList) -> None:
             image = op(image)
         return image.permute(1, 2, 0).numpy()
 
-    def fill(index: int) -> None:
-        file[index] = first_part(index)
-
-    path, parts = images.kept.path, range(0, len(images), PART)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    shape = (len(images), *first_part(0).shape)
-    free, wanted = shutil.disk_usage(path.parent).free, int(np.prod(shape))
-    if wanted > 0.95 * free:
-        raise DataError(
-            f"Global.cache_images: {path.parent} has {free / 1e9:.1f} GB free, and the images of "
-            f"{images.source} take {wanted / 1e9:.1f} GB; choose another folder, or leave it out"
+    if path.exists():  # asked by one process: others might see the file and not wait for it
+        return
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        parts = (
+            np.stack([*pool.map(first_part, range(start, min(start + TOGETHER, len(images))))])
+            for start in tqdm(starts, "images kept", unit=" hundred", leave=False, delay=3)
         )
-    with replacing(path) as temporary, ThreadPoolExecutor(os.cpu_count()) as pool:
-        file = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape)
-        for start in tqdm(parts, "images kept", unit="thousand", leave=False, delay=3):
-            list(pool.map(fill, range(start, min(start + PART, len(images)))))
+        write_array(path, len(images), parts, "Global.cache_images", f"the images of {images.source}")
+
+
+def write_array(path: Path, count: int, parts: Iterable[np.ndarray], key: str, what: str) -> None:
+    """Write an array (count, ...) part by part, (n, ...) each, holding one of them at a time.
+
+    Args:
+        path: the file, which is whole or absent.
+        count: how many rows all parts have together.
+        parts: of one shape and type but for n.
+        key: what names the folder in a configuration, for the message.
+        what: what the rows are, for the message.
+
+    Raises:
+        ConfigError: The folder has no room.
+    """
+    rows = iter(parts)
+    first = next(rows)
+    with replacing(path) as temporary:
+        free, wanted = shutil.disk_usage(path.parent).free, count * first[0].nbytes
+        if wanted > 0.95 * free:
+            raise ConfigError(
+                f"{key}: {path.parent} has {free / 1e9:.1f} GB free, and {what} take {wanted / 1e9:.1f} GB; "
+                "choose another folder, or leave it out"
+            )
+        file, start = np.lib.format.open_memmap(temporary, "w+", first.dtype, (count, *first.shape[1:])), 0
+        for part in chain([first], rows):
+            file[start : start + len(part)] = part
+            start += len(part)
         file.flush()
 
 
@@ -115,20 +145,15 @@ class Features:
     """
 
     files: list[Path]
-    maps: list[np.ndarray] | None = field(default=None, repr=False)
 
     def read(self, items: Sequence[int | tuple[int, int]]) -> Tensor:
         """Return the features (B, ...) of these items."""
-        if self.maps is None:
-            self.maps = [np.load(file, mmap_mode="r") for file in self.files]
+        maps = [mapped(file) for file in self.files]
         pairs = np.array([item if isinstance(item, tuple) else (item, 0) for item in items]).reshape(-1, 2)
-        views, out = pairs[:, 1] % len(self.maps), np.empty((len(pairs), *self.maps[0].shape[1:]), np.float32)
+        views, out = pairs[:, 1] % len(maps), np.empty((len(pairs), *maps[0].shape[1:]), np.float32)
         for view in np.unique(views):
-            out[views == view] = self.maps[view][pairs[views == view, 0]]
+            out[views == view] = maps[view][pairs[views == view, 0]]
         return torch.from_numpy(out)
-
-    def __getstate__(self) -> dict:  # another process maps the files itself
-        return {**vars(self), "maps": None}
 
 
 def with_features(images: ImageList, files: list[Path]) -> ImageList:

@@ -43,6 +43,12 @@ REMEMBERED = Path(
     "decoded.txt",
 )
 
+REASONS: dict[type[Exception], str] = {  # why an image cannot be used, by what reading it raised
+    FileNotFoundError: "is not there",
+    IsADirectoryError: "is a folder or a device, no file",
+    UnidentifiedImageError: "is empty or of no known image format",
+}
+
 
 class DataError(RuntimeError):
     """Images or list files that cannot be used; the message names the file and the line."""
@@ -141,13 +147,8 @@ def reason(error: Exception) -> str:
             f"has more pixels than is safe to decode: {error} Save it smaller, leave it out, or set "
             "RECNB_MAX_PIXELS=N in the environment where you trust it"
         )
-    if isinstance(error, FileNotFoundError):
-        return "is not there"
-    if isinstance(error, IsADirectoryError):
-        return "is a folder or a device, no file"
-    if isinstance(error, UnidentifiedImageError):
-        return "is empty or of no known image format"
-    return f"cannot be decoded: {getattr(error, 'strerror', None) or printable(str(error)) or type(error).__name__}"
+    detail = getattr(error, "strerror", None) or printable(str(error)) or type(error).__name__
+    return REASONS.get(type(error), f"cannot be decoded: {detail}")
 
 
 def check_box(box: Sequence[int], width: int, height: int) -> tuple[int, int, int, int]:

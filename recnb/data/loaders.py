@@ -152,8 +152,7 @@ class Loaders:
     @property
     def classes(self) -> int:
         """How many training identities there are."""
-        names = self.train.dataset.names
-        return 0 if names is None else len(names)
+        return self.train.dataset.classes
 
     @property
     def test(self) -> Pair | None:

@@ -32,7 +32,7 @@ from recnb.deploy.modelcard import compared, model_card
 from recnb.recipe.reading import as_yaml
 from recnb.recipe.settings import GLOBAL
 from recnb.registry import ConfigError, check_known
-from recnb.retrieval.search import knn
+from recnb.retrieval.neighbours import knn
 from recnb.runs.folder import Run
 from recnb.storage import me, resolve, write_json, write_sums, write_text
 from recnb.training.evaluation import Judge

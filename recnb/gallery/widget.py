@@ -25,7 +25,7 @@ from recnb.gallery.hits import Hits
 from recnb.gallery.page import ORDERS, TEMPLATES, Hit, Pages, as_uri, gallery_html, source
 from recnb.gallery.pictures import Names, Picture, label_text, read_picture
 from recnb.retrieval.lists import END, RIGHT, WRONG, Ranking, changed
-from recnb.retrieval.search import knn
+from recnb.retrieval.neighbours import knn
 
 ANY, NONE, SIDES = "any", "none", ("the query", "the hit")
 OWN, AGREE = "an image of your own", "where two pictures agree"

@@ -27,15 +27,6 @@ def unsealed(text: bytes) -> dict:
     return json.loads(b"{" + found[2])
 
 
-def check_columns(columns: Any, info: Any, count: int) -> None:
-    """Raise ValueError unless the columns of an index.json have a value for each of `count` ids."""
-    if not isinstance(columns, dict) or not isinstance(info, dict):
-        raise ValueError("index.json: columns and info must be mappings")
-    for name, values in columns.items():
-        if not isinstance(values, list) or len(values) != count:
-            raise ValueError(f"index.json: column {name} does not have a value for each of the {count} ids")
-
-
 def sha256(file: Path) -> str:
     """Return the SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()

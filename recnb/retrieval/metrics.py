@@ -27,9 +27,9 @@ import numpy as np
 import pandas as pd
 import torch
 
-from recnb.retrieval.protocol import Protocol, embeddings_protocol, make_protocol
+from recnb.retrieval.protocol import Protocol, compared, make_protocol
 from recnb.retrieval.ranking import TIE, embedding_ranks, score_ranks, share, sum_over_processes
-from recnb.retrieval.scores import MEMORY, Array, exact, pair, to_numpy
+from recnb.retrieval.scores import MEMORY, Array, exact, to_numpy
 
 Values = dict[str, float]
 Arrays = dict[str, np.ndarray]  # one entry per query
@@ -89,15 +89,16 @@ def retrieval_metrics(
             or infinity.
     """
     functions = _functions(metrics, topk)
-    protocol = embeddings_protocol(
+    left, right, protocol = compared(
         query,
         gallery,
+        distance,
+        device,
         exclude_self,
         (query_labels, gallery_labels),
         (query_cameras, gallery_cameras),
         (query_groups, gallery_groups),
     )
-    left, right = pair(query, gallery, distance, device)
     queries = share(protocol, np.flatnonzero(protocol.valid))
     workers = torch.get_num_threads() if left.device.type == "cpu" else 1
     with exact(left.device, threads=1):

@@ -13,8 +13,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 
-from recnb.retrieval.scores import Array, to_numpy
+from recnb.retrieval.scores import Array, Rows, pair, to_numpy
 
 Pair = tuple[np.ndarray, np.ndarray]  # integer codes of the queries (Q,) and of the gallery (G,)
 Given = tuple[Array | None, Array | None]  # what a caller gave for the queries and for the gallery
@@ -66,26 +67,36 @@ def _is_text(values: np.ndarray) -> bool:
     return values.dtype.kind in "US" or (values.dtype == object and isinstance(values[0], str))
 
 
-def embeddings_protocol(
-    query: Array, gallery: Array | None, exclude_self: bool | Array, labels: Given, cameras: Given, groups: Given
-) -> Protocol:
-    """Return the `Protocol` of embeddings; where `gallery` is None, the queries are it, with their own values.
+def compared(
+    query: Array,
+    gallery: Array | None,
+    distance: str,
+    device: str | torch.device | None,
+    exclude_self: bool | Array,
+    labels: Given,
+    cameras: Given,
+    groups: Given,
+) -> tuple[Rows, Rows, Protocol]:
+    """Return both sides of a comparison, made ready and checked, and who matches whom.
 
     Args:
         query: (Q, D) embeddings.
-        gallery: (G, D) embeddings, or None.
-        exclude_self: as in `retrieval_metrics`.
+        gallery: (G, D) embeddings; None: the queries are it, with their own values.
+        distance: as in `Rows`; `device` too.
+        device: see `distance`.
+        exclude_self: as in `recnb.retrieval.retrieval_metrics`.
         labels: (of the queries, of the gallery), each a sequence or None; `cameras` and `groups` likewise.
         cameras: see `labels`.
         groups: see `labels`.
 
     Raises:
-        ValueError: Numbers disagree, or labels are missing.
+        ValueError: Numbers or dimensions disagree, labels are missing, or a row is not finite.
     """
     if gallery is None:
         labels, cameras, groups = ((own, own) for own, _ in (labels, cameras, groups))
     items = len(query if gallery is None else gallery)
-    return make_protocol(len(query), items, exclude_self, gallery is None, labels, cameras, groups)
+    protocol = make_protocol(len(query), items, exclude_self, gallery is None, labels, cameras, groups)
+    return *pair(query, gallery, distance, device), protocol
 
 
 def make_protocol(

@@ -8,7 +8,7 @@ Ties are pessimistic: a negative that scores as high as a positive is ranked bef
 the product of the norms (by default TIE, about what float32 sums can tell apart) count as equal. So the order of the
 gallery changes nothing, and a model that gives every image the same embedding gets the worst ranking, not a lucky one.
 
-On CPUs numba counts: torch alone takes two to four times as long (docs/performance.md, `benchmarks/kernels.py`).
+On CPUs compiled loops count (`kernels`), elsewhere torch: the same numbers.
 """
 
 from __future__ import annotations
@@ -24,12 +24,6 @@ from torch import Tensor
 
 from recnb.retrieval.protocol import Protocol
 from recnb.retrieval.scores import Rows, spans, to_numpy
-
-try:
-    from numba import njit
-except ImportError:  # torch then makes the counts: the same numbers, more slowly
-    njit = None  # type: ignore[assignment]
-
 
 TIE = 3e-7
 CPU_TILE, LARGE_TILE = (256, 1024), (1024, 16384)  # a tile of scores stays in a core's cache, or fills a GPU
@@ -211,19 +205,22 @@ class Block:
 
     def count(self, tile: Tensor, offset: int) -> None:
         """Add the negatives in a tile (B, C) of scores of the gallery rows from `offset`; the tile is used up."""
-        if tile.device.type == "cpu" and njit is not None:
+        if tile.device.type == "cpu":
             self._count_compiled(tile, offset)
         else:
             self._count_in_torch(self.keep_negatives(tile, offset))
 
     def _count_compiled(self, tile: Tensor, offset: int) -> None:
+        from recnb.retrieval import kernels
+
         protocol, queries = self.protocol, self.queries
         sizes, own = protocol.positives[queries], protocol.own[queries]
         label = protocol.by_label.bounds(protocol.label[0][queries])
         group = label[0], own, own  # nobody
         if protocol.by_group and protocol.group:
             group = protocol.by_group.bounds(protocol.group[0][queries])
-        _count_rows(offset, tile.numpy(), self.thresholds.numpy(), self.ahead.numpy(), sizes, own, *label, *group)
+        arrays = tile.numpy(), self.thresholds.numpy(), self.ahead.numpy()
+        kernels.count_rows(offset, *arrays, sizes, own, *label, *group)
 
     def keep_negatives(self, tile: Tensor, offset: int) -> Tensor:
         """Return the tile with -infinity for all but the negatives."""
@@ -243,57 +240,3 @@ class Block:
             counts = torch.zeros(len(tile), self.ahead.shape[1] + 1, dtype=torch.int64, device=tile.device)
             counts.scatter_add_(1, reached, torch.ones_like(reached))
             self.ahead += counts[:, :-1].cumsum(1)
-
-
-if njit is not None:
-
-    @njit(nogil=True, cache=True)
-    def _count_rows(
-        offset, tile, thresholds, ahead, sizes, own, order, first, last, group_order, group_first, group_last
-    ):
-        for i in range(len(tile)):
-            _strike(tile[i], offset, order, first[i], last[i])
-            _strike(tile[i], offset, group_order, group_first[i], group_last[i])
-            if 0 <= own[i] - offset < tile.shape[1]:
-                tile[i, own[i] - offset] = -np.inf
-            if sizes[i] <= 48:
-                _count_few(tile[i], thresholds[i, : sizes[i]], ahead[i])
-            else:
-                _count_many(tile[i], thresholds[i, : sizes[i]], ahead[i])
-
-    @njit(nogil=True, cache=True)
-    def _strike(scores, offset, order, first, last):
-        start = first + np.searchsorted(order[first:last], offset)
-        for position in range(start, last):
-            if order[position] >= offset + len(scores):
-                break
-            scores[order[position] - offset] = -np.inf
-
-    @njit(nogil=True, cache=True)
-    def _count_few(scores, thresholds, ahead):
-        for j in range(len(thresholds) - 1, -1, -1):
-            threshold, count = thresholds[j], 0
-            for i in range(len(scores)):  # by index: a loop over the scores themselves takes seven times as long
-                if scores[i] >= threshold:
-                    count += 1
-            if count == 0:
-                break  # the thresholds before this one are higher
-            ahead[j] += count
-
-    @njit(nogil=True, cache=True)
-    def _count_many(scores, thresholds, ahead):
-        lowest, reached = thresholds[-1], np.zeros(len(thresholds), np.int64)
-        for x in scores:
-            if x >= lowest:
-                low, high = 0, len(thresholds) - 1
-                while low < high:
-                    middle = (low + high) >> 1
-                    if x >= thresholds[middle]:
-                        high = middle
-                    else:
-                        low = middle + 1
-                reached[low] += 1
-        total = 0
-        for j in range(len(thresholds)):
-            total += reached[j]
-            ahead[j] += total

@@ -14,25 +14,42 @@ import numpy as np
 import torch
 from scipy import sparse
 from torch import Tensor
+from torch.nn.functional import normalize
 
-from recnb.retrieval.ranking import njit
+from recnb.retrieval.neighbours import knn, nearest
 from recnb.retrieval.scores import MEMORY, Array, Rows, exact, pair, spans, to_numpy
-from recnb.retrieval.search import knn, nearest
 
 
 def k_reciprocal(
-    query: Array,
-    gallery: Array | None = None,
-    k1: int = 20,
-    k2: int = 6,
-    lambda_value: float = 0.3,
-    distance: str = "cosine",
-    device: str | torch.device | None = None,
-    memory: int = MEMORY,
+    query: Array, gallery: Array | None = None, k1: int = 20, k2: int = 6, lambda_value: float = 0.3, **options
 ) -> np.ndarray:
     """Return distances (Q, G) float32, smaller for better: k-reciprocal re-ranking (Zhong et al., CVPR 2017).
 
     Beside this matrix little memory is used; where the matrix itself is too large, use `KReciprocal`.
+
+    Args:
+        query: as in `KReciprocal`, like all that follows.
+        gallery: see there.
+        k1: see there.
+        k2: see there.
+        lambda_value: see there.
+        options: `distance`, `device` and `memory`; see there.
+
+    Raises:
+        ValueError: See there.
+    """
+    rerank = KReciprocal(query, gallery, k1, k2, lambda_value, **options)
+    result = np.empty((rerank.queries, rerank.items), np.float32)
+    for rows in spans(rerank.queries, max(1, rerank.memory // (16 * rerank.items))):
+        result[rows] = rerank.distances(np.arange(rows.start, rows.stop))
+    return result
+
+
+class KReciprocal:
+    """k-reciprocal re-ranking (Zhong et al., CVPR 2017) as a function of query numbers: no (Q, G) matrix need exist.
+
+    `distances(queries)` returns their (B, G) distances; the object itself, when called, minus them: the scores that
+    `recnb.retrieval.metrics.ranking_metrics` takes. It holds neighbour lists and sparse vectors, nothing of size Q x G.
 
     Args:
         query: (Q, D) embeddings.
@@ -46,19 +63,6 @@ def k_reciprocal(
 
     Raises:
         ValueError: Shapes do not agree, a row is not finite, or a parameter is out of range.
-    """
-    rerank = KReciprocal(query, gallery, k1, k2, lambda_value, distance, device, memory)
-    result = np.empty((rerank.queries, rerank.items), np.float32)
-    for rows in spans(rerank.queries, max(1, memory // (16 * rerank.items))):
-        result[rows] = rerank.distances(np.arange(rows.start, rows.stop))
-    return result
-
-
-class KReciprocal:
-    """k-reciprocal re-ranking as a function of query numbers, so that the (Q, G) matrix need not exist.
-
-    `distances(queries)` returns their (B, G) distances; the object itself, when called, minus them: the scores that
-    `recnb.retrieval.metrics.ranking_metrics` takes. It holds neighbour lists and sparse vectors, nothing of size Q x G.
     """
 
     def __init__(
@@ -94,11 +98,12 @@ class KReciprocal:
 
     def distances(self, queries: np.ndarray) -> np.ndarray:
         """Return distances (B, G) float32 of the queries with these numbers (B,)."""
+        from recnb.retrieval.kernels import subtract_shared
+
         result, weight = self._unshared(queries), np.float32(1 - self.lambda_value)
-        subtract = _subtract_shared_slowly if njit is None else _subtract_shared
 
         def work(rows: slice) -> None:
-            subtract(*_parts(self.vectors[queries[rows]]), *_parts(self.by_column), weight, result[rows])
+            subtract_shared(*_parts(self.vectors[queries[rows]]), *_parts(self.by_column), weight, result[rows])
 
         workers = torch.get_num_threads()
         with ThreadPoolExecutor(workers) as pool:
@@ -201,30 +206,6 @@ def _parts(matrix: sparse.sparray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return matrix.indptr, matrix.indices, matrix.data
 
 
-def _subtract_shared_slowly(starts, columns, values, item_starts, items, item_values, weight, result):
-    for i in range(len(result)):
-        shared = np.zeros(result.shape[1], np.float32)
-        for place in range(starts[i], starts[i + 1]):
-            part = slice(item_starts[columns[place]], item_starts[columns[place] + 1])
-            shared[items[part]] += np.minimum(values[place], item_values[part])
-        result[i] -= weight * shared / (2 - shared)
-
-
-if njit is not None:
-
-    @njit(nogil=True, cache=True)
-    def _subtract_shared(starts, columns, values, item_starts, items, item_values, weight, result):
-        """Turns a Jaccard distance of 1, times weight, into 1 - shared / (2 - shared)."""
-        for i in range(len(result)):
-            shared = np.zeros(result.shape[1], np.float32)
-            for place in range(starts[i], starts[i + 1]):
-                column, value = columns[place], values[place]
-                for j in range(item_starts[column], item_starts[column + 1]):
-                    shared[items[j]] += min(value, item_values[j])
-            for item in range(len(shared)):
-                result[i, item] -= weight * shared[item] / (np.float32(2) - shared[item])
-
-
 def alpha_query_expansion(
     query: Array,
     gallery: Array | None = None,
@@ -252,7 +233,7 @@ def alpha_query_expansion(
         total = left.queries(rows).clone()
         for place in range(ids.shape[1]):
             total += weights[rows, place, None] * right.gallery(ids[rows, place])
-        result.append(torch.nn.functional.normalize(total))
+        result.append(normalize(total))
     return torch.cat(result).cpu().numpy()
 
 
@@ -284,11 +265,9 @@ class Whitening:
         rows = Rows(vectors, "dot", "vectors", "cpu")
         if rows.width != len(self.mean):
             raise ValueError(f"the whitening was fitted on {len(self.mean)} dimensions; got {rows.width}")
-        return np.concatenate([self._apply(rows.raw(part)) for part in spans(len(rows), memory // (16 * rows.width))])
-
-    def _apply(self, rows: Tensor) -> np.ndarray:
         mean, projection = map(torch.from_numpy, (self.mean, self.projection))
-        return torch.nn.functional.normalize((rows - mean) @ projection).numpy()
+        parts = spans(len(rows), max(1, memory // (16 * rows.width)))
+        return np.concatenate([normalize((rows.raw(part) - mean) @ projection).numpy() for part in parts])
 
 
 def fit_whitening(train: Array, dimensions: int | None = None, whiten: bool = True, memory: int = MEMORY) -> Whitening:

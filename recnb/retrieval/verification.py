@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from recnb.retrieval.protocol import Protocol, embeddings_protocol
+from recnb.retrieval.protocol import Protocol, compared
 from recnb.retrieval.ranking import Block, label_blocks, share, sum_over_processes, tile_shape, tiles
-from recnb.retrieval.scores import MEMORY, Array, Rows, exact, pair, spans, to_numpy
+from recnb.retrieval.scores import MEMORY, Array, Rows, exact, spans, to_numpy
 
 LEVELS = 1 << 20
 
@@ -69,15 +69,16 @@ def verification_metrics(
     Raises:
         ValueError: There is no positive or no negative pair, or the input is not as `retrieval_metrics` needs it.
     """
-    protocol = embeddings_protocol(
+    left, right, protocol = compared(
         query,
         gallery,
+        distance,
+        device,
         exclude_self,
         (query_labels, gallery_labels),
         (query_cameras, gallery_cameras),
         (query_groups, gallery_groups),
     )
-    left, right = pair(query, gallery, distance, device)
     low, high, levels = _range(left, right)
     counts = np.zeros((2, levels))
     with exact(left.device):

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from recnb.gallery.figure import gallery_figure
 from recnb.gallery.pictures import shorten
 from recnb.retrieval.lists import rank
-from recnb.retrieval.search import knn
+from recnb.retrieval.neighbours import knn
 from recnb.runs.analysis import Embeddings
 
 

@@ -211,18 +211,14 @@ class StopEarly(Callback):
     def __init__(self, patience: int, state: FitState):
         self.patience, self.state = patience, state
 
-    def before_fit(self):
-        self.look()
-
     def after_epoch(self):
-        self.look()
-
-    def look(self):
         name, last = self.learn.names[0], len(self.state.rows)
         values = {row["epoch"]: row[name] for row in self.state.rows if name in row}
         if values and last - max(values, key=values.get) >= self.patience:
             print(f"stopped behind epoch {last}: {self.patience} epochs without a better {name}")
             raise CancelFitException
+
+    before_fit = after_epoch  # a run that goes on may have stopped already
 
 
 class Pace(Callback):

@@ -142,9 +142,7 @@ class Judge:
         lists = (asked.labels, items.labels, asked.cameras, items.cameras)
         options: dict[str, Any] = {
             "exclude_self": own_index(asked, items),
-            "metrics": list(
-                dict.fromkeys(name if name in DEFINITIONS else re.sub(r"\d+$", "{k}", name) for name in self.names)
-            ),
+            "metrics": list(dict.fromkeys(map(definition, self.names))),
             "topk": sorted({int(name) for key in self.names for name in re.findall(r"\d+$", key)}) or (1,),
             "per_query": True,
         }

@@ -6,12 +6,9 @@ weights, the transform and the files, so that the next probe of the same images 
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from itertools import islice
-from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +16,12 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from recnb.data.cache import with_features
+from recnb.data.cache import with_features, write_array
 from recnb.data.lists import ImageList
 from recnb.data.loaders import ImageLoader, Loaders, Pair, batch_size, batches_on, over
 from recnb.distributed.processes import first_does
 from recnb.models.recmodel import RecModel
 from recnb.registry import ConfigError
-from recnb.storage import replacing
 from recnb.training.evaluation import fingerprint
 
 
@@ -62,28 +58,25 @@ def on_features(model: RecModel, loaders: Loaders, folder: Path, views: int = 1,
 
 
 def keep(model: RecModel, loader: ImageLoader, images: ImageList, folder: Path, seed: int | None = None) -> Path:
-    """Return the file of the backbone's outputs for a list, made where it is missing; `seed` draws its augmentation."""
+    """Return the file of the backbone's outputs for a list, float16 (N, ...), made where it is missing.
+
+    Args:
+        model: its backbone.
+        loader: loads images as these are to be loaded.
+        images: the list.
+        folder: where the file is.
+        seed: draws the augmentation; None: the images' transform draws nothing.
+    """
     path = folder / f"{fingerprint(model.backbone, images, 'probe', seed, str(model.precision))}.npy"
-    first_does(partial(write_features, path, model, loader, images, seed))
+
+    def write() -> None:
+        if not path.exists():
+            parts = (out.half().cpu().numpy() for out in outputs(model, loader, images, seed))
+            write_array(path, len(images), parts, "Global.probe_cache", "the features")
+
+    with torch.inference_mode():
+        first_does(write)
     return path
-
-
-def write_features(path: Path, model: RecModel, loader: ImageLoader, images: ImageList, seed: int | None) -> None:
-    """Write the outputs of the backbone, float16 (N, ...), batch by batch."""
-    if path.exists():
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file, start = None, 0
-    with replacing(path) as temporary, torch.inference_mode():
-        for out in outputs(model, loader, images, seed):
-            if file is None:
-                shape = (len(images), *out.shape[1:])
-                check_room(path.parent, 2 * prod(shape))
-                file = np.lib.format.open_memmap(temporary, "w+", np.float16, shape)
-            file[start : start + len(out)] = out.half().cpu().numpy()
-            start += len(out)
-        if file is not None:
-            file.flush()
 
 
 def outputs(model: RecModel, loader: ImageLoader, images: ImageList, seed: int | None) -> Iterator[Tensor]:
@@ -98,13 +91,3 @@ def outputs(model: RecModel, loader: ImageLoader, images: ImageList, seed: int |
     for x, _ in tqdm(batches_on(once, device), "features kept", len(once), leave=False, delay=5):
         with torch.autocast(device.type, model.precision or torch.bfloat16, enabled=model.half_evaluation):
             yield model.backbone(x)
-
-
-def check_room(folder: Path, wanted: int) -> None:
-    """Raise ConfigError where a folder has no room for so many bytes."""
-    free = shutil.disk_usage(folder).free
-    if wanted > 0.95 * free:
-        raise ConfigError(
-            f"Global.probe_cache: {folder} has {free / 1e9:.1f} GB free, and the features take {wanted / 1e9:.1f} GB; "
-            "choose another folder, or fewer views in Global.probe"
-        )

@@ -112,18 +112,14 @@ class MovingAverage(Callback):
     def after_step(self):
         self.average.update_parameters(self.learn.model)
 
-    def before_validate(self):
-        self.swap()
-
-    def after_validate(self):
-        self.swap()
-
     def swap(self):
         ours, averaged = ([*m.parameters(), *m.buffers()] for m in (self.learn.model, self.average.module))
         for own, other in zip(ours, averaged, strict=True):
             held = own.detach().clone()
             own.data.copy_(other)
             other.data.copy_(held)
+
+    before_validate = after_validate = swap
 
     def state_dict(self) -> dict:
         return {"weights": whole_states(self.average.module)[0], "steps": int(self.average.n_averaged)}

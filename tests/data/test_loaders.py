@@ -18,7 +18,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 import recnb.data.augment  # noqa: F401  for its part of the registry
 from recnb.data import images as decoding
 from recnb.data.cache import fixed_ops
-from recnb.data.images import DataError, read_pixels, read_rgb
+from recnb.data.images import read_pixels, read_rgb
 from recnb.data.lists import Item
 from recnb.data.loaders import ImageLoader, batches_on, images_per_second, over
 from recnb.data.pipeline import Pipeline
@@ -266,5 +266,7 @@ def test_what_cannot_be_kept_is_said(built, tmp_path, monkeypatch):
         built(**kept, **{"DataLoader.Train.dataset.transform_ops": [{"RandCropImage": {"size": 32}}]})
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
-    with pytest.raises(DataError, match=r"has 0\.0 GB free, and the images of .*train\.txt take 0\.0 GB"):
+    with pytest.raises(
+        ConfigError, match=r"Global.cache_images: .* has 0\.0 GB free, and the images of .*train\.txt take 0\.0 GB"
+    ):
         built(**kept)

@@ -9,7 +9,6 @@ import torch
 from processes import in_processes
 from sklearn.decomposition import PCA
 
-from recnb.retrieval import rerank
 from recnb.retrieval.metrics import ranking_metrics, retrieval_metrics
 from recnb.retrieval.rerank import (
     KReciprocal,
@@ -61,17 +60,14 @@ def crowd(queries, items, width=6, classes=8, seed=0):
     return x[:queries], x[queries:], labels[:queries], labels[queries:]
 
 
-@pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("k1, k2, lambda_value", [(20, 6, 0.3), (7, 1, 0.0), (5, 3, 1.0), (3, 2, 0.5), (60, 6, 0.3)])
 @pytest.mark.parametrize("distance", ["cosine", "euclidean"])
-def test_agrees_with_plain_loops(k1, k2, lambda_value, distance, compiled, monkeypatch):
-    if not compiled:
-        monkeypatch.setattr(rerank, "njit", None)
+def test_agrees_with_plain_loops(k1, k2, lambda_value, distance):
     for seed in range(3):
         query, gallery, *_ = crowd(15, 40, seed=seed)
         expected = plain_k_reciprocal(query, gallery, k1, k2, lambda_value, distance)
         for memory in (1, 1 << 28):
-            found = k_reciprocal(query, gallery, k1, k2, lambda_value, distance, memory=memory)
+            found = k_reciprocal(query, gallery, k1, k2, lambda_value, distance=distance, memory=memory)
             assert found.dtype == np.float32 and found == pytest.approx(expected, abs=2e-5)
 
 

@@ -10,7 +10,6 @@ from torch import nn
 
 from recnb.data.lists import ImageList
 from recnb.registry import ConfigError
-from recnb.training import probe
 from recnb.training.adaptor import Callback
 from recnb.training.retention import imprint
 
@@ -94,7 +93,7 @@ def test_a_resumed_probe_is_the_same_bytes(config_file, tmp_path):
 def test_what_a_probe_cannot_do(config_file, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=r"Arch.Neck: Global.probe trains a neck on frozen features; add one"):
         make(config_file, tmp_path, probed(tmp_path, **{"Arch.Neck": ...}))
-    monkeypatch.setattr(probe.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 10}))
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": 10}))
     with pytest.raises(ConfigError, match=r"Global.probe_cache: .* free, and the features take"):
         make(config_file, tmp_path, probed(tmp_path))
     assert not list((tmp_path / "features").iterdir())

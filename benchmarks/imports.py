@@ -1,0 +1,96 @@
+"""What starting takes: seconds until a name can be used, what is loaded for it, and how long 02_train is under way.
+
+    python benchmarks/imports.py            a JSON line for each; those of the names alone with --names
+
+Run it on an idle machine. Each name is asked for in interpreters of its own, the best of three. `loaded` has the
+packages that take most of it, in seconds of Python's option -X importtime, each without those that it imports; it
+doubles small ones. The training is that of the demo, one epoch of it, whose images have been drawn before: `first step`
+is when the first step of the optimizer has been made, and `cells` is how long each cell before it has run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from datetime import datetime
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+NAMES = {
+    "import recnb": ["-c", "import recnb"],
+    "recnb --help": ["-m", "recnb", "--help"],
+    "retrieval_metrics": ["-c", "from recnb import retrieval_metrics"],
+    "load_config": ["-c", "from recnb import load_config; load_config('configs/demo.yaml')"],
+    "build_learner": ["-c", "from recnb import build_learner"],
+}
+LEAST = 0.05  # seconds of a package that is worth naming
+
+
+def named(words: list[str]) -> dict:
+    """Seconds that an interpreter takes with these words, and what it loads."""
+    times = []
+    for _ in range(3):
+        began = time.perf_counter()
+        subprocess.run([sys.executable, *words], cwd=ROOT, check=True, capture_output=True)
+        times.append(time.perf_counter() - began)
+    told = subprocess.run([sys.executable, "-X", "importtime", *words], cwd=ROOT, capture_output=True, text=True).stderr
+    loaded: Counter = Counter()
+    for own, module in re.findall(r"^import time: +(\d+) \| +\d+ \| +([\w.]+)$", told, re.MULTILINE):
+        loaded[two_levels(module)] += int(own) / 1e6
+    return {
+        "seconds": round(min(times), 2),
+        "loaded": {name: round(took, 2) for name, took in loaded.most_common() if took >= LEAST},
+    }
+
+
+def two_levels(module: str) -> str:
+    """The package of a module; of torch, which is large, and of recnb, the part of it."""
+    parts = module.split(".")
+    return ".".join(parts[:2]) if parts[0] in ("torch", "recnb") else parts[0]
+
+
+def first_step() -> dict:
+    """Seconds from the command to the first step of 02_train, and what they go to."""
+    with tempfile.TemporaryDirectory() as folder:
+        run, log = Path(folder, "run"), Path(folder, "run", "train.log")
+        overrides = "{Global.epochs: 1, Global.print_batch_step: 1}"
+        words = ["-m", "recnb", "run", "02_train", "-p", f"run_dir={run}", "-p", f"overrides={overrides}"]
+        began, clock = time.perf_counter(), time.time()
+        with subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=subprocess.DEVNULL) as process:
+            while process.poll() is None and not (log.is_file() and log.stat().st_size):
+                time.sleep(0.02)
+            seconds = time.perf_counter() - began
+        cells = json.loads((run / "train.ipynb").read_text())["cells"]
+    took, start = {}, None
+    for cell in cells:
+        about = cell["metadata"].get("papermill", {})
+        if about.get("start_time") and cell["cell_type"] == "code":
+            start = start or datetime.fromisoformat(about["start_time"]).timestamp()
+            took[cell["id"]] = round(about["duration"], 2)
+    before = [*took][: [*took].index("train")]
+    return {
+        "what": "02_train on the demo",
+        "first step": round(seconds, 1),
+        "until its kernel runs": round(start - clock, 1),
+        "cells": {name: took[name] for name in before if took[name] >= LEAST},
+    }
+
+
+def main() -> None:
+    machine = {"device": f"{os.cpu_count()} cores, {platform.machine()}", "python": platform.python_version()}
+    for what, words in NAMES.items():
+        print(json.dumps({**machine, "what": what, **named(words)}), flush=True)
+    if "--names" not in sys.argv:
+        first_step()
+        print(json.dumps({**machine, **first_step()}))
+
+
+if __name__ == "__main__":
+    main()
