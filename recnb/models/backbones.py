@@ -28,7 +28,7 @@ from recnb.models.architectures import PPLCNetV2, SteepGate, TokenMean, WideResN
 from recnb.models.cutting import VECTOR, Cut, Size, classifiers, cut, first_line, kind, listed, remove_classifier
 from recnb.models.lora import add_lora
 from recnb.models.necks import GeM, Tokens
-from recnb.models.weights import LOCAL_WEIGHTS, _load
+from recnb.models.weights import LOCAL_WEIGHTS, _load, check_fits
 
 # The original's names for the same architecture.
 ALIASES = {
@@ -191,11 +191,12 @@ def create_backbone(
             tokens projected to output_dim: 512 numbers, and return_mean_embed for their mean.
 
     Raises:
-        ValueError: A name or argument is unknown, or weights cannot be had or do not fit.
+        ValueError: A name or argument is unknown, no memory can hold the model, or weights cannot be had or do not fit.
     """
     _check(name, class_num, stop, kwargs)
     if pool is not None and (class_num is not None or stop is not None or kwargs.get("return_embed")):
         raise ValueError("pool makes one vector of the whole backbone: give no class_num, stop layer or return_embed")
+    check_fits(lambda: _build(name, False, class_num, input_size, dict(kwargs)), name)
     model = _build(name, pretrained is True, class_num, input_size, dict(kwargs))
     if use_ssld and pretrained is True:
         print("use_ssld has no effect: it picks among the original's files, and 'pretrained: True' takes the library's")

@@ -10,7 +10,6 @@ more for parts so small that the device is not busy.
 from __future__ import annotations
 
 import contextlib
-import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -22,7 +21,6 @@ from torch.utils.checkpoint import checkpoint
 
 from recnb.models.backbones import layer_depths
 from recnb.models.cutting import Cut
-from recnb.registry import ConfigError
 
 
 def in_chunks(part: Callable[[Tensor], dict[str, Tensor]], x: Tensor, chunk: int | None, module: nn.Module) -> dict:
@@ -117,23 +115,3 @@ def computed_when_needed(block: nn.Module, forward: Callable, x: Tensor, *args, 
         return forward(x, *args, **kwargs)
     given = x if isinstance(x, Tensor) else [*x]  # the list of maps that a DenseNet's layer gets grows until then
     return computed_again(lambda x: forward(x, *args, **kwargs), given, block)
-
-
-def check_room(part: nn.Module, copies: int, device: torch.device, where: str) -> None:
-    """Raise ConfigError where a module's weights need more memory than a device has, were it empty.
-
-    Args:
-        part: the module, which may be on the meta device.
-        copies: how many tensors of its size each trainable weight takes: itself, its gradient, the optimizer's state.
-        device: where it is going to be.
-        where: its place in the configuration.
-    """
-    room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if device.type == "cuda":
-        room = torch.cuda.get_device_properties(device).total_memory
-    needs = sum(p.nbytes * (copies if p.requires_grad else 1) for p in part.parameters())
-    if needs > room:
-        what = "its weights, their gradients and the optimizer's state need" if copies > 1 else "its weights need"
-        raise ConfigError(
-            f"{where}: {what} {needs / 2**30:,.1f} GiB of memory, and there are {room / 2**30:,.1f}; take a smaller one"
-        )

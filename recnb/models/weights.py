@@ -1,10 +1,12 @@
-"""Weights read from files: safetensors, torch files without any code in them, and Paddle's."""
+"""Weights: read from files, safetensors, torch files without any code in them and Paddle's, and room for them."""
 
 from __future__ import annotations
 
 import hashlib
+import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from pickle import UnpicklingError
 from urllib.parse import urlsplit
@@ -210,3 +212,36 @@ def average(states: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
     if not mean:
         raise ValueError("there are no weights to take the mean of")
     return mean
+
+
+def check_room(part: nn.Module, copies: int, device: torch.device, where: str) -> None:
+    """Raise ConfigError where a module's weights need more memory than a device has, were it empty.
+
+    Args:
+        part: the module, which may be on the meta device.
+        copies: how many tensors of its size each trainable weight takes: itself, its gradient, the optimizer's state.
+        device: where it is going to be.
+        where: its place in the configuration.
+    """
+    room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if device.type == "cuda":
+        room = torch.cuda.get_device_properties(device).total_memory
+    needs = sum(p.nbytes * (copies if p.requires_grad else 1) for p in part.parameters())
+    if needs > room:
+        what = "its weights, their gradients and the optimizer's state need" if copies > 1 else "its weights need"
+        raise ConfigError(
+            f"{where}: {what} {needs / 2**30:,.1f} GiB of memory, and there are {room / 2**30:,.1f}; take a smaller one"
+        )
+
+
+def check_fits(build: Callable[[], nn.Module], where: str) -> None:
+    """Raise ConfigError where no memory can hold what is built, tried on the meta device, where it takes none.
+
+    Args:
+        build: builds a module.
+        where: what it is, or its place in the configuration.
+    """
+    part = nn.Module()  # stays where it looks, while it is built, at its numbers, of which there are none there
+    with suppress(Exception), torch.device("meta"):  # what is wrong with it is told when it is built in earnest
+        part = build()
+    check_room(part, 1, torch.device("cpu"), where)

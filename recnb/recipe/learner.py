@@ -12,8 +12,8 @@ from torch import nn
 from recnb.data.lists import seeded
 from recnb.data.loaders import Loaders
 from recnb.losses.combined import CombinedLoss
-from recnb.models.chunks import check_room
 from recnb.models.recmodel import RecModel
+from recnb.models.weights import check_room
 from recnb.recipe.data import build_batch_transform
 from recnb.recipe.model import precision
 from recnb.recipe.objective import build_judge, build_loss

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from functools import partial
 from math import prod
 
 import numpy as np
@@ -13,12 +13,12 @@ from recnb.data.images import DataError
 from recnb.distributed.gradients import share_batches
 from recnb.distributed.processes import ranks
 from recnb.models.backbones import create_backbone, share_on_gpus
-from recnb.models.chunks import check_room, recompute_blocks
+from recnb.models.chunks import recompute_blocks
 from recnb.models.cutting import Cut
 from recnb.models.heads import HEADS
 from recnb.models.necks import NECKS
 from recnb.models.recmodel import DistillationModel, RecModel
-from recnb.models.weights import load_weights, local
+from recnb.models.weights import check_fits, load_weights, local
 from recnb.recipe.data import training_images
 from recnb.recipe.schema import architectures, class_num, lookup
 from recnb.registry import ConfigError, Registry, check_known
@@ -108,11 +108,9 @@ def fitting(registry: Registry, section: dict, where: str, **known) -> nn.Module
     Raises:
         ConfigError: The section cannot be meant, or needs more memory than there is.
     """
-    part = nn.Module()  # stays where a part looks at its numbers, of which there are none yet, while it is built
-    with suppress(ConfigError, NotImplementedError), torch.device("meta"):
-        part = registry.build(section, where, **known)
-    check_room(part, 1, torch.device("cpu"), where)
-    return registry.build(section, where, **known)
+    build = partial(registry.build, section, where, **known)
+    check_fits(build, where)
+    return build()
 
 
 def precision(cfg: dict) -> torch.dtype | None:

@@ -19,7 +19,7 @@ from torch import nn
 import recnb.losses.pml  # noqa: F401 (registers PML)
 from recnb.data.images import DataError
 from recnb.losses.combined import LOSSES, CombinedLoss
-from recnb.models import chunks
+from recnb.models import weights
 from recnb.models.heads import HEADS, ArcMargin, cosine
 from recnb.models.necks import FC, NECKS, VehicleNeck
 from recnb.models.recmodel import RecModel
@@ -616,19 +616,26 @@ def test_the_run_folder_says_what_it_was_made_with(config, tmp_path):
     [
         ({"Global.class_num": 10**9}, r"^Arch.Head: its weights need [\d,.]+ GiB of memory, and there are [\d.,]+;"),
         ({"Arch.Neck.out_channels": 10**6}, r"^Arch.Neck: its weights need .* GiB of memory"),
+        (
+            {
+                "Arch.Backbone": {"name": "test_vit", "embed_dim": 300_000, "num_heads": 3},
+                "Arch.BackboneStopLayer": None,
+            },
+            r"^Arch.Backbone: test_vit: its weights need [\d,.]+ GiB of memory",
+        ),
     ],
-    ids=["head", "neck"],
+    ids=["head", "neck", "backbone"],
 )
 def test_what_no_memory_can_hold_is_told_before_it_is_built(config, changes, says, monkeypatch):
-    monkeypatch.setattr(chunks.os, "sysconf", lambda name: 4000)  # 16 MB
+    monkeypatch.setattr(weights.os, "sysconf", lambda name: 4000)  # 16 MB
     with pytest.raises(ConfigError, match=says):
         build_model(config(changes))
 
 
 def test_the_optimizer_s_state_is_counted_too(monkeypatch):
     part = nn.Linear(1024, 1024, bias=False)  # 4 MiB
-    monkeypatch.setattr(chunks.os, "sysconf", lambda name: 10 * 2**20 if name == "SC_PHYS_PAGES" else 1)
-    chunks.check_room(part, 2, torch.device("cpu"), "Arch")
+    monkeypatch.setattr(weights.os, "sysconf", lambda name: 10 * 2**20 if name == "SC_PHYS_PAGES" else 1)
+    weights.check_room(part, 2, torch.device("cpu"), "Arch")
     with pytest.raises(ConfigError, match=r"Arch: its weights, their gradients and the optimizer's state need 0.0 GiB"):
-        chunks.check_room(part, 4, torch.device("cpu"), "Arch")
-    chunks.check_room(part.requires_grad_(False), 4, torch.device("cpu"), "Arch")
+        weights.check_room(part, 4, torch.device("cpu"), "Arch")
+    weights.check_room(part.requires_grad_(False), 4, torch.device("cpu"), "Arch")
