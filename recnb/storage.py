@@ -67,10 +67,17 @@ def write_json(path: str | Path, content) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
+FORMULA = re.compile(r"'*[=+\-@\t\r]")  # how a text begins that a spreadsheet runs, or that was kept from it
+
+
 def harmless(cell):
     """Return what stands in a cell of a table, a text that a spreadsheet would run with an apostrophe before it."""
-    formula = isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r"))
-    return f"'{cell}" if formula else cell
+    return f"'{cell}" if isinstance(cell, str) and FORMULA.match(cell) else cell
+
+
+def as_meant(cell: str) -> str:
+    """Return the text that `harmless` has made a cell of."""
+    return cell[1:] if cell.startswith("'") and FORMULA.match(cell) else cell
 
 
 def sha256(path: str | Path, length: int | None = None) -> str:
@@ -166,6 +173,8 @@ def locked(folder: Path) -> Iterator[None]:
         if outermost:
             if left := owner(folder):
                 print(f"{folder}: took over the lock of {left}, which has ended")
+                for draft in folder.rglob(".*.[0-9]*.part"):  # what `replacing` was killed in
+                    draft.unlink()
             write_text(folder / ".owner", me())
         yield
     finally:
@@ -175,7 +184,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def acquire(lock: FileLock, folder: Path) -> None:
-    """Take the lock, waiting for an owner that is about to end."""
+    """Take the lock, waiting for an owner that is about to end; raise LockedError where it does not end."""
     try:
         lock.acquire(timeout=0)
     except Timeout:

@@ -7,8 +7,8 @@ file; overrides; weights as .pt and .safetensors; an image (which the check befo
 judge alike); an index; labels and file names of a gallery, whose page must keep its tags; a bit of any file of a run
 folder, which must be told with the file's name; another configuration or list for a finished run, which must be refused
 with no byte of its folder changed; rows that a list repeats in other spellings, which must not change a metric; cells
-of tables, which no spreadsheet may run. A case that takes longer than 20 seconds is a failure too. Exits with 1 where
-there is any.
+of tables, which no spreadsheet may run. A case that takes longer than 20 seconds is a failure too, and so are more than
+2 GB of memory. Exits with 1 where there is any.
 """
 
 import argparse
@@ -30,6 +30,7 @@ from pathlib import Path
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 import numpy as np
+import pandas as pd
 import torch
 import yaml
 from PIL import Image
@@ -37,7 +38,7 @@ from safetensors.torch import save_file
 
 from recnb import build_loaders, build_model, load_config
 from recnb.data.images import DataError, faults
-from recnb.data.lists import ImageList, own_index, save_dropped
+from recnb.data.lists import ImageList, own_index, write_csv
 from recnb.gallery.page import gallery_html, gallery_static
 from recnb.models.weights import load_weights, read_weights
 from recnb.recipe.data import evaluation_images
@@ -66,6 +67,7 @@ KINDS = {  # of cases, each with how often it is drawn
     "cells": 2,
 }
 LIMIT = 20  # seconds a case may take
+MEMORY = 2.0  # GB that the process may have in all
 ROOM = 6 * 2**30  # bytes of memory beyond what the process has at its start
 VALUES = [
     None,
@@ -353,7 +355,8 @@ class Fuzz:
 
     def cells(self, rng):
         rows = [["".join(rng.choices(LABELS + TEXT, k=2)) for _ in range(4)] for _ in range(3)]
-        save_dropped(rows, self.folder / "cells.csv")
+        table = pd.DataFrame(rows[1:], columns=rows[0], index=["".join(rng.choices(TEXT, k=2)) for _ in rows[1:]])
+        write_csv(table, self.folder / "cells.csv", index=True)
         with (self.folder / "cells.csv").open(encoding="utf-8", newline="") as file:
             found = [cell for row in csv.reader(file) for cell in row]
         assert not [cell for cell in found if cell.startswith(("=", "+", "-", "@", "\t", "\r"))]
@@ -549,7 +552,12 @@ def main() -> int:
                 failed += 1
                 print(f"--seed {given.seed} --case {case}: {failure}", flush=True)
     kinds = ", ".join(f"{number} {kind}" for kind, number in sorted(done.items()))
-    print(f"{sum(done.values())} cases in {time.monotonic() - started:.0f} s ({kinds}): {failed} failures")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9  # on Linux it is in KiB
+    failed += peak > MEMORY
+    print(
+        f"{sum(done.values())} cases in {time.monotonic() - started:.0f} s, {peak:.1f} GB at most ({kinds}): "
+        f"{failed} failures"
+    )
     return failed > 0
 
 

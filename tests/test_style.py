@@ -118,6 +118,16 @@ def test_files_are_read_without_running_code():
     )
 
 
+def test_tables_are_written_in_one_place_that_lets_no_spreadsheet_run_a_cell():
+    none_of(
+        f"{place(path, node)}: {called(node)}"
+        for path in CHAPTERS
+        for node in nodes(path)
+        if called(node).endswith((".to_csv", "csv.writer", "DictWriter")) and place(path) != "recnb/data/lists.py"
+    )
+    none_of(place(path) for path in NOTEBOOKS if "to_csv(" in path.read_text(encoding="utf-8"))
+
+
 def test_pickles_are_read_in_one_place_that_admits_nothing_but_arrays():
     readers = {"Unpickler", "_Unpickler", "_load", "_loads"}
     used = {

@@ -34,7 +34,6 @@ def identify(
     from recnb.data.images import DataError
     from recnb.data.lists import write_csv
     from recnb.deploy.recognizer import Recognizer
-    from recnb.storage import harmless
 
     recognizer, rows, unread = Recognizer(export), [], 0
     for path in files_of(images):
@@ -48,7 +47,7 @@ def identify(
         print(f"{path}: {answer.name} ({answer.probability:.0%}); nearest {near}", flush=True)
         rows.append(row_of(path, answer))
     if table:
-        write_csv(pd.DataFrame(rows, columns=COLUMNS).map(harmless), table)
+        write_csv(pd.DataFrame(rows, columns=COLUMNS), table)
         print(f"{table}: {len(rows)} photos")
     if unread:
         raise typer.Exit(1)
@@ -56,7 +55,7 @@ def identify(
 
 def row_of(path: Path, answer: Answer) -> dict[str, object]:
     """Return the row of an answer in the table: the photo, its name, the probability, and the nearest."""
-    row = {"path": path, "name": answer.name, "probability": f"{answer.probability:.3f}"}
+    row = {"path": str(path), "name": answer.name, "probability": f"{answer.probability:.3f}"}
     for n, hit in enumerate(answer.nearest, 1):
         row |= {f"nearest {n}": hit.name, f"similarity {n}": f"{hit.score:.3f}"}
     return row

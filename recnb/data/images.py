@@ -70,7 +70,7 @@ class Cropped(str):
 
 def printable(text: str) -> str:
     """The text on one line, in signs that can be written: control signs and bytes that are no text become escapes."""
-    return re.sub("[\x00-\x1f\x7f\u2028\u2029\ud800-\udfff]", lambda sign: ascii(sign[0])[1:-1], text)
+    return re.sub("[\x00-\x1f\x7f\u2028\u2029\ufeff\ud800-\udfff]", lambda sign: ascii(sign[0])[1:-1], text)
 
 
 def opened(file: str | io.BytesIO) -> Image.Image:

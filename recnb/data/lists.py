@@ -23,12 +23,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from pandas.api.types import is_numeric_dtype
 from torch.utils.data import Dataset, get_worker_info
 
 from recnb.data.images import Cropped, DataError, faults, printable, read_pixels, reason
 from recnb.data.pipeline import Pipeline
 from recnb.registry import Registry
-from recnb.storage import harmless, replacing, resolve
+from recnb.storage import as_meant, harmless, replacing, resolve
 
 BESIDE = {"transform_ops": list, "batch_transform_ops": list, "relabel": bool | None}
 DATASETS = Registry("dataset", beside=BESIDE)
@@ -340,13 +341,24 @@ def drop_faults(images: ImageList) -> None:
 def save_dropped(rows: Iterable[tuple], path: str | Path) -> None:
     """Write `Loaders.dropped`, what was left out and why, as CSV, `list,line,path,reason`."""
     table = pd.DataFrame(rows, columns=["list", "line", "path", "reason"], dtype=object)
-    write_csv(table.map(harmless), path)
+    write_csv(table, path)
+
+
+def as_csv(table: pd.DataFrame, index: bool = False) -> str:
+    """Return a table as CSV, no cell of which a spreadsheet would run."""
+    table = table.apply(lambda column: column if is_numeric_dtype(column) else column.map(harmless))
+    return table.rename(index=harmless, columns=harmless).to_csv(index=index, lineterminator="\n")
 
 
 def write_csv(table: pd.DataFrame, path: str | Path, index: bool = False) -> None:
-    """Write a table as CSV in UTF-8; bytes of a file name that are no text become escapes."""
+    """Write a table `as_csv` in UTF-8; bytes of a file name that are no text become escapes."""
     with replacing(path) as temporary:
-        table.to_csv(temporary, index=index, errors="backslashreplace", lineterminator="\n")
+        temporary.write_text(as_csv(table, index), encoding="utf-8", errors="backslashreplace", newline="\n")
+
+
+def read_csv(path: str | Path) -> pd.DataFrame:
+    """Return a table that `write_csv` has written, every cell as its text."""
+    return pd.read_csv(path, dtype=str, keep_default_na=False).map(as_meant)
 
 
 def save_label_map(images: ImageList, path: str | Path) -> None:

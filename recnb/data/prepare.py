@@ -28,7 +28,7 @@ from recnb.data.images import DataError, printable
 from recnb.data.layouts import no_images, scan
 from recnb.data.lists import ImageList, VeriWild, positives
 from recnb.registry import check_known, check_values, suggest
-from recnb.storage import replacing, resolve
+from recnb.storage import as_meant, replacing, resolve
 
 COLUMNS = ("path", "label", "camera", "group")
 SPLITS = {  # list file -> its place in a configuration
@@ -169,7 +169,11 @@ def read_csv(
         if None in row or None in row.values() or not all((row[names[name]] or "").strip() for name in needed):
             raise DataError(f"{place}: has no {', no '.join(needed)}, or not {len(header)} cells as the header")
     table = pd.DataFrame(
-        {name: [row[theirs] or None for _, row in rows] for name, theirs in names.items() if theirs in header},
+        {
+            name: [as_meant(row[theirs]) or None for _, row in rows]
+            for name, theirs in names.items()
+            if theirs in header
+        },
         columns=[name for name, theirs in names.items() if theirs in header or name in needed],
     ).astype(object)
     return table.assign(path=[str(root / p) for p in table.path]), [place for place, _ in rows]

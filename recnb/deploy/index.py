@@ -26,7 +26,7 @@ from recnb.retrieval.metrics import retrieval_metrics
 from recnb.retrieval.search import Index
 from recnb.retrieval.stats import bootstrap_interval
 from recnb.runs.folder import Run, below
-from recnb.storage import harmless, resolve, sha256
+from recnb.storage import resolve, sha256
 
 INDEXES = ("all", "test")
 
@@ -159,7 +159,16 @@ def calibrating(run: Run, names: np.ndarray, shown: np.ndarray, rows: dict) -> t
 
 
 def content(images: ImageList, i: int, digests: dict[str, str]) -> str:
-    """Return the digest of an image's file; `digests` remembers those of files that several lists name."""
+    """Return the digest of an image's file.
+
+    Args:
+        images: the list.
+        i: its row.
+        digests: remembers those of files that several lists name.
+
+    Raises:
+        DataError: The file cannot be read.
+    """
     real = os.path.realpath(images.paths[i])
     if real not in digests:
         try:
@@ -239,8 +248,7 @@ def build_index(
     index.add(vectors[kept], path=paths, label=labels, mate=alike)
     index.save(folder / "index")
     np.save(folder / "index" / "embeddings.npy", vectors[kept])
-    items_csv = pd.DataFrame({"id": index.ids, "label": [*map(harmless, labels)], "path": [*map(harmless, paths)]})
-    write_csv(items_csv, folder / "index" / "items.csv")
+    write_csv(pd.DataFrame({"id": index.ids, "label": labels, "path": paths}), folder / "index" / "items.csv")
     return index, point
 
 

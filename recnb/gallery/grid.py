@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from recnb.data.images import printable
-from recnb.data.lists import write_csv
+from recnb.data.lists import read_csv, write_csv
 from recnb.gallery.page import Pages, source
 from recnb.gallery.pictures import Names, Picture
 from recnb.gallery.widget import line
@@ -146,7 +146,7 @@ def read_tags(file: Path) -> dict[str, tuple[str, str]]:
     """Return the tags of a file by path; none where there is no file."""
     if not file.is_file():
         return {}
-    table = pd.read_csv(file, dtype=str, keep_default_na=False)
+    table = read_csv(file)
     return {path: (action, label) for path, action, label in table[COLUMNS].itertuples(index=False)}
 
 

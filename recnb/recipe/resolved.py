@@ -12,6 +12,7 @@ from zlib import crc32
 
 from recnb.data.layouts import scan
 from recnb.recipe.data import training_images
+from recnb.recipe.parts import parts_in_use
 from recnb.recipe.schema import LOADERS, architectures, class_num, fill, lookup, optimizers
 from recnb.registry import ConfigError
 from recnb.storage import from_root, resolve, sha256
@@ -50,6 +51,15 @@ PATHS = {
     "Global": ("pretrained_model", "checkpoints", "cache_images", "probe_cache"),
 }
 
+KEPT: dict[str, type | tuple] = {
+    "epoch": int,
+    "batch": int,
+    "history": list,
+    "best": dict,
+    "rng": (list, dict),
+    "callbacks": dict,
+}
+
 
 def resolved(cfg: dict, classes: int | None = None) -> dict:
     """Return the configuration with what a run adds: `portable` paths, the number of classes, relabelling.
@@ -85,8 +95,8 @@ def with_paths(cfg: dict, change: Callable[[str], str]) -> dict:
 def contents(cfg: dict) -> dict[str, dict]:
     """Return checksums of the files that a run depends on: their SHA-256 and, for a list, one of each line.
 
-    The keys are places in the configuration with the files that they name. A folder of folders counts as the list of
-    its images.
+    The keys are places in the configuration with the files that they name, and parts.py for the user's own parts. A
+    folder of folders counts as the list of its images.
     """
     found = {}
     for place in (f"DataLoader.{part}.dataset" for part in LOADERS):
@@ -98,11 +108,9 @@ def contents(cfg: dict) -> dict[str, dict]:
             root, place = resolve(path), f"{place}.image_root"
             lines = [os.fsencode(os.path.relpath(file, root)) for file, _ in scan(root)[0]]
         if path:
-            sums = "".join(f"{crc32(line):08x}" for line in lines)
-            found[f"{place} {from_root(resolve(path))}"] = {
-                "sha256": hashlib.sha256(b"\n".join(lines)).hexdigest(),
-                "lines": sums,
-            }
+            found[f"{place} {from_root(resolve(path))}"] = summed(lines)
+    if own := parts_in_use():
+        found["parts.py"] = summed(own.read_bytes().splitlines())
     weights = {
         f"{place}.Backbone.pretrained": lookup(part, "Backbone.pretrained") for place, part in architectures(cfg)
     }
@@ -111,21 +119,33 @@ def contents(cfg: dict) -> dict[str, dict]:
     return found | {f"{k} {from_root(path)}": {"sha256": sha256(path)} for k, path in files.items() if path.is_file()}
 
 
+def summed(lines: list[bytes]) -> dict[str, str]:
+    """Return the SHA-256 of lines, and one after another a checksum of each."""
+    return {
+        "sha256": hashlib.sha256(b"\n".join(lines)).hexdigest(),
+        "lines": "".join(f"{crc32(line):08x}" for line in lines),
+    }
+
+
 def check_kept(ours: dict, read: dict, state: dict, path: Path) -> None:
     """Raise ConfigError unless a run may be resumed from a checkpoint.
 
     Args:
         ours: The resolved configuration.
         read: Its `contents`.
-        state: The checkpoint's `config` and `contents`.
+        state: The checkpoint: KEPT, its `config` and `contents`, and more.
         path: The checkpoint.
     """
+    wrong = [name for name, kind in KEPT.items() if not isinstance(state.get(name), kind)]
+    wrong += [name for name in ("epoch", "batch") if not wrong and state[name] < 0]
+    if wrong:
+        raise ConfigError(f"{path}: its {wrong[0]} cannot be true; take an earlier one, or delete it to begin anew")
     check_same(ours, state["config"], path)
     check_contents(ours, read, state["contents"], path)
 
 
 def check_contents(ours: dict, new: dict, old: dict, path: Path) -> None:
-    """Raise ConfigError where lists or weights have changed since a run began, unless the file accepts that.
+    """Raise ConfigError where lists, weights or parts have changed since a run began, unless the file accepts that.
 
     Args:
         ours: The resolved configuration.

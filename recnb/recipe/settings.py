@@ -55,7 +55,7 @@ class Global:
         recipe: `ladder`: try from untouched features to fine-tuned ones and keep the best; see [](../ladder.md)
         probe: freeze the backbone and train neck and head on its stored output, for this many views of each image
         probe_cache: the folder of that output
-        accept_changes: resume a run although its lists or starting weights have changed
+        accept_changes: resume a run although its lists, its parts or the starting weights have changed
     """
 
     checkpoints: str | None = None

@@ -18,13 +18,14 @@ import torch
 from torch import nn
 
 from recnb.data.images import DataError
+from recnb.data.lists import as_csv
 from recnb.data.prepare import SPLITS, Options, list_files, write_files
 from recnb.models.backbones import create_backbone, hub_weights, list_backbones
 from recnb.recipe.reading import as_yaml
 from recnb.recipe.schema import items, load_config, lookup, optimizers
 from recnb.recipe.settings import GLOBAL
 from recnb.registry import ConfigError
-from recnb.storage import ROOT, from_root, harmless, resolve
+from recnb.storage import ROOT, from_root, resolve
 
 FOLDER = "configs/starters"
 BACKBONE = "mobilenetv2_100"  # small enough for a CPU
@@ -256,10 +257,7 @@ def write(
     """
     root, files = list_files(splits, image_root)
     cfg = with_lists(start.cfg, folder, root, files)
-    more = {
-        f"{name}.csv": table.map(harmless).to_csv(index=False, lineterminator="\n")
-        for name, table in (tables or {}).items()
-    }
+    more = {f"{name}.csv": as_csv(table) for name, table in (tables or {}).items()}
     said = textwrap.fill(start.why, 100, initial_indent="# ", subsequent_indent="# ")
     write_files(folder, {**files, **more, "config.yaml": f"{said}\n{as_yaml(cfg)}"})
     if "validation.txt" not in files:  # one of an earlier split

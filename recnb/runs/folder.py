@@ -14,7 +14,7 @@ import math
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
@@ -27,7 +27,7 @@ from pandas.api.types import is_numeric_dtype
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from recnb.data.images import DataError
-from recnb.data.lists import ImageList, own_index, same_list
+from recnb.data.lists import ImageList, own_index, read_csv, same_list
 from recnb.gallery.pictures import read_picture
 from recnb.models.recmodel import DistillationModel, RecModel
 from recnb.models.weights import load_weights
@@ -105,10 +105,7 @@ def keep_parts(run: Path) -> dict[str, str] | None:
     own, stored = parts_in_use(), run / "parts.py"
     if own is None:
         return None
-    content = own.read_text(encoding="utf-8")
-    if (run / "checkpoints").is_dir() and stored.is_file() and stored.read_text(encoding="utf-8") != content:
-        print(f"{own} has changed since {run} began: training goes on with its parts as they are now")
-    write_text(stored, content)
+    write_text(stored, own.read_text(encoding="utf-8"))
     return {"file": own.name, "sha256": sha256(stored)}
 
 
@@ -189,8 +186,7 @@ class Run:
     @property
     def class_names(self) -> list[str]:
         """The names of the training identities, in the order of their labels."""
-        read = partial(pd.read_csv, usecols=["name"], dtype=str, keep_default_na=False)
-        return undamaged(self.folder, self.folder / "labels.csv", read)["name"].tolist()
+        return undamaged(self.folder, self.folder / "labels.csv", lambda path: read_csv(path)["name"].tolist())
 
     @property
     def exclude_self(self) -> np.ndarray:
@@ -343,21 +339,35 @@ def read_lists(run: Path, cfg: dict, features: Sequence[np.ndarray]) -> tuple[Im
         DataError: The lists are neither on this machine nor in the run folder.
         ConfigError: They have changed since the run.
     """
+    stored = undamaged(run, run / "embeddings", lambda _: kept_rows(run))
     try:
         lists = evaluation_images(cfg)
     except (DataError, OSError):
-        rows = undamaged(run, run / "embeddings", lambda _: kept_rows(run))
-        if rows is None:
+        if not stored:
             raise
-        lists = rows
-    for where, images, values in zip(evaluation_places(cfg), lists, features, strict=True):
+        lists = stored
+    for where, images, values, rows in zip(evaluation_places(cfg), lists, features, stored or lists, strict=True):
         images.transform = build_transform(cfg, f"{where}.dataset")
         if len(images) != len(values):
             raise ConfigError(
                 f"{run}: embeddings has {len(values)} rows for the {len(images)} images of "
                 f"{images.source}; the list has changed since the run"
             )
+        pairs = zip(told(images), told(rows), strict=True)
+        if other := next((pair for pair in pairs if pair[0] != pair[1]), None):
+            raise ConfigError(
+                f"{run}: {images.source} has {other[0]} where embeddings has {other[1]}; the list has changed since "
+                "the run"
+            )
     return lists
+
+
+def told(images: ImageList) -> Iterator[str]:
+    """Yield what a list says of each image, wherever the images are: the file, the identity, the camera."""
+    cameras = [""] * len(images) if images.cameras is None else images.cameras.tolist()
+    for path, label, camera in zip(images.paths, images.labels.tolist(), cameras, strict=True):
+        text = f"{'/'.join(path.rsplit('/', 2)[-2:])} {images.name(label)} {camera}".rstrip()
+        yield text.encode("utf-8", "backslashreplace").decode()  # as it stands in a CSV
 
 
 def kept_rows(run: Path) -> tuple[ImageList, ImageList] | None:
@@ -365,7 +375,7 @@ def kept_rows(run: Path) -> tuple[ImageList, ImageList] | None:
     files = [run / "embeddings" / f"{part}.csv" for part in PARTS]
     if not all(path.is_file() for path in files):
         return None
-    query, gallery = (pd.read_csv(path, dtype=str, keep_default_na=False) for path in files)
+    query, gallery = map(read_csv, files)
     names = np.unique(np.concatenate([query.label.to_numpy(str), gallery.label.to_numpy(str)]))
     return images_in(query, names, files[0]), images_in(gallery, names, files[1])
 

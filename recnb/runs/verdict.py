@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from recnb.data.lists import read_csv
 from recnb.gallery.curves import before_after_figure
 from recnb.registry import ConfigError
 from recnb.retrieval.stats import bootstrap_interval, paired_difference
@@ -124,7 +125,7 @@ def spoken(metric: str) -> str:
 def _read(run) -> tuple[pd.DataFrame, str]:
     path = resolve(getattr(run, "folder", run)) / "queries.csv"
     try:
-        return pd.read_csv(path, dtype=str, keep_default_na=False), str(path)  # a name may spell NA
+        return read_csv(path), str(path)  # a name may spell NA
     except FileNotFoundError:
         raise ConfigError(f"{path.parent}: queries.csv is missing, so nothing can be said of training") from None
     except Exception as error:  # readers raise whatever a damaged file leads them to

@@ -12,9 +12,9 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from recnb.data.lists import write_csv
 from recnb.data.loaders import Pair, over
 from recnb.distributed.processes import averaged, first_does, joined, ranks
-from recnb.storage import replacing
 from recnb.training.adaptor import Callback, CancelFitException, CancelValidException, ValueMetric
 from recnb.training.evaluation import Evaluation, embed
 from recnb.training.loggers import Logger
@@ -201,8 +201,7 @@ class History(Callback):
             self.on_epoch()
 
     def write(self):
-        with replacing(self.folder / "history.csv") as path:
-            pd.DataFrame(self.state.rows).to_csv(path, index=False)
+        write_csv(pd.DataFrame(self.state.rows), self.folder / "history.csv")
 
 
 class StopEarly(Callback):

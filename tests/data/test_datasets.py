@@ -4,6 +4,7 @@ import csv
 import re
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -19,8 +20,10 @@ from recnb.data.lists import (
     drop_repeated,
     own_index,
     positives,
+    read_csv,
     save_dropped,
     save_label_map,
+    write_csv,
 )
 from recnb.recipe.data import evaluation_images, training_images
 from recnb.recipe.lint import seen
@@ -132,6 +135,8 @@ def test_absolute_paths_stay_where_they_are_allowed(tmp_path):
         ),
         ("a.jpg Pear\nb.jpg 7\n", " line 2: the label '7' is a number, and those before it are names; correct it, or"),
         ("a.jpg ٣\n", " line 1: '٣' is not a label"),
+        ("a.jpg 1_000\n", " line 1: '1_000' is not a label"),
+        ("a.jpg +3\n", " line 1: '+3' is not a label"),
         ("a.jpg Pe\x07ar\n", r" line 1: 'Pe\x07ar' is no name, which is text without control signs"),
         ("a.jpg 1.5\n", " line 1: '1.5' is not a label"),
         ("a.jpg -1\n", " line 1: '-1' is not a label"),
@@ -144,6 +149,20 @@ def test_lists_that_cannot_be_meant(tmp_path, text, message):
     path = listed(tmp_path, text)
     with pytest.raises(DataError, match=f"^{re.escape(str(path) + message)}"):
         VeriWild("/images", str(path))
+
+
+def test_a_second_mark_of_byte_order_is_seen_in_the_path_that_it_spoils(tmp_path):
+    picture(tmp_path / "a.png")
+    images = VeriWild(str(tmp_path), str(listed(tmp_path, "\ufeff\ufeffa.png 3\n")))
+    with pytest.raises(DataError, match=r"\\ufeffa\.png is not there"):
+        check_images(images)
+
+
+def test_a_root_that_is_a_loop_of_links_is_told_before_training(config_file, tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    cfg = load_config(config_file({f"{TRAIN}.image_root": str(tmp_path / "loop")}))
+    with pytest.raises(DataError, match=r"loop/.* Too many levels of symbolic links"):
+        build_loaders(cfg)
 
 
 def test_a_third_column_is_not_a_label_of_an_imagenet_list(tmp_path):
@@ -539,3 +558,11 @@ def test_two_boxes_of_a_file_are_two_images():
 def test_what_a_spreadsheet_would_run_is_text_in_tables_that_are_handed_on(tmp_path):
     save_dropped([("list.txt", 1, "=cmd()", "-1 is no size")], tmp_path / "dropped.csv")
     assert (tmp_path / "dropped.csv").read_text().splitlines()[1] == "list.txt,1,'=cmd(),'-1 is no size"
+    names = ["=cmd()", "'+1", "plain", "\t"]
+    images = ImageList(["a.png"] * 4, np.arange(4), names=np.array(names, dtype=object))
+    save_label_map(images, tmp_path / "labels.csv")
+    assert "0,'=cmd()\n1,''+1\n2,plain\n" in (tmp_path / "labels.csv").read_text()
+    assert read_csv(tmp_path / "labels.csv")["name"].tolist() == names
+    board = pd.DataFrame({"mAP": [-0.5, None], "epochs": pd.array([3, None], dtype="Int64")}, index=["=run", "-b"])
+    write_csv(board.rename_axis("run"), tmp_path / "leaderboard.csv", index=True)
+    assert (tmp_path / "leaderboard.csv").read_text() == "run,mAP,epochs\n'=run,-0.5,3\n'-b,,\n"

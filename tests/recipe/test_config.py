@@ -284,6 +284,10 @@ KINDS = [
 
 KINDS += [
     ({"Optimizer": "x"}, "Optimizer: 'x' is a str, not dict | list"),
+    (
+        {f"{TRAIN}.dataset.transform_ops.1": {"RandCropImage": {"size": 32, "ratio": ["wide", 1.0]}}},
+        f"{TRAIN}.dataset.transform_ops.1.RandCropImage.ratio: 'wide' is a str, RandCropImage wants float",
+    ),
     ({"Global.image_shape": [3, "wide", 32]}, "Global.image_shape: 'wide' is a str, not int"),
     ({"Global.image_shape": [3, 10**9, 32]}, "Global.image_shape: 1000000000 is too large; the most is 16,384"),
     ({"Global.seed": 10**70}, "Global.seed: the number is too large; the most is"),
@@ -506,6 +510,10 @@ def test_numbers_handed_over_as_text(config, key, text, value):
         (
             "Loss.Train.2.SupConLoss.weight",
             "override 'Loss.Train.2.SupConLoss.weight': 'Loss.Train' has no entry '2'; there is CELoss, SupConLoss",
+        ),
+        (
+            "Loss.Train.².weight",
+            "override 'Loss.Train.².weight': 'Loss.Train' has no entry '²'; there is CELoss, SupConLoss",
         ),
         ("Global.epochs.first", "override 'Global.epochs.first': there is no 'Global.epochs.first'; there is none"),
     ],

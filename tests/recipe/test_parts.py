@@ -135,10 +135,11 @@ def test_the_examples_of_the_docs_train_and_the_run_keeps_them(own, config, tmp_
 
     own.write_text(own.read_text().replace("<= 10", "<= 5"))
     capsys.readouterr()
-    assert train(config, "--parts", own, "--run-dir", run) == 0
-    assert f"{own} has changed since {run} began: training goes on with its parts as they are now" in (
-        capsys.readouterr().out
-    )
+    assert train(config, "--parts", own, "--run-dir", run) == 2
+    said = capsys.readouterr().err
+    assert "belongs to other files (parts.py: " in said and "is the first that differs); put them back" in said
+    assert sha256(run / "parts.py") != sha256(own)
+    assert train(config, "--parts", own, "--run-dir", run, "-o", "Global.accept_changes=True") == 0
     assert sha256(run / "parts.py") == sha256(own)
 
 

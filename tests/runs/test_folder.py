@@ -16,6 +16,7 @@ from recnb.recipe.reading import as_yaml
 from recnb.recipe.resolved import check_same, resolved
 from recnb.recipe.schema import load_config
 from recnb.registry import ConfigError
+from recnb.runs.experiment import train
 from recnb.runs.folder import kept_rows, load_run
 from recnb.runs.results import save_rows
 
@@ -45,6 +46,8 @@ NAN[7, 1] = np.nan
         ({"query": NAN}, "embeddings/query.npy is damaged: row 7 is not finite"),
         ({"query": np.zeros(5, np.float32)}, r"query.npy is damaged: it holds float32 \(5,\), not floats"),
         ({"gallery": np.zeros((36, 4), int)}, r"gallery.npy is damaged: it holds int64 \(36, 4\), not floats"),
+        ({"gallery": np.zeros((36, 4, 1), np.float32)}, r"it holds float32 \(36, 4, 1\), not floats"),
+        ({"gallery": np.zeros((36, 4), complex)}, r"it holds complex128 \(36, 4\), not floats"),
         ({"gallery": np.zeros((36, 5), np.float32)}, "are of two runs, with 4 and 5 dimensions"),
         ({"metrics": "[1]"}, "metrics.json is damaged: it is not a mapping"),
         ({"metrics": '{"mAP": "high"}'}, "metrics.json is damaged: mAP is 'high', not a finite number"),
@@ -79,6 +82,13 @@ def test_a_run_of_a_moved_project_opens_where_it_is_now(project, monkeypatch):
     run = load_run(moved / "runs" / "a")
     assert run.query.paths[0].startswith(str(moved)) and len(run.gallery) == GALLERY
     assert run.content("query")[0][0] == run.query.paths[0].removeprefix(f"{moved}/data/images/")
+
+
+def test_no_file_of_a_run_tells_where_its_project_lies(project):
+    train(load_config(project.parent / "config.yaml"), project / "runs" / "b")
+    files = [path for path in (project / "runs" / "b").rglob("*") if path.is_file()]
+    assert {"config.yaml", "latest.pt", "query.csv", "queries.csv"} <= {path.name for path in files}
+    assert [path.name for path in files if str(project).encode() in path.read_bytes()] == []
 
 
 def test_a_moved_project_resumes_the_same_configuration(project):

@@ -19,7 +19,7 @@ from recnb.recipe.schema import load_config
 from recnb.registry import ConfigError
 from recnb.runs.experiment import train
 from recnb.runs.folder import load_run, open_run
-from recnb.storage import LockedError
+from recnb.storage import LockedError, seal
 from recnb.training.checkpoints import kept
 
 HOLD = """
@@ -156,6 +156,37 @@ def test_a_list_that_has_changed_is_told_by_its_first_line_that_differs(place, f
     finally:
         (finished / f"{name}.txt").write_text(text)
     assert kept(place / "run" / "checkpoints" / "latest.pt")["epoch"] == 1
+
+
+@pytest.mark.parametrize("sealed", [False, True], ids=["as it is", "with a checksum that is right"])
+@pytest.mark.parametrize(
+    "change", [{"rng": ...}, {"history": "none"}, {"epoch": -5}, {"batch": "2"}, {"best": []}], ids=str
+)
+def test_a_checkpoint_that_was_edited_is_refused_and_nothing_has_changed(place, again, change, sealed):
+    latest = place / "run" / "checkpoints" / "latest.pt"
+    state = {**torch.load(latest, weights_only=True), **change}
+    torch.save({name: value for name, value in state.items() if value is not ...}, latest)
+    if sealed:
+        seal(latest)
+    before = whole(place / "run")
+    with pytest.raises(ConfigError, match=r"latest.pt: .*delete it to begin anew"):
+        again()
+    assert whole(place / "run") == before
+
+
+def test_a_list_of_the_evaluation_that_is_no_longer_what_was_judged_is_told_when_the_run_is_opened(finished, place):
+    for name, change in (
+        ("query", lambda lines: [lines[1], lines[0], *lines[2:]]),
+        ("gallery", lambda lines: [*lines[:-1], lines[-1].replace(lines[-1].split()[1], "99")]),
+        ("gallery", lambda lines: [*lines[:-1], lines[-1].rstrip() + "9\n"]),
+    ):
+        text = edit(finished / f"{name}.txt", change)
+        try:
+            with pytest.raises(ConfigError, match=rf"{name}.txt has .* where embeddings has .*the list has changed"):
+                load_run(place / "run").lists()
+        finally:
+            (finished / f"{name}.txt").write_text(text)
+    assert load_run(place / "run").lists()
 
 
 def test_weights_that_have_changed_are_named(config_file, tmp_path):

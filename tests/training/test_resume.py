@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -10,11 +11,15 @@ import pandas as pd
 import pytest
 import torch
 from conftest import make, run_notebook, tiny_config
+from PIL import Image
 from processes import start
 from safetensors.torch import load_file
 
 from recnb.cli.train import main
+from recnb.data.images import DataError
+from recnb.recipe.schema import load_config
 from recnb.registry import ConfigError
+from recnb.runs.experiment import train as trained
 from recnb.storage import owner
 from recnb.training.adaptor import Callback
 from recnb.training.guard import TrainingError
@@ -102,6 +107,45 @@ def test_every_section_ends_the_same_when_it_is_interrupted(config_file, tmp_pat
     for key in ("model", "loss", "optimizer", "callbacks", "rng"):
         torch.testing.assert_close(states[0][key], states[1][key], rtol=0, atol=0)
     assert pd.read_csv(tmp_path / "whole" / "history.csv").train_loss.notna().all()
+
+
+def test_another_number_of_workers_and_a_clock_that_went_back_change_no_bit(config_file, tmp_path, monkeypatch):
+    changes, real = {"Global.epochs": 3, "Global.save_steps": 2, **SECTIONS["dropout and erasing"]}, time.time
+    make(config_file, tmp_path / "whole", changes).fit_config()
+    for moment, count in (((1, None), 2), ((2, 5), 1), ((3, 4), 0), (None, 2)):
+        learn = make(config_file, tmp_path / "cut", {**changes, "DataLoader.Train.loader.num_workers": count})
+        if moment is None:
+            learn.fit_config()
+        else:
+            with pytest.raises(RuntimeError, match="stopped by the test"):
+                learn.add_cb(Stop(*moment)).fit_config()
+        monkeypatch.setattr(time, "time", lambda: real() - 10**7)
+        for path in tmp_path.rglob("*"):  # what is there seems to come from the future
+            os.utime(path, (real() + 10**7, real() + 10**7))
+    for file in RESULTS:
+        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "cut" / file).read_bytes()
+
+
+def test_an_image_that_has_changed_when_a_run_goes_on_is_read_anew_and_a_broken_one_is_named(drawn, tmp_path):
+    data = shutil.copytree(drawn, tmp_path / "data")
+    image = data / "images" / (data / "train.txt").read_text().split()[0]
+    before, weights, config = image.read_bytes(), [], tmp_path / "config.yaml"
+    for cached in (None, str(tmp_path / "cache")):
+        run = tmp_path / f"run {cached is None}"
+        image.write_bytes(before)
+        with pytest.raises(RuntimeError, match="stopped by the test"):
+            make(lambda changes: tiny_config(data, config, changes), run, {"Global.cache_images": cached}).add_cb(
+                Stop(1, None)
+            ).fit_config()
+        image.write_bytes(before[: len(before) // 2])
+        held = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+        with pytest.raises(DataError, match=image.name):
+            trained(load_config(config), run)
+        assert held == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+        Image.new("RGB", (48, 48), "red").save(image)
+        trained(load_config(config), run)
+        weights.append((run / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
 
 
 def test_at_most_save_steps_are_repeated(config_file, tmp_path):
