@@ -1,12 +1,16 @@
 """One process writes to a run folder: who holds the lock, who may take it over, and when."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from recnb import storage as files
-from recnb.storage import LockedError, locked, owner
+from recnb.storage import LockedError, as_meant, harmless, locked, owner
+
+ROOT = Path(__file__).resolve().parents[1]
 
 HOLD = """
 import sys
@@ -86,6 +90,26 @@ def test_processes_that_start_at_once_on_a_dead_owners_lock_hold_it_one_after_an
     assert printed.count("took over the lock of process") == 1
 
 
+def test_eight_processes_at_once_never_write_together_whoever_owned_the_folder_before():
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "soak.py", "--kills", "0", "--race", "2"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"^18 of 18 rounds had one owner at a time", done.stdout, re.MULTILINE)
+    assert "2 rounds of 8 processes, a stopped owner before them" in done.stdout
+
+
+def test_what_a_killed_owner_had_begun_to_write_goes_with_its_lock(tmp_path, capsys):
+    process = killed(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    left = [tmp_path / "checkpoints" / f".latest.pt.{process.pid}.part", tmp_path / f".config.yaml.{process.pid}.part"]
+    others = [tmp_path / ".mine.part", tmp_path / f"config.yaml.{process.pid}.part"]
+    for path in (*left, *others):
+        path.touch()
+    with locked(tmp_path):
+        assert not any(path.exists() for path in left) and all(path.exists() for path in others)
+
+
 def test_a_lock_within_a_lock_leaves_the_outer_one(tmp_path):
     with locked(tmp_path):
         with locked(tmp_path):
@@ -123,3 +147,9 @@ def test_a_full_disk_names_the_file_and_leaves_what_was_there(tmp_path, monkeypa
         disk.setattr(files.Path, "write_text", full)
         files.write_text(tmp_path / "a.txt", "after")
     assert [path.read_text() for path in tmp_path.iterdir()] == ["before"]
+
+
+@pytest.mark.parametrize("text", ["=cmd()", "+1", "-1", "@a", "\ta", "\ra", "'=a", "''+", "a=b", "'a", "'", ""])
+def test_a_cell_that_a_spreadsheet_would_run_is_text_there_and_itself_again_when_read(text):
+    assert not harmless(text).startswith(("=", "+", "-", "@", "\t", "\r"))
+    assert as_meant(harmless(text)) == text
