@@ -218,6 +218,10 @@ def joined(parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, 
 
 
 def _searched(asked: np.ndarray, index: np.ndarray, queries: Items, items: Items, distance: str) -> Iterator[tuple]:
+    """Yield block by block the (scores, identities) found as known, as unknown, and whether there is a right one.
+
+    The arguments are those of `searches`.
+    """
     query, gallery = pair(asked, index, distance)
     theirs = items.tensors(slice(None))
     for rows in spans(len(query), max(1, MEMORY // (32 * len(gallery)))):
@@ -376,9 +380,8 @@ def choose(found: tuple[Searches, Searches, np.ndarray], identity: np.ndarray, w
         rows.append((rule, given, given.correct(given.threshold())))
     base, table, best = rows[0][2], [], 0
     for i, (rule, given, fares) in enumerate(rows):
-        difference = {"difference": 0.0, "low": 0.0, "high": 0.0}
-        if i:
-            difference = paired_difference(base, fares, identity, samples=1000)
+        same = {"difference": 0.0, "low": 0.0, "high": 0.0}
+        difference = paired_difference(base, fares, identity, samples=1000) if i else same
         accuracy = float(given.shares(given.thresholds)["balanced_accuracy"].max())
         table.append({**asdict(rule), "balanced_accuracy": accuracy, **difference})
         if i and difference["low"] > 0 and accuracy > table[best]["balanced_accuracy"]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -14,9 +15,16 @@ import numpy as np
 import onnxruntime
 from PIL import Image, ImageOps
 
+MOST = int(os.environ.get("RECNB_MAX_PIXELS", "64_000_000"))  # pixels of an image: more is not decoded
+
 
 def prepare(image, steps):
-    """Return a Pillow image as uint8 (H, W, 3): upright, in RGB, resized and cropped as in the evaluation."""
+    """Return a Pillow image as uint8 (H, W, 3): upright, in RGB, resized and cropped as in the evaluation.
+
+    Raises ValueError for one that has too many pixels, or pixels that RGB cannot hold.
+    """
+    if image.width * image.height > MOST:
+        raise ValueError(f"the image has {image.width:,} x {image.height:,} pixels, and {MOST:,} are allowed")
     wide = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
     clear = image.info.get("transparency")
     image = ImageOps.exif_transpose(image)
@@ -40,7 +48,10 @@ def prepare(image, steps):
 
 
 class Model:
-    """Model('model.onnx')(image) is the embedding (D,) of a Pillow image; `meta` is what inference.yml says."""
+    """Model('model.onnx')(image) is the embedding (D,) of a Pillow image; `meta` is what inference.yml says.
+
+    Raises ValueError for a file that SHA256SUMS beside it does not know.
+    """
 
     def __init__(self, path):
         sums = Path(path).with_name("SHA256SUMS")

@@ -154,7 +154,14 @@ def agreement(trained: tuple, exported: tuple, query: ImageList, gallery: ImageL
 
 
 def metrics(vectors: tuple, query: ImageList, gallery: ImageList, distance: str) -> dict[str, float]:
-    """Return recall1 and mAP of the vectors (Q, D) and (G, D) of two lists."""
+    """Return recall1 and mAP.
+
+    Args:
+        vectors: (Q, D) of the queries and (G, D) of the gallery.
+        query: the query list.
+        gallery: the gallery list, labelled alike.
+        distance: how vectors are compared.
+    """
     asked, items = map(torch.from_numpy, vectors)
     return Judge(("recall1", "mAP"), normalize=distance == "cosine")(asked, items, query, gallery).metrics
 

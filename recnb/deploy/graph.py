@@ -100,7 +100,13 @@ def needed(network: RecModel, output: str) -> RecModel:
 
 
 def picked(network: RecModel, x: Tensor, output: str) -> Tensor:  # (B, 3, H, W) -> (B, D)
-    """Return one of the OUTPUTS; logits are computed from what the head was trained on."""
+    """Return an output of a model; logits are computed from what the head was trained on.
+
+    Args:
+        network: the model.
+        x: (B, 3, H, W), as the evaluation prepares it.
+        output: one of OUTPUTS.
+    """
     out = network.parts(x)
     if output != "logits" or network.head is None:
         return vectors(out[output])
@@ -108,7 +114,13 @@ def picked(network: RecModel, x: Tensor, output: str) -> Tensor:  # (B, 3, H, W)
 
 
 def finished(x: Tensor, normalize: bool, softmax: bool) -> Tensor:
-    """Return an output (B, D) in float32, at unit length or as probabilities where asked for."""
+    """Return an output in float32.
+
+    Args:
+        x: (B, D).
+        normalize: whether at unit length.
+        softmax: whether as probabilities.
+    """
     x = x.float()
     return F.normalize(x, dim=1) if normalize else x.softmax(1) if softmax else x
 
@@ -226,7 +238,11 @@ def image_size(run: Run) -> list[int]:
 
 
 def step(op: v2.Transform) -> dict:
-    """Return a resize or central crop as data: sizes are [height, width], resize_short the shorter side in pixels."""
+    """Return a resize or central crop as data: sizes are [height, width], resize_short the shorter side in pixels.
+
+    Raises:
+        ConfigError: It is another op, or interpolates in a way that example.py does not have.
+    """
     if isinstance(op, v2.CenterCrop):
         return {"crop": list(op.size)}
     name = InterpolationMode(op.interpolation).value if isinstance(op, v2.Resize) else str(op)
@@ -316,7 +332,13 @@ def traced(model: nn.Module, size: Sequence[int], dynamic_size: bool = False) ->
 
 
 def write_onnx(program: torch.export.ExportedProgram, path: Path, meta: dict) -> None:
-    """Write the graph as ONNX in one file, with inference.yml's content as JSON in it."""
+    """Write the graph as ONNX in one file.
+
+    Args:
+        program: the graph.
+        path: the file.
+        meta: the content of inference.yml, which becomes JSON in it.
+    """
     import onnx
 
     with quiet():
@@ -355,7 +377,13 @@ def without_sources(program: torch.export.ExportedProgram) -> torch.export.Expor
 
 
 def write_int8(source: Path, path: Path, meta: dict) -> None:
-    """Write an ONNX file with 8-bit weights, activations quantised as they come (onnxruntime's dynamic kind)."""
+    """Write an ONNX file with 8-bit weights, activations quantised as they come (onnxruntime's dynamic kind).
+
+    Args:
+        source: the ONNX file of the model in float32.
+        path: the file.
+        meta: as in `write_onnx`.
+    """
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 

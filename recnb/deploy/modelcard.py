@@ -6,6 +6,7 @@ is filled in; what only people can know, licences above all, is a field that say
 
 from __future__ import annotations
 
+import html
 import json
 import re
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ import numpy as np
 from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader
 
-from recnb.data.images import DataError
+from recnb.data.images import DataError, printable
 from recnb.data.lists import ImageList
 from recnb.deploy.index import points_table, sentence
 from recnb.recipe.data import training_images
@@ -30,11 +31,13 @@ ABSOLUTE = re.compile(r"(?<![\w.:/-])(/|[A-Za-z]:\\)([^/\\\s'\"]+[/\\])+")  # th
 
 
 def cell(value) -> str:
-    """Return the text of a cell of a Markdown table: floats with three decimals, no sign that would end the cell.
+    """Return the text of a cell of a Markdown table: floats with three decimals, no markup, no sign that ends the cell.
 
     What a spreadsheet would take for a formula begins with an apostrophe.
     """
-    return f"{value:.3f}" if isinstance(value, float) else harmless(str(value)).replace("|", r"\|")
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    return html.escape(harmless(printable(str(value))), quote=False).replace("|", r"\|")
 
 
 TEMPLATES = Environment(  # Markdown, not HTML: no autoescape

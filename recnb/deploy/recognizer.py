@@ -106,7 +106,14 @@ class Recognizer:
         self.root = Path(os.path.normpath(root)) if image_root or info["image_root"] else Path()
 
     def embed(self, picture: Picture) -> np.ndarray:
-        """Return (D,) float32 of a picture: a path, a Pillow image or a uint8 array; DataError where it is none."""
+        """Return the vector (D,) float32 of a picture.
+
+        Args:
+            picture: a path, a Pillow image or a uint8 array (H, W, 3).
+
+        Raises:
+            DataError: It cannot be read; the message says why.
+        """
         if isinstance(picture, str | Path):
             return embed_file(self.model, picture)
         try:
@@ -117,20 +124,25 @@ class Recognizer:
             raise DataError(f"the picture {reason(error)}") from error
 
     def search(self, picture: Picture, k: int = 5, itself: bool = True) -> pd.DataFrame:
-        """Return the k most similar items, best first.
+        """Return the most similar items, best first.
 
-        The columns are similarity, accepted (whether the item is of the identity that is the answer), label, path and
-        id. With `itself=False`, an item that is the picture's own file does not count.
+        Args:
+            picture: as `embed` takes it.
+            k: how many items.
+            itself: whether an item counts that is the picture's own file.
+
+        Returns:
+            The columns similarity, accepted (whether the item is of the identity that is the answer), label, path, id.
         """
         answer, table = self._asked(picture, k, itself)
         return table.assign(accepted=table.label == answer.name)[["similarity", "accepted", "label", "path", "id"]]
 
     def identify(self, picture: Picture, itself: bool = True) -> Answer:
-        """Return what a picture shows: a path, a Pillow image or a uint8 array; `itself` as in `search`."""
+        """Return what a picture shows; the arguments are those of `search`."""
         return self._asked(picture, 3, itself)[0]
 
     def _asked(self, picture: Picture, k: int, itself: bool) -> tuple[Answer, pd.DataFrame]:
-        """Return the answer to a picture and its k most similar items, in one search."""
+        """Return the answer to a picture and its k most similar items, in one search; the arguments are its."""
         vector, most = self.embed(picture)[None], max(k, HITS) + 1
         scores, ids = (part[0] for part in self.index.search(vector, most, self.fingerprint))
         near = np.flatnonzero(np.isin(self.index.ids, ids))
@@ -165,7 +177,16 @@ class Recognizer:
         return str(names[first[0]]), float(probability(numbers, self.curve)[0])
 
     def add(self, paths: Sequence[str | Path], labels: Sequence[str]) -> list[int]:
-        """Return the ids of new items, each an image file and the label that it shall be recognised by."""
+        """Add items to the index and return their ids.
+
+        Args:
+            paths: N image files.
+            labels: N names that they shall be recognised by.
+
+        Raises:
+            DataError: An image cannot be read.
+            ValueError: There are not as many labels as images.
+        """
         if len(paths) != len(labels):
             raise ValueError(f"each image needs a label; there are {len(paths)} images and {len(labels)} labels")
         vectors = np.stack([self.embed(path) for path in paths])
@@ -187,7 +208,7 @@ class Recognizer:
         return ids[-len(paths) :]
 
     def remove(self, *labels: str) -> int:
-        """Return how many items went: all those of the labels; ValueError for a label that the index does not have."""
+        """Remove all items of the labels and return how many; raise ValueError for a label that the index lacks."""
         for label in set(map(str, labels)) - set(self.index.columns["label"]):
             raise ValueError(f"the index has no items of the label '{label}'")
         gone = self.index.ids[np.isin(self.index.columns["label"], list(map(str, labels)))]

@@ -1,13 +1,16 @@
 """Exports against the trained model: the folder that 05_export leaves, its example run alone, its index, refusals."""
 
+import io
 import json
 import os
 import platform
 import shutil
+import struct
 import subprocess
 import sys
 import venv
 import zipfile
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -213,6 +216,16 @@ def test_the_model_card_says_what_the_run_knows(folder, run, report):
 def test_no_text_ends_a_cell_of_the_model_card():
     assert [modelcard.cell(value) for value in ("a|b", 0.5, 3)] == [r"a\|b", "0.500", "3"]
     assert [modelcard.cell(text) for text in ("=1+1", "@x", "-a", "a-b")] == ["'=1+1", "'@x", "'-a", "a-b"]
+    assert modelcard.cell("<img src=x onerror=a()>\n|") == r"&lt;img src=x onerror=a()&gt;\n\|"
+
+
+def test_no_name_of_a_list_or_a_folder_is_markup_in_the_model_card(folder, run, report, tmp_path):
+    lists = [replace(images, source="/x/<script>a()|b.txt") for images in run.lists()]
+    named = replace(run, folder=tmp_path / "<b>run</b>", lists=lambda: lists)
+    meta = json.loads(graph.open_model(folder / "model.onnx").session.get_modelmeta().custom_metadata_map["inference"])
+    text = modelcard.model_card(named, meta, report, None, ["model.onnx"])
+    assert "# &lt;b&gt;run&lt;/b&gt;\n" in text and r"| &lt;script&gt;a()\|b.txt |" in text
+    assert "<script" not in text and "<b>" not in text
 
 
 def test_the_model_card_names_what_the_export_leaves_out(run):
@@ -651,10 +664,24 @@ def test_pictures_and_models_that_break_are_one_sentence(folder, tmp_path):
     (tmp_path / "text.jpg").write_text("no picture")
     Image.new("RGB", (64, 64)).save(tmp_path / "cut.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:60])
-    for name, message in (("text.jpg", "no known image format"), ("cut.png", "cannot be decoded"), ("", "is a folder")):
+    size = struct.pack(">II", 65535, 65535)
+    small = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(small, "PNG")
+    bomb = bytearray(small.getvalue())
+    bomb[16:24] = size
+    bomb[29:33] = struct.pack(">I", zlib.crc32(bomb[12:29]))
+    (tmp_path / "bomb.png").write_bytes(bomb)
+    for name, message in (
+        ("text.jpg", "no known image format"),
+        ("cut.png", "cannot be decoded"),
+        ("bomb.png", "has more pixels than is safe to decode"),
+        ("", "is a folder"),
+    ):
         with pytest.raises(DataError, match=message) as error:
             recognizer.identify(tmp_path / name)
         assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="9,000 x 9,000 pixels, and 64,000,000 are allowed"):
+        example.prepare(Image.new("1", (9_000, 9_000)), [])
     for picture in (Image.new("F", (4, 4)), np.zeros((4, 4), np.float32)):
         with pytest.raises(DataError, match="the picture cannot be decoded"):
             recognizer.identify(picture)
