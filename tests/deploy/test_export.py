@@ -221,10 +221,10 @@ def test_no_text_ends_a_cell_of_the_model_card():
 
 def test_no_name_of_a_list_or_a_folder_is_markup_in_the_model_card(folder, run, report, tmp_path):
     lists = [replace(images, source="/x/<script>a()|b.txt") for images in run.lists()]
-    named = replace(run, folder=tmp_path / "<b>run</b>", lists=lambda: lists)
+    named = replace(run, folder=tmp_path / "<b>run", lists=lambda: lists)
     meta = json.loads(graph.open_model(folder / "model.onnx").session.get_modelmeta().custom_metadata_map["inference"])
     text = modelcard.model_card(named, meta, report, None, ["model.onnx"])
-    assert "# &lt;b&gt;run&lt;/b&gt;\n" in text and r"| &lt;script&gt;a()\|b.txt |" in text
+    assert "# &lt;b&gt;run\n" in text and r"| &lt;script&gt;a()\|b.txt |" in text
     assert "<script" not in text and "<b>" not in text
 
 
