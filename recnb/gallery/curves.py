@@ -61,22 +61,19 @@ def histogram_figure(edges: np.ndarray, counts: np.ndarray, point: dict) -> Figu
     return figure
 
 
-def draw_cmc(ax: Axes, arrays: dict, most: int = 50) -> None:
-    """Draw the share of queries that are found by each rank, with a number at the first and the tenth.
+def draw_cmc(ax: Axes, arrays: dict) -> None:
+    """Draw the share of queries that are found by each of the first 50 ranks, with a number at the first and the tenth.
 
-    Args:
-        ax: Where to draw.
-        arrays: As `retrieval_metrics(per_query=True)` gives them.
-        most: The last rank.
+    `arrays` are those of `retrieval_metrics(per_query=True)`.
     """
-    values = cmc(arrays, most)
-    ax.plot(np.arange(1, most + 1), values, color=COLOURS[RIGHT], linewidth=2)
+    values = cmc(arrays, 50)
+    ax.plot(np.arange(1, 51), values, color=COLOURS[RIGHT], linewidth=2)
     for k in (1, 10):
         ax.plot(k, values[k - 1], "o", color=COLOURS[RIGHT], markersize=5, clip_on=False, zorder=5)
         ax.annotate(
             f"{values[k - 1]:.1%}", (k, values[k - 1]), (7, -13), textcoords="offset points", color=INK, fontsize=9
         )
-    ax.set(title="Found by rank (CMC)", xlabel="rank", ylabel="share of queries", xlim=(0, most), ylim=(0, 1.02))
+    ax.set(title="Found by rank (CMC)", xlabel="rank", ylabel="share of queries", xlim=(0, 50), ylim=(0, 1.02))
     ax.yaxis.set_major_formatter(PercentFormatter(1))
 
 

@@ -169,8 +169,7 @@ def _draw_tile(ax: Axes, picture: Picture, colour: str, width: float, style="-")
     tile = ImageOps.pad(read_picture(picture, pixels), (pixels, pixels), color=MAT)
     ax.imshow(tile, interpolation="nearest", alpha=1 if style == "-" else 0.4)
     ax.set(xticks=[], yticks=[])
-    for spine in ax.spines.values():
-        spine.set(visible=True, color=colour, linewidth=width, linestyle=style)
+    ax.spines[:].set(visible=True, color=colour, linewidth=width, linestyle=style)
 
 
 def _draw_sign(ax: Axes, state: str, at: tuple[float, float], transform) -> None:

@@ -87,7 +87,7 @@ class Pages:
         self.ranking, self.label_names, self.size = ranking, label_names, size
         self.images = {"query": query_images, "item": gallery_images}
         self.query_of = {own: q for q, own in enumerate(ranking.own.tolist()) if own >= 0}
-        self.uri = lru_cache(maxsize=keep)(self._uri)
+        self.uri = lru_cache(maxsize=keep)(lambda side, i: as_uri(read_picture(self.images[side][i], self.size)))
         self.linked: set[int] = set()  # queries that the page holds: a hit that is one of them leads there
         self.embed: Callable[[str, int], str] = lambda side, i: f'src="{self.uri(side, i)}"'
 
@@ -95,9 +95,6 @@ class Pages:
         """Return the side and row of a picture: those of the gallery for a query that is in it too."""
         own = self.ranking.own[i] if side == "query" else -1
         return ("item", int(own)) if own >= 0 else (side, int(i))
-
-    def _uri(self, side: str, i: int) -> str:
-        return as_uri(read_picture(self.images[side][i], self.size))
 
     def source(self, side: str, i: int) -> Markup:
         """Return the attributes of an image element that shows the picture."""
@@ -125,7 +122,7 @@ class Pages:
 
     @property
     def scale(self) -> str:
-        """What the scores mean, in a sentence, where they are not similarities."""
+        """A sentence on what the scores mean where they are no similarities."""
         scores = self.ranking.scores
         distances = (scores < 0).any() and not (scores > 0).any()
         return "Scores are minus a distance: the nearer to 0, the more alike." if distances else ""

@@ -64,11 +64,8 @@ def build_batch_transform(cfg: dict, class_num: int) -> Callable | None:
 
 def read_split(cfg: dict, where: str) -> ImageList:
     """Return the table of the data set at `where`, with the labels that the list or the folders give."""
-    section = lookup(cfg, f"{where}.dataset")
-    if section is None:
-        raise ConfigError(f"{where}.dataset: there is no such section")
     try:
-        return DATASETS.build(section, f"{where}.dataset")
+        return DATASETS.build(lookup(cfg, f"{where}.dataset"), f"{where}.dataset")
     except DataError as error:
         raise DataError(f"{where}.dataset: {error}") from None
 

@@ -135,7 +135,13 @@ def fill_normalisation(cfg: dict) -> None:
 
 
 def check_keys(section, where: str, known: Collection[str]) -> None:
-    """Raise ConfigError unless a section is a mapping with known keys only."""
+    """Raise ConfigError unless a section is a mapping with known keys only.
+
+    Args:
+        section: The section.
+        where: Its place in the file.
+        known: The keys that it may have.
+    """
     if not isinstance(section, dict):
         raise ConfigError(f"{where}: holds {section!r}, not a mapping of {', '.join(known)}")
     for key in section:
@@ -147,7 +153,13 @@ def check_keys(section, where: str, known: Collection[str]) -> None:
 
 
 def check_section(section, where: str, known: dict[str, Any]) -> None:
-    """Raise ConfigError unless a section is a mapping of known keys, each with a value of its type."""
+    """Raise ConfigError unless a section is a mapping with known keys only, each with a value of its type.
+
+    Args:
+        section: The section.
+        where: Its place in the file.
+        known: The keys that it may have, with the types of their values.
+    """
     check_keys(section, where, known)
     check_values(section, known, where)
 

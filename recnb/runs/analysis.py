@@ -23,7 +23,7 @@ from recnb.gallery.curves import draw_ap, draw_cmc, draw_pairs, plots
 from recnb.gallery.pictures import label_text
 from recnb.registry import ConfigError, check_known
 from recnb.retrieval import verification
-from recnb.retrieval.lists import Ranking, rank
+from recnb.retrieval.lists import rank
 from recnb.retrieval.metrics import STANDARD, per_class, ranking_metrics, retrieval_metrics
 from recnb.retrieval.protocol import Protocol, make_protocol
 from recnb.retrieval.ranking import TIE, embedding_ranks
@@ -250,13 +250,13 @@ def identities(data: Embeddings, arrays: dict) -> pd.DataFrame:
     return table.assign(label=data.text(table.label))
 
 
-def confused(data: Embeddings, ranking: Ranking | None = None) -> pd.DataFrame:
+def confused(data: Embeddings) -> pd.DataFrame:
     """Return a row per pair (identity, taken_for): how many queries of the first have the second as first hit.
 
     `share` is their part of the identity's queries with a positive; `back` counts the queries of taken_for that have
     the identity as first hit.
     """
-    pairs = _first_hits(data, ranking)
+    pairs = _first_hits(data)
     table = pairs[pairs.identity != pairs.taken_for].value_counts().rename("queries").reset_index()
     back = {(a, b): n for a, b, n in table.itertuples(index=False)}
     table["share"] = table.queries / table.identity.map(pairs.identity.value_counts())
@@ -265,19 +265,19 @@ def confused(data: Embeddings, ranking: Ranking | None = None) -> pd.DataFrame:
     return table.reset_index(drop=True)
 
 
-def _first_hits(data: Embeddings, ranking: Ranking | None) -> pd.DataFrame:
+def _first_hits(data: Embeddings) -> pd.DataFrame:
     """Return the identity of each query with a positive, and that of its first hit."""
-    ranking = ranking or rank(data.query, data.gallery, *data.lists, k=1, show_excluded=0)
+    ranking = rank(data.query, data.gallery, *data.lists, k=1, show_excluded=0)
     found = np.asarray(data.gallery_labels)[ranking.ids[:, 0]]
     return pd.DataFrame({"identity": np.asarray(data.query_labels), "taken_for": found})[ranking.valid]
 
 
-def confusion(data: Embeddings, ranking: Ranking | None = None) -> pd.DataFrame:
+def confusion(data: Embeddings) -> pd.DataFrame:
     """Return how often queries of each identity (rows) have each identity (columns) as their first hit.
 
     Queries without a positive do not count, as in the metrics; both sides are in the order of the labels.
     """
-    found = _first_hits(data, ranking)
+    found = _first_hits(data)
     names = np.unique(np.concatenate([found.identity, found.taken_for]))
     table = pd.crosstab(found.identity, found.taken_for).reindex(index=np.unique(found.identity), columns=names)
     table = table.fillna(0).astype(int)
@@ -335,14 +335,14 @@ def mirrored(run: Run) -> tuple[np.ndarray, np.ndarray]:
     return query, gallery
 
 
-def project(features, seed: int = 0) -> tuple[np.ndarray, str]:
+def project(features) -> tuple[np.ndarray, str]:
     """Return points (N, 2) of vectors (N, D) by cosine, and the method: UMAP where it is installed, otherwise PCA."""
     unit = np.asarray(features, np.float32)
     unit = unit / np.maximum(np.linalg.norm(unit, axis=1, keepdims=True), 1e-30)
     if find_spec("umap"):
         from umap import UMAP
 
-        return UMAP(metric="cosine", random_state=seed, n_jobs=1).fit_transform(unit), "UMAP"
+        return UMAP(metric="cosine", random_state=0, n_jobs=1).fit_transform(unit), "UMAP"
     centred = unit - unit.mean(0)
     axes = np.linalg.eigh(centred.T @ centred)[1][:, :-3:-1]
     axes = axes * np.where(axes[np.abs(axes).argmax(0), np.arange(axes.shape[1])] < 0, -1, 1)  # either sign would do

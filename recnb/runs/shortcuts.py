@@ -75,16 +75,15 @@ def from_folder(folder: str | Path, data: Embeddings) -> Mask:
     return mask
 
 
-def shortcut_table(run: Run, masks: str = "", share: float = 0.6) -> pd.DataFrame:
+def shortcut_table(run: Run, masks: str = "") -> pd.DataFrame:
     """Return recall@1, mAP and its 95 % interval of whole images, of foregrounds alone and of backgrounds alone.
 
     Args:
         run: the run; its model embeds queries and gallery twice more, both blanked in the same way.
         masks: a folder of masks as for `from_folder`; empty: the middle of each image is its foreground.
-        share: how much of each side the middle is.
     """
     data, model = of_run(run), run.model()
-    mask = from_folder(masks, data) if masks else centre(share)
+    mask = from_folder(masks, data) if masks else centre()
     rows = {"whole image": _row(data)}
     for name, foreground in (("foreground only", True), ("background only", False)):
         parts = (Blanked(images, mask, foreground) for images in (run.query, run.gallery))

@@ -75,19 +75,13 @@ def corrections(table: pd.DataFrame) -> pd.DataFrame:
     return table.assign(action="relabel", label=table.suggested)[["path", "action", "label"]]
 
 
-def suspects_figure(data: Embeddings, table: pd.DataFrame, k: int = 6) -> Figure:
-    """Draw a row per image of `suspects`: its label, its picture, and its nearest neighbours with their labels.
-
-    Args:
-        data: The embeddings, with paths.
-        table: Rows of `suspects`.
-        k: How many neighbours.
-    """
+def suspects_figure(data: Embeddings, table: pd.DataFrame) -> Figure:
+    """Draw a row per image of `suspects`: its label, its picture, and its six nearest neighbours with their labels."""
     vectors, labels, known = data.union()
     paths = known or []
     items, names = table["item"].to_numpy(), np.array(data.text(labels))
-    ranking = rank(vectors[items], vectors, labels[items], labels, exclude_self=items, k=k)
+    ranking = rank(vectors[items], vectors, labels[items], labels, exclude_self=items, k=6)
     called = [f"{n}. {shorten(names[item], 30)}" for n, item in enumerate(items, 1)]
     named = replace(ranking, query_labels=np.array(called), gallery_labels=names)
     pictures = [paths[i] for i in items]
-    return gallery_figure(named, pictures, paths, range(len(items)), k, title="Labels to check")
+    return gallery_figure(named, pictures, paths, range(len(items)), k=6, title="Labels to check")
