@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -30,7 +31,7 @@ def part(kind: str, name: str, args: dict) -> nn.Module:
         known = vars(importlib.import_module(f"pytorch_metric_learning.{kind}"))
     except ImportError:
         raise ValueError("PML needs pytorch-metric-learning: pip install 'recnb[pml]'") from None
-    classes = {key: value for key, value in known.items() if inspect.isclass(value)}
+    classes: dict[str, Any] = {key: value for key, value in known.items() if inspect.isclass(value)}
     if name not in classes:
         raise ValueError(f"pytorch-metric-learning has no {name} among its {kind}; {suggest(name, classes)}")
     return classes[name](**args)

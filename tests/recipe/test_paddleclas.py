@@ -1,13 +1,18 @@
 """The 36 configurations of PaddleClas with a RecModel: what trains and evaluates as written, and what does not."""
 
+import re
 import shutil
 from collections import Counter
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from paddleclas import CONFIGS, compose, metric_names, run, written
 
+from recnb.models.backbones import ALIASES
+from recnb.models.paddle import FAMILIES
 from recnb.recipe.lint import lint
+from recnb.recipe.schema import architectures
 from recnb.registry import ConfigError
 
 REFUSED = {  # what each wants and this has not
@@ -19,6 +24,11 @@ REFUSED = {  # what each wants and this has not
 }
 MENDED = {  # what the original could not mean either: (key, the value that mends it, the sentence without it)
     "ResNet50_UReID_infer": [("DataLoader.Train.dataset.transform_ops.RandomCrop.size", [64, 32], "crop size")]
+}
+OTHERWISE = {  # backbones that differ from another in layers without weights
+    "VGG19Sigmoid": "VGG19",
+    "PPLCNet_x2_5_Tanh": "PPLCNet_x2_5",
+    "ResNet50_adaptive_max_pool2d": "ResNet50",
 }
 QUICK = ("reid/strong_baseline/softmax_triplet_with_center", "slim/ResNet50_vehicle_reid_prune", "DeepHash/DCH")
 RUNNING = [
@@ -85,6 +95,19 @@ def test_the_facts_agree_with_a_count_over_the_original_files():
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name not in REFUSED])
 def test_every_word_of_the_file_itself_is_known(name, folder):
     written(CONFIGS[name], folder)
+
+
+def test_the_docs_compare_the_weights_of_every_backbone():
+    page = (ROOT / "docs" / "paddleclas.md").read_text(encoding="utf-8")
+    names = {
+        section["Backbone"]["name"]
+        for name in set(CONFIGS) - set(REFUSED)
+        for _, section in architectures(CONFIGS[name])
+    }
+    assert len(names) == 13
+    for name in names:
+        assert f"| {OTHERWISE.get(name, name)} | 1.00000000 |" in page
+        assert any(re.match(family, ALIASES.get(name, name)) for family in FAMILIES)
 
 
 @pytest.mark.parametrize("name", RUNNING)
