@@ -17,7 +17,7 @@ from torchvision.transforms.v2 import Transform
 
 from recnb.data.lists import ImageList
 from recnb.data.loaders import Loaders
-from recnb.data.pipeline import output_shape
+from recnb.data.pipeline import output_shape, single_ops
 from recnb.models.backbones import pretrained_images
 from recnb.recipe.schema import LOADERS, adds_softmax, architectures, items, lookup, optimizers
 from recnb.recipe.settings import WITHOUT_EFFECT
@@ -237,8 +237,9 @@ def pretraining(cfg: dict, loaders: Loaders) -> Iterator[Finding]:
         facts = pretrained_images(backbone["name"]) if backbone.get("pretrained") else None
         if facts is None:
             continue
-        mean, std = normalisation(loaders.train.dataset.transform)
-        if not np.allclose([*mean, *std], [*facts["mean"], *facts["std"]], atol=0.01):
+        found = normalisation(loaders.train.dataset.transform)
+        if found and not np.allclose(found, (facts["mean"], facts["std"]), atol=0.01):
+            mean, std = found
             yield Finding(
                 "DataLoader.Train.dataset.transform_ops",
                 f"mean {mean} and std {std}, but the weights of {backbone['name']} were trained with mean "
@@ -257,11 +258,18 @@ def pretraining(cfg: dict, loaders: Loaders) -> Iterator[Finding]:
             )
 
 
-def normalisation(transform: Transform) -> tuple[list[float], list[float]]:
-    """Return the mean and std of each channel by which a transform normalises images between 0 and 1."""
-    with torch.random.fork_rng(devices=[]):
-        black, white = (transform(torch.full((3, 256, 256), value, dtype=torch.uint8)) for value in (0, 255))
-    (black, white) = (image[:, image.shape[1] // 2, image.shape[2] // 2].double() for image in (black, white))
+def normalisation(transform: Transform) -> tuple[list[float], list[float]] | None:
+    """Return the mean and std of each channel by which a transform normalises images between 0 and 1.
+
+    Only ops without chance are looked at; where these leave an image as bytes, None.
+    """
+    black, white = (torch.full((3, 256, 256), value, dtype=torch.uint8) for value in (0, 255))
+    for op in single_ops(transform):
+        if type(op).make_params is Transform.make_params and type(op).forward is Transform.forward:
+            black, white = op(black), op(white)
+    if not black.is_floating_point():
+        return None
+    black, white = (image.flatten(1).mean(1).double() for image in (black, white))
     std = 1 / (white - black)
     return (-black * std).round(decimals=3).tolist(), std.round(decimals=3).tolist()
 

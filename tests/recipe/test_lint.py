@@ -104,6 +104,22 @@ def test_other_colours_than_the_weights_were_trained_on(config_file, name, ops, 
     assert [finding.strict for finding in lint(cfg, loaders)] == ([False] if strict else [])
 
 
+def test_ops_of_chance_do_not_pass_for_another_normalisation(config_file):
+    jitter = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1}
+    transforms = [
+        {"ResizeImage": {"size": 32}},
+        {"ColorJitter": jitter},
+        {"AutoAugment": {}},
+        {"NormalizeImage": {"auto": True}},
+        {"RandomErasing": {"EPSILON": 1.0}},
+    ]
+    changes = {"Arch.Backbone.name": "ResNet18", "DataLoader.Train.dataset.transform_ops": transforms}
+    cfg = load_config(config_file(changes))
+    loaders = build_loaders(cfg)
+    cfg["Arch"]["Backbone"]["pretrained"] = True
+    assert lint(cfg, loaders) == []
+
+
 def test_auto_is_written_out(config_file):
     transforms = [{"ResizeImage": {"size": 32}}, {"NormalizeImage": {"auto": True}}]
     cfg = load_config(config_file({"DataLoader.Train.dataset.transform_ops": transforms}))
