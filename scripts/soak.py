@@ -126,6 +126,7 @@ def result(run: Path) -> dict[str, str]:
     return {
         **{name: hashlib.sha256((run / name).read_bytes()).hexdigest() for name in FILES},
         **{name: digest(kept[name]) for name in ("model", "optimizer", "loss", "callbacks", "rng")},
+        "rows": digest([(run / "checkpoints" / name).read_bytes() for name in kept.get("apart", ())]),
     }
 
 

@@ -259,11 +259,13 @@ def write(
     cfg = with_lists(start.cfg, folder, root, files)
     more = {f"{name}.csv": as_csv(table) for name, table in (tables or {}).items()}
     said = textwrap.fill(start.why, 100, initial_indent="# ", subsequent_indent="# ")
-    write_files(folder, {**files, **more, "config.yaml": f"{said}\n{as_yaml(cfg)}"})
-    if "validation.txt" not in files:  # one of an earlier split
-        (resolve(folder) / "validation.txt").unlink(missing_ok=True)
-    load_config(resolve(folder) / "config.yaml")
-    return resolve(folder) / "config.yaml"
+    made = resolve(folder) / "config.yaml"
+    earlier = made.read_text(encoding="utf-8") if made.is_file() else ""
+    write_files(folder, {**files, **more, made.name: f"{said}\n{as_yaml(cfg)}"})
+    if "validation.txt" not in files and "/validation.txt" in earlier:  # another may be the user's own
+        made.with_name("validation.txt").unlink(missing_ok=True)
+    load_config(made)
+    return made
 
 
 def run_folder(out_dir: str | Path) -> str:

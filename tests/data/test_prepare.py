@@ -307,6 +307,18 @@ def test_the_lists_and_the_config_are_read_by_the_loaders(table, tmp_path):
     assert len(lines) == (splits["split"] == "validation").sum() and {line.count("\t") for line in lines} == {2}
 
 
+def test_lists_of_an_earlier_split_go_and_what_is_the_users_own_stays(table, tmp_path):
+    whole, parted = split(table, 0.4), split(table, 0.4, validation=0.2)
+    for name in ("validation.txt", "train.txt.mine", "notes.csv"):
+        (tmp_path / name).write_text("mine")
+    starter.write(tmp_path, begun(whole), whole)
+    assert [path.read_text() for path in (tmp_path / "validation.txt", tmp_path / "notes.csv")] == ["mine"] * 2
+    starter.write(tmp_path, begun(parted), parted)
+    starter.write(tmp_path, begun(whole), whole)
+    names = {"train.txt", "query.txt", "gallery.txt", "config.yaml", "train.txt.mine", "notes.csv"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+
+
 def test_names_come_out_as_they_went_in(images, tmp_path):
     names = ["the first one", "7", "007", "7-Up, 1.5 l", "红旗", "NaN", "Ångström"]
     for number, name in enumerate(names):

@@ -18,7 +18,7 @@ from recnb.models.weights import read_weights
 from recnb.recipe.schema import load_config
 from recnb.registry import ConfigError
 from recnb.runs.experiment import train
-from recnb.runs.folder import load_run, open_run
+from recnb.runs.folder import load_run, open_run, read_lists, told
 from recnb.storage import LockedError, seal
 from recnb.training.checkpoints import kept
 
@@ -92,7 +92,7 @@ def edit(path: Path, change) -> str:
         ({"Optimizer.lr.learning_rate": 0.5, "Global.epochs": 3}, r"latest.pt belongs to another configuration"),
         ({"Global.epoch": 3}, "Global.epoch: there is no such key"),
         ({"Global.devices": 0}, "Global.devices"),
-        ({"DataLoader.Train.sampler.sample_per_id": 1}, "SupConLoss|another configuration"),
+        ({"Loss.Train": [{"CELoss": {"weight": 0}}]}, "every weight is 0"),
     ],
     ids=["configuration", "longer", "key", "value", "finding"],
 )
@@ -186,7 +186,21 @@ def test_a_list_of_the_evaluation_that_is_no_longer_what_was_judged_is_told_when
                 load_run(place / "run").lists()
         finally:
             (finished / f"{name}.txt").write_text(text)
-    assert load_run(place / "run").lists()
+    opened, rng = load_run(place / "run"), random.Random(0)
+    judged = [[*told(images)] for images in opened.lists()]
+    features = opened.query_features, opened.gallery_features
+    for _ in range(40):  # a list that is told, or cannot be read and is taken as the run kept it
+        path = finished / rng.choice(("query.txt", "gallery.txt"))
+        whole_list = path.read_bytes()
+        content = bytearray(whole_list)
+        content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        path.write_bytes(content)
+        try:
+            assert [[*told(images)] for images in read_lists(place / "run", opened.cfg, features)] == judged
+        except ConfigError as error:
+            assert path.name in str(error)
+        finally:
+            path.write_bytes(whole_list)
 
 
 def test_weights_that_have_changed_are_named(config_file, tmp_path):
