@@ -100,7 +100,7 @@ def numbered(cfg: dict, images: ImageList) -> ImageList:
     if literal and not classes and ids[-1] >= MOST:
         raise DataError(
             f"{images.place(int(images.labels.argmax()))}: label {ids[-1]} would make as many classes; "
-            "leave out relabel: False, and the identities are numbered"
+            "leave out relabel: False, so that the identities are numbered"
         )
     if classes and images.labels.max() >= classes:
         first = int(np.argmax(images.labels >= classes))

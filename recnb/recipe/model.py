@@ -77,7 +77,7 @@ def build_recmodel(cfg: dict, section: dict, where: str, classes: int | None) ->
         except ValueError as error:
             raise ConfigError(
                 f"Global.grad_checkpointing: {where}.Backbone {section['Backbone']['name']} {error}; set "
-                "it False, and let Global.grad_cache keep less in memory instead"
+                "it False, and save memory with Global.grad_cache instead"
             ) from None
     model = RecModel(backbone, neck, head)
     model.sizes = {"backbone": prod(backbone.out_shape), "features": size}

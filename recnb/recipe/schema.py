@@ -212,7 +212,7 @@ def check_retention(cfg: dict) -> None:
         if not (plain and head.get("name") != "FC"):
             raise ConfigError(f"Retention.imprint: needs {place}.Head with one cosine weight per class, not sharded")
         if arch.get("Neck") and arch.get("head_feature_from", "neck") == "backbone":
-            raise ConfigError(f"Retention.imprint: needs {place}.head_feature_from: neck, what the embedding is")
+            raise ConfigError(f"Retention.imprint: needs {place}.head_feature_from: neck, for weights are set to embeddings")
 
 
 def check_arch(section: dict, where: str) -> None:

@@ -127,7 +127,7 @@ def _read(run) -> tuple[pd.DataFrame, str]:
     try:
         return read_csv(path), str(path)  # a name may spell NA
     except FileNotFoundError:
-        raise ConfigError(f"{path.parent}: queries.csv is missing, so nothing can be said of training") from None
+        raise ConfigError(f"{path.parent}: queries.csv is missing, so it is not known whether training helped") from None
     except Exception as error:  # readers raise whatever a damaged file leads them to
         raise ConfigError(f"{path} is damaged: {error}") from error
 
@@ -137,7 +137,7 @@ def _numbers(table: pd.DataFrame, metric: str, place: str) -> pd.DataFrame:
     try:
         columns = {name: pd.to_numeric(table[f"{metric}_{name}"].replace("", np.nan)) for name in ("before", "after")}
     except ValueError as error:
-        raise ConfigError(f"{place}: {metric} holds what is no number: {error}") from None
+        raise ConfigError(f"{place}: {metric} has a value that is not a number: {error}") from None
     both = pd.DataFrame({"label": table.label, **columns}).dropna()
     if both.empty or not np.isfinite(both[["before", "after"]]).all(axis=None):
         raise ConfigError(f"{place}: {metric} has {'an infinite value' if len(both) else 'no query with values'}")

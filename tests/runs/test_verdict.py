@@ -92,7 +92,7 @@ def test_a_run_folder_and_what_its_metrics_hold(tmp_path):
         ("path,mAP_before,mAP_after\n", "there is no column 'label'"),
         ("path,label\na,b\n", "there is no column 'mAP_before'"),
         ("path,label,mAP_before\na,b,1\n", "there is no column 'mAP_after'"),
-        ("path,label,mAP_before,mAP_after\na,b,1,x\n", "mAP holds what is no number"),
+        ("path,label,mAP_before,mAP_after\na,b,1,x\n", "mAP has a value that is not a number"),
         ("path,label,mAP_before,mAP_after\na,b,,\n", "mAP has no query with values"),
         ("path,label,mAP_before,mAP_after\na,b,inf,1\n", "mAP has an infinite value"),
         ("", "is damaged"),
