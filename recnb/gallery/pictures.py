@@ -39,7 +39,7 @@ def _read_file(path: Path, size: int, box: tuple | None) -> Image.Image:
             return read_picture(to_rgb(image) if box is None else to_rgb(image).crop(box), size)
     except FileNotFoundError:
         raise FileNotFoundError(f"the picture '{path}' does not exist (working directory: {Path.cwd()})") from None
-    except Exception as error:  # decoders raise whatever a broken file leads them to
+    except Exception as error:  # a damaged file makes decoders raise anything
         raise ValueError(f"the picture '{path}' cannot be read: it {reason(error)}") from None
 
 

@@ -190,7 +190,7 @@ def check(cfg: dict) -> None:
     for where, section in architectures(cfg):
         check_arch(section, where)
     check_retention(cfg)
-    check_class_num(cfg)
+    class_num(cfg)  # raises where there are two
     check_evaluation(cfg)
     check_validation(cfg)
     for where, section in optimizers(cfg):
@@ -212,7 +212,7 @@ def check_retention(cfg: dict) -> None:
         if not (plain and head.get("name") != "FC"):
             raise ConfigError(f"Retention.imprint: needs {place}.Head with one cosine weight per class, not sharded")
         if arch.get("Neck") and arch.get("head_feature_from", "neck") == "backbone":
-            raise ConfigError(f"Retention.imprint: needs {place}.head_feature_from: neck, for weights are set to embeddings")
+            raise ConfigError(f"Retention.imprint: needs {place}.head_feature_from: neck, the embedding")
 
 
 def check_arch(section: dict, where: str) -> None:
@@ -250,25 +250,20 @@ def check_logits(cfg: dict, where: str, name: str) -> None:
             )
 
 
-def check_class_num(cfg: dict) -> None:
-    """Raise ConfigError where the file gives two different numbers of training identities."""
-    given = [
-        ("Global.class_num", cfg["Global"]["class_num"]),
-        *((f"{where}.Head.class_num", lookup(section, "Head.class_num")) for where, section in architectures(cfg)),
-    ]
-    (one, ours), *others = [pair for pair in given if pair[1]] or [("", None)]
-    for other, number in others:
-        if number != ours:
+def class_num(cfg: dict) -> tuple[str, int | None]:
+    """Return the place and the number of training identities that the file gives, or Global's place and None.
+
+    Raise ConfigError where it gives two different numbers.
+    """
+    heads = [(f"{where}.Head.class_num", lookup(section, "Head.class_num")) for where, section in architectures(cfg)]
+    given = [pair for pair in [("Global.class_num", cfg["Global"]["class_num"]), *heads] if pair[1]]
+    for place, number in given:
+        if number != given[0][1]:
             raise ConfigError(
-                f"{one} is {ours}, but {other} is {number}: both count the training identities, so give "
+                f"{given[0][0]} is {given[0][1]}, but {place} is {number}: both count the training identities, so give "
                 "the same number or leave one of them out"
             )
-
-
-def class_num(cfg: dict) -> tuple[str, int | None]:
-    """Return the place and the number of training identities that the file gives, or Global's place and None."""
-    given = [(f"{where}.Head.class_num", lookup(section, "Head.class_num")) for where, section in architectures(cfg)]
-    return next((pair for pair in given if pair[1]), ("Global.class_num", cfg["Global"]["class_num"]))
+    return given[-1] if given else ("Global.class_num", None)
 
 
 def check_evaluation(cfg: dict) -> None:

@@ -160,7 +160,7 @@ def _read(key: str, path: Path):
     if path.suffix == ".npy":  # "c": nothing is written back, yet torch takes it without a warning
         try:
             values = np.load(path, mmap_mode="c" if key in ("query", "gallery") else None, allow_pickle=False)
-        except Exception as error:  # numpy raises whatever a damaged file leads it to
+        except Exception as error:  # a damaged file makes numpy raise anything
             raise ConfigError(f"embeddings: {key}: {path} cannot be read as an array: {error}") from error
         return values.astype(str).tolist() if key.endswith("paths") else values
     lines = path.read_text(encoding="utf-8").splitlines()

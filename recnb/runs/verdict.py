@@ -127,8 +127,8 @@ def _read(run) -> tuple[pd.DataFrame, str]:
     try:
         return read_csv(path), str(path)  # a name may spell NA
     except FileNotFoundError:
-        raise ConfigError(f"{path.parent}: queries.csv is missing, so it is not known whether training helped") from None
-    except Exception as error:  # readers raise whatever a damaged file leads them to
+        raise ConfigError(f"{path.parent}: queries.csv is missing, so whether training helped is not known") from None
+    except Exception as error:  # a damaged file makes readers raise anything
         raise ConfigError(f"{path} is damaged: {error}") from error
 
 
