@@ -55,11 +55,6 @@ class Hits(widgets.VBox):
         self.title.value = title
         self.style_sheet.value = f"<style>{''.join(self._rule(i, hit) for i, hit in enumerate(hits))}</style>"
 
-    @property
-    def items(self) -> list[int]:
-        """The gallery rows of the first ranking shown."""
-        return [place[0].item for place in self.places]
-
     def _laid_out(self) -> list[widgets.VBox]:
         """Return the tiles in their order, with several rankings those of each place in a cell."""
         tiles = iter(self.tiles)

@@ -45,6 +45,11 @@ def test_agreement_of_real_networks(name):
 # ---- the widget ------------------------------------------------------------------------------------------------------
 
 
+def items(widget):
+    """The gallery rows of the first ranking shown."""
+    return [place[0].item for place in widget.hits.places]
+
+
 @pytest.fixture(scope="module")
 def pictures(drawn):
     """Queries and gallery of the drawn set: (paths, labels, cameras) of each."""
@@ -98,7 +103,7 @@ def test_the_hits_shown_agree_with_the_metrics(rankings, pictures, widget):
         widget.query = q
         assert f"<dd>{arrays['AP'][q]:.3f}</dd>" in widget.about.value
         assert f"<dd>rank {arrays['first_hit'][q]}</dd>" in widget.about.value
-        right = [item for item in widget.hits.items if gl[item] == ql[q] and gc[item] != qc[q]]
+        right = [item for item in items(widget) if gl[item] == ql[q] and gc[item] != qc[q]]
         found = (rankings["first"].state[q, :5] == "right").sum()
         assert len(right) == found and f"<dd>{found} of {arrays['positives'][q]}</dd>" in widget.about.value
 
@@ -146,26 +151,26 @@ def test_two_rankings_side_by_side(widget, rankings):
     assert "above: first, AP" in widget.hits.title.value and "below: second, AP" in widget.hits.title.value
     target = int(second.ids[widget.query, 3])
     widget.hits.row.children[3].children[1].children[0].click()
-    assert f"id {second.gallery_labels[target]}" in widget.about.value and target not in widget.hits.items
+    assert f"id {second.gallery_labels[target]}" in widget.about.value and target not in items(widget)
     widget.change.value, widget.ranking.value = "all", "second"
-    assert widget.hits.items == second.ids[widget.query, :5].tolist()
+    assert items(widget) == second.ids[widget.query, :5].tolist()
     widget.compare.value = "none"
     assert all(len(place) == 1 for place in widget.hits.places) and len(widget.change.options) == 1
 
 
 def test_any_item_and_any_image_can_be_the_query(widget, pictures, tmp_path):
-    item = widget.hits.items[2]
+    item = items(widget)[2]
     widget.hits.row.children[2].children[0].click()
-    assert item not in widget.hits.items and "counts in no metric" in widget.about.value
+    assert item not in items(widget) and "counts in no metric" in widget.about.value
     path = tmp_path / "own.png"
     Image.new("RGB", (20, 30), "red").save(path)
     widget.path.value = str(path)
-    assert widget.hits.items[0] == 4 and "counts in no metric" in widget.about.value
+    assert items(widget)[0] == 4 and "counts in no metric" in widget.about.value
     widget.path.value = str(tmp_path / "missing.png")
     assert "missing.png cannot be searched: it is not there." in widget.about.value
     assert widget.hits.places == [] and "<img" not in widget.about.value
     upload(widget, "own.png", path.read_bytes())
-    assert widget.hits.items[0] == 4 and "<img" in widget.about.value
+    assert items(widget)[0] == 4 and "<img" in widget.about.value
 
 
 def upload(widget, name: str, content: bytes) -> None:
@@ -214,7 +219,7 @@ def test_the_heat_map_is_made_when_its_panel_is_open(widget):
     widget.panels.selected_index = list(widget.panels.titles).index("where two pictures agree")
     before = widget.heat.value
     assert before.count("data:image/jpeg") == 2
-    widget.hit.value = widget.hits.items[1]
+    widget.hit.value = items(widget)[1]
     assert widget.heat.value.count("<img") == 2 and widget.heat.value != before
 
 
