@@ -5,7 +5,8 @@
 Run it on an idle machine. Each name is asked for in interpreters of its own, the best of three. `loaded` has the
 packages that take most of it, in seconds of Python's option -X importtime, each without those that it imports; it
 doubles small ones. The training is that of the demo, one epoch of it, whose images have been drawn before: `first step`
-is when the first step of the optimizer has been made, and `cells` is how long each cell before it has run.
+is when the first step of the optimizer has been made, `core seconds` what all processes have worked until then, and
+`cells` how long each cell before it has run.
 """
 
 from __future__ import annotations
@@ -35,17 +36,19 @@ LEAST = 0.05  # seconds of a package that is worth naming
 
 def named(words: list[str]) -> dict:
     """Seconds that an interpreter takes with these words, and what it loads."""
-    times = []
+    times, worked = [], []
     for _ in range(3):
-        began = time.perf_counter()
+        began, before = time.perf_counter(), os.times()
         subprocess.run([sys.executable, *words], cwd=ROOT, check=True, capture_output=True)
         times.append(time.perf_counter() - began)
+        worked.append(sum(os.times()[2:4]) - sum(before[2:4]))
     told = subprocess.run([sys.executable, "-X", "importtime", *words], cwd=ROOT, capture_output=True, text=True).stderr
     loaded: Counter = Counter()
     for own, module in re.findall(r"^import time: +(\d+) \| +\d+ \| +([\w.]+)$", told, re.MULTILINE):
         loaded[two_levels(module)] += int(own) / 1e6
     return {
         "seconds": round(min(times), 2),
+        "core seconds": round(min(worked), 2),
         "loaded": {name: round(took, 2) for name, took in loaded.most_common() if took >= LEAST},
     }
 
@@ -66,7 +69,7 @@ def first_step() -> dict:
         with subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=subprocess.DEVNULL) as process:
             while process.poll() is None and not (log.is_file() and log.stat().st_size):
                 time.sleep(0.02)
-            seconds = time.perf_counter() - began
+            seconds, worked = time.perf_counter() - began, work(process.pid)
         cells = json.loads((run / "train.ipynb").read_text())["cells"]
     took, start = {}, None
     for cell in cells:
@@ -78,9 +81,20 @@ def first_step() -> dict:
     return {
         "what": "02_train on the demo",
         "first step": round(seconds, 1),
+        "core seconds": round(worked, 1),
         "until its kernel runs": round(start - clock, 1),
         "cells": {name: took[name] for name in before if took[name] >= LEAST},
     }
+
+
+def work(process: int) -> float:
+    """Seconds of a core that a process and those below it have taken."""
+    try:
+        below = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2].split()
+    except OSError:  # it has ended
+        return 0.0
+    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK") + sum(work(int(each)) for each in below)
 
 
 def main() -> None:

@@ -29,9 +29,14 @@ class Pipeline(v2.Compose):
 
     def finish(self, images: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) on the device of the images, from those of `before` and their (B, E, 4) on the CPU."""
-        places = iter(boxes.unbind(1))
+        places, given = iter(boxes.unbind(1)), images
         for op in self.transforms[self.later :]:
-            images = erased(images, next(places), op.value) if isinstance(op, v2.RandomErasing) else op(images)
+            if isinstance(op, v2.RandomErasing):
+                images = erased(images, next(places), op.value)
+            elif isinstance(op, v2.Normalize) and images is not given:  # another copy takes as long as normalising
+                images = v2.functional.normalize(images, op.mean, op.std, inplace=True)
+            else:
+                images = op(images)
         return images
 
     def erasing(self) -> list[v2.RandomErasing]:

@@ -274,10 +274,10 @@ class Index:
     def _find_centres(self, x: np.ndarray) -> None:
         """Give the lists their centres, which faiss would look for by comparing each vector with each of them."""
         lists: Any = faiss.extract_index_ivf(self.faiss)
-        if isinstance(self.faiss, faiss.IndexPreTransform):
-            for step in map(self.faiss.chain.at, range(self.faiss.chain.size())):
-                step.train(x)
-                x = step.apply(x)
+        before: Any = getattr(self.faiss, "chain", None)  # what is done to vectors first
+        for step in () if before is None else map(before.at, range(before.size())):
+            step.train(x)
+            x = step.apply(x)
         lists.quantizer.add(centres_of(x, lists.nlist, spherical=self.distance != "euclidean"))
 
     def _walk(self, width: int | None = None) -> None:
