@@ -298,10 +298,12 @@ def published(target: Path) -> Iterator[Path]:
         write_text(draft / MARK, me())
         (draft / target.name).mkdir()
         yield draft / target.name
-        for notebook in target.glob("*.ipynb"):
-            notebook.rename(draft / target.name / notebook.name)
         put_aside(target, previous)
         (draft / target.name).rename(target)
+        for notebook in previous.glob("*.ipynb"):
+            notebook.rename(target / notebook.name)
+        if [*previous.glob("*")] == [previous / MARK]:
+            shutil.rmtree(previous)
         shutil.rmtree(failed, ignore_errors=True)
     except ExportError:
         put_aside(draft / target.name, failed)

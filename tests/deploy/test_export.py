@@ -766,6 +766,26 @@ def test_publishing_takes_nothing_that_it_did_not_make(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.rglob("*.txt")) == ["mine.txt"] * 3 + ["notes.txt"]
 
 
+def test_notebooks_in_an_export_stay_and_outlive_a_publishing_that_fails(tmp_path, monkeypatch):
+    target, previous = tmp_path / "photos", tmp_path / "photos.previous"
+    target.mkdir()
+    (target / "mine.ipynb").write_text("mine")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    for turn in range(2):
+        with monkeypatch.context() as disk, pytest.raises(OSError, match="No space left"):
+            disk.setattr(export, "put_aside", full)
+            with export.published(target):
+                pass
+        assert (target / "mine.ipynb").read_text() == "mine"
+        with export.published(target) as part:
+            (part / "parity.json").write_text("{}")
+        assert (target / "mine.ipynb").read_text() == "mine"
+        assert previous.exists() is bool(turn) and not (previous / "mine.ipynb").exists()
+
+
 def test_what_a_killed_export_left_goes_with_the_next(tmp_path, monkeypatch):
     target = tmp_path / "photos"
     for process, name in ((2**22 + 1, "dead"), (os.getpid(), "alive")):
