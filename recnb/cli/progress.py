@@ -29,9 +29,14 @@ class Followed:
     began: float | None = None  # when the first new row was seen: what comes before it is no training
 
     def show(self) -> None:
-        """Print a line for each row that is new, with the time that is left."""
+        """Print a line for each row that is new, with the time that is left.
+
+        Of epochs that pass in no time, the last one and those with metrics are enough.
+        """
         now = rows(self.path)
-        for row in now[self.shown :]:
+        for number, row in enumerate(now[self.shown :], self.shown + 1):
+            if number < len(now) and "," not in values(row):
+                continue
             left = ""
             passed = time.monotonic() - self.began if self.began else 0.0
             if passed > EVERY:  # not of two rows that were read at once

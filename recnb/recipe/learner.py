@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -150,8 +150,14 @@ def pick_device(name: str) -> torch.device:
     if name != "cpu" and torch.cuda.is_available():
         return torch.device(f"cuda:{torch.cuda.current_device()}")
     if name == "gpu":
-        print("Global.device is gpu, and this machine has none: running on the CPU")
+        say_cpu()
     return torch.device("cpu")
+
+
+@cache
+def say_cpu() -> None:
+    """Say once in a process, which may train many models, that it has no GPU."""
+    print("Global.device is gpu, and this machine has none: running on the CPU")
 
 
 def evaluation_loss(cfg: dict, loaders: Loaders) -> CombinedLoss | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -152,7 +153,8 @@ def climb(cfg: dict, run: Path, show: Callable[[Ladder], object] | None = None) 
         for rung in climbed(cfg, shared, result.said):
             rung.minutes = (time.monotonic() - began) / 60
             result.rungs.append(rung)
-            print(f"{rung.name}: {rung.verdict if result.rungs[1:] else 'the features as they come'}", flush=True)
+            said = f"{rung.name}: {rung.verdict if result.rungs[1:] else 'the features as they come'}"
+            print(textwrap.fill(said, 100, subsequent_indent="  "), flush=True)
             if show:
                 show(result)
             began = time.monotonic()

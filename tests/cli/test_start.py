@@ -311,8 +311,13 @@ def test_an_epoch_is_a_line(tmp_path, capsys, monkeypatch, place, name):
     (folder / "config.yaml").write_text("Global: {epochs: 3}\n")
     with progress.epochs_shown(tmp_path, 3):
         time.sleep(0.1)
-        (folder / "history.csv").write_text("epoch,lr,train_loss,CELoss,mAP\n1,0.1,2.5,2.5,\n2,0.1,1.25,1.25,0.25\n")
-    assert capsys.readouterr().out.splitlines()[1] == f"  {name}epoch 2 of 3: train_loss 1.250, mAP 0.250"
+        (folder / "history.csv").write_text(
+            "epoch,lr,train_loss,CELoss,mAP\n1,0.1,2.5,2.5,\n2,0.1,1.25,1.25,0.25\n3,0.1,1.0,1.0,\n"
+        )
+    assert capsys.readouterr().out.splitlines() == [
+        f"  {name}epoch 2 of 3: train_loss 1.250, mAP 0.250",  # the first, which has no metrics, came with it
+        f"  {name}epoch 3 of 3: train_loss 1.000",
+    ]
     assert [progress.duration(t) for t in (3, 150, 7500)] == ["3 s", "2 min", "2 h 5 min"]
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from recnb.data.images import DataError
 from recnb.gallery.curves import history_figure
 from recnb.recipe.data import build_loaders
-from recnb.recipe.learner import build_learner
+from recnb.recipe.learner import build_learner, say_cpu
 from recnb.recipe.model import build_model
 from recnb.recipe.optimizer import build_schedules
 from recnb.recipe.schema import load_config, lookup
@@ -179,7 +179,9 @@ def test_a_pair_loss_needs_no_known_identities(config_file, tmp_path):
 
 def test_gpu_without_one_becomes_the_cpu_in_one_line(config_file, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    learn = make(config_file, tmp_path, {"Global.device": "gpu"})
+    say_cpu.cache_clear()
+    for run in ("one", "two"):
+        learn = make(config_file, tmp_path / run, {"Global.device": "gpu"})
     assert capsys.readouterr().out.count("running on the CPU") == 1
     assert next(learn.model.parameters()).device.type == "cpu"
 
