@@ -325,8 +325,8 @@ def moment(text: str | None) -> datetime | None:
 def list_files(splits: pd.DataFrame, image_root: str | Path | None = None) -> tuple[Path, dict[str, str]]:
     """Return the folder that paths start from (default: the deepest they share), and by its name each list's text.
 
-    Lines are path, name and source between tabs, which VeriWild reads with a tab as its delimiter and `names: True`.
-    Raise DataError for a path or a name that no list can hold.
+    Lines are path and name between tabs, and the source where images share one; VeriWild reads them with a tab as its
+    delimiter and `names: True`. Raise DataError for a path or a name that no list can hold.
     """
     folders = [str(Path(path).parent) for path in splits.path]
     root = Path(os.path.commonpath(folders) if image_root is None else plain(resolve(image_root)))
@@ -341,7 +341,8 @@ def list_files(splits: pd.DataFrame, image_root: str | Path | None = None) -> tu
             f"the identity '{printable(label)}': no list can hold this name, which is empty, no UTF-8 text, or has "
             "tabs, line ends or other control signs in it; rename its folder"
         )
-    lines = paths + "\t" + splits.label + "\t" + splits.source.astype(str) + "\n"
+    shared = "" if splits.source.is_unique else "\t" + splits.source.astype(str)
+    lines = paths + "\t" + splits.label + shared + "\n"
     parts = [name for name in SPLITS if name != "validation" or (splits["split"] == name).any()]
     return root, {f"{name}.txt": "".join(lines[splits["split"] == name]) for name in parts}
 

@@ -55,7 +55,9 @@ class GalleryGrid(widgets.VBox):
         self.here: list[tuple[str, int]] = []  # the images of the page shown
         self.find = widgets.Text(placeholder="find a name or file")
         self.order = widgets.Dropdown(options=ORDERS, layout=widgets.Layout(width="auto"))
-        self.page = widgets.IntSlider(description="page", min=1, max=1, continuous_update=False)
+        self.page = widgets.IntSlider(
+            description="page", min=1, max=1, continuous_update=False, style={"description_width": "initial"}
+        )
         self.where, self.said = widgets.Label(), widgets.Label()
         names = sorted({pages.identity(*image) for image in self.errors})
         self.name = widgets.Combobox(options=names[:2000], placeholder="the right name")

@@ -145,7 +145,8 @@ class GalleryWidget(widgets.VBox):
         """Return what is looked at now and then, one panel at most open, below a row of buttons that open them."""
         panels = {"filters": line(self.identity, self.confused, self.camera, self.change)}
         self.upload, self.path = widgets.FileUpload(accept="image/*"), widgets.Text(placeholder="path of an image")
-        self.hit, self.heat = widgets.Dropdown(description="hit", layout=widgets.Layout(width="auto")), widgets.HTML()
+        place = {"layout": widgets.Layout(width="auto"), "style": {"description_width": "initial"}}
+        self.hit, self.heat = widgets.Dropdown(description="hit", **place), widgets.HTML()
         self.as_html, self.as_png = (widgets.Button(description=text, icon="download") for text in ("HTML", "PNG"))
         self.saved = widgets.Label()
         if self.embed and self.features is not None:

@@ -340,6 +340,13 @@ def test_names_that_no_list_can_hold(images, tmp_path, name):
     assert not list(tmp_path.glob("*.txt"))
 
 
+def test_lists_have_a_third_column_only_where_images_share_a_source():
+    """Else every photo of a folder would seem to have been taken by a camera of its own."""
+    for groups, width in ((None, 2), (["a", "a", *[None] * 10], 3)):
+        lists = list_files(split(made([4, 4, 4], groups)))[1]
+        assert {len(line.split("\t")) for text in lists.values() for line in text.splitlines()} == {width}
+
+
 def test_names_that_look_the_same_are_one_identity(images):
     (images / "0000").rename(images / "Café ")
     (images / "0001").rename(images / "Cafe\u0301")

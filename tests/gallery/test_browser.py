@@ -51,6 +51,26 @@ UNSEEN = """async images => {
   }
   return broken;
 }"""
+TEXTS = (
+    ".recnb :is(.recnb-note b, .recnb-note small, .widget-label, select, button, h2, h3, dt, dd, figcaption):visible"
+)
+# The texts whose contrast with what is behind them is below 4.5, as WCAG asks for.
+FAINT = """nodes => {
+  const parts = colour => colour.match(/[\\d.]+/g).map(Number);
+  const light = rgb => rgb.slice(0, 3).map(v => v / 255).map(v => v <= .04 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4)
+    .reduce((sum, v, i) => sum + v * [.2126, .7152, .0722][i], 0);
+  return nodes.filter(node => {
+    let share = 1, behind = node;
+    for (; behind.parentElement; behind = behind.parentElement) {
+      share *= getComputedStyle(behind).opacity;
+      if ((parts(getComputedStyle(behind).backgroundColor)[3] ?? 1) === 1) break;
+    }
+    const back = parts(getComputedStyle(behind).backgroundColor);
+    const own = parts(getComputedStyle(node).color).map((v, i) => share * v + (1 - share) * back[i]);
+    const [dark, bright] = [light(own), light(back)].sort((a, b) => a - b);
+    return node.textContent.trim() && (bright + .05) / (dark + .05) < 4.5;
+  }).map(node => node.textContent);
+}"""
 LOAD = """
 import numpy as np
 from recnb import gallery, retrieval
@@ -308,6 +328,7 @@ def lab(folder, tmp_path_factory):
     quiet = state / "settings" / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
     quiet.parent.mkdir(parents=True)
     quiet.write_text('{"fetchNews": "false", "checkForUpdates": false}')
+    quiet.with_name("themes.jupyterlab-settings").write_text('{"adaptive-theme": true}')  # as the browser's scheme
     command = [
         sys.executable,
         "-m",
@@ -351,10 +372,10 @@ def answering(url: str, server: subprocess.Popen, log: Path) -> str:
 
 
 @contextmanager
-def in_lab(browser, lab: str, notebook: Path, width: int = 1280):
+def in_lab(browser, lab: str, notebook: Path, width: int = 1280, scheme: str = "light"):
     """The notebook's page in JupyterLab, its kernel ready."""
     allowed = (*LOCAL, lab, lab.replace("http:", "ws:"))
-    with opened(browser, f"{lab}/doc/tree/{notebook.name}?reset", width, allowed=allowed, strict=False) as page:
+    with opened(browser, f"{lab}/doc/tree/{notebook.name}?reset", width, scheme, allowed, strict=False) as page:
         page.set_default_timeout(90_000)
         page.get_by_text(re.compile(r"\| Idle$")).wait_for()  # before it, running cells asks for a kernel
         yield page
@@ -399,6 +420,22 @@ def test_the_widget_answers_in_jupyterlab(browser, lab, folder, ranking, width):
         assert changed(page, before) in [f"q{q}" for q in ranking.ids[int(before.removeprefix("q")), :6]]
         assert unseen(page.locator(".recnb")) == []
         screenshot(page, f"lab-{width}", page.locator(".widget-slider").first)
+
+
+@pytest.mark.parametrize("width,scheme", LOOKS)
+def test_widget_and_grid_are_legible_in_either_theme(browser, lab, folder, width, scheme):
+    cells = ("gallery.gallery_widget(ranking, paths, paths, 10, names)", "gallery.gallery_grid(ranking, paths, paths)")
+    notebook = write_notebook(folder / f"look-{width}-{scheme}.ipynb", *cells)
+    with in_lab(browser, lab, notebook, width, scheme) as page:
+        run_all(page)
+        page.locator(".recnb-tile .g0:visible").wait_for()
+        assert page.evaluate("document.body.dataset.jpThemeLight") == str(scheme == "light").lower()
+        faint = page.locator(TEXTS).evaluate_all(FAINT)
+        assert faint == [] and clipped(page) == []
+        arrow = page.locator(".recnb select:visible").first.evaluate("node => getComputedStyle(node).backgroundImage")
+        assert ("%23ddd" in arrow) == (scheme == "dark"), "JupyterLab's own is black in both"
+        for place, name in ((0, "widget"), (2, "grid")):
+            screenshot(page, f"lab-{name}-{width}-{scheme}", page.locator(".recnb .widget-slider").nth(place))
 
 
 def test_the_gallery_notebook_in_jupyterlab(browser, lab, folder, trained_run):
