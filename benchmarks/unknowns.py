@@ -2,7 +2,7 @@
 
     python benchmarks/unknowns.py runs/grocery/export --rate 0.1
 
-Half of the test identities, drawn at random, choose the rule, its curve and the threshold for a false-accept rate. The
+Half of the test identities, drawn at random, choose the curve and the threshold for a false-accept rate. The
 images of the other half are then searched, each without itself, and with its identity taken out of the index. Prints
 the mean and the range over the draws. Nothing is embedded: the vectors are those of the export.
 """
@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from recnb.deploy.decision import Rule, Searches, choose, evidence, probability, searches
+from recnb.deploy.decision import Searches, choose, evidence, probability, searches
 from recnb.deploy.index import labelled_images
-from recnb.deploy.recognizer import Recognizer
+from recnb.retrieval.search import Index
 from recnb.runs import load_run
 
 
@@ -26,8 +26,7 @@ def some(found: tuple[Searches, Searches, np.ndarray], which: np.ndarray) -> tup
 def fares(found: tuple[Searches, Searches, np.ndarray], identity: np.ndarray, point: dict) -> list[float]:
     """The shares of known images named rightly, of known ones answered unknown, and of unknown ones given a name."""
     known, unknown, has = found
-    rule = Rule(**point["rule"])
-    (first, numbers), (_, others) = evidence(known, rule), evidence(unknown, rule)
+    (first, numbers), (_, others) = evidence(known), evidence(unknown)
     accepted = (probability(numbers, point["probability"]) >= point["threshold"])[has]
     named = probability(others, point["probability"]) >= point["threshold"]
     return [float((accepted & (first == identity)[has]).mean()), float((~accepted).mean()), float(named.mean())]
@@ -40,7 +39,7 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=20)
     args = parser.parse_args()
     known, vectors = labelled_images(load_run(args.export.parent)), np.load(args.export / "index" / "embeddings.npy")
-    items, asked, distance = known.items, known.asked, Recognizer(args.export).index.distance
+    items, asked, distance = known.items, known.asked, Index.load(args.export / "index").distance
     found, identity = searches(vectors[asked], vectors, items[asked], items, distance), items.identity[asked]
     rows = []
     for draw in range(args.draws):

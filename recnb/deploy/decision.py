@@ -1,18 +1,19 @@
 """Which identity, how sure, and from where on? From the nearest images of a search to a name or to "unknown".
 
-Three numbers speak for the best identity of a search: how alike it is, how much more than the next one, and how much
-more than its own images are among themselves, since those that training has seen lie close together and attract what is
-unknown. A `Rule` says which of them count. A logistic curve makes of them the probability that the name is right, where
-known and unknown images are equally frequent (Platt, 1999). A name is given from a threshold of that probability on.
-What becomes of whole searches there is measured as in open-set identification (Phillips, Grother and Micheals, Handbook
-of Face Recognition, 2011): of images whose identity is in the index, each without itself, and of the same images with
-their identity taken out.
+Three numbers speak for the first identity of a search: how alike its nearest image is, how much more than that of the
+next identity, and how much more than its nearest images are to their own nearest. The last is what the local outlier
+factor compares (Breunig et al., SIGMOD 2000): images that lie close together, as those do that training has seen,
+attract what is unknown. A logistic curve makes of them the probability that the name is right, where known and unknown
+images are equally frequent (Platt, 1999). A name is given from a threshold of that probability on. What becomes of
+whole searches there is measured as in open-set identification (Phillips, Grother and Micheals, Handbook of Face
+Recognition, 2011): of images whose identity is in the index, each without itself, and of the same images with their
+identity taken out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -22,34 +23,16 @@ from scipy.stats import binomtest
 
 from recnb.registry import ConfigError
 from recnb.retrieval.scores import MEMORY, pair, spans
-from recnb.retrieval.stats import paired_difference
 
 MOST = 2000  # images of an identity say how alike these are
 HITS = 50  # of a search's nearest images, these decide
+NEAR = 5  # of those of the first identity, these are compared with their own nearest
 FOLDS = 5
 SHOWN = (0.01, 0.001)  # false-accept rates that are always shown
 POINTS = 200  # of the curve, at most
 
 
-@dataclass(frozen=True)
-class Rule:
-    """How a search names: an identity is as alike as its `images` nearest are on average.
-
-    `margin`: how far the next identity stays behind counts; `typical`: how alike its own images are counts.
-    """
-
-    images: int = 1
-    margin: bool = False
-    typical: bool = False
-
-    @property
-    def counted(self) -> list[bool]:
-        """Which of NUMBERS count."""
-        return [True, self.margin, self.typical]
-
-
-NUMBERS = ("score", "margin", "typical")
-RULES = (Rule(), Rule(1, True), Rule(1, True, True), Rule(2, True, True))
+NUMBERS = ("score", "margin", "local")
 
 
 @dataclass(frozen=True)
@@ -72,42 +55,33 @@ class Items:
 class Searches:
     """What Q searches found, best first, (Q, K) each; scores are -infinity and identities -1 where a list has ended.
 
-    `typical` is how alike the images of the hit's identity are among themselves.
+    `mates` is how alike the hit and the most similar other image of its identity are.
     """
 
     scores: np.ndarray
     identities: np.ndarray
-    typical: np.ndarray
+    mates: np.ndarray
 
     def __getitem__(self, rows: slice | np.ndarray) -> Searches:
-        return Searches(self.scores[rows], self.identities[rows], self.typical[rows])
+        return Searches(self.scores[rows], self.identities[rows], self.mates[rows])
 
 
 # ---- one search ------------------------------------------------------------------------------------------------------
 
 
-def evidence(found: Searches, rule: Rule) -> tuple[np.ndarray, np.ndarray]:
+def evidence(found: Searches) -> tuple[np.ndarray, np.ndarray]:
     """Return the identity (Q,) that each search would name, and the NUMBERS (Q, 3) that speak for it.
 
-    An identity with too few images among the hits has the lowest score of all in the place of the others.
+    Where there is no other identity among the hits, the last of them takes its place.
     """
-    parts = [_evidence(found[rows], rule) for rows in spans(len(found.scores), 1024)]
-    first, numbers = zip(*parts, strict=True)
-    return np.concatenate(first), np.concatenate(numbers)
-
-
-def _evidence(found: Searches, rule: Rule) -> tuple[np.ndarray, np.ndarray]:
-    ended, identities = ~np.isfinite(found.scores), found.identities
-    lowest = np.where(ended, np.inf, found.scores).min(1, keepdims=True)
-    gain = np.where(ended, 0, found.scores - lowest)  # (Q, K)
-    same = identities[:, :, None] == identities[:, None, :]  # (Q, K, K)
-    counted = gain * (np.tril(same, -1).sum(2) < rule.images)
-    alike = lowest + (same * counted[:, None, :]).sum(2) / rule.images
-    place, rows = alike.argmax(1), np.arange(len(alike))
-    first, best = identities[rows, place], alike[rows, place]
-    following = np.where(identities == first[:, None], -np.inf, alike).max(1)
-    margin = best - np.where(np.isfinite(following), following, lowest[:, 0])
-    return first, np.stack([best, margin, best - found.typical[rows, place]], 1)
+    first, best = found.identities[:, 0], found.scores[:, 0]
+    same, there = found.identities == first[:, None], np.isfinite(found.scores)
+    following = np.where(same, -np.inf, found.scores).max(1)
+    last = np.where(there, found.scores, np.inf).min(1)
+    margin = best - np.where(np.isfinite(following), following, last)
+    near = same & (same.cumsum(1) <= NEAR)
+    local = best - (found.mates * near).sum(1) / near.sum(1)
+    return first, np.stack([best, margin, local], 1)
 
 
 def probability(numbers: np.ndarray, curve: Mapping[str, float]) -> np.ndarray:
@@ -146,42 +120,10 @@ def mates(vectors: np.ndarray, identity: np.ndarray, distance: str) -> tuple[np.
     return best, mate, second
 
 
-def typical(alike: np.ndarray, identity: np.ndarray, count: int) -> np.ndarray:
-    """Return the mean (C,) over each identity's images of how alike they and their mates are.
-
-    Args:
-        alike: (N,) as `mates` gives it.
-        identity: (N,) integers below C.
-        count: C. An identity without mates has the mean of the others.
-    """
+def mean_mate(alike: np.ndarray) -> float:
+    """Return the mean of how alike (N,) images and their mates are: what stands for images that have no mate."""
     known = np.isfinite(alike)
-    sums, counts = (np.bincount(identity[known], w, count) for w in (alike[known], None))
-    whole = float(alike[known].mean()) if known.any() else 0.0
-    return np.where(counts > 0, sums / np.maximum(counts, 1), whole)
-
-
-def typical_without(vectors: np.ndarray, items: Items, queries: Items, distance: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return how alike the images of each identity (C,) are, and those of each query's own without the query (Q,).
-
-    A picture to be recognised is no part of the index; so it must be no part of what is typical of its identity.
-
-    Args:
-        vectors: (N, D) of the index.
-        items: what is known of these.
-        queries: what is known of the Q queries.
-        distance: how vectors are compared.
-    """
-    best, mate, second = mates(vectors, items.identity, distance)
-    count = int(max(items.identity.max(), queries.identity.max())) + 1
-    table, own = typical(best, items.identity, count), np.empty(len(queries.identity))
-    rows_of = {name: np.flatnonzero(items.identity == name) for name in np.unique(queries.identity)}
-    for q, (name, content) in enumerate(zip(queries.identity, queries.content, strict=True)):
-        rows = rows_of[name]
-        others = rows[items.content[rows] != content]
-        hidden = np.isin(mate[others], rows[items.content[rows] == content])
-        left = np.where(hidden, second[others], best[others])
-        own[q] = left[np.isfinite(left)].mean() if np.isfinite(left).any() else np.nan
-    return table, np.where(np.isfinite(own), own, typical(best, np.zeros_like(items.identity), 1)[0])
+    return float(alike[known].mean()) if known.any() else 0.0
 
 
 # ---- the searches of a calibration -----------------------------------------------------------------------------------
@@ -205,16 +147,12 @@ def searches(
         The searches as known and as unknown, and (Q,) whether there is anything of its identity to find.
     """
     known, unknown, has = zip(*_searched(asked, index, queries, items, distance), strict=True)
-    table, own = typical_without(index, items, queries, distance)
-    (scores, names), others = joined(known), joined(unknown)
-    alike = np.where(names == queries.identity[:, None], own[:, None], table[names])
-    return Searches(scores, names, alike), Searches(*others, table[others[1]]), np.concatenate(has)
+    return joined(known), joined(unknown), np.concatenate(has)
 
 
-def joined(parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    """Return blocks of (scores, identities) as one."""
-    scores, identities = zip(*parts, strict=True)
-    return np.concatenate(scores), np.concatenate(identities)
+def joined(parts: Sequence[Searches]) -> Searches:
+    """Return blocks of searches as one."""
+    return Searches(*(np.concatenate([getattr(part, name) for part in parts]) for name in vars(parts[0])))
 
 
 def _searched(asked: np.ndarray, index: np.ndarray, queries: Items, items: Items, distance: str) -> Iterator[tuple]:
@@ -223,7 +161,8 @@ def _searched(asked: np.ndarray, index: np.ndarray, queries: Items, items: Items
     The arguments are those of `searches`.
     """
     query, gallery = pair(asked, index, distance)
-    theirs = items.tensors(slice(None))
+    theirs, (best, mate, second) = items.tensors(slice(None)), mates(index, items.identity, distance)
+    usual = mean_mate(best)
     for rows in spans(len(query), max(1, MEMORY // (32 * len(gallery)))):
         scores = query.queries(rows) @ gallery.gallery(slice(None)).T
         identity, itself, camera = (
@@ -233,15 +172,17 @@ def _searched(asked: np.ndarray, index: np.ndarray, queries: Items, items: Items
         found = []
         for mask in (hidden, identity | itself):
             top = scores.masked_fill(mask, -torch.inf).topk(min(HITS, len(gallery)), dim=1)
-            names = theirs[0][top.indices].masked_fill(top.values.isinf(), -1)
-            found.append((top.values.numpy(), names.numpy()))
+            names, hits = theirs[0][top.indices].masked_fill(top.values.isinf(), -1), top.indices.numpy()
+            asks = (items.content[mate[hits]] == queries.content[rows, None]) & (mate[hits] >= 0)
+            alike = np.where(asks, second[hits], best[hits])  # a picture that is searched is no mate of what it finds
+            found.append(Searches(top.values.numpy(), names.numpy(), np.where(np.isfinite(alike), alike, usual)))
         yield (*found, (identity & ~hidden).any(1).numpy())
 
 
 # ---- the choice ------------------------------------------------------------------------------------------------------
 
 
-def fitted(numbers: np.ndarray, right: np.ndarray, known: np.ndarray, rule: Rule = RULES[-1]) -> dict[str, float]:
+def fitted(numbers: np.ndarray, right: np.ndarray, known: np.ndarray) -> dict[str, float]:
     """Return the logistic curve of the numbers of searches that named rightly or not.
 
     Known and unknown searches weigh the same together, however many there are. No weight is negative: what is more
@@ -251,11 +192,10 @@ def fitted(numbers: np.ndarray, right: np.ndarray, known: np.ndarray, rule: Rule
         numbers: (n, 3) the NUMBERS of n searches.
         right: (n,) whether the name is right.
         known: (n,) whether the identity is in the index.
-        rule: which numbers count; the others weigh nothing.
     """
     goal = np.where(right, (right.sum() + 1) / (right.sum() + 2), 1 / ((~right).sum() + 2))
     weight = np.where(known, 1 / max(1, known.sum()), 1 / max(1, (~known).sum()))
-    centre, spread = numbers.mean(0), np.where(rule.counted, numbers.std(0) + 1e-9, np.inf)
+    centre, spread = numbers.mean(0), numbers.std(0) + 1e-9
     scaled = np.c_[(numbers - centre) / spread, np.ones(len(numbers))]
 
     def loss(curve: np.ndarray) -> float:
@@ -270,7 +210,7 @@ def fitted(numbers: np.ndarray, right: np.ndarray, known: np.ndarray, rule: Rule
 
 @dataclass(frozen=True)
 class Judged:
-    """What a rule says of the same Q images, known (K of them, with something to find) and unknown.
+    """What curves say of the same Q images, known (K of them, with something to find) and unknown.
 
     The probabilities are those of curves that were fitted without the identity in question.
     """
@@ -278,7 +218,6 @@ class Judged:
     known: np.ndarray  # (K,) probabilities
     right: np.ndarray  # (K,) whether the name was right
     unknown: np.ndarray  # (Q,) probabilities
-    has: np.ndarray  # (Q,) which of the images are among the K
     curve: dict[str, float]  # of all
 
     @property
@@ -321,12 +260,6 @@ class Judged:
             "false_accept_rate": share(self.unknown >= threshold),
         }
 
-    def correct(self, threshold: float) -> np.ndarray:
-        """(Q,) how well each image fares at a threshold, between 0 and 1; the mean is about the balanced accuracy."""
-        known = np.zeros(len(self.has))
-        known[self.has] = (self.known >= threshold) & self.right
-        return np.where(self.has, (known + (self.unknown < threshold)) / 2, self.unknown < threshold)
-
 
 def share(which: np.ndarray) -> dict[str, float]:
     """Return how many of some searches, as a share with its 95 % Wilson interval."""
@@ -335,16 +268,15 @@ def share(which: np.ndarray) -> dict[str, float]:
     return {"share": count / of, "low": float(interval.low), "high": float(interval.high), "count": count, "of": of}
 
 
-def judged(rule: Rule, found: tuple[Searches, Searches, np.ndarray], identity: np.ndarray) -> Judged:
-    """Return what a rule says of searches of known and unknown, each by a curve fitted on other identities.
+def judged(found: tuple[Searches, Searches, np.ndarray], identity: np.ndarray) -> Judged:
+    """Return what is said of searches of known and unknown, each by a curve fitted on other identities.
 
     Args:
-        rule: what makes numbers of a search.
         found: as `searches` gives it.
         identity: (Q,) the queries' identities.
     """
     known, unknown, has = found
-    (first, numbers), (_, others) = evidence(known, rule), evidence(unknown, rule)
+    (first, numbers), (_, others) = evidence(known), evidence(unknown)
     first, numbers = first[has], numbers[has]
     right, asked = first == identity[has], np.concatenate([identity[has], identity])
     both, answers = np.concatenate([numbers, others]), np.concatenate([right, np.zeros(len(others), bool)])
@@ -354,16 +286,15 @@ def judged(rule: Rule, found: tuple[Searches, Searches, np.ndarray], identity: n
     for fold in range(min(FOLDS, len(names))):
         inside = np.isin(asked, names[fold :: min(FOLDS, len(names))])
         outside = ~inside if len(names) > 1 else inside
-        given[inside] = probability(both[inside], fitted(both[outside], answers[outside], kind[outside], rule))
-    return Judged(given[kind], right, given[~kind], has, fitted(both, answers, kind, rule))
+        given[inside] = probability(both[inside], fitted(both[outside], answers[outside], kind[outside]))
+    return Judged(given[kind], right, given[~kind], fitted(both, answers, kind))
 
 
 def choose(found: tuple[Searches, Searches, np.ndarray], identity: np.ndarray, wanted: Mapping[str, float]) -> dict:
-    """Return the content of operating_point.json: the rule, its curve, the threshold, and what each point comes to.
+    """Return the content of operating_point.json: the curve, the threshold, and what each point comes to.
 
-    The nearest single image decides unless another rule is better by an amount that these images can show: the 95 %
-    interval of the difference, over identities, lies above 0. The rates are of the images that chose the threshold, so
-    they are a little too good; the curves at least are those of other identities.
+    The rates are of the images that chose the threshold, so they are a little too good; the curves at least are those
+    of other identities.
 
     Args:
         found: as `searches` gives it.
@@ -374,27 +305,13 @@ def choose(found: tuple[Searches, Searches, np.ndarray], identity: np.ndarray, w
         ConfigError: There is no search of a known identity, or of an unknown one.
     """
     check_searches(found)
-    rows = []
-    for rule in RULES:
-        given = judged(rule, found, identity)
-        rows.append((rule, given, given.correct(given.threshold())))
-    base, table, best = rows[0][2], [], 0
-    for i, (rule, given, fares) in enumerate(rows):
-        same = {"difference": 0.0, "low": 0.0, "high": 0.0}
-        difference = paired_difference(base, fares, identity, samples=1000) if i else same
-        accuracy = float(given.shares(given.thresholds)["balanced_accuracy"].max())
-        table.append({**asdict(rule), "balanced_accuracy": accuracy, **difference})
-        if i and difference["low"] > 0 and accuracy > table[best]["balanced_accuracy"]:
-            best = i
-    rule, given, _ = rows[best]
+    given = judged(found, identity)
     name, rate = next(iter(wanted.items()), ("balanced_accuracy", 1.0))
     points = {"chosen": given.threshold(name, rate), "best balance": given.threshold()}
     points |= {f"false accepts {share:.1%}": given.threshold("false_accept_rate", share) for share in SHOWN}
     edges = given.thresholds
     edges = edges[np.unique(np.linspace(0, len(edges) - 1, POINTS).astype(int))]
     return {
-        "rule": asdict(rule),
-        "rules": table,
         "probability": given.curve,
         "wanted": dict(wanted) or "the best balanced accuracy",
         "threshold": points["chosen"],

@@ -239,7 +239,7 @@ def build_index(
     point = {"holds": known.counts, "searches": searched(known, found[2]), **point}
     info = {
         "image_root": from_here(known.root, final),
-        **{key: value for key, value in point.items() if key not in ("curve", "rules")},
+        **{key: value for key, value in point.items() if key != "curve"},
         "metrics": intervals(run, vectors[known.rows["query"]], vectors[known.rows["gallery"]], distance),
     }
     paths, labels = [known.path(row) for row in kept], known.names[kept].tolist()

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from recnb.data.images import DataError, printable, reason
-from recnb.deploy.decision import HITS, NUMBERS, Rule, Searches, evidence, probability, typical
+from recnb.deploy.decision import HITS, NUMBERS, Searches, evidence, mean_mate, probability
 from recnb.deploy.graph import embed_file, open_model
 from recnb.gallery.curves import plots
 from recnb.gallery.figure import COLOURS, INK, SOFT, panels
@@ -66,9 +66,7 @@ def check_index(index: Index, file: Path) -> None:
             raise ConfigError(f"{file}: the column {name} is not a text for each item; {again}")
     if not all(isinstance(alike, float) for alike in index.columns.get("mate", [None])):
         raise ConfigError(f"{file}: the column mate is not a number for each item; {again}")
-    rule, curve = info.get("rule"), info.get("probability")
-    if not isinstance(rule, dict) or set(rule) != {*vars(Rule())} or rule["images"] not in range(1, HITS):
-        raise ConfigError(f"{file}: rule is {rule!r} and says not how many images decide; {again}")
+    curve = info.get("probability")
     if not isinstance(curve, dict) or set(curve) != {*NUMBERS, "bias"} or not np.isfinite([*curve.values()]).all():
         raise ConfigError(f"{file}: probability is {curve!r} and not the four numbers of a curve; {again}")
     if not isinstance(info.get("image_root"), str):
@@ -98,11 +96,10 @@ class Recognizer:
         self.index = Index.load(self.folder / "index", self.model.meta["output"]["embedding_size"], self.fingerprint)
         check_index(self.index, self.folder / "index" / "index.json")
         info = self.index.info
-        self.rule, self.curve = Rule(**info["rule"]), info["probability"]
+        self.curve = info["probability"]
         self.threshold = info["threshold"] if threshold is None else threshold
         check_threshold(self.threshold, "threshold")
         root = self.folder / info["image_root"] if image_root is None else Path(image_root)
-        self._know()
         self.root = Path(os.path.normpath(root)) if image_root or info["image_root"] else Path()
 
     def embed(self, picture: Picture) -> np.ndarray:
@@ -148,32 +145,33 @@ class Recognizer:
         near = np.flatnonzero(np.isin(self.index.ids, ids))
         place = dict(zip(self.index.ids[near].tolist(), near.tolist(), strict=True))
         rows = [
-            (float(score), *(self.index.columns[name][place[item]] for name in ("label", "path")), int(item))
+            (float(score), *(self.index.columns[name][place[item]] for name in ("label", "path", "mate")), int(item))
             for score, item in zip(scores.tolist(), ids.tolist(), strict=True)
             if item >= 0
         ]
-        table = pd.DataFrame(rows, columns=["similarity", "label", "path", "id"])
+        table = pd.DataFrame(rows, columns=["similarity", "label", "path", "mate", "id"])
         table["path"] = [str(self.root / path) for path in table.path]
         if not itself:
             own = os.path.realpath(str(picture))
             table = table[[os.path.realpath(path) != own for path in table.path]].reset_index(drop=True)
         if not len(table):
             return Answer(UNKNOWN, 0.0, ()), table
-        name, sure = self.decide(table.similarity.to_numpy()[:HITS], table.label.to_numpy()[:HITS])
+        name, sure = self.decide(*(table[name].to_numpy()[:HITS] for name in ("similarity", "label", "mate")))
         nearest = tuple(Hit(*row) for row in table[["label", "path", "similarity"]].head(3).itertuples(index=False))
         return Answer(name if sure >= self.threshold else UNKNOWN, sure, nearest), table.head(k)
 
-    def _know(self) -> None:
-        """Note how alike the images of each identity are."""
-        names, places = np.unique(self.index.columns["label"], return_inverse=True)
-        alike = typical(np.array(self.index.columns["mate"], float), places, len(names))
-        self.typical = dict(zip(names.tolist(), alike.tolist(), strict=True))
+    def decide(self, scores: np.ndarray, labels: np.ndarray, mates: np.ndarray) -> tuple[str, float]:
+        """Return the most probable identity of a search, and the probability that it is right.
 
-    def decide(self, scores: np.ndarray, labels: np.ndarray) -> tuple[str, float]:
-        """Return the most probable identity of a search's hits, best first, and the probability that it is right."""
+        Args:
+            scores: (K,) how alike the hits are, best first.
+            labels: (K,) their identities.
+            mates: (K,) how alike each and the most similar other item of its identity are, nan where there is none.
+        """
         names, identities = np.unique(labels.astype(str), return_inverse=True)
-        alike = np.array([self.typical[label] for label in labels])
-        first, numbers = evidence(Searches(scores[None], identities[None], alike[None]), self.rule)
+        if not np.isfinite(mates).all():
+            mates = np.where(np.isfinite(mates), mates, mean_mate(np.array(self.index.columns["mate"])))
+        first, numbers = evidence(Searches(scores[None], identities[None], mates[None]))
         return str(names[first[0]]), float(probability(numbers, self.curve)[0])
 
     def add(self, paths: Sequence[str | Path], labels: Sequence[str]) -> list[int]:
@@ -204,7 +202,6 @@ class Recognizer:
                 if item >= 0 and item != ids[place] and self.index.item(item)["label"] == column["label"][place]:
                     column["mate"][place] = score
                     break
-        self._know()
         return ids[-len(paths) :]
 
     def remove(self, *labels: str) -> int:
@@ -213,7 +210,6 @@ class Recognizer:
             raise ValueError(f"the index has no items of the label '{label}'")
         gone = self.index.ids[np.isin(self.index.columns["label"], list(map(str, labels)))]
         self.index.remove(gone)
-        self._know()
         return len(gone)
 
     def save(self) -> Path:

@@ -1,10 +1,10 @@
-"""From the nearest images to a name or to unknown: rules, curves and rates against plain loops, on vectors alone."""
+"""From the nearest images to a name or to unknown: numbers, curves and rates against plain loops, on vectors alone."""
 
 import numpy as np
 import pytest
 
 from recnb.deploy import decision
-from recnb.deploy.decision import Items, Judged, Rule, Searches, choose, evidence, fitted, judged, probability, searches
+from recnb.deploy.decision import Items, Judged, Searches, choose, evidence, fitted, judged, probability, searches
 from recnb.registry import ConfigError
 
 
@@ -22,26 +22,21 @@ def found():
     return searches(vectors, vectors, items, items, "cosine"), items.identity
 
 
-@pytest.mark.parametrize("rule", decision.RULES)
-def test_evidence_is_what_loops_say(rule):
+def test_evidence_is_what_loops_say():
     rng = np.random.default_rng(1)
-    scores = -np.sort(-rng.normal(size=(40, 9)), 1)
+    scores = -np.sort(-rng.normal(size=(40, 12)), 1)
     scores[::4, 6:] = -np.inf
-    names = np.where(np.isfinite(scores), rng.integers(0, 4, scores.shape), -1)
-    typical = np.array([0.1, 0.2, 0.3, 0.4, 0.0])
-    first, numbers = evidence(Searches(scores, names, typical[names]), rule)
+    names = np.where(np.isfinite(scores), rng.integers(0, 3, scores.shape), -1)
+    names[5] = 1  # nobody else is near
+    mates = rng.normal(size=scores.shape)
+    first, numbers = evidence(Searches(scores, names, mates))
     for q in range(len(scores)):
-        hits = [(s, n) for s, n in zip(scores[q], names[q], strict=True) if np.isfinite(s)]
-        lowest = min(s for s, _ in hits)
-        alike = {}
-        for name in {n for _, n in hits}:
-            best = [s for s, n in hits if n == name][: rule.images]
-            alike[name] = sum([*best, *[lowest] * (rule.images - len(best))]) / rule.images
-        wanted = max(alike, key=alike.get)
-        others = [value for name, value in alike.items() if name != wanted]
-        margin = alike[wanted] - max(others, default=lowest)
+        hits = [hit for hit in zip(scores[q], names[q], mates[q], strict=True) if np.isfinite(hit[0])]
+        best, wanted, _ = hits[0]
+        others = [score for score, name, _ in hits if name != wanted]
+        near = [mate for _, name, mate in hits if name == wanted][: decision.NEAR]
         assert first[q] == wanted
-        assert numbers[q] == pytest.approx([alike[wanted], margin, alike[wanted] - typical[wanted]])
+        assert numbers[q] == pytest.approx([best, best - max(others, default=hits[-1][0]), best - np.mean(near)])
 
 
 def test_a_search_finds_neither_itself_nor_copies_nor_its_own_camera():
@@ -63,26 +58,25 @@ def test_a_search_finds_neither_itself_nor_copies_nor_its_own_camera():
         assert has[q] == (same & ~hidden).any()
 
 
-def test_what_is_typical_of_an_identity_is_so_without_the_query():
+def test_a_picture_is_no_mate_of_what_it_finds():
     vectors, items = clusters(identities=5, each=4)
     keep = np.flatnonzero((items.identity != 4) | (np.arange(20) < 17))  # the last identity has one image
     vectors, items = vectors[keep], items[keep]
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    alike = unit @ unit.T
 
-    def alike(name: int, without: int | None = None) -> list[float]:
-        rows = [i for i in np.flatnonzero(items.identity == name) if i != without]
-        return [max(unit[i] @ unit[j] for j in rows if j != i) for i in rows if len(rows) > 1]
+    def mate(i: int, without: int | None = None) -> float:
+        others = [alike[i, j] for j in np.flatnonzero(items.identity == items.identity[i]) if j not in (i, without)]
+        return max(others, default=np.nan)
 
-    whole = np.mean([x for name in range(5) for x in alike(name)])
-    table, own = decision.typical_without(vectors, items, items, "cosine")
-    assert table == pytest.approx([np.mean(alike(name) or [whole]) for name in range(5)])
-    assert own == pytest.approx([np.mean(alike(n, q) or [whole]) for q, n in enumerate(items.identity)], abs=1e-6)
-    known, unknown, _ = searches(vectors, vectors, items, items, "cosine")
-    for q in range(len(own)):
-        for result in (known, unknown):
-            there = result.identities[q] >= 0
-            wanted = [own[q] if n == items.identity[q] else table[n] for n in result.identities[q][there]]
-            assert result.typical[q][there] == pytest.approx(wanted)
+    usual = np.nanmean([mate(i) for i in range(len(keep))])
+    for result in searches(vectors, vectors, items, items, "cosine")[:2]:
+        for q in range(len(keep)):
+            for score, name, found in zip(result.scores[q], result.identities[q], result.mates[q], strict=True):
+                if name >= 0:
+                    hit = int(np.abs(alike[q] - score).argmin())
+                    wanted = mate(hit, q)
+                    assert found == pytest.approx(usual if np.isnan(wanted) else wanted, abs=1e-5)
 
 
 def test_identities_that_attract_strangers_need_more():
@@ -92,15 +86,15 @@ def test_identities_that_attract_strangers_need_more():
     tight = rng.random(len(identity)) < 0.5
     own, strange = rng.normal(0.7, 0.02, len(identity)), rng.normal(np.where(tight, 0.7, 0.5), 0.02)
 
-    def made(scores, names, typical):
+    def made(scores, names, mates):
         return Searches(
-            np.stack([scores, scores - 0.1], 1), np.stack([names, names + 100], 1), np.stack([typical] * 2, 1)
+            np.stack([scores, scores - 0.1], 1), np.stack([names, names + 100], 1), np.stack([mates] * 2, 1)
         )
 
     known = made(own, identity, np.full(len(identity), 0.7))
     unknown = made(strange, identity + 200, np.where(tight, 0.9, 0.7))
     point = choose((known, unknown, np.ones(len(identity), bool)), identity, {})
-    assert point["rule"]["typical"] and point["points"]["chosen"]["false_accept_rate"]["share"] < 0.05
+    assert point["probability"]["local"] > 0 and point["points"]["chosen"]["false_accept_rate"]["share"] < 0.05
 
 
 def test_probabilities_are_shares_of_right_names():
@@ -109,8 +103,6 @@ def test_probabilities_are_shares_of_right_names():
     right = rng.random(4000) < 1 / (1 + np.exp(-(3 * numbers[:, 0] + numbers[:, 1] - 1)))
     curve = fitted(numbers, right, np.arange(4000) < 2000)
     assert [curve[name] for name in (*decision.NUMBERS, "bias")] == pytest.approx([3, 1, 0, -1], abs=0.4)
-    plain = fitted(numbers, right, np.arange(4000) < 2000, Rule())
-    assert plain["score"] > 1 and (plain["margin"], plain["typical"]) == (0, 0)
     sure = probability(numbers, curve)
     for low in (0.0, 0.25, 0.5, 0.75):
         inside = (sure >= low) & (sure < low + 0.25)
@@ -126,7 +118,7 @@ def test_no_curve_falls_and_few_searches_are_not_certain():
 
 
 def test_rates_are_counted_and_thresholds_keep_them(found):
-    given = judged(Rule(margin=True), *found)
+    given = judged(*found)
     for name, rate in (("false_accept_rate", 0.1), ("false_accept_rate", 0.0), ("unknown_rate", 0.2)):
         threshold = given.threshold(name, rate)
         values = given.unknown if name == "false_accept_rate" else given.known
@@ -138,7 +130,9 @@ def test_rates_are_counted_and_thresholds_keep_them(found):
         (np.mean((given.known >= t) & given.right) + np.mean(given.unknown < t)) / 2 for t in given.thresholds
     ]
     best = given.threshold()
-    assert max(accuracies) == pytest.approx(given.correct(best).mean())
+    assert max(accuracies) == pytest.approx(
+        (np.mean((given.known >= best) & given.right) + np.mean(given.unknown < best)) / 2
+    )
     assert given.shares(given.thresholds)["balanced_accuracy"] == pytest.approx(accuracies)
 
 
@@ -152,41 +146,35 @@ def test_intervals_are_wilsons():
 def test_each_identity_is_judged_by_a_curve_of_others(found, monkeypatch):
     fits = []
 
-    def watched(numbers, right, known, rule):
+    def watched(numbers, right, known):
         fits.append(len(numbers))
-        return fitted(numbers, right, known, rule)
+        return fitted(numbers, right, known)
 
     monkeypatch.setattr(decision, "fitted", watched)
-    given = judged(Rule(), *found)
+    given = judged(*found)
     assert isinstance(given, Judged) and len(fits) == decision.FOLDS + 1
     assert all(size < fits[-1] for size in fits[:-1]) and fits[-1] == len(given.known) + len(given.unknown)
 
 
-def test_the_nearest_image_decides_unless_another_rule_is_better_for_sure():
+def test_the_lead_over_the_next_identity_counts_where_likeness_says_nothing():
     rng = np.random.default_rng(3)
     identity = np.repeat(np.arange(30), 8)
-    base = rng.uniform(0.3, 0.9, len(identity))  # says nothing: only the distance to the next identity does
+    base = rng.uniform(0.3, 0.9, len(identity))
 
-    def made(margin):
+    def made(margin, shift):
         scores = np.stack([base, base - margin, base - 0.5], 1)
-        return Searches(scores, np.stack([identity, identity + 100, identity + 200], 1), np.zeros((len(base), 3)))
+        return Searches(scores, identity[:, None] + shift + np.array([0, 100, 200]), np.zeros(scores.shape))
 
     margins = rng.normal([[0.2], [0.05]], 0.03, (2, len(identity)))
-    has, strange = np.ones(len(identity), bool), made(margins[1])
-    strange = Searches(strange.scores, strange.identities + 300, strange.typical)
-    point = choose((made(margins[0]), strange, has), identity, {})
-    assert point["rule"]["margin"] and point["rules"][1]["low"] > 0
-    assert point["points"]["chosen"]["false_accept_rate"]["share"] < 0.1
-    alike = rng.normal([[0.9], [0.5]], 0.03, (2, len(identity)))
-    clear = [
-        Searches(
-            np.stack([s, s - 0.1, s - 0.5], 1),
-            np.stack([identity + shift + i for i in (0, 100, 200)], 1),
-            np.zeros((len(s), 3)),
-        )
-        for s, shift in zip(alike, (0, 300), strict=True)
-    ]
-    assert choose((*clear, has), identity, {})["rule"] == {"images": 1, "margin": False, "typical": False}
+    point = choose((made(margins[0], 0), made(margins[1], 300), np.ones(len(identity), bool)), identity, {})
+    assert point["probability"]["margin"] > 10 > point["probability"]["score"]
+    assert point["points"]["chosen"]["false_accept_rate"]["share"] < 0.1 and set(point) == {
+        "probability",
+        "wanted",
+        "threshold",
+        "points",
+        "curve",
+    }
 
 
 def test_what_cannot_be_measured_is_refused(found):

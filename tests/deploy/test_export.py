@@ -509,6 +509,11 @@ def test_the_rates_are_those_of_searches_one_by_one(run, folder):
     known = indexing.labelled_images(run)
     vectors, names = np.load(folder / "index" / "embeddings.npy"), known.names
     counts = dict.fromkeys(("right", "unknown", "accepted"), 0)
+
+    def mate(hit: int, asked: int) -> float:
+        others = (names == names[hit]) & (known.content != known.content[asked]) & (np.arange(len(names)) != hit)
+        return max(vectors[others] @ vectors[hit], default=np.nan)
+
     for row in known.rows["query"]:
         scores = vectors @ vectors[row]
         same = names == names[row]
@@ -517,7 +522,8 @@ def test_the_rates_are_those_of_searches_one_by_one(run, folder):
             ("unknown", ~same),
         ):
             order = np.flatnonzero(seen)[np.argsort(-scores[seen])][:50]
-            name, sure = recognizer.decide(scores[order], names[order])
+            mates = [mate(hit, row) for hit in order]
+            name, sure = recognizer.decide(scores[order], names[order], np.array(mates))
             if kind == "known":
                 counts["right"] += sure >= recognizer.threshold and name == names[row]
                 counts["unknown"] += sure < recognizer.threshold
@@ -616,7 +622,7 @@ def test_a_bit_that_turns_over_in_any_file_is_a_sentence_with_its_name(folder, t
             deploy.Recognizer(target)
         file.write_bytes(whole)
     (target / "README.md").write_text("filled in")
-    assert deploy.Recognizer(target).rule
+    assert deploy.Recognizer(target).curve
 
 
 def test_the_checksums_are_those_of_sha256sum(folder):
@@ -631,8 +637,8 @@ def test_the_checksums_are_those_of_sha256sum(folder):
         ({"threshold": "0.5"}, "threshold: '0.5' is not between"),
         ({"threshold": 2}, "threshold: 2 is not between"),
         ({"threshold": float("nan")}, "threshold: nan is not between"),
-        ({"rule": {"images": 0, "margin": False, "typical": True}}, "says not how many images decide"),
-        ({"probability": {"score": 1.0, "margin": 0.0, "typical": 0.0, "bias": float("inf")}}, "not the four numbers"),
+        ({"probability": {"score": 1.0, "margin": 0.0, "local": 0.0, "bias": float("inf")}}, "not the four numbers"),
+        ({"probability": {"score": 1.0, "margin": 0.0, "bias": 0.0}}, "not the four numbers"),
         ({"image_root": None}, "image_root is None and not a folder"),
     ],
 )
