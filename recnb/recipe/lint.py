@@ -70,7 +70,7 @@ def stop(findings: list[Finding]) -> None:
 
 def losses(cfg: dict) -> Iterator[Finding]:
     """Find pair losses without pairs, views that the sampler does not draw, weights that PaddleClas ignores."""
-    sampler, terms = lookup(cfg, "DataLoader.Train.sampler") or {}, list(items(cfg, "Loss.Train"))
+    sampler, terms = lookup(cfg, "DataLoader.Train.sampler") or {}, items(cfg, "Loss.Train")
     drawn = next((sampler[key] for key in PER_IDENTITY if key in sampler), None)
     for place, name, args in terms:
         if name in PAIR_LOSSES and drawn is None:
@@ -107,7 +107,7 @@ def losses(cfg: dict) -> Iterator[Finding]:
 
 def augmentation(cfg: dict) -> Iterator[Finding]:
     """Find erasing on the wrong side of the normalisation, and random ops in an evaluation."""
-    ops = list(items(cfg, "DataLoader.Train.dataset.transform_ops"))
+    ops = items(cfg, "DataLoader.Train.dataset.transform_ops")
     names = [name for _, name, _ in ops]
     normalize = next((name for name in names if name in ("NormalizeImage", "Normalize")), None)
     if "RandomErasing" in names and normalize:

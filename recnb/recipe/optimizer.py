@@ -41,7 +41,6 @@ def build_optimizer(cfg: dict) -> Callable:
 
 def build_entry(section: dict, where: str) -> Callable:
     """Return a function `(groups, lr) -> torch optimizer` for one entry, with L1 and clipping before each step."""
-    section = dict(section)
     regular = REGULARIZERS.build(section["regularizer"], f"{where}.regularizer") if section.get("regularizer") else {}
     if regular and "weight_decay" in section:
         raise ConfigError(f"{where}: gives both 'regularizer' and 'weight_decay'; keep one of them")

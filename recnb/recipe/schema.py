@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -118,20 +119,18 @@ def fill_loaders(cfg: dict) -> None:
 
 def fill_normalisation(cfg: dict) -> None:
     """Replace `auto: True` of each NormalizeImage by the mean and std of the first backbone's pretrained weights."""
-    places = [f"DataLoader.{part}.dataset.transform_ops" for part in LOADERS]
-    lists = ((place, ops) for place in places if isinstance(ops := lookup(cfg, place), list))
-    for place, op in [(f"{place}.{i}", op) for place, ops in lists for i, op in enumerate(ops)]:
-        args = op.get("NormalizeImage") if isinstance(op, dict) else None
-        if not isinstance(args, dict) or args.get("auto") is not True:
+    lists = (items(cfg, f"DataLoader.{part}.dataset.transform_ops") for part in LOADERS)
+    for place, name, args in chain.from_iterable(lists):
+        if name != "NormalizeImage" or args.get("auto") is not True:
             continue
         for key in (key for key in ("mean", "std", "scale") if args.get(key) is not None):
-            raise ConfigError(f"{place}.NormalizeImage.{key}: comes from the backbone with auto: True; keep one")
-        from recnb.models.backbones import pretrained_images  # loads timm
+            raise ConfigError(f"{place}.{key}: comes from the backbone with auto: True; keep one")
+        from recnb.models.backbones import pretrained_images  # imports timm
 
-        name = lookup(architectures(cfg)[0][1], "Backbone.name")
-        facts = pretrained_images(name) if isinstance(name, str) else None
-        given = {key: list(facts[key]) for key in ("mean", "std")} if facts else {}  # otherwise ImageNet's, the default
-        op["NormalizeImage"] = {**{key: value for key, value in args.items() if key != "auto"}, **given}
+        del args["auto"]
+        backbone = lookup(architectures(cfg)[0][1], "Backbone.name")
+        if facts := pretrained_images(backbone) if isinstance(backbone, str) else None:
+            args |= {key: list(facts[key]) for key in ("mean", "std")}  # otherwise ImageNet's, the default
 
 
 def check_keys(section, where: str, known: Collection[str]) -> None:
