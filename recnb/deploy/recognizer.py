@@ -254,11 +254,14 @@ def answers_figure(recognizer: Recognizer, pictures: Sequence[Picture], titles: 
         titles: N texts.
         k: how many items a row shows.
     """
-    figure, axes = panels(len(pictures), k + 1, (1.25 * (k + 1), 1.55 * len(pictures)))
+    first = 1.7  # columns' width, for the title of a picture holds two names
+    figure, axes = panels(
+        len(pictures), k + 1, (1.25 * (k + first), 1.55 * len(pictures)), width_ratios=[first, *[1] * k]
+    )
     for row, picture, title in zip(axes, pictures, titles, strict=True):
         found = recognizer.search(picture, k, itself=False)
         shown = [
-            (picture, title, INK, 1.0),
+            (picture, "\n".join(shorten(line, 36) for line in title.splitlines()), INK, 1.0),
             *(
                 (
                     hit.path,
