@@ -95,6 +95,8 @@ def plan(path: str | Path, run_dir: str = "") -> list[Job]:
     if "config" not in batch:
         raise ConfigError(f"{path}: config: the file does not say which configuration to vary")
     target = ROOT / (run_dir or batch.get("run_dir") or f"runs/{Path(path).stem}")
+    if (target / "config.yaml").is_file():
+        raise ConfigError(f"{target}: is a run itself, and no folder of runs; choose another with --run-dir")
     jobs: list[Job] = []
     runs = expand(batch, str(path))
     config = str(resolve(batch["config"]).absolute())

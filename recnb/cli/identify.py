@@ -55,7 +55,7 @@ def identify(
 
 def row_of(path: Path, answer: Answer) -> dict[str, object]:
     """Return the row of an answer in the table: the photo, its name, the probability, and the nearest."""
-    row = {"path": str(path), "name": answer.name, "probability": f"{answer.probability:.3f}"}
+    row: dict[str, object] = {"path": str(path), "name": answer.name, "probability": f"{answer.probability:.3f}"}
     for n, hit in enumerate(answer.nearest, 1):
         row |= {f"nearest {n}": hit.name, f"similarity {n}": f"{hit.score:.3f}"}
     return row

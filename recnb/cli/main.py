@@ -44,7 +44,7 @@ def main(words: Sequence[str] | None = None) -> int:
     except Exception as error:
         if "--traceback" in words or not (is_own(error) or isinstance(error, OSError)):
             raise
-        named = isinstance(error, OSError) and error.filename
-        print(f"error: {error.filename}: {error.strerror}" if named else f"error: {error}", file=sys.stderr)
+        said = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+        print(f"error: {said}", file=sys.stderr)
         return 1 if type(error).__name__ == "FailedError" else 2  # what was asked for could be done, and was begun
     return 0

@@ -135,15 +135,20 @@ def draw_ap(ax: Axes, arrays: dict) -> None:
     ax.set(title="Average precision of the queries", xlabel="AP", ylabel="queries", xlim=(0, 1))
 
 
-def ladder_figure(rows: Sequence[Mapping], metric: str = "mAP") -> Figure:
+def ladder_figure(rows: Sequence[Mapping], metric: str = "mAP", way: Mapping[float, float] | None = None) -> Figure:
     """Draw the rungs of a ladder, the first at the top: each value with its interval, drawn and in numbers.
 
     Args:
         rows: for each rung `name`, `value`, `low` and `high` (the 95 % interval), `kept`, whether it is the one to use,
             and perhaps a `note`, which follows the numbers.
         metric: the metric that the values are.
+        way: by the share of the way from the start's weights to the fine-tuned ones, the value there: a second curve.
     """
-    figure, (ax,) = plots(1, 9, 1.3 + 0.42 * len(rows))
+    way = way or {}
+    figure, (ax, *beside) = plots(2 if way else 1, 13 if way else 9, 1.3 + 0.42 * len(rows))
+    for curve in beside:
+        curve.plot([*way], [*way.values()], marker="o", color=COLOURS[RIGHT])
+        curve.set(xlabel="share of the way from the start to the fine-tuned weights", ylabel=metric)
     for place, row in enumerate(rows):
         colour, value = COLOURS[RIGHT] if row["kept"] else "#7F7F7F", row["value"]
         ends = np.nan_to_num([[value - row["low"]], [row["high"] - value]]).clip(0)

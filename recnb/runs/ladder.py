@@ -71,10 +71,16 @@ class Rung:
     folder: str = ""  # in rungs/, of what was trained
     alpha: float | None = None
     minutes: float = 0.0
+    way: dict[float, float] = field(default_factory=dict)  # the metric's mean by alpha, where several were tried
 
     @cached_property
     def verdict(self) -> Verdict:
         return verdict(self.queries)
+
+    @property
+    def what(self) -> str:
+        """What the rung is, in words."""
+        return ladder.RUNGS[self.name] + ("" if self.alpha is None else f", {self.alpha:g} of the way")
 
     @property
     def metric(self) -> str:
@@ -116,7 +122,7 @@ class Ladder:
         for rung in self.rungs:
             row = rung.verdict.rows.loc[self.metric]
             rows.append(
-                {"rung": rung.name, "what": ladder.RUNGS[rung.name], self.metric: row.after}
+                {"rung": rung.name, "what": rung.what, self.metric: row.after}
                 | {"low": row.after_low, "high": row.after_high, "gain": row.difference}
                 | {"gain low": row.low, "gain high": row.high, "images": len(rung.queries)}
                 | {"minutes": rung.minutes, "kept": rung is kept}
@@ -130,7 +136,7 @@ class Ladder:
             | {"note": f"{row.gain:+.3f}, {row.minutes:.1f} min" if name != "start" else ""}
             for name, row in self.table().iterrows()
         ]
-        return ladder_figure(rows, self.metric)
+        return ladder_figure(rows, self.metric, next((rung.way for rung in self.rungs if rung.way), None))
 
 
 def climb(cfg: dict, run: Path, show: Callable[[Ladder], object] | None = None) -> tuple[RetrievalLearner, Ladder]:
@@ -162,7 +168,7 @@ def climb(cfg: dict, run: Path, show: Callable[[Ladder], object] | None = None) 
         result.said.append(f"the {minutes:g} minutes ended before the ladder did; run again with more, and it goes on")
     kept = result.kept
     learn = hand_back(cfg, kept, shared)
-    result.said.append(f"kept: {kept.name}, {ladder.RUNGS[kept.name]}, chosen on validation")
+    result.said.append(f"kept: {kept.name}, {kept.what}, chosen on validation")
     print(*result.said, sep="\n", flush=True)
     write_csv(result.table(), run / "ladder.csv", index=True)
     return learn, result
@@ -220,8 +226,10 @@ def climbed(cfg: dict, shared: Shared, said: list[str]) -> Iterator[Rung]:
         said.append(f"finetune, interpolate, average: left out, since {error}")
         return
     yield tuned
-    tried = [mixed("interpolate", tuned, shared, alpha) for alpha in ladder.ALPHAS]
-    yield max(tried, key=lambda rung: rung.mean)
+    mixes = {alpha: mixed("interpolate", tuned, shared, alpha) for alpha in ladder.ALPHAS}
+    between = max(mixes.values(), key=lambda rung: rung.mean)
+    between.way = {0.0: shared.start.mean, **{alpha: rung.mean for alpha, rung in mixes.items()}, 1.0: tuned.mean}
+    yield between
     places = [shared.place("finetune", number) / "checkpoints" for number in range(len(shared.splits))]
     if all(len(checkpoints.numbered(place)) > 1 for place in places):
         yield mixed("average", tuned, shared)

@@ -139,6 +139,33 @@ def test_other_photos_are_prepared_anew_until_there_is_a_training(executed, phot
         way.go()
 
 
+def test_the_options_of_the_command_reach_the_steps_and_the_gallery_is_opened(
+    called, executed, photos, tmp_path, monkeypatch
+):
+    opened, to = [], tmp_path / "mine"
+    monkeypatch.setattr(journey, "summary", lambda to: ["ten lines"])
+    monkeypatch.setattr("typer.launch", opened.append)
+    code, printed = called(
+        "start",
+        photos,
+        "--to",
+        to,
+        "--weights",
+        "False",
+        "--epochs",
+        2,
+        "--image-size",
+        96,
+        "--backbone",
+        "resnet18",
+        "--open",
+    )
+    assert code == 0 and printed.endswith("ten lines\n") and opened == [(to / "gallery.html").as_uri()]
+    given = json.loads((to / "start.json").read_text())["01_prepare"]["parameters"]
+    assert given["options"] == {"weights": False, "backbone": "resnet18", "epochs": 2, "image_size": 96}
+    assert given["config"] == "auto" and given["source"] == str(photos)
+
+
 def test_the_summary_says_what_was_found_left_out_and_learnt(tmp_path):
     lists = {"train": "檸檬 檸檬 Kiwi", "query": "Lime Plum", "gallery": "Lime Plum Plum"}
     (tmp_path / "data").mkdir()

@@ -117,6 +117,15 @@ def test_a_batch_is_checked_before_anything_starts(drawn, tmp_path, content, mes
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_batch_that_is_named_like_a_run_does_not_write_into_it(drawn, tmp_path):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "config.yaml").write_text("Global: {}\n")
+    with pytest.raises(
+        ConfigError, match="runs: is a run itself, and no folder of runs; choose another with --run-dir"
+    ):
+        batch.plan(str(batch_file(drawn, tmp_path)))
+
+
 def test_a_command_that_fails_stops_no_other(tmp_path, capfd):
     jobs = [
         batch.Job(name, tmp_path / name, {}, ["sh", "-c", text])

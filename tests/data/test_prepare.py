@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from recnb import build_learner, build_loaders, build_model, gallery, load_config, storage
+from recnb.cli.notebook import find, parameters_of
+from recnb.cli.run import joined
 from recnb.data import layouts
 from recnb.data.audit import audit, fingerprints
 from recnb.data.images import DataError
@@ -634,6 +636,17 @@ def test_prepare_notebook(images, config_file, tmp_path):
     outputs = [output for cell in nbformat.read(executed, 4).cells for output in cell.get("outputs", [])]
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
     assert not [output for output in outputs if output.get("name") == "stderr"]
+    words = next(text for text in map(printed, outputs) if text.startswith("recnb run")).split()[1:]
+    assert joined(words)[:2] == ["run", "02_train"]
+    pairs = [pair.split("=") for pair in joined(words)[3::2]]
+    assert parameters_of(find("02_train"), pairs) == {
+        "config": str(tmp_path / "lists" / "config.yaml"),
+        "run_dir": "runs/lists",
+    }
+
+
+def printed(output: dict) -> str:
+    return output.get("text", "") if output.get("name") == "stdout" else ""
 
 
 @pytest.mark.slow

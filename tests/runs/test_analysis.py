@@ -214,6 +214,8 @@ def test_the_rungs_of_a_ladder_in_a_picture(tmp_path):
     assert [text.get_text().replace("\\", "") for text in ax.get_yticklabels()] == ["as it comes $", "probe", "alone"]
     said = [text.get_text() for text in ax.texts]
     assert said[1] == "0.620 (0.500 to 0.700)  kept  +0.11" and "kept" not in said[0] and said[2] == "0.500"
+    curve = gallery.ladder_figure(rows, way={0.0: 0.51, 0.4: 0.6, 1.0: 0.55}).axes[1]
+    assert curve.lines[0].get_xydata().tolist() == [[0.0, 0.51], [0.4, 0.6], [1.0, 0.55]]
 
 
 def test_tables_are_escaped_and_read_from_the_left():

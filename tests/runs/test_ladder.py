@@ -83,6 +83,7 @@ def test_a_climb_that_is_interrupted_in_any_rung_keeps_the_same_rung_and_bits(
     monkeypatch.setattr(ladder, "best", lambda climbed, metric: climbed[-1])
     table = climbed(cfg, tmp_path / "again")[1]
     assert table.kept["average"], "and it is trained again on all images"
+    assert table.what["interpolate"] == "between the start and the fine-tuned weights, 0.5 of the way"
     first, second = numbered(tmp_path / "again" / "rungs" / "average-refit" / "checkpoints")
     states = [torch.load(path, weights_only=True)["model"] for path in (first, second)]
     for key, value in load_file(tmp_path / "again" / "model.safetensors").items():
