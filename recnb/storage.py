@@ -67,12 +67,15 @@ def write_json(path: str | Path, content) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
-FORMULA = re.compile(r"'*[=+\-@\t\r]")  # how a text begins that a spreadsheet runs, or that was kept from it
+FORMULA = re.compile(r"'*[=+\-@\t]")  # how a text begins that a spreadsheet runs, or that was kept from it
 
 
 def harmless(cell):
     """Return what stands in a cell of a table, a text that a spreadsheet would run with an apostrophe before it."""
-    return f"'{cell}" if isinstance(cell, str) and FORMULA.match(cell) else cell
+    if not isinstance(cell, str):
+        return cell
+    text = cell.replace("\r", "\\r")  # no writer of CSV puts it in quotes, and readers take it for the end of a line
+    return f"'{text}" if FORMULA.match(text) else text
 
 
 def as_meant(cell: str) -> str:

@@ -271,10 +271,8 @@ def alive(process: int) -> bool:
     """Return True if there is a process of this number on this machine."""
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
+    except OSError as error:
+        return isinstance(error, PermissionError)  # it is another user's
     return True
 
 

@@ -125,16 +125,18 @@ def labelled_images(run: Run, index: str = "all") -> Labelled:
     numbers = {picture: i for i, picture in enumerate(dict.fromkeys(pictures))}
     names, shown = np.array([name for *_, name in found]), np.array([numbers[picture] for picture in pictures])
     paths = [path for _, path, _ in found.values()]
+    asked, trained_on = calibrating(run, names, shown, rows)
     return Labelled(
-        paths,
-        names,
-        shown,
-        np.array([camera for *_, camera in found.values()]),
-        [None if box is None else list(box) for _, box, _ in found],
-        rows,
-        np.unique(rows["gallery"]) if index == "test" else np.arange(len(found)),
-        *calibrating(run, names, shown, rows),
-        common_root(run, paths),
+        paths=paths,
+        names=names,
+        content=shown,
+        cameras=np.array([camera for *_, camera in found.values()]),
+        boxes=[None if box is None else list(box) for _, box, _ in found],
+        rows=rows,
+        kept=np.unique(rows["gallery"]) if index == "test" else np.arange(len(found)),
+        asked=asked,
+        trained_on=trained_on,
+        root=common_root(run, paths),
     )
 
 

@@ -558,6 +558,9 @@ def test_two_boxes_of_a_file_are_two_images():
 def test_what_a_spreadsheet_would_run_is_text_in_tables_that_are_handed_on(tmp_path):
     save_dropped([("list.txt", 1, "=cmd()", "-1 is no size")], tmp_path / "dropped.csv")
     assert (tmp_path / "dropped.csv").read_text().splitlines()[1] == "list.txt,1,'=cmd(),'-1 is no size"
+    save_dropped([("list.txt", 1, "a\r=cmd()", "b\n=cmd()")], tmp_path / "dropped.csv")
+    with (tmp_path / "dropped.csv").open(newline="") as file:
+        assert [*csv.reader(file)][1] == ["list.txt", "1", r"a\r=cmd()", "b\n=cmd()"]
     names = ["=cmd()", "'+1", "plain", "\t"]
     images = ImageList(["a.png"] * 4, np.arange(4), names=np.array(names, dtype=object))
     save_label_map(images, tmp_path / "labels.csv")
