@@ -56,10 +56,11 @@ def lint(cfg: dict, loaders: Loaders | None = None) -> list[Finding]:
     """Return the findings about a checked configuration and, with its loaders, about its lists."""
     checks = [losses, augmentation, inference, schedule, processes, without_effect]
     findings = [finding for check in checks for finding in check(cfg)]
-    if loaders is None:
-        return findings
-    judged = identities(loaders) if cfg["Global"]["eval_mode"] == "retrieval" else ()
-    return [*findings, *judged, *copies(loaders), *shapes(cfg, loaders), *pretraining(cfg, loaders)]
+    if loaders is not None:
+        judged = identities(loaders) if cfg["Global"]["eval_mode"] == "retrieval" else ()
+        findings += [*judged, *copies(loaders), *shapes(cfg, loaders), *pretraining(cfg, loaders)]
+    every = cfg["Global"]["on_finding"] == "stop"
+    return [finding._replace(strict=every or finding.strict) for finding in findings]
 
 
 def stop(findings: list[Finding]) -> None:

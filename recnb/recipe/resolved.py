@@ -36,6 +36,7 @@ FREE = (
             "use_visualdl",
             "loggers",
             "on_nonfinite",
+            "on_finding",
             "grad_checkpointing",
             "device",
             "devices",

@@ -49,6 +49,7 @@ class Global:
         cache_images: a folder for decoded and resized images
         on_nonfinite: `stop` at a loss that is not finite, or `skip` the step
         on_bad_image: `stop` at an image that cannot be read, or `drop` it
+        on_finding: `say` what is probably a mistake, or `stop` at it, before anything is written
         retrieval_feature_from: which output is searched with: `features`, `neck` or `backbone`
         feature_normalize: embeddings at length 1
         feature_binarize: `round` or `sign`: binary codes
@@ -90,6 +91,7 @@ class Global:
     cache_images: str | None = None
     on_nonfinite: Literal["stop", "skip"] = "stop"
     on_bad_image: Literal["stop", "drop"] = "stop"
+    on_finding: Literal["say", "stop"] = "say"
     retrieval_feature_from: Literal["features", "neck", "backbone"] = "features"
     feature_normalize: bool = True
     feature_binarize: Literal["round", "sign"] | None = None

@@ -174,6 +174,10 @@ def test_doubled_rows_count_once_and_copies_under_another_name_are_found(drawn, 
     assert f"{len(lines)} rows name an image that the list has already" in capsys.readouterr().out
     found = [finding for finding in lint(cfg, loaders) if "exact copies" in finding.what]
     assert [finding.what.split(" (")[0] for finding in found] == ["1 images are exact copies of others"]
+    stop(found)
+    cfg["Global"]["on_finding"] = "stop"
+    with pytest.raises(ConfigError, match=r"1 images are exact copies of others .*keep one of each in the lists"):
+        stop(lint(cfg, loaders))
     assert not [
         finding for finding in lint(load_config(tiny_config(drawn, tmp_path / "b.yaml"))) if "cop" in finding.what
     ]
