@@ -23,7 +23,7 @@ from recnb.retrieval.neighbours import knn, merge
 from recnb.retrieval.scores import DISTANCES, Array, Rows, spans, to_numpy
 from recnb.retrieval.sizes import POINTS, auto_factory, probes
 
-WALK = 64  # centres that are looked at to file a vector, where a graph finds them
+WALK = 16  # centres that are looked at to file a vector where a graph finds them, as faiss has it
 
 
 def centres_of(x: np.ndarray, count: int, spherical: bool) -> np.ndarray:
