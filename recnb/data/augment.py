@@ -118,7 +118,19 @@ def shorthand(text: str) -> tuple[str, dict]:
 
 
 def layers(text: str, look: dict, m: float, n: float, mstd: float, inc: float) -> v2.Transform:
-    """timm's RandAugment: a normal distribution of levels is 21 equally likely ones, in steps of a tenth."""
+    """Return timm's RandAugment: a normal distribution of levels is 21 equally likely ones, in steps of a tenth.
+
+    Args:
+        text: the shorthand, for messages.
+        look: torchvision's interpolation and fill.
+        m: the mean level, 0 to 10.
+        n: how many ops.
+        mstd: the deviation of the level.
+        inc: whether strengths grow with the level, as torchvision's always do.
+
+    Raises:
+        ValueError: The numbers ask for what torchvision does not have.
+    """
     if inc == 0 or not 0 <= m <= 10 or n < 1:
         raise ValueError(
             f"config_str '{text}': write inc1, since torchvision's ops always grow with their level, "
@@ -167,10 +179,17 @@ def AugMix(
 
 
 def augmixed(share: Beta, shares: Dirichlet, depth: int, severity: float, image: torch.Tensor) -> torch.Tensor:
-    """uint8 (3, H, W): the image and its chains, averaged.
+    """Return uint8 (3, H, W): the image and its chains, averaged.
 
     Chains that together cannot move a value by half a grey level are not computed, and their weight is the image's:
     with the parameter 0.1, that spares more than half of the work.
+
+    Args:
+        share: draws the weight of all chains together.
+        shares: draws the weight of each of them.
+        depth: ops in a chain; -1: 1 to 3 at random.
+        severity: the highest level.
+        image: uint8 (3, H, W).
     """
     weights, chains = drawn(share, shares, depth, severity)
     felt = [(weight, chain) for weight, chain in zip(weights, chains, strict=True) if 512 * len(chains) * weight > 1]
@@ -187,7 +206,14 @@ def augmixed(share: Beta, shares: Dirichlet, depth: int, severity: float, image:
 
 
 def drawn(share: Beta, shares: Dirichlet, depth: int, severity: float) -> tuple[list[float], list[list[tuple]]]:
-    """The weight of each chain, which the image's own completes to 1, and each chain as [(op, level, sign), ...]."""
+    """Return the weight of each chain, which the image completes to 1, and each chain as [(op, level, sign), ...].
+
+    Args:
+        share: as in `augmixed`, like all that follows.
+        shares: see there.
+        depth: see there.
+        severity: see there.
+    """
     weights = (share.sample() * shares.sample()).tolist()
     depths = [depth] * len(weights) if depth > 0 else torch.randint(1, 4, (len(weights),)).tolist()
     names = list(AUGMIX_OPS)
@@ -225,7 +251,13 @@ def warped(image: torch.Tensor, matrix: list[tuple]) -> torch.Tensor:
 
 
 def moved(image: torch.Tensor, right: int, down: int) -> torch.Tensor:
-    """(3, H, W), whose pixel (x, y) is the image's at (x + right, y + down), or black."""
+    """Return (3, H, W), whose pixel (x, y) is the image's at (x + right, y + down), or black.
+
+    Args:
+        image: (3, H, W).
+        right: pixels.
+        down: pixels.
+    """
     return pad(image, [-right, right, -down, down])
 
 
@@ -288,7 +320,13 @@ def Cutout(n_holes: Count = 1, length: Count = 112) -> v2.Transform:
 
 
 def with_holes(n_holes: int, length: int, image: torch.Tensor) -> torch.Tensor:
-    """A copy of the image (3, H, W) with the holes in it."""
+    """Return a copy of the image with squares of 0 in it.
+
+    Args:
+        n_holes: how many squares.
+        length: pixels of a side.
+        image: (3, H, W).
+    """
     image = image.clone()
     for _ in range(n_holes):
         top, left = (int(torch.randint(side, ())) - length // 2 for side in image.shape[-2:])
@@ -332,9 +370,14 @@ def OpSampler(class_num: int, MixupOperator: dict | None = None, CutmixOperator:
 
 
 def shuffled(mix: Callable, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images (B, 3, H, W) and labels (B,) mixed with those of a random other row; row i stays row i.
+    """Return images and labels mixed with those of a random other row; row i stays row i.
 
     torchvision mixes each row with the one before it, which in the batch of an identity sampler has the same label.
+
+    Args:
+        mix: one of torchvision's transforms of batches.
+        images: (B, 3, H, W).
+        labels: (B,).
     """
     order = torch.randperm(len(labels))
     images, labels = mix(images[order], labels[order])
@@ -343,5 +386,11 @@ def shuffled(mix: Callable, images: torch.Tensor, labels: torch.Tensor) -> tuple
 
 
 def unmixed(class_num: int, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The images as they are, and their labels (B,) as (B, class_num)."""
+    """Return the images as they are, and their labels (B, class_num).
+
+    Args:
+        class_num: how many classes.
+        images: (B, 3, H, W).
+        labels: (B,).
+    """
     return images, one_hot(labels, class_num).float()

@@ -86,10 +86,15 @@ def opened(file: str | io.BytesIO) -> Image.Image:
 
 
 def read_rgb(path: str, box: list[int] | None = None, draft: bool = False) -> Image.Image:
-    """The image of a file in RGB: its first frame, turned as its EXIF says, cut to `box` (left, top, right, bottom).
+    """Return the image of a file in RGB: its first frame, turned as its EXIF says.
 
-    The format is that of the content, whatever the name's ending. `draft`: JPEG without a box is read whole but
-    computed at an eighth of its size. Raises what Pillow raises, and ValueError for what has no meaning in RGB.
+    The format is that of the content, whatever the name's ending. What cannot be read raises what Pillow raises, and
+    ValueError where it has no meaning in RGB.
+
+    Args:
+        path: the file.
+        box: what to cut out, (left, top, right, bottom) in pixels.
+        draft: whether JPEG without a box is read whole but computed at an eighth of its size.
     """
     with opened(path) as image:
         if draft and box is None:
@@ -152,7 +157,16 @@ def reason(error: Exception) -> str:
 
 
 def check_box(box: Sequence[int], width: int, height: int) -> tuple[int, int, int, int]:
-    """The box; raises ValueError where a box holds no pixels or reaches out of the image."""
+    """Return the box.
+
+    Args:
+        box: (left, top, right, bottom) in pixels.
+        width: of the image.
+        height: of the image.
+
+    Raises:
+        ValueError: The box holds no pixels or reaches out of the image.
+    """
     left, top, right, bottom = box
     if not (0 <= left < right <= width and 0 <= top < bottom <= height):
         raise ValueError(
@@ -206,9 +220,12 @@ def fault(path: str, box: list[int] | None = None) -> str | None:
 
 
 def fingerprint(paths: Sequence[str], boxes: np.ndarray | None, part: range) -> str | None:
-    """A digest of path, size, date and box of some images and of the decoder's version.
+    """Return a digest of path, size, date and box of some images and of the decoder; None where a file is missing.
 
-    None where a file is missing.
+    Args:
+        paths: the files of a list.
+        boxes: (N, 4), or None.
+        part: which of them.
     """
     digest = hashlib.sha256(PIL.__version__.encode())
     for i in part:

@@ -163,7 +163,16 @@ def MSMT17(image_root: str, cls_label_path: str) -> ImageList:
 
 
 def within(image_root: str, folder: str, name: str) -> Path:
-    """Where `name` of the distributed `folder` is; raises DataError where it is nowhere or in several places."""
+    """Return where a part of a distributed set is.
+
+    Args:
+        image_root: the set's folder, or one that holds it, at most one folder further down.
+        folder: the name of the set's folder.
+        name: the part.
+
+    Raises:
+        DataError: It is nowhere or in several places.
+    """
     root = resolve(image_root)
     places = [root / name, root / folder / name, *sorted(root.glob(f"*/{folder}/{name}"))]
     found = [place for place in places if place.exists()]
@@ -359,9 +368,16 @@ def Torchvision(
 
 
 def stored(name: str, root: Path, split: str | None, download: bool) -> list[tuple[str, str]]:
-    """(path, class) of every image of one split, class by class.
+    """Return (path, class) of every image of one split, class by class.
 
-    Raises DataError where torchvision does not find it.
+    Args:
+        name: torchvision's name of the set.
+        root: the folder of the data.
+        split: one of the set's splits, or None.
+        download: whether to fetch the set.
+
+    Raises:
+        DataError: torchvision does not find the set.
     """
     made = getattr(torchvision.datasets, name)
     options = {

@@ -223,7 +223,14 @@ def read_list(
 
 
 def check_name(label: str, path: Path, number: int, forced: bool) -> None:
-    """Raise DataError, with file and line, unless a label can be a name beside the names on the lines before."""
+    """Raise DataError unless a label can be a name beside the names on the lines before.
+
+    Args:
+        label: the cell.
+        path: the list, for the message.
+        number: the line, for the message.
+        forced: whether the data set's section says that labels are names.
+    """
     if not label or printable(label) != label:
         raise DataError(f"{path} line {number}: '{printable(label)}' is no name, which is text without control signs")
     if not forced and NUMERIC.fullmatch(label):
@@ -234,7 +241,18 @@ def check_name(label: str, path: Path, number: int, forced: bool) -> None:
 
 
 def below(root: str, name: str, allow_outside: bool, path: Path, number: int) -> str:
-    """The file that a list names; raises DataError where that is none, or none below `root` and none may be outside."""
+    """Return the file that a list names.
+
+    Args:
+        root: the folder that paths start from.
+        name: the path in the list.
+        allow_outside: whether it may lead out of `root`.
+        path: the list, for the message.
+        number: the line, for the message.
+
+    Raises:
+        DataError: It is no path, or leads out of `root`.
+    """
     file = os.path.join(root, name)  # noqa: PTH118 (a Path takes four times as long)
     if ODD.search(name):
         if "\0" in name:
@@ -270,7 +288,16 @@ def undecodable(path: Path) -> int:
 
 
 def integer(cell: str, path: Path, number: int) -> int:
-    """Return the label or camera in a cell of a list; raise DataError with file and line where it is none."""
+    """Return the label or camera in a cell of a list.
+
+    Args:
+        cell: its text.
+        path: the list, for the message.
+        number: the line, for the message.
+
+    Raises:
+        DataError: It is no whole number from 0.
+    """
     if DIGITS.fullmatch(cell.strip()) and int(cell) < 2**63:
         return int(cell)
     raise DataError(
@@ -351,7 +378,13 @@ def as_csv(table: pd.DataFrame, index: bool = False) -> str:
 
 
 def write_csv(table: pd.DataFrame, path: str | Path, index: bool = False) -> None:
-    """Write a table `as_csv` in UTF-8; bytes of a file name that are no text become escapes."""
+    """Write a table as CSV in UTF-8; bytes of a file name that are no text become escapes.
+
+    Args:
+        table: the rows.
+        path: the file.
+        index: whether the index is the first column.
+    """
     with replacing(path) as temporary:
         temporary.write_text(as_csv(table, index), encoding="utf-8", errors="backslashreplace", newline="\n")
 

@@ -58,7 +58,13 @@ def rectangle(op: v2.RandomErasing, image: torch.Tensor) -> list[int]:
 
 
 def erased(images: torch.Tensor, boxes: torch.Tensor, value: list[float]) -> torch.Tensor:
-    """The images (B, 3, H, W), in each a rectangle of (B, 4) overwritten in place."""
+    """Return the images, in each a rectangle overwritten in place.
+
+    Args:
+        images: (B, 3, H, W).
+        boxes: (B, 4) of [top, left, height, width]; height 0 where nothing is erased.
+        value: a number a channel.
+    """
     colour = images.new_tensor(value).view(-1, 1, 1)
     for image, (top, left, height, width) in zip(images, boxes.tolist(), strict=True):
         if height:

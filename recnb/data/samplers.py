@@ -127,7 +127,13 @@ def most_batches(groups: np.ndarray, per_batch: int) -> int:
 
 
 def deal_groups(taken: np.ndarray, wanted: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """(identity, n-th group of it) of `wanted` groups, the surplus dropped at random, identities in random order."""
+    """Return (identity, n-th group of it) of `wanted` groups, identities in random order.
+
+    Args:
+        taken: (identities,) how many groups each offers.
+        wanted: how many to take; the surplus is dropped at random.
+        rng: what draws them.
+    """
     surplus = rng.permutation(np.repeat(np.arange(len(taken)), taken))[wanted:]
     taken = taken - np.bincount(surplus, minlength=len(taken))
     order = rng.permutation(len(taken))
@@ -191,7 +197,16 @@ def picks(counts: np.ndarray, each: int, rng: np.random.Generator) -> np.ndarray
 
 
 def ratios(identities: int, id_list: list[int], ratio: list[float]) -> np.ndarray:
-    """(identities,) how many times as often as by default each is drawn; raises ValueError for ranges that are none."""
+    """Return (identities,) how many times as often as by default each is drawn.
+
+    Args:
+        identities: how many there are.
+        id_list: the first and the last identity of each range, one after another.
+        ratio: how many times as often each range is drawn.
+
+    Raises:
+        ValueError: They are no ranges of identities with a positive number each.
+    """
     if len(id_list) != 2 * len(ratio) or not all(number > 0 for number in ratio):
         raise ValueError(
             f"id_list {id_list} needs the first and the last identity for each number of ratio {ratio}, "
@@ -210,7 +225,13 @@ def ratios(identities: int, id_list: list[int], ratio: list[float]) -> np.ndarra
 
 
 def distinct(cumulative: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
-    """`count` distinct numbers; drawing again what was drawn before equals drawing without replacement."""
+    """Return distinct numbers; drawing again what was drawn before equals drawing without replacement.
+
+    Args:
+        cumulative: (N,) the sums of the numbers' probabilities.
+        count: how many to draw.
+        rng: what draws them.
+    """
     chosen, tries = np.empty(0, int), count
     while len(chosen) < count:
         tries *= 2  # where few identities hold most images, the others take many

@@ -46,7 +46,16 @@ def height_width(size: Side | list[Side], order: str = WIDTH_HEIGHT) -> list[int
 
 
 def bounds(key: str, value: list | None, default: tuple) -> list[float]:
-    """[least, greatest] of an argument, the default for None; raises ValueError where they are not such a pair."""
+    """Return [least, greatest] of an argument.
+
+    Args:
+        key: its name, for the message.
+        value: two numbers, or None.
+        default: what stands for None.
+
+    Raises:
+        ValueError: They are not two numbers above 0, the smaller one first.
+    """
     pair = default if value is None else value
     if len(pair) != 2 or not all(fits(end, float) for end in pair) or not 0 < pair[0] <= pair[1]:
         raise ValueError(f"{key} is {value}, not two numbers above 0, the smaller one first")
@@ -67,7 +76,13 @@ def sometimes(prob: float, *ops: v2.Transform) -> v2.Transform:
 
 
 def of_bytes(name: str, op: v2.Transform, prob: float = 1.0) -> v2.Transform:
-    """An op with probability `prob` that is defined on 8-bit images and refuses any other, by its name in the file."""
+    """Return an op that is defined on 8-bit images and refuses any other.
+
+    Args:
+        name: the op's name in the file, for the message.
+        op: the op.
+        prob: how often it is applied.
+    """
     return v2.Compose([v2.Lambda(partial(checked_bytes, name)), sometimes(prob, op)])
 
 
@@ -228,7 +243,14 @@ def CropWithPadding(
 
 
 def in_its_place(fill: float, scale: list, ratio: list, image: torch.Tensor) -> torch.Tensor:
-    """(3, H, W) of `fill`, but for a random rectangle of the image."""
+    """Return (3, H, W) of `fill`, but for a random rectangle of the image.
+
+    Args:
+        fill: the value elsewhere.
+        scale: the least and the greatest share of the area.
+        ratio: the least and the greatest width over height.
+        image: (3, H, W).
+    """
     top, left, height, width = v2.RandomResizedCrop.get_params(image, scale, ratio)
     result = torch.full_like(image, fill)
     box = (..., slice(top, top + height), slice(left, left + width))
@@ -243,7 +265,16 @@ Border = Literal["constant", "edge", "reflect", "symmetric"]
 
 
 def border(padding: int | list | None, fill: float | list, padding_mode: str) -> dict:
-    """What torchvision calls a border; raises ValueError where its widths or its colour cannot be meant."""
+    """Return the arguments by which torchvision knows a border.
+
+    Args:
+        padding: pixels: one number, two or four.
+        fill: a number, or one a channel.
+        padding_mode: as torchvision's.
+
+    Raises:
+        ValueError: The widths or the colour cannot be meant.
+    """
     widths = padding if isinstance(padding, list) else [padding or 0]
     if len(widths) not in (1, 2, 4) or not all(isinstance(width, int) and width >= 0 for width in widths):
         raise ValueError(

@@ -170,11 +170,21 @@ def _draw_trim(draw: ImageDraw.ImageDraw, trim: str, outline: np.ndarray, ground
 
 
 def draw_marks(root, identities: int = 120, renderings: int = 24, size: int = 96, seed: int = 0) -> dict[str, Path]:
-    """The paths of the set under `root`: images, train, query, gallery; drawn unless the same set is there already.
+    """Return the paths under `root`: images, train, query, gallery; drawn unless the same set is there already.
 
     Two thirds of the groups are for training. Rendering r is by camera r modulo 3; the queries of test identity i are
-    its pictures by camera i modulo 3, its gallery those by the other two. Raises ValueError for sizes that cannot be,
-    and for a folder that holds something else. The same arguments and library versions give the same bytes.
+    its pictures by camera i modulo 3, its gallery those by the other two. The same arguments and library versions give
+    the same bytes.
+
+    Args:
+        root: the folder.
+        identities: how many marks, 6 to 1500.
+        renderings: photographs of each, 3 to 999.
+        size: pixels of a side, 32 to 512.
+        seed: of all draws.
+
+    Raises:
+        ValueError: The sizes cannot be, or the folder holds something else.
     """
     marks, root = design_marks(identities, seed), Path(root)
     _check("renderings", renderings, len(CAMERAS), 999)

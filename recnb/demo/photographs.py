@@ -230,7 +230,14 @@ def _sense(picture: Image.Image, camera: Camera, rng: np.random.Generator) -> Im
 
 
 def photograph(art: Image.Image, camera: int, rng: np.random.Generator, size: int = 96) -> Image.Image:
-    """A photograph (RGB, size x size) of the artwork, printed on something, somewhere, as that camera sees it."""
+    """Return a photograph (RGB, size x size) of the artwork, printed on something, somewhere, as that camera sees it.
+
+    Args:
+        art: the artwork (RGBA).
+        camera: which of CAMERAS.
+        rng: what draws everything else.
+        size: pixels of a side.
+    """
     scene, look = _background(camera, size, rng), CAMERAS[camera]
     front = _warp(_panel(art, rng), _corners(look, rng), 2 * size)  # at twice the size, to smooth its edges
     _occlude(front, rng)

@@ -69,7 +69,13 @@ class Ranking:
         return np.argsort(self.AP if by == "worst" else -self.AP, kind="stable")  # nan sorts last
 
     def missed(self, q: int, k: int, n: int = 3) -> list[tuple[int, int, float]]:
-        """The first n positives of query q that are not among its first k items: (gallery row, rank, similarity)."""
+        """Return the first positives of query q that are not among its first k items: (row, rank, similarity).
+
+        Args:
+            q: the query's number.
+            k: how many items are shown.
+            n: how many positives to return at most.
+        """
         found = zip(self.hits[q].tolist(), self.hit_ranks[q].tolist(), self.hit_scores[q].tolist(), strict=True)
         shown = set(self.ids[q, :k].tolist())
         return [hit for hit in found if hit[0] >= 0 and hit[0] not in shown][:n]

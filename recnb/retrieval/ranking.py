@@ -111,13 +111,26 @@ def score_ranks(
 
 
 def tile_shape(gallery: Rows, memory: int, counted: bool = True) -> tuple[int, int]:
-    """Return queries and gallery rows of one block of scores."""
+    """Return queries and gallery rows of one block of scores.
+
+    Args:
+        gallery: the gallery, made ready.
+        memory: bytes of working memory.
+        counted: whether the block is counted, and should stay in a core's cache.
+    """
     queries, columns = CPU_TILE if counted and gallery.device.type == "cpu" else LARGE_TILE
     return queries, max(64, min(columns, memory // (32 * max(gallery.width, queries))))
 
 
 def label_blocks(share: np.ndarray, protocol: Protocol, memory: int, limit: int) -> Iterator[np.ndarray]:
-    """Yield queries in the order of labels, in blocks whose scores with all their labels' items fit in the memory."""
+    """Yield queries in the order of labels, in blocks whose scores with all their labels' items fit in the memory.
+
+    Args:
+        share: the query numbers to do.
+        protocol: who matches whom.
+        memory: bytes of working memory.
+        limit: the most queries of a block.
+    """
     labels, start = protocol.label[0][share], protocol.by_label.start
     order = np.argsort(labels, kind="stable")
     block: list[int] = []
@@ -142,7 +155,13 @@ def tiles(blocks: list[Block], right: Tensor) -> Iterator[tuple[Block, Tensor]]:
 
 
 def product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
-    """Return left @ right.T (B, C). A single row is doubled: as a vector, some processors add its terms otherwise."""
+    """Return left @ right.T (B, C). A single row is doubled: as a vector, some processors add its terms otherwise.
+
+    Args:
+        left: (B, width).
+        right: (C, width).
+        out: (B, C) where the result is written, or None.
+    """
     if min(len(left), len(right)) > 1:
         return torch.mm(left, right.T, out=out)
     left2, right2 = (rows.repeat(2, 1) if len(rows) == 1 else rows for rows in (left, right))

@@ -87,7 +87,13 @@ class Rows:
         return torch.cat([rows, rows.square().sum(1, keepdim=True) / -2], 1)
 
     def scale(self, query: Rows, queries: Index, rows: Index) -> Tensor | float:
-        """Return what float32 rounding is relative to: the products of the norms (len(queries), len(rows))."""
+        """Return what float32 rounding is relative to: the products of the norms (len(queries), len(rows)).
+
+        Args:
+            query: the other side of the comparison.
+            queries: some of its rows.
+            rows: some rows of this side.
+        """
         if self.distance == "cosine":
             return 1.0
         left = query.norms[torch.as_tensor(queries, device=query.device)][:, None]
@@ -130,7 +136,13 @@ def pair(
 
 
 def spans(length: int, step: int, start: int = 0) -> list[slice]:
-    """Return consecutive slices of at most `step` that cover range(start, length)."""
+    """Return consecutive slices of at most `step` that cover range(start, length).
+
+    Args:
+        length: where the last one ends.
+        step: the most places of each.
+        start: where the first one begins.
+    """
     return [slice(i, min(i + step, length)) for i in range(start, length, step)]
 
 

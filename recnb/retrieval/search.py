@@ -126,7 +126,16 @@ class Index:
         return self
 
     def search(self, query: Array, k: int = 10, model: str | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Return scores (Q, k) and ids (Q, k), best first, equal scores by id; -infinity and -1 where there is none."""
+        """Return scores (Q, k) and ids (Q, k), best first, equal scores by id; -infinity and -1 where there is none.
+
+        Args:
+            query: (Q, D).
+            k: how many neighbours.
+            model: the fingerprint of the model that made the queries, compared with the index's.
+
+        Raises:
+            ValueError: The index is empty, or dimensions or the model are others.
+        """
         if not len(self):
             raise ValueError("the index is empty: add vectors before searching")
         rows = Rows(query, self.distance, "query", "cpu")
@@ -197,7 +206,16 @@ class Index:
 
     @classmethod
     def load(cls, path: str | Path, dimension: int | None = None, model: str | None = None) -> Index:
-        """Return the index saved in a folder; raise ValueError where it is damaged or of another model or size."""
+        """Return the index saved in a folder.
+
+        Args:
+            path: the folder.
+            dimension: of the vectors that are going to be searched, where that is known.
+            model: the fingerprint of the model that makes them, where that is known.
+
+        Raises:
+            ValueError: The index is damaged, or of another dimension or model.
+        """
         folder = Path(path)
         try:
             index = cls._read(folder)

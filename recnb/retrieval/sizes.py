@@ -16,7 +16,13 @@ STREAMED, VISITED = 10e9, 1.5e9  # bytes a second of one core: in a row, and lis
 
 
 def auto_factory(count: int, dimension: int, distance: str = "cosine") -> str:
-    """Return the faiss factory string that suits so many vectors: exact, then lists of vectors, then lists of codes."""
+    """Return the faiss factory string that suits so many vectors: exact, then lists of vectors, then lists of codes.
+
+    Args:
+        count: how many vectors.
+        dimension: of a vector; of bits, in bytes.
+        distance: as in `recnb.retrieval.Index`.
+    """
     if distance == "hamming":
         return "BFlat"
     if count < EXACT:
@@ -59,5 +65,12 @@ def plan(count: int, dimension: int) -> dict[str, str | float]:
 
 
 def costs(factory: str, held: float, read: float, speed: float) -> dict[str, str | float]:
-    """Return a row of `plan`: bytes held and read as GB and MB, and the time that reading takes."""
+    """Return a row of `plan`.
+
+    Args:
+        factory: the kind of index.
+        held: bytes of memory.
+        read: bytes that a query reads.
+        speed: bytes that a core reads in a second.
+    """
     return {"factory": factory, "GB": held / 1e9, "MB read": read / 1e6, "ms": 1e3 * read / speed}

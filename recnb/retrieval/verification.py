@@ -149,7 +149,14 @@ def roc_metrics(
 
 
 def histogram(scores: Tensor, low: float, high: float, levels: int) -> np.ndarray:
-    """Return how many scores lie in each of `levels` equal steps from `low` to `high`, (levels,); -infinity in none."""
+    """Return how many scores lie in each of `levels` equal steps from `low` to `high`, (levels,); -infinity in none.
+
+    Args:
+        scores: of any shape, used up.
+        low: the lowest possible score.
+        high: the highest possible score.
+        levels: how many steps.
+    """
     step = (high - low) / levels
     place = scores.clamp_min(low - step).sub_(low).div_(step).add_(1).to(torch.int32)  # -infinity goes to place 0
     return torch.bincount(place.flatten(), minlength=levels + 1)[1:].cpu().numpy()
@@ -175,7 +182,14 @@ def _range(query: Rows, gallery: Rows) -> tuple[float, float, int]:
 
 
 def pair_scores(query: Rows, gallery: Rows, protocol: Protocol, memory: int) -> Iterator[tuple[int, Tensor]]:
-    """Yield (1, scores of positive pairs) and (0, scores of negative pairs, -infinity for all other pairs)."""
+    """Yield (1, scores of positive pairs) and (0, scores of negative pairs, -infinity for all other pairs).
+
+    Args:
+        query: the queries, made ready.
+        gallery: the gallery, made ready.
+        protocol: who matches whom.
+        memory: bytes of working memory.
+    """
     limit, width = tile_shape(gallery, memory, counted=False)
     for queries in label_blocks(share(protocol, np.arange(len(query))), protocol, memory, limit):
         block = Block(protocol, queries, query.queries(queries))

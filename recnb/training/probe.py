@@ -80,7 +80,14 @@ def keep(model: RecModel, loader: ImageLoader, images: ImageList, folder: Path, 
 
 
 def outputs(model: RecModel, loader: ImageLoader, images: ImageList, seed: int | None) -> Iterator[Tensor]:
-    """Yield what the backbone gives for the images, in the order of the list and in evaluation mode."""
+    """Yield what the backbone gives for the images, in the order of the list and in evaluation mode.
+
+    Args:
+        model: its backbone.
+        loader: loads images as these are to be loaded.
+        images: the list.
+        seed: draws the augmentation, for each image by itself; None: nothing is drawn.
+    """
     device, size = next(model.parameters()).device, batch_size(loader)
     how = {}
     if seed is not None:  # a seed for each image, so that the number of workers changes nothing

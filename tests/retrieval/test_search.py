@@ -268,9 +268,12 @@ def test_an_index_goes_to_parquet_and_comes_back(distance, factory, tmp_path, mo
 
 def test_lists_of_codes_find_their_centres_by_a_graph():
     x = np.random.default_rng(0).normal(size=(2000, 16)).astype(np.float32)
-    index = Index("cosine", "IVF32_HNSW32,PQ8x4fsr").add(x)
-    lists = faiss.extract_index_ivf(index.faiss)
-    assert lists.nprobe == 8 and faiss.downcast_index(lists.quantizer).hnsw.efSearch == 16
+    for index, visited in (
+        (Index(factory="IVF32_HNSW32,PQ8x4fsr"), 8),
+        (Index(factory="IVF32_HNSW32,PQ8x4fsr", effort=12), 12),
+    ):
+        lists = faiss.extract_index_ivf(index.add(x).faiss)
+        assert lists.nprobe == visited and faiss.downcast_index(lists.quantizer).hnsw.efSearch == 2 * visited
 
 
 def test_centres_are_found_in_two_steps_also_among_copies():
