@@ -318,17 +318,19 @@ def augmentation_figure(loader: ImageLoader, count: int = 8) -> Figure:
 
 
 def history_figure(history: pd.DataFrame) -> Figure:
-    """Draw the content of history.csv in two panels over the epochs: the losses, and the retrieval metrics."""
+    """Draw the content of history.csv over the epochs: the losses, and beside them the metrics if it has any."""
     losses = [column for column in history if "loss" in column.lower()]
-    metrics = [column for column in history if column not in (*losses, "epoch", "lr")]
-    figure, axes = plots(2)
-    for ax, columns, title in zip(axes, (losses, metrics), ("loss", "retrieval"), strict=True):
+    metrics = [column for column in history.dropna(axis=1, how="all") if column not in (*losses, "epoch", "lr")]
+    panels = {"loss": losses, **({"retrieval": metrics} if metrics else {})}
+    figure, axes = plots(len(panels), 5 * len(panels))
+    for ax, (title, columns) in zip(axes, panels.items(), strict=True):
         for column, style in zip(columns, cycle(STYLES)):
             _draw_epochs(ax, history, column, column, style)
         ax.set_title(title)
         if columns:
             ax.legend(frameon=False, fontsize=8)
-    axes[1].set_ylim(0, 1.02)
+        if title == "retrieval":
+            ax.set_ylim(0, 1.02)
     return figure
 
 
@@ -377,6 +379,7 @@ def before_after_figure(table: pd.DataFrame) -> Figure:
     ticks = [f"{row.Index}\n{row.before:.3f} → {row.after:.3f}" for row in table.itertuples()]
     ax.set_xticks(places, ticks, fontsize=10)
     ax.set(ylim=(0, 1.25 * max(tops.max(), 0.1)))
+    ax.set_yticks([tick for tick in ax.get_yticks() if tick <= 1])  # above is room for the differences
     ax.grid(axis="x", visible=False)
     figure.legend(frameon=False, fontsize=9, loc="outside upper left", ncols=2)
     return figure

@@ -11,7 +11,7 @@ import contextlib
 import shutil
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
@@ -131,12 +131,23 @@ class Ladder:
 
     def figure(self) -> Figure:
         """Return each rung's metric with its interval, the kept one marked."""
-        rows = [
-            {"name": name, "value": row[self.metric], "low": row.low, "high": row.high, "kept": row.kept}
-            | {"note": f"{row.gain:+.3f}, {row.minutes:.1f} min" if name != "start" else ""}
-            for name, row in self.table().iterrows()
-        ]
-        return ladder_figure(rows, self.metric, next((rung.way for rung in self.rungs if rung.way), None))
+        return rungs_figure(self.table(), next((rung.way for rung in self.rungs if rung.way), None))
+
+
+def rungs_figure(table: pd.DataFrame, way: Mapping[float, float] | None = None) -> Figure:
+    """Return the figure of a table of rungs.
+
+    Args:
+        table: `Ladder.table`, or what ladder.csv has of it, with the rungs as its index.
+        way: the metric of the weights in between by their share, where it is known.
+    """
+    metric = table.columns[1]
+    rows = [
+        {"name": name, "value": row[metric], "low": row.low, "high": row.high, "kept": row.kept}
+        | {"note": f"{row.gain:+.3f}, {row.minutes:.1f} min" if name != "start" else ""}
+        for name, row in table.iterrows()
+    ]
+    return ladder_figure(rows, metric, way)
 
 
 def climb(cfg: dict, run: Path, show: Callable[[Ladder], object] | None = None) -> tuple[RetrievalLearner, Ladder]:

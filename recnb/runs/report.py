@@ -13,6 +13,7 @@ from recnb.gallery.report import Section, report_html
 from recnb.registry import ConfigError
 from recnb.runs.analysis import Embeddings, confused, identities, judge, of_run, overview_figure
 from recnb.runs.folder import Run, load_run
+from recnb.runs.ladder import rungs_figure
 from recnb.runs.verdict import spoken, verdict
 
 WORST = 15  # identities
@@ -32,6 +33,7 @@ def report(folder: str | Path) -> Path:
     table["metric"] = table.metric.map(spoken)
     said, sections = judged(run)
     sections += [
+        *climbed(run),
         Section("Metrics", "With their 95 % intervals, for other identities of the same kind.", table=table),
         Section("Training", figure=history_figure(run.history), alt="losses and metrics by epoch"),
         Section("Curves", figure=overview_figure(data), alt="found by rank, similarity of pairs, average precision"),
@@ -53,6 +55,15 @@ def judged(run: Run) -> tuple[str, list[Section]]:
         return f"Whether training helped is not known: {error}.", []
     rows = result.table().rename(index=spoken).reset_index()
     return f"{result}.", [Section("Before and after", figure=result.figure(), alt=str(result), table=rows)]
+
+
+def climbed(run: Run) -> list[Section]:
+    """Return the section of the rungs that were tried, none where no ladder was climbed."""
+    if not (run.folder / "ladder.csv").is_file():
+        return []
+    table = pd.read_csv(run.folder / "ladder.csv", index_col="rung")
+    text = "What was tried, judged on validation identities; in bold what is kept."
+    return [Section("The ladder", text, figure=rungs_figure(table), alt="mAP of each rung with its interval")]
 
 
 def gallery(run: Run) -> Section:

@@ -42,4 +42,11 @@ def test_a_run_without_the_queries_of_the_start_or_without_pictures_has_a_report
     (bare / "config.yaml").write_text(yaml.safe_dump(cfg))
     page = report(bare).read_text(encoding="utf-8")
     assert "Whether training helped is not known" in page and "Before and after" not in page
+    (bare / "ladder.csv").write_text(
+        "rung,what,mAP,low,high,gain,minutes,kept\n"
+        "start,as it comes,0.5,0.4,0.6,0,1,False\n"
+        "probe,,0.7,0.6,0.8,0.2,2,True\n"
+    )
+    (bare / "history.csv").write_text("epoch,lr,train_loss,mAP\n1,0.1,2.0,\n")  # a rung trained again is not judged
+    assert 'aria-label="The ladder"' in report(bare).read_text(encoding="utf-8")
     assert "No pictures: the picture" in page and "<article" not in page
