@@ -72,9 +72,9 @@ def opened(run: Path) -> None:
 
 
 def seconds(work: Callable) -> float:
-    """The least time of five."""
+    """The least time of three."""
     times = []
-    for _ in range(5):
+    for _ in range(3):
         began = time.perf_counter()
         work()
         times.append(time.perf_counter() - began)

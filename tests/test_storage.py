@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import soak
 
 from recnb import storage as files
 from recnb.storage import LockedError, as_meant, harmless, locked, owner
@@ -97,6 +98,21 @@ def test_eight_processes_at_once_never_write_together_whoever_owned_the_folder_b
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"^18 of 18 rounds had one owner at a time", done.stdout, re.MULTILINE)
     assert "2 rounds of 8 processes, a stopped owner before them" in done.stdout
+
+
+def test_the_command_that_kills_recnb_start_counts_what_did_not_end_the_same(tmp_path, monkeypatch, capsys):
+    def journey(photos, to):
+        log = to.with_suffix(".log").open("a")
+        code = "import time; print('[1/5] 01_prepare: lists', flush=True); time.sleep(0.3)"
+        return subprocess.Popen([sys.executable, "-c", code], stdout=log)
+
+    monkeypatch.setattr(soak, "journey", journey)
+    monkeypatch.setattr(soak, "arrived", lambda to: {"model.safetensors": "the same"})
+    journeys, failed = soak.soak_start(tmp_path, 3, 0)
+    assert journeys >= 1 and failed == 0 and "recnb start killed" in capsys.readouterr().out
+    monkeypatch.setattr(soak, "arrived", lambda to: {"model.safetensors": to.name})
+    journeys, failed = soak.soak_start(tmp_path / "other", 2, 0)
+    assert failed == journeys >= 1 and "DIFFERS in model.safetensors" in capsys.readouterr().out
 
 
 def test_what_a_killed_owner_had_begun_to_write_goes_with_its_lock(tmp_path, capsys):
