@@ -2,11 +2,11 @@
 
     python benchmarks/imports.py            a JSON line for each; those of the names alone with --names
 
-Run it on an idle machine. Each name is asked for in interpreters of its own, the best of three. `loaded` has the
-packages that take most of it, in seconds of Python's option -X importtime, each without those that it imports; it
-doubles small ones. The training is that of the demo, one epoch of it, whose images have been drawn before: `first step`
-is when the first step of the optimizer has been made, `core seconds` what all processes have worked until then, and
-`cells` how long each cell before it has run.
+Run it on an idle machine; `core seconds` are what a core works, whatever else it has to do. Each name is asked for in
+interpreters of its own, the best of three. `loaded` has the packages that take most of it, in percent, each without
+those that it imports, by Python's option -X importtime. The training is that of the demo, one epoch of it, whose images
+have been drawn before: `first step` is when the first step of the optimizer has been made, and `cells` is how long each
+cell before it has run.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ NAMES = {
     "load_config": ["-c", "from recnb import load_config; load_config('configs/demo.yaml')"],
     "build_learner": ["-c", "from recnb import build_learner"],
 }
-LEAST = 0.05  # seconds of a package that is worth naming
+LEAST = 2  # percent that are worth naming
 
 
 def named(words: list[str]) -> dict:
@@ -46,10 +46,11 @@ def named(words: list[str]) -> dict:
     loaded: Counter = Counter()
     for own, module in re.findall(r"^import time: +(\d+) \| +\d+ \| +([\w.]+)$", told, re.MULTILINE):
         loaded[two_levels(module)] += int(own) / 1e6
+    shares = [(name, 100 * took / loaded.total()) for name, took in loaded.most_common()]
     return {
         "seconds": round(min(times), 2),
         "core seconds": round(min(worked), 2),
-        "loaded": {name: round(took, 2) for name, took in loaded.most_common() if took >= LEAST},
+        "loaded": {name: round(share) for name, share in shares if share >= LEAST and loaded.total() > 0.1},
     }
 
 
@@ -83,7 +84,7 @@ def first_step() -> dict:
         "first step": round(seconds, 1),
         "core seconds": round(worked, 1),
         "until its kernel runs": round(start - clock, 1),
-        "cells": {name: took[name] for name in before if took[name] >= LEAST},
+        "cells": {name: took[name] for name in before},
     }
 
 

@@ -21,15 +21,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 import torch
 
 from recnb.retrieval.protocol import Protocol, compared, make_protocol
 from recnb.retrieval.ranking import TIE, embedding_ranks, score_ranks, share, sum_over_processes
 from recnb.retrieval.scores import MEMORY, Array, exact, to_numpy
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Values = dict[str, float]
 Arrays = dict[str, np.ndarray]  # one entry per query
@@ -168,6 +170,8 @@ def per_class(arrays: Arrays, query_labels: Array, columns: Sequence[str] = ("AP
         query_labels: (Q,) the labels given there.
         columns: which arrays; "queries" is added, the number of the label's queries with a positive.
     """
+    import pandas as pd  # a fifth of the time that the rest of this chapter takes to load
+
     valid = arrays["valid"]
     table = pd.DataFrame({name: arrays[name][valid] for name in columns}).groupby(to_numpy(query_labels)[valid])
     result = table.mean().assign(queries=table.size())
