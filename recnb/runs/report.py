@@ -13,7 +13,7 @@ from recnb.gallery.report import Section, report_html
 from recnb.registry import ConfigError
 from recnb.runs.analysis import Embeddings, confused, identities, judge, of_run, overview_figure
 from recnb.runs.folder import Run, load_run
-from recnb.runs.ladder import rungs_figure
+from recnb.runs.rungs import rungs_figure
 from recnb.runs.verdict import spoken, verdict
 
 WORST = 15  # identities

@@ -13,6 +13,7 @@ from recnb.registry import ConfigError
 from recnb.runs import ladder
 from recnb.runs.experiment import train
 from recnb.runs.folder import load_run
+from recnb.runs.rungs import Rung, best
 from recnb.storage import seal
 from recnb.training.checkpoints import numbered
 
@@ -80,7 +81,7 @@ def test_a_climb_that_is_interrupted_in_any_rung_keeps_the_same_rung_and_bits(
     for name in ("model.safetensors", "queries.csv", "metrics.json"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "run" / name).read_bytes(), name
 
-    monkeypatch.setattr(ladder, "best", lambda climbed, metric: climbed[-1])
+    monkeypatch.setattr("recnb.runs.rungs.best", lambda climbed, metric: climbed[-1])
     table = climbed(cfg, tmp_path / "again")[1]
     assert table.kept["average"], "and it is trained again on all images"
     assert table.what["interpolate"] == "between the start and the fine-tuned weights, 0.5 of the way"
@@ -139,9 +140,9 @@ def test_too_few_identities_to_hold_any_out(config_file, tmp_path, pretrained, d
         split_lists(cfg, tmp_path)
 
 
-def rung(name: str, before: list[float], after: list[float]) -> ladder.Rung:
+def rung(name: str, before: list[float], after: list[float]) -> Rung:
     labels = [f"id {i // 2}" for i in range(len(before))]
-    return ladder.Rung(name, {}, pd.DataFrame({"label": labels, "mAP_before": before, "mAP_after": after}))
+    return Rung(name, {}, pd.DataFrame({"label": labels, "mAP_before": before, "mAP_after": after}))
 
 
 def test_a_gain_that_the_images_cannot_show_is_not_kept():
@@ -150,5 +151,5 @@ def test_a_gain_that_the_images_cannot_show_is_not_kept():
     surely = rung("whiten", values, [v + 0.05 for v in values])
     chance = rung("probe", values, [v + (2.1 if i == 3 else 0.0) for i, v in enumerate(values)])
     worse = rung("finetune", values, [v - 0.05 for v in values])
-    assert ladder.best([start, chance, worse], "mAP") is start
-    assert ladder.best([start, surely, chance, worse], "mAP") is surely
+    assert best([start, chance, worse], "mAP") is start
+    assert best([start, surely, chance, worse], "mAP") is surely
