@@ -15,7 +15,7 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -136,12 +136,17 @@ def check_sums(folder: Path) -> dict[str, str]:
     if own != f"{hashlib.sha256(lines).hexdigest()} are the lines above\n".encode():
         raise ConfigError(f"{folder / SUMS}: is missing or damaged; make the folder again, or take a whole copy")
     wanted = {name: digest for digest, _, name in (line.partition("  ") for line in lines.decode().splitlines())}
+    check_files(folder, wanted)
+    return wanted
+
+
+def check_files(folder: Path, wanted: Mapping[str, str]) -> None:
+    """Raise ConfigError, which names the file, unless all have the SHA-256 that stands with their names."""
     for name, digest in wanted.items():
         if not (folder / name).is_file() or sha256(folder / name) != digest:
             raise ConfigError(
                 f"{folder / name}: is missing or not as it was written; make the folder again, or take a whole copy"
             )
-    return wanted
 
 
 class LockedError(RuntimeError):

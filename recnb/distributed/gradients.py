@@ -9,6 +9,7 @@ otherwise its statistics are each process's own. The weights of sharded heads st
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -71,7 +72,8 @@ class AverageGradients:
     """
 
     def __init__(self) -> None:
-        self.group = dist.new_group(timeout=TIMEOUT)
+        group = cast(dist.ProcessGroup, dist.new_group(timeout=TIMEOUT))
+        self.start = partial(dist.all_reduce, group=group, async_op=True)
         self.buckets: list[list[Tensor]] = []
         self.number: dict[Tensor, int] = {}  # of a parameter's bucket
         self.hooks: list[RemovableHandle] = []
@@ -104,10 +106,6 @@ class AverageGradients:
         gradients = [gradient.values() if gradient.is_sparse else gradient for gradient in found]
         flat = torch.cat([gradient.flatten() for gradient in gradients])
         self.sent.append((flat, gradients, self.start(flat)))
-
-    def start(self, flat: Tensor) -> Any:
-        """Start to sum a vector over the processes; what is returned can be waited for."""
-        return dist.all_reduce(flat, group=cast(dist.ProcessGroup, self.group), async_op=True)
 
     def finish(self) -> None:
         """Send what is left, and wait until each gradient is its mean; all processes have to call it."""

@@ -77,16 +77,25 @@ def anywhere(flag: bool, device: torch.device) -> bool:
     return bool(raised)
 
 
+def from_all(own) -> list:
+    """The objects of all processes, in their order."""
+    found = [own] * ranks()[1]
+    if len(found) > 1:
+        dist.all_gather_object(found, own)
+    return found
+
+
+def own_part(files: dict) -> dict:
+    """The entries that this process takes, where each takes some."""
+    return dict([*files.items()][ranks()[0] :: ranks()[1]])
+
+
 def joined(features: Tensor) -> Tensor:
     """The features (N, D) of a whole list on every process, from each one's share of them, on the CPU."""
-    world = ranks()[1]
-    if world == 1:
-        return features
-    parts: list = [None] * world
-    dist.all_gather_object(parts, features)
+    parts = from_all(features)
     whole = features.new_empty(sum(map(len, parts)), *features.shape[1:])
     for number, part in enumerate(parts):
-        whole[number::world] = part
+        whole[number :: len(parts)] = part
     return whole
 
 

@@ -8,17 +8,22 @@ this is the plain thing.
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Hashable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from recnb.distributed.processes import Total, ranks, share
 
 BLOCK = 1024  # rows drawn by one generator
+JOINED = 1 << 27  # bytes up to which a sharded weight is kept as one
+PIECE = 1 << 24  # bytes of rows read at a time
 
 
 def draw_rows(weight: Tensor, rows: range, draw: Callable) -> Tensor:
@@ -119,7 +124,7 @@ def per_row(value, p: Tensor) -> bool:
 def sharded_weights(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict[Hashable, int]:
     """The number of all ranks' rows of each sharded weight, by its name in the model's `state_dict()`.
 
-    With an optimizer by its number in `optimizer.state_dict()["state"]`. `merge`, `split` and `collect` take either.
+    With an optimizer by its number in `optimizer.state_dict()["state"]`. `split` and `collect` take either.
     """
     counts: dict[Hashable, int] = {
         f"{name}.weight".lstrip("."): part.class_num
@@ -133,45 +138,77 @@ def sharded_weights(model: nn.Module, optimizer: torch.optim.Optimizer | None = 
     return {i: named[p] for i, p in enumerate(order) if p in named}
 
 
-def merge(states: Sequence[dict], counts: dict[Hashable, int]) -> dict:
-    """One state of all rows from those of all ranks, in their order; what is not sharded comes from the first."""
+class OwnRows(NamedTuple):
+    """This rank's rows of a tensor that no process can hold, to be written where they are."""
 
-    def join(entries: list):
-        if isinstance(entries[0], dict):
-            return {key: join([entry[key] for entry in entries]) for key in entries[0]}
-        return torch.cat(entries) if isinstance(entries[0], Tensor) and entries[0].dim() else entries[0]
-
-    return states[0] | {key: join([state[key] for state in states]) for key in counts if key in states[0]}
+    tensor: Tensor
 
 
-def split(state: dict, counts: dict[Hashable, int], rank: int | None = None, world: int | None = None) -> dict:
-    """The state of a rank (this one) of `world` (as many as run) from that of all rows."""
+class Rows:
+    """All rows of such a tensor, to be read in part: one file behind the other holds some of them, under one name."""
 
-    def cut(entry, count: int):
-        if isinstance(entry, dict):
-            return {key: cut(value, count) for key, value in entry.items()}
-        if not isinstance(entry, Tensor) or not entry.dim():
+    def __init__(self, name: str, files: Sequence[Path]):
+        self.name, self.files = name, files
+
+    def __len__(self) -> int:
+        return sum(self.part(path).get_shape()[0] for path in self.files)
+
+    def part(self, path: Path) -> Any:
+        """The rows of a file, not read yet. What is read of them stays in memory until they are let go."""
+        return safe_open(path, "pt").get_slice(self.name)
+
+    def read(self, rows: range, into: Tensor | None = None) -> Tensor:
+        """Some of all rows (len(rows), ...), written over `into` where that is given; only they are read."""
+        one = self.part(self.files[0])[:1]
+        found = one.new_empty(len(rows), *one.shape[1:]) if into is None else into
+        start, piece = 0, max(PIECE // one.nbytes, 1)
+        for path in self.files:
+            stop = start + self.part(path).get_shape()[0]
+            for first in range(max(start, rows.start), min(stop, rows.stop), piece):
+                last = min(first + piece, stop, rows.stop)
+                found[first - rows.start : last - rows.start] = self.part(path)[first - start : last - start]
+            start = stop
+        return found
+
+
+def split(state: dict, counts: dict[Hashable, int], into: Mapping[Any, Tensor] | None = None) -> dict:
+    """Return the state of this rank from that of all rows.
+
+    Args:
+        state: A tensor of it may be `Rows`.
+        counts: The number of all rows, as `sharded_weights` says it.
+        into: Tensors that rows are written over, where there is one of their name.
+
+    Raises:
+        ValueError: A tensor has another number of rows.
+    """
+
+    def cut(key: Hashable, entry, _: str):
+        if not has_rows(entry):
             return entry
-        if len(entry) != count:
-            raise ValueError(f"a state of {len(entry)} rows cannot be divided as one of {count} classes")
-        rows = share(count, rank, world)
+        if len(entry) != counts[key]:
+            raise ValueError(f"a state of {len(entry)} rows cannot be divided as one of {counts[key]} classes")
+        rows = share(counts[key])
+        if isinstance(entry, Rows):
+            return entry.read(rows, (into or {}).get(key))
         return entry[rows.start : rows.stop].clone()  # a view would keep all rows in memory
 
-    return state | {key: cut(state[key], count) for key, count in counts.items() if key in state}
+    return state | {key: changed(state[key], partial(cut, key)) for key in counts if key in state}
 
 
 def collect(state: dict, counts: dict[Hashable, int]) -> dict:
     """On rank 0 the state of all rows, on the CPU; elsewhere that of the rank. Every rank has to call it.
 
-    One rank's rows travel at a time, so that no device needs room for more than two shares.
+    One rank's rows travel at a time, so that no device needs room for more than two shares. Of tensors too large for
+    one process each rank gets its `OwnRows`.
     """
     rank, world = ranks()
 
-    def fetch(entry, count: int):
-        if isinstance(entry, dict):
-            return {key: fetch(value, count) for key, value in entry.items()}
-        if not isinstance(entry, Tensor) or not entry.dim() or world == 1:
+    def fetch(count: int, entry, _: str):
+        if not has_rows(entry) or world == 1:
             return entry
+        if entry[:1].nbytes * count > JOINED:
+            return OwnRows(entry)
         if rank:
             dist.send(entry.detach().contiguous(), 0)
             return entry
@@ -184,4 +221,18 @@ def collect(state: dict, counts: dict[Hashable, int]) -> dict:
             whole[rows.start : rows.stop] = part
         return whole
 
-    return state | {key: fetch(state[key], count) for key, count in counts.items() if key in state}
+    return state | {key: changed(state[key], partial(fetch, count)) for key, count in counts.items() if key in state}
+
+
+def has_rows(entry) -> bool:
+    """Whether an entry of a state is one of rows, here or in files."""
+    return isinstance(entry, Rows) or (isinstance(entry, Tensor) and entry.dim() > 0)
+
+
+def changed(entry, change: Callable, place: str = ""):
+    """Nested dicts and lists with `change(entry, its keys with dots between)` in place of each entry."""
+    if isinstance(entry, dict):
+        return {key: changed(value, change, f"{place}.{key}".lstrip(".")) for key, value in entry.items()}
+    if isinstance(entry, list):
+        return [changed(value, change, f"{place}.{i}") for i, value in enumerate(entry)]
+    return change(entry, place)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 from urllib.parse import urlsplit
 
 import torch
@@ -16,38 +18,64 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from recnb.distributed.processes import own_part
+from recnb.distributed.rows import Rows
 from recnb.models.cutting import classifiers, first_line, kind, listed
 from recnb.models.paddle import converted, read_pdparams
 from recnb.registry import ConfigError
-from recnb.storage import replacing, resolve
+from recnb.storage import check_files, replacing, resolve
 
 HEAD = re.compile(r"(models\.\w+\.)?head\.")  # its classes are those of the data it was trained on
 LOCAL_WEIGHTS = "give a local file in Arch.Backbone.pretrained, or False"
 
 
-def save_weights(state: Mapping[str, Tensor], path: Path) -> None:
-    """Write a state dict as a .safetensors file that knows its checksum, whole or not at all."""
-    state = {name: value.contiguous() for name, value in state.items()}
+def save_weights(state: Mapping[str, Any], path: Path, apart: Mapping[str, str] | None = None) -> None:
+    """Write a state dict as a .safetensors file that knows its checksum, whole or not at all.
+
+    Args:
+        state: Its tensors are written.
+        path: The file.
+        apart: The files beside it that hold further rows, in their order, and their SHA-256.
+    """
+    state = {name: value.contiguous() for name, value in state.items() if isinstance(value, Tensor)}
+    rows = json.dumps(apart) if apart else ""
     with replacing(path) as temporary:
-        save_file(state, temporary, {"sha256": checksum(state)})
+        save_file(state, temporary, {"sha256": checksum(state, rows), **({"rows": rows} if rows else {})})
 
 
-def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """Return the tensors of a .safetensors file; raise ConfigError where it is damaged."""
+def read_weights(path: str | Path, in_part: bool = False) -> dict[str, Any]:
+    """Return the tensors of a .safetensors file.
+
+    Args:
+        path: The file; others beside it may hold rows of some tensors.
+        in_part: Whether these tensors are `Rows`, to be read in part, and each process checks its share of their files.
+
+    Raises:
+        ConfigError: It or one of the others is damaged.
+    """
     try:
         with safe_open(path, "pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}
-            known = file.metadata()
+            known = file.metadata() or {"format": ""}
     except Exception as error:  # the library has errors of its own, with no class in common
         raise ConfigError(f"{path} cannot be read as weights: {error}") from error
-    if known and "format" not in known and known != {"sha256": checksum(state)}:  # others' files give their format
+    text = known.get("rows", "")
+    if "format" not in known and known.get("sha256") != checksum(state, text):  # others' files give their format
         raise ConfigError(f"{path} has changed since it was written; take a whole copy, or train again")
-    return state
+    return state | (rows_beside(Path(path), json.loads(text), in_part) if text else {})
 
 
-def checksum(state: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 of tensors with their names, kinds and shapes, in hexadecimal."""
-    digest = hashlib.sha256()
+def rows_beside(path: Path, apart: dict[str, str], in_part: bool) -> dict[str, Any]:
+    """Return what `read_weights` finds in the files beside a file of weights, by their names and SHA-256."""
+    check_files(path.parent, own_part(apart) if in_part else apart)
+    files = [path.with_name(name) for name in apart]
+    found = {name: Rows(name, files) for name in safe_open(files[0], "pt").keys()}
+    return {name: rows if in_part else rows.read(range(len(rows))) for name, rows in found.items()}
+
+
+def checksum(state: Mapping[str, Tensor], text: str = "") -> str:
+    """Return the SHA-256 of tensors with their names, kinds and shapes, and of a text, in hexadecimal."""
+    digest = hashlib.sha256(text.encode())
     for name, value in sorted(state.items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
         digest.update(value.detach().cpu().flatten().view(torch.uint8).numpy().data)

@@ -10,16 +10,19 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from secrets import token_hex
+from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import nn
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
-from recnb.distributed.processes import anywhere, ranks
-from recnb.distributed.rows import collect, sharded_weights, split
+from recnb.distributed.processes import anywhere, from_all, own_part, ranks
+from recnb.distributed.rows import OwnRows, Rows, changed, collect, sharded_weights, split
 from recnb.models import weights
 from recnb.registry import ConfigError
-from recnb.storage import check_seal, link_or_copy, replacing, seal
+from recnb.storage import check_files, check_seal, link_or_copy, replacing, seal, sha256
 from recnb.training.adaptor import Callback, Learner
 from recnb.training.guard import TrainingError, Wish
 from recnb.training.plan import FitState, Keeping
@@ -98,13 +101,9 @@ class Checkpoints(Callback):
             "callbacks": {cb.name: cb.state_dict() for cb in self.learn.cbs if hasattr(type(cb), "state_dict")},
         }
         path = self.folder / "latest.pt"
-        if ranks()[0]:
-            return
         try:
-            with replacing(path) as temporary:
-                torch.save(state, temporary)
-                seal(temporary)
-        except (OSError, RuntimeError) as error:  # torch's writer has no error of its own
+            write(state, path, keep, path.stem if batch else f"epoch_{epoch}")
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch's writer has no error of its own
             intact = "the one before it is intact" if path.exists() else "there is none yet"
             raise TrainingError(f"{path}: the checkpoint cannot be written, {intact} ({error})") from error
 
@@ -115,10 +114,11 @@ class Checkpoints(Callback):
             return
         link_or_copy(latest, self.folder / f"epoch_{epoch}.pt")  # `latest` is replaced, never rewritten: a link will do
         for path in numbered(self.folder)[:-last] if last else ():
-            path.unlink()
+            for old in (path, *self.folder.glob(f"{path.stem}-*{APART}")):
+                old.unlink()
 
     def save_best(self) -> None:
-        save_weights(whole_states(self.judged)[0], self.folder / "best.safetensors")
+        save_weights(self.judged, self.folder / "best.safetensors")
 
 
 def numbered(folder: Path) -> list[Path]:
@@ -126,20 +126,63 @@ def numbered(folder: Path) -> list[Path]:
     return sorted(folder.glob("epoch_*.pt"), key=lambda path: int(path.stem.split("_")[1]))
 
 
-def save_weights(state: dict[str, torch.Tensor], path: Path) -> None:
-    """Write a state dict as a .safetensors file, in the first process."""
-    if ranks()[0] == 0:
-        weights.save_weights(state, path)
+def keep(state: dict[str, Any], path: Path, apart: dict[str, str]) -> None:
+    """Write a state as a checkpoint, with the names of its files of rows."""
+    with replacing(path) as temporary:
+        torch.save({**state, "apart": apart}, temporary)
+        seal(temporary)
+
+
+def save_weights(model: nn.Module, path: Path) -> None:
+    """Write a model's weights, in the first process; all have to call it."""
+    write(whole_states(model)[0], path, weights.save_weights, path.stem)
+
+
+APART, MARK = ".rows.safetensors", "rows: "  # how files of rows end, and what stands in a state in place of them
+
+
+def write(state: dict[str, Any], path: Path, save: Callable = keep, name: str = "latest") -> None:
+    """Write a state, in the first process, and its `OwnRows`, in each; all have to call it.
+
+    Killed at any moment, it leaves the file before with all its rows: the file is replaced when the rows that it names
+    are whole, and those that neither it nor a numbered checkpoint names are deleted behind that.
+
+    Args:
+        state: Nested dicts and lists. In the file `rows: name` stands in place of rows.
+        path: The file.
+        save: Writes it: `(state, path, SHA-256 of the files of rows of all processes, in their order)`.
+        name: How the names of the files of rows begin. Each is a new one, so that none is written over.
+    """
+    kinds = ("latest", "epoch_*") if path.suffix == ".pt" else (path.stem,)
+    before = [old for kind in kinds for old in path.parent.glob(f"{kind}-*{APART}")]  # later some are of the next
+    own: dict[str, Tensor] = {}
+    apart: dict[str, str] = {}
+
+    def put_apart(entry, place: str):
+        if not isinstance(entry, OwnRows):
+            return entry
+        own[place] = entry.tensor.contiguous()
+        return f"{MARK}{place}"
+
+    state = changed(state, put_apart)
+    if own:
+        file = path.with_name(f"{name}-{token_hex(4)}{APART}")
+        with replacing(file) as temporary:
+            save_file(own, temporary, {"format": "pt"})
+        apart = dict(from_all((file.name, sha256(file))))
+    if ranks()[0]:
+        return
+    save(state, path, apart)
+    for old in before:
+        owner = old.with_name(f"{old.name.partition('-')[0]}.pt")
+        if old.name not in apart and (owner == path or not owner.exists()):
+            old.unlink()
 
 
 def random_states() -> list[dict]:
     """Return the states of torch's generators, on the CPU and on every GPU, of each process; all have to call it."""
-    own = {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
-    world = ranks()[1]
-    states = [own] * world
-    if world > 1:
-        dist.all_gather_object(states, own)
-    return states
+    on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return from_all({"torch": torch.get_rng_state(), "cuda": on_gpus})
 
 
 def set_random_state(states: list[dict] | dict) -> None:
@@ -162,6 +205,10 @@ def kept(path: Path) -> dict:
     check_seal(path)
     try:
         state = torch.load(path, "cpu", weights_only=True)
+        files = [path.with_name(name) for name in state.get("apart", ())]
+        state = changed(
+            state, lambda v, _: Rows(v[len(MARK) :], files) if isinstance(v, str) and v.startswith(MARK) else v
+        )
         return {**state, "config": json.loads(state["config"]), "contents": json.loads(state["contents"])}
     except Exception as error:  # torch raises whatever its unpickler meets
         raise ConfigError(f"{path} is not a checkpoint of a run: {error}") from error
@@ -181,10 +228,11 @@ def resume(learn: Learner, callbacks: list[Callback], checkpoints: Checkpoints, 
     """
     ours, state = checkpoints.state, kept(path)
     checkpoints.keeping.check_same(state, path)
+    check_files(path.parent, own_part(state.get("apart", {})))
     try:
-        learn.model.load_state_dict(split(state["model"], sharded_weights(learn.model)))
+        load_model(learn.model, state["model"])
         learn.loss_func.train_loss.load_state_dict(state["loss"])
-        load_optimizer(learn, state["optimizer"])
+        learn.opt.load_state_dict(with_rows(learn.model, learn.opt.opt, state["optimizer"], split))
         for callback in (cb for cb in callbacks if cb.name in state["callbacks"]):
             callback.load_state_dict(state["callbacks"][callback.name])
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -210,9 +258,9 @@ def whole_states(model: nn.Module, optimizer=None) -> tuple[dict, dict | None]:
     return state, optimizer and with_rows(model, optimizer.opt, optimizer.state_dict(), collect)
 
 
-def load_optimizer(learn: Learner, state: dict) -> None:
-    """Give the learner's optimizer a state, of which sharded weights take their share."""
-    learn.opt.load_state_dict(with_rows(learn.model, learn.opt.opt, state, split))
+def load_model(model: nn.Module, state: dict[str, Any]) -> None:
+    """Give a model a state, of which sharded weights take their share."""
+    model.load_state_dict(split(state, sharded_weights(model), into=model.state_dict()))
 
 
 def with_rows(model: nn.Module, optimizer, state: dict, change: Callable) -> dict:

@@ -15,12 +15,11 @@ import torch
 
 from recnb.data.lists import save_dropped, save_label_map
 from recnb.distributed.processes import first_does, launch, ranks
-from recnb.distributed.rows import sharded_weights, split
 from recnb.models.weights import read_weights
 from recnb.storage import locked
 from recnb.training.adaptor import Callback, ProgressCallback, in_order
 from recnb.training.callbacks import FollowPlan, History, Log, Pace, StopEarly
-from recnb.training.checkpoints import Checkpoints, resume, save_weights, whole_states
+from recnb.training.checkpoints import Checkpoints, load_model, resume, save_weights
 from recnb.training.guard import Guard, Wish, explained, stoppable
 from recnb.training.loggers import Logger, opened
 from recnb.training.plan import FitState, Plan
@@ -107,8 +106,7 @@ def keep(learn: RetrievalLearner, plan: Plan, state: FitState, average: MovingAv
     """
     if state.best:
         first_does(len, "")  # the file is whole
-        best = read_weights(plan.folder / "checkpoints" / "best.safetensors")
-        learn.model.load_state_dict(split(best, sharded_weights(learn.model)))
+        load_model(learn.model, read_weights(plan.folder / "checkpoints" / "best.safetensors", in_part=True))
         name, value = learn.names[0], state.best["value"]
         chosen = ", chosen on validation" if learn.loaders.validation else ""
         print(f"the model holds the weights of epoch {state.best['epoch']}, the best by {name} ({value:.3f}){chosen}")
@@ -116,7 +114,7 @@ def keep(learn: RetrievalLearner, plan: Plan, state: FitState, average: MovingAv
             print("the choice saw the test lists, so their metrics flatter it; DataLoader.Validation would not")
     elif average:
         average.swap()
-    save_weights(whole_states(learn.model)[0], plan.folder / "model.safetensors")
+    save_weights(learn.model, plan.folder / "model.safetensors")
 
 
 def fit_elsewhere(learn: RetrievalLearner, plan: Plan, on_epoch: Callable[[], object] | None) -> None:

@@ -14,9 +14,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from recnb.distributed.gradients import AverageGradients, copy_from_first
 from recnb.distributed.processes import ranks
-from recnb.distributed.rows import sharded_weights, split
+from recnb.distributed.rows import sharded_weights
 from recnb.training.adaptor import Callback, CancelBatchException, CancelStepException
-from recnb.training.checkpoints import whole_states
+from recnb.training.checkpoints import load_model, whole_states
 
 
 class Together(Callback):
@@ -125,6 +125,5 @@ class MovingAverage(Callback):
         return {"weights": whole_states(self.average.module)[0], "steps": int(self.average.n_averaged)}
 
     def load_state_dict(self, state: dict) -> None:
-        module = self.average.module
-        module.load_state_dict(split(state["weights"], sharded_weights(module)))
+        load_model(self.average.module, state["weights"])
         self.average.n_averaged.fill_(state["steps"])

@@ -148,8 +148,8 @@ def test_what_is_frozen_meanwhile_gets_no_gradient(found):
 def reductions(rank, config, folder):
     """How often a training of one epoch reduces gradients, and its number of batches."""
     asked, cfg = [], load_config(config)
-    whole = AverageGradients.start
-    AverageGradients.start = lambda self, flat: [asked.append(len(self.buckets)), whole(self, flat)][1]
+    whole = AverageGradients.send
+    AverageGradients.send = lambda self, bucket: [asked.append(len(self.buckets)), whole(self, bucket)][1]
     learn = build_learner(cfg, build_model(cfg), build_loaders(cfg), folder)
     learn.fit_config()
     assert not any(p._post_accumulate_grad_hooks for p in learn.model.parameters())

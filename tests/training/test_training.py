@@ -70,7 +70,7 @@ def test_where_other_processes_train_an_epoch_is_a_new_row_of_the_history(config
         with replacing(history) as path:
             path.write_text("epoch\n1\n2\n")
         yield "epoch 2 of 2: train_loss 0.5\n"
-        save_weights(learn.model.state_dict(), tmp_path / "model.safetensors")
+        save_weights(learn.model, tmp_path / "model.safetensors")
         yield "the model holds the weights of epoch 2\n"
 
     monkeypatch.setattr(training, "launch", launch)
