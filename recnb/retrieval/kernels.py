@@ -40,11 +40,9 @@ def count_rows(offset, tile, thresholds, ahead, sizes, own, order, first, last, 
 
 @njit(nogil=True, cache=True)
 def _strike(scores, offset, order, first, last):
-    start = first + np.searchsorted(order[first:last], offset)
-    for position in range(start, last):
-        if order[position] >= offset + len(scores):
-            break
-        scores[order[position] - offset] = -np.inf
+    rows = order[first:last]
+    for row in rows[np.searchsorted(rows, offset) : np.searchsorted(rows, offset + len(scores))]:
+        scores[row - offset] = -np.inf
 
 
 @njit(nogil=True, cache=True)
@@ -61,21 +59,11 @@ def _count_few(scores, thresholds, ahead):
 
 @njit(nogil=True, cache=True)
 def _count_many(scores, thresholds, ahead):
-    lowest, reached = thresholds[-1], np.zeros(len(thresholds), np.int64)
+    rising, reached = -thresholds, np.zeros(len(thresholds), np.int64)
     for x in scores:
-        if x >= lowest:
-            low, high = 0, len(thresholds) - 1
-            while low < high:
-                middle = (low + high) >> 1
-                if x >= thresholds[middle]:
-                    high = middle
-                else:
-                    low = middle + 1
-            reached[low] += 1
-    total = 0
-    for j in range(len(thresholds)):
-        total += reached[j]
-        ahead[j] += total
+        if x >= thresholds[-1]:
+            reached[np.searchsorted(rising, -x)] += 1  # the first threshold, the highest, that it reaches
+    ahead[: len(thresholds)] += np.cumsum(reached)
 
 
 @njit(nogil=True, cache=True)
