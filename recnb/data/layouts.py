@@ -184,16 +184,13 @@ def within(image_root: str, folder: str, name: str) -> Path:
 
 def persons(folder: Path) -> ImageList:
     """The images of a folder, person and camera parsed from their names; raises DataError for a name without them."""
-    rows = []
-    for file in sorted(folder.iterdir()):
-        if file.suffix.lower() in EXTENSIONS:
-            match = re.match(r"(-1|\d+)_c(\d+)", file.name)
-            if match is None:
-                raise DataError(
-                    f"{file}: the name does not begin with a person and a camera, as in 0002_c1s1_000451_03.jpg"
-                )
-            rows.append((str(file), int(match[1]), int(match[2])))
-    rows = [row for row in rows if row[1] != JUNK]
+    files = [file for file in sorted(folder.iterdir()) if file.suffix.lower() in EXTENSIONS]
+    found = {file: re.match(r"(-1|\d+)_c(\d+)", file.name) for file in files}
+    for file in (file for file, match in found.items() if match is None):
+        raise DataError(f"{file}: the name does not begin with a person and a camera, as in 0002_c1s1_000451_03.jpg")
+    rows = [
+        (str(file), int(match[1]), int(match[2])) for file, match in found.items() if match and int(match[1]) != JUNK
+    ]
     if not rows:
         raise DataError(f"{folder}: holds no images of persons")
     paths, numbers, cameras = zip(*rows, strict=True)

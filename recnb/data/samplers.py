@@ -8,6 +8,7 @@ draw the epoch of one with N x B, and each takes its part of every batch.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count, islice
 from typing import Literal
@@ -118,12 +119,8 @@ def DistributedRandomIdentitySampler(
 
 def most_batches(groups: np.ndarray, per_batch: int) -> int:
     """The largest T for which T batches of distinct identities can be filled: sum(min(groups, T)) >= T * per_batch."""
-    low, high = 1, int(groups.sum()) // per_batch
-    while low < high:
-        middle = (low + high + 1) // 2
-        enough = np.minimum(groups, middle).sum() >= middle * per_batch
-        low, high = (middle, high) if enough else (low, middle - 1)
-    return low
+    counts = range(1, int(groups.sum()) // per_batch + 1)
+    return max(1, bisect_left(counts, True, key=lambda T: np.minimum(groups, T).sum() < T * per_batch))
 
 
 def deal_groups(taken: np.ndarray, wanted: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
