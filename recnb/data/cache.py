@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import chain
+from itertools import chain, takewhile
 from pathlib import Path
 
 import numpy as np
@@ -51,13 +51,9 @@ class Kept:
 
 def fixed_ops(transform: Pipeline) -> int:
     """How many of the first ops make one size of all images, and of an image always the same; 0 where none do."""
-    last = 0
-    for count, op in enumerate(transform.transforms, 1):
-        if not isinstance(op, (v2.Identity, v2.Resize, v2.CenterCrop)):
-            break
-        if isinstance(op, v2.CenterCrop) or (isinstance(op, v2.Resize) and len(op.size) == 2):
-            last = count
-    return last
+    same = takewhile(lambda op: isinstance(op, (v2.Identity, v2.Resize, v2.CenterCrop)), transform.transforms)
+    sized = (isinstance(op, v2.CenterCrop) or (isinstance(op, v2.Resize) and len(op.size) == 2) for op in same)
+    return max((count for count, one_size in enumerate(sized, 1) if one_size), default=0)
 
 
 def keep(images: ImageList, folder: Path, where: str) -> None:

@@ -409,10 +409,8 @@ def class_names(data) -> dict[int, str]:
     """What a set of torchvision's calls each label, as far as it says."""
     if getattr(data, "class_to_idx", None):
         return {index: str(name) for name, index in data.class_to_idx.items()}
-    for names in ("classes", "categories", "_characters"):
-        if getattr(data, names, None):
-            return dict(enumerate(map(str, getattr(data, names))))
-    return {}
+    lists = (getattr(data, name, None) for name in ("classes", "categories", "_characters"))
+    return dict(enumerate(map(str, next(filter(None, lists), ()))))
 
 
 def items(data) -> Iterable:
