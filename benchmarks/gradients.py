@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from recnb.distributed.gradients import BUCKET, AverageGradients
 from recnb.models.backbones import create_backbone
 
-PROCESSES, BATCH, PIXELS, ROUNDS = 2, 16, 64, 21
+PROCESSES, BATCH, PIXELS, ROUNDS = 2, 16, 64, 11
 
 
 class Link:

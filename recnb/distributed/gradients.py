@@ -84,6 +84,7 @@ class AverageGradients:
         if self.number.keys() != set(parameters):
             self.close()
             self.buckets = [*buckets(parameters, LAST)][::-1]
+            self.flat = [bucket[0].new_empty(0) for bucket in self.buckets]  # memory that is new takes time
             self.number = {p: number for number, bucket in enumerate(self.buckets) for p in bucket}
             self.hooks = [p.register_post_accumulate_grad_hook(self.arrived) for p in self.number]
         self.missing, self.sent, self.waiting = [len(bucket) for bucket in self.buckets], [], True
@@ -102,9 +103,10 @@ class AverageGradients:
         """Start to sum the gradients of a bucket over the processes."""
         for p in bucket:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad.coalesce() if p.grad.is_sparse else p.grad
-        found = [p.grad for p in bucket if p.grad is not None]
+        found = (p.grad for p in bucket if p.grad is not None)
         gradients = [gradient.values() if gradient.is_sparse else gradient for gradient in found]
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        memory = self.flat[len(self.sent)].resize_(0)
+        flat = torch.cat([gradient.flatten() for gradient in gradients], out=memory)
         self.sent.append((flat, gradients, self.start(flat)))
 
     def finish(self) -> None:
