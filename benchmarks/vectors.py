@@ -24,8 +24,7 @@ from pathlib import Path
 import faiss
 import numpy as np
 
-from recnb.retrieval.search import Index, knn
-from recnb.retrieval.sizes import plan
+from recnb.retrieval.search import Index, knn, plan
 
 KINDS, IMAGES, BLOCK = 10_000, 20, 25_000  # objects of a block
 

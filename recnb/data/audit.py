@@ -98,10 +98,9 @@ def audit(table: pd.DataFrame, prints: pd.DataFrame | None = None, distance: int
         f"{name}s": (name, "nunique") for name in ("camera", "group") if name in table
     }
     keys = ["split", "label"] if "split" in table else ["label"]
-    found = pd.DataFrame(
-        [*same_bytes(prints.sha256.to_numpy(), fine), *alike(prints, fine, distance)],
-        columns=["a", "b", "bits", "kind"],
-    )
+    digests, first = prints.sha256.to_numpy(), {}
+    same = [(first[digests[i]], i, 0, "same file") for i in fine if first.setdefault(digests[i], i) != i]
+    found = pd.DataFrame([*same, *alike(prints, fine, distance)], columns=["a", "b", "bits", "kind"])
     pairs, leak = found[["kind", "bits"]].copy(), pd.Series("", found.index)
     for name, what in (("label", "two identities, "), ("split", "two splits"), ("path", "")):
         if name in table:
@@ -116,12 +115,6 @@ def audit(table: pd.DataFrame, prints: pd.DataFrame | None = None, distance: int
         "duplicates": pairs,
         "leaks": pairs[pairs.leak != ""].reset_index(drop=True),
     }
-
-
-def same_bytes(digests: np.ndarray, rows: np.ndarray) -> list[tuple]:
-    """Return (row, row, 0, kind) of the same digest: the first of each with every other."""
-    first = {}
-    return [(first[digests[i]], i, 0, "same file") for i in rows if first.setdefault(digests[i], i) != i]
 
 
 def alike(prints: pd.DataFrame, rows: np.ndarray, distance: int) -> list[tuple]:

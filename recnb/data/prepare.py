@@ -16,7 +16,6 @@ import unicodedata
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Literal, get_type_hints
 
@@ -288,7 +287,8 @@ def with_groups(table: pd.DataFrame, by: str, root: Path, taken: pd.Series) -> p
     if by == "folder":
         folders = [Path(os.path.relpath(path, root)).parent for path in table.path]
         return table.assign(group=[str(folder) if len(folder.parts) > 1 else None for folder in folders])
-    clock = pd.Series([moment(taken[path]) for path in table.path], dtype="datetime64[s]")
+    noted = taken.loc[table.path].astype(str).str.strip("\0 ")
+    clock = pd.to_datetime(noted, format="%Y:%m:%d %H:%M:%S", errors="coerce")  # as EXIF writes it
     table = table.assign(clock=clock.to_numpy()).sort_values(["label", "clock", "path"])
     begins = (table.clock.diff().dt.total_seconds() > SESSION) | (table.label != table.label.shift())
     group = (table.label + " " + begins.cumsum().astype(str)).where(table.clock.notna(), None)
@@ -309,14 +309,6 @@ def used(table: pd.DataFrame, left: list[tuple[str, str]], root: Path) -> pd.Dat
     first = [("used", len(table), "", os.path.relpath(table.path.iloc[0], root))]
     others = [("left out", *row) for row in counts[["size", "why", "first"]].itertuples(index=False)]
     return pd.DataFrame([*first, *others], columns=["", "files", "why", "the first"])
-
-
-def moment(text: str | None) -> datetime | None:
-    """Return the time that EXIF writes as 2024:05:31 14:03:59, None where it is no time."""
-    try:
-        return datetime.strptime(str(text).strip("\0 "), "%Y:%m:%d %H:%M:%S")
-    except ValueError:
-        return None
 
 
 # --- Writing --------------------------------------------------------------------------------------------------------

@@ -86,5 +86,4 @@ def subtract_shared(starts, columns, values, item_starts, items, item_values, we
             column, value = columns[place], values[place]
             for j in range(item_starts[column], item_starts[column + 1]):
                 shared[items[j]] += min(value, item_values[j])
-        for item in range(len(shared)):
-            result[i, item] -= weight * shared[item] / (np.float32(2) - shared[item])
+        result[i] -= weight * shared / (np.float32(2) - shared)

@@ -84,7 +84,9 @@ def nearest(
             own = exclude - columns.start
             inside = ((own >= 0) & (own < tile.shape[1])).nonzero()[:, 0]
             tile[inside, own[inside]] = -torch.inf
-        best = _merged(best, _best(tile, min(k, tile.shape[1]), columns.start), k)
+        found = _best(tile, min(k, tile.shape[1]), columns.start)
+        scores, ids = _in_order(*(torch.cat(both, 1) for both in zip(best, found, strict=True)))
+        best = scores[:, :k], ids[:, :k]
     return *best, lowest
 
 
@@ -104,11 +106,6 @@ def _in_order(scores: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     ids, order = ids.sort(dim=1)
     scores, order = scores.gather(1, order).sort(dim=1, descending=True, stable=True)
     return scores, ids.gather(1, order)
-
-
-def _merged(old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], k: int) -> tuple[Tensor, Tensor]:
-    scores, order = torch.cat([old[0], new[0]], 1).sort(dim=1, descending=True, stable=True)
-    return scores[:, :k], torch.cat([old[1], new[1]], 1).gather(1, order[:, :k])
 
 
 def _user_scores(query: Rows, gallery: Rows, rows: slice, scores: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -39,7 +39,8 @@ def codes(query: Array | None, gallery: Array | None, name: str) -> Pair | None:
     both = [_labels(values, name) for values in (query, gallery)]
     if both[0].dtype != object and both[1].dtype != object and np.result_type(*both).kind == "f":
         both = [values.astype(object) for values in both]  # int64 beside uint64: numpy would make floats of them
-    if {_is_text(values) for values in both if len(values)} == {True, False}:
+    text = {v.dtype.kind in "US" or (v.dtype == object and isinstance(v[0], str)) for v in both if len(v)}
+    if len(text) == 2:
         raise ValueError(f"{name} are strings on one side and integers on the other: give both sides the same kind")
     return _numbered(*both)
 
@@ -61,10 +62,6 @@ def _labels(values: Array, name: str) -> np.ndarray:
     if not whole and len(values):
         raise ValueError(f"{name} must be integers or strings; got {values.dtype} (floats lose large integers)")
     return values
-
-
-def _is_text(values: np.ndarray) -> bool:
-    return values.dtype.kind in "US" or (values.dtype == object and isinstance(values[0], str))
 
 
 def compared(

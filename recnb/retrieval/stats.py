@@ -40,7 +40,7 @@ def bootstrap_interval(
             (sums, counts),
             lambda sums, counts, axis: sums.sum(axis) / counts.sum(axis),
             n_resamples=samples,
-            batch=_batch(sums),
+            batch=max(1, (1 << 20) // len(sums)),  # scipy's default draws all at once
             paired=True,
             confidence_level=confidence,
             method="percentile",
@@ -94,15 +94,10 @@ def _swapping_test(sums: np.ndarray, samples: int, seed: int) -> float:
         lambda sums, axis: sums.sum(axis),
         permutation_type="samples",
         n_resamples=samples,
-        batch=_batch(sums),
+        batch=max(1, (1 << 20) // len(sums)),
         rng=np.random.default_rng(seed),
     )
     return float(test.pvalue)
-
-
-def _batch(sums: np.ndarray) -> int:
-    """How many draws fit in 8 MiB at a time: scipy's default makes all of them at once."""
-    return max(1, (1 << 20) // len(sums))
 
 
 def _by_cluster(values: np.ndarray, clusters: Array | None) -> tuple[np.ndarray, np.ndarray]:

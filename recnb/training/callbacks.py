@@ -91,13 +91,8 @@ class RetrievalEvaluation(Callback):
 def write_row(write: Callable, row: list) -> None:
     """Write a row of the live table with epochs counted from 1 and blanks where there is no value."""
     number, *cells = row
-    blank = [value is None or value != value for value in cells]
-    write(
-        [
-            number + 1 if isinstance(number, int) else number,
-            *("" if empty else value for value, empty in zip(cells, blank, strict=True)),
-        ]
-    )
+    shown = ("" if value is None or value != value else value for value in cells)
+    write([number + 1 if isinstance(number, int) else number, *shown])
 
 
 class FollowPlan(Callback):

@@ -92,10 +92,7 @@ def binarized(kind: str) -> Callable:
 
     `kind` is sign, or round: for features between 0 and 1, from 0.5 on.
     """
-
-    def codes(x: Tensor) -> Tensor:
-        return x.sign() if kind == "sign" else (x >= 0.5).float() * 2 - 1
-
+    codes = {"sign": torch.sign, "round": lambda x: (x >= 0.5).float() * 2 - 1}[kind]
     return lambda query, gallery, train: (codes(query), codes(gallery))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from recnb.data.loaders import ImageLoader, Loaders, over
 from recnb.models.recmodel import RecModel
@@ -81,12 +81,8 @@ class Remember(Callback):
         if self.training:
             with torch.no_grad():
                 before = self.start(self.xb[0])
-            self.learn.loss_grad = self.loss_grad + self.weight * cosine_distance(self.pred["backbone"], before)
-
-
-def cosine_distance(one: Tensor, other: Tensor) -> Tensor:
-    """Return the mean over the batch of 1 - cosine of two outputs (B, ...), flattened."""
-    return (1 - F.cosine_similarity(one.flatten(1).float(), other.flatten(1).float())).mean()
+            cosines = F.cosine_similarity(*(out.flatten(1).float() for out in (self.pred["backbone"], before)))
+            self.learn.loss_grad = self.loss_grad + self.weight * (1 - cosines).mean()
 
 
 def callbacks_of(model: RecModel, asked: Retention) -> list[Callback]:

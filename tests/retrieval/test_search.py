@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 
 from recnb.retrieval import exchange, search
 from recnb.retrieval.scores import spans
-from recnb.retrieval.search import Index, knn, merge
-from recnb.retrieval.sizes import auto_factory, plan
+from recnb.retrieval.search import Index, auto_factory, knn, merge, plan
 
 
 @st.composite
