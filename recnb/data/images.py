@@ -152,8 +152,10 @@ def reason(error: Exception) -> str:
             f"has more pixels than is safe to decode: {error} Save it smaller, leave it out, or set "
             "RECNB_MAX_PIXELS=N in the environment where you trust it"
         )
-    detail = getattr(error, "strerror", None) or printable(str(error)) or type(error).__name__
-    return REASONS.get(type(error), f"cannot be decoded: {detail}")
+    return REASONS.get(
+        type(error),
+        f"cannot be decoded: {getattr(error, 'strerror', None) or printable(str(error)) or type(error).__name__}",
+    )
 
 
 def check_box(box: Sequence[int], width: int, height: int) -> tuple[int, int, int, int]:

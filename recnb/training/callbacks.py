@@ -90,9 +90,8 @@ class RetrievalEvaluation(Callback):
 
 def write_row(write: Callable, row: list) -> None:
     """Write a row of the live table with epochs counted from 1 and blanks where there is no value."""
-    number, *cells = row
-    shown = ("" if value is None or value != value else value for value in cells)
-    write([number + 1 if isinstance(number, int) else number, *shown])
+    number = row[0] + 1 if isinstance(row[0], int) else row[0]
+    write([number, *("" if value is None or value != value else value for value in row[1:])])
 
 
 class FollowPlan(Callback):
