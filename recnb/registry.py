@@ -5,8 +5,6 @@ are its constructor's arguments. Each module registers its own parts. A name or 
 ConfigError of one sentence that names its place.
 """
 
-from __future__ import annotations
-
 import difflib
 import inspect
 import operator

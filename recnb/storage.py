@@ -7,8 +7,6 @@ flock at all, filelock warns and the existence of the file is the lock: one left
 deleted by hand.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

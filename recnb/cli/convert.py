@@ -1,7 +1,5 @@
 """`recnb convert`: weights of the original, written as this package's."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

@@ -5,8 +5,6 @@ step is done where that is still so. It is written after a step has ended well, 
 again, and finds what it had written itself.
 """
 
-from __future__ import annotations
-
 import csv
 import hashlib
 import json

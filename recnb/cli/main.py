@@ -1,7 +1,5 @@
 """The command `recnb`. Its subcommands answer every mistake in one sentence, with exit code 2 and no traceback."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from typing import Annotated

@@ -4,8 +4,6 @@ What can be known to be wrong is said before a kernel starts: a parameter that t
 another type, a config or an override that cannot be meant, a run folder that holds no run.
 """
 
-from __future__ import annotations
-
 import ast
 import importlib
 import json

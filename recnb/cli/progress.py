@@ -1,7 +1,5 @@
 """What the terminal shows while a notebook trains: a line an epoch, with its metrics and the time that is left."""
 
-from __future__ import annotations
-
 import contextlib
 import csv
 import re

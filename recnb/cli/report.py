@@ -1,7 +1,5 @@
 """`recnb report`: a run on one page."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

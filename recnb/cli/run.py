@@ -1,7 +1,5 @@
 """`recnb run`: a notebook with other parameters, from the terminal, into an executed notebook."""
 
-from __future__ import annotations
-
 import time
 from typing import Annotated
 

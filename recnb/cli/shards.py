@@ -4,8 +4,6 @@ These have nothing to tell each other: every n-th file is one process's, and who
 what was left out. A process holds one file's images and vectors at a time, however long the list is.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

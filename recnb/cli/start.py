@@ -1,7 +1,5 @@
 """`recnb start`: from a folder of photos to a trained model, a gallery, and a recogniser that knows their names."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """`recnb sweep`: many configurations, each a run of its own."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

@@ -3,8 +3,6 @@
 `torchrun --nproc-per-node 2 -m recnb.cli.train ...` trains in several processes, on one machine or more.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from pathlib import Path

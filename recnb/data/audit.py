@@ -1,7 +1,5 @@
 """What would spoil the results is found before: unreadable files, copies, the same picture under two identities."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import os

@@ -10,8 +10,6 @@ Left out: RandAugmentV2 and its ops SolarizeAdd and Cutout, the policies 'v0', '
 none of which torchvision has and no feature-learning file of the original uses.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable

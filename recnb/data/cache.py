@@ -4,8 +4,6 @@ Training on the features of a frozen part of a network is training on vectors: n
 read. View 0 of each image is as the evaluation sees it; further views, where there are any, are augmented.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import shutil

@@ -4,8 +4,6 @@ Whatever a file holds is decoded right or refused: truncated, empty, of another 
 alpha, a palette or CMYK, animated, turned, or so large that it might be meant to fill the memory.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import os

@@ -5,8 +5,6 @@ has names for its identities, or people as numbers of four digits, these names a
 training numbers them in sorted order, whatever `class_num` says.
 """
 
-from __future__ import annotations
-
 import inspect
 import os
 import re

@@ -1,7 +1,5 @@
 """Ops in a row: the part that workers run on single images, and the part that runs on whole batches."""
 
-from __future__ import annotations
-
 import torch
 from torchvision.transforms import v2
 

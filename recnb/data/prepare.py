@@ -6,8 +6,6 @@ the source that images share, such as a session or a video. `recnb.data.audit` l
 Results that are too good mostly come from here: the same picture on both sides of a split, or under two identities.
 """
 
-from __future__ import annotations
-
 import csv
 import io
 import os

@@ -6,8 +6,6 @@ an image is repeated. `len()` is exact, and an epoch depends on `(seed, epoch)` 
 draw the epoch of one with N x B, and each takes its part of every batch.
 """
 
-from __future__ import annotations
-
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count, islice

@@ -4,8 +4,6 @@ Groups, the sources that images share such as a session or a video, are never to
 seed, alike from small and large ones.
 """
 
-from __future__ import annotations
-
 from collections import Counter, defaultdict
 
 import numpy as np

@@ -5,8 +5,6 @@ photographs take. What is easy to get wrong is the split: test identities are ne
 stay on one side of it, and an identity's queries come from one camera while its gallery comes from the other two.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import os

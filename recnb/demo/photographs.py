@@ -4,8 +4,6 @@ It is printed on something, put somewhere and seen at an angle by one of three c
 and noise of its own. The cameras must differ more than the marks do, or finding the same colours would be enough.
 """
 
-from __future__ import annotations
-
 from functools import cache
 from typing import NamedTuple
 

@@ -3,8 +3,6 @@
 python example.py IMAGE [MODEL.onnx]
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

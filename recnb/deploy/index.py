@@ -5,8 +5,6 @@ Everything here sees images through the exported model and its own preprocessing
 is measured on test images alone: a model's answers to the images that it was trained on are too good to tell.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ After Mitchell et al., "Model Cards for Model Reporting" (https://arxiv.org/abs/
 is filled in; what only people can know, licences above all, is a field that says so. The text is `templates/card.md`.
 """
 
-from __future__ import annotations
-
 import html
 import json
 import re

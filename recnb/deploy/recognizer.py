@@ -1,7 +1,5 @@
 """An exported model in use: the answer to one image, and the items that come and go."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass

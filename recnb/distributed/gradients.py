@@ -6,8 +6,6 @@ make the step of one process with a batch of N x B; of batch normalisation that 
 otherwise its statistics are each process's own. The weights of sharded heads stay where they are.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, cast

@@ -1,7 +1,5 @@
 """The processes of one training: who they are, and what they send each other."""
 
-from __future__ import annotations
-
 import contextlib
 import datetime
 import io

@@ -5,8 +5,6 @@ the logits of its own classes only; two numbers for each image travel to make on
 this is the plain thing.
 """
 
-from __future__ import annotations
-
 import types
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial

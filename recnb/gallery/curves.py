@@ -1,7 +1,5 @@
 """Figures of a run: curves, histograms, maps, samples."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from itertools import cycle, islice
 from typing import Any

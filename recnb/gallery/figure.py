@@ -4,8 +4,6 @@ An item that the protocol leaves out (the query's own picture, the same identity
 what follows it moves up, as in the metrics.
 """
 
-from __future__ import annotations
-
 import io
 from collections.abc import Sequence
 from typing import Any

@@ -3,8 +3,6 @@
 A browser finds such a font by itself.
 """
 
-from __future__ import annotations
-
 import unicodedata
 from functools import cache
 

@@ -1,7 +1,5 @@
 """The hits of the gallery widget: a grid of tiles, each with a button, whose clicks reach Python."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from itertools import islice
 

@@ -4,8 +4,6 @@ Neither needs the network: pictures are JPEG thumbnails in data URIs, and signs 
 file still shows every query, worst first. The HTML, CSS and JavaScript are in `templates/`.
 """
 
-from __future__ import annotations
-
 import base64
 import io
 import re

@@ -1,7 +1,5 @@
 """Pictures and names for galleries: files, arrays or images in, RGB arrays and short texts out."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 

@@ -4,8 +4,6 @@ The heat at a location of one picture is the cosine of its vector with the mean 
 no agreement, 1 the same direction. The scale is fixed, so that heats of different pairs can be compared.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

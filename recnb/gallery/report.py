@@ -1,7 +1,5 @@
 """A run as one page: words, figures, tables and the gallery, in a single HTML file."""
 
-from __future__ import annotations
-
 import base64
 import io
 from collections.abc import Sequence

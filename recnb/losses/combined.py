@@ -4,8 +4,6 @@ A loss reads the entry of the dict that it needs (`logits` or `features`) and is
 order, in uneven numbers, or seen only once.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

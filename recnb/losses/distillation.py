@@ -4,8 +4,6 @@ Their outputs stand under their names, and those of the model that is to be used
 the other losses see one model.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -3,8 +3,6 @@
 They take the features of a Tanh or sigmoid end as they come.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

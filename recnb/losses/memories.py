@@ -4,8 +4,6 @@ What they remember is in parameters and buffers, so it moves to the device, is o
 the rest of the run.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

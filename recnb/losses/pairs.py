@@ -5,8 +5,6 @@ number. Where the original demands P identities x K consecutive rows, these agre
 elsewhere: a row without a positive or without a negative is no anchor.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -3,8 +3,6 @@
 - PML: {loss: ProxyAnchorLoss, num_classes: 100, embedding_size: 512, weight: 1.0}
 """
 
-from __future__ import annotations
-
 import importlib
 import inspect
 from typing import Any

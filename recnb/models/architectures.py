@@ -4,8 +4,6 @@ Their outer layers have the original's names, so that a cut at 'avg_pool', 'flat
 there, and `group_matcher` sorts their parameters by stage as that of timm's models does.
 """
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from typing import Any
 

@@ -4,8 +4,6 @@
 from the image to the output, for learning rates that differ by depth. Only this chapter imports timm.
 """
 
-from __future__ import annotations
-
 import contextlib
 import difflib
 import re

@@ -7,8 +7,6 @@ computes one part after the other anew and follows the features' gradients throu
 more for parts so small that the device is not busy.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator

@@ -4,8 +4,6 @@ The original puts identities in place of what was registered later, which breaks
 up to the layer and stops. Works for any torch model; the result knows the shape and the layout of what it gives.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import difflib

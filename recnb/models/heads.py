@@ -9,8 +9,6 @@ of all (Partial FC, https://arxiv.org/abs/2203.15565), and `sharded` divides the
 torch.distributed. The logits are then PartialLogits, which CELoss takes.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from functools import partial

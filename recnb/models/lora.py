@@ -1,7 +1,5 @@
 """Low-rank adaptation by peft: a transformer stays as it is, and small matrices beside its layers are trained."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -3,8 +3,6 @@
 The neck's output is what is retrieved with; the head behind it exists for training only.
 """
 
-from __future__ import annotations
-
 import inspect
 import math
 from collections.abc import Callable

@@ -5,8 +5,6 @@ else ends the reading. Linear weights are (in, out) there and (out, in) in torch
 otherwise; blocks are matched in the order of their numbers, and the layers in them by the tables below.
 """
 
-from __future__ import annotations
-
 import pickle
 import re
 from collections import OrderedDict

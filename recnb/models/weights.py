@@ -1,7 +1,5 @@
 """Weights: read from files, safetensors, torch files without any code in them and Paddle's, and room for them."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

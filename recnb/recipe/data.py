@@ -1,7 +1,5 @@
 """Build what the section DataLoader says: tables of images, transforms, samplers and loaders."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 

@@ -4,8 +4,6 @@ The file itself says how to fine-tune. The rungs below it need less: nothing, a 
 and a head on frozen features. A rung's configuration judges the validation lists and never sees the test lists.
 """
 
-from __future__ import annotations
-
 import copy
 
 from recnb.recipe.schema import check, lookup

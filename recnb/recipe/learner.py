@@ -1,7 +1,5 @@
 """Build the Learner of a configuration from its model, loaders, loss, optimizers and schedule."""
 
-from __future__ import annotations
-
 import json
 from functools import cache, partial
 from pathlib import Path

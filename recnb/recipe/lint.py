@@ -4,8 +4,6 @@ What is not allowed is a ConfigError of `recnb.recipe.schema`. A configuration w
 result.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Build the model that the section Arch describes."""
 
-from __future__ import annotations
-
 from functools import partial
 from math import prod
 

@@ -1,7 +1,5 @@
 """Build the loss of the section Loss, and the judge of embeddings of Metric and PostProcess."""
 
-from __future__ import annotations
-
 from torch import nn
 
 from recnb.losses.combined import LOSSES, CombinedLoss

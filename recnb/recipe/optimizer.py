@@ -1,7 +1,5 @@
 """Build what the section Optimizer describes: optimizers, groups of parameters and learning-rate schedules."""
 
-from __future__ import annotations
-
 import re
 from collections import defaultdict
 from collections.abc import Callable

@@ -4,8 +4,6 @@ A user's own parts are registered by a Python file that the command line names; 
 is kept in the environment, so that processes and kernels started from here import it too.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import sys

@@ -4,8 +4,6 @@ Tags that would build objects, anchors that contain themselves, aliases that mul
 too deeply nested are each refused in a sentence, before any value is made.
 """
 
-from __future__ import annotations
-
 import contextlib
 import re
 from itertools import chain

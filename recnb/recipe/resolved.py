@@ -1,7 +1,5 @@
 """What a run folder records of its configuration and files, and what may differ when the run is resumed."""
 
-from __future__ import annotations
-
 import copy
 import hashlib
 import os

@@ -4,8 +4,6 @@ A section that names a part may have what the part's constructor takes (`parts`)
 lists. What is wrong is a ConfigError of one sentence: the file and line, or the key, and what would mend it.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection, Iterator
 from itertools import chain

@@ -1,7 +1,5 @@
 """The keys of the sections that do not name a part, each with its type, bounds and default."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Annotated, Any, Literal, get_type_hints

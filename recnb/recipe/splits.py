@@ -1,7 +1,5 @@
 """Hold out training identities to choose by, as list files, so that every choice can be looked at and repeated."""
 
-from __future__ import annotations
-
 import copy
 from dataclasses import dataclass
 from pathlib import Path

@@ -4,8 +4,6 @@ The recipes are the files of configs/starters. One is chosen by the weights that
 identities there are; sizes, batches, epochs and learning rates follow from the same numbers.
 """
 
-from __future__ import annotations
-
 import copy
 import re
 import textwrap

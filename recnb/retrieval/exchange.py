@@ -1,7 +1,5 @@
 """Chapter: an index outside of this process, as files that are checked, and as Parquet for other engines."""
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json

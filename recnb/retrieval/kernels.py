@@ -3,8 +3,6 @@
 Whoever needs one imports this module then: numba takes half a second to load.
 """
 
-from __future__ import annotations
-
 import numpy as np
 from numba import njit
 

@@ -1,7 +1,5 @@
 """The judged ranking: what each query finds, and which of it is right, wrong or excluded."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain, zip_longest

@@ -5,8 +5,6 @@ cosine, the dot product, minus the Euclidean distance, or minus the number of bi
 the gallery in shards, search each, and `merge`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import numpy as np

@@ -5,8 +5,6 @@ neighbourhoods of two images, query expansion and database augmentation average 
 whitening gives every direction of the space the same say. None of them needs a label or changes the model.
 """
 
-from __future__ import annotations
-
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 

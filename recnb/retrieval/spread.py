@@ -4,8 +4,6 @@ A collapsed model puts all images in the same few directions, which the loss alo
 label: compare them between epochs, or with those of the untrained network.
 """
 
-from __future__ import annotations
-
 import torch
 
 from recnb.retrieval.scores import MEMORY, Array, Rows, exact, spans

@@ -5,8 +5,6 @@ query that `retrieval_metrics(per_query=True)` returns: `arrays["AP"][arrays["va
 and fall together, so that resampling single queries promises too much: give the identities as `clusters`.
 """
 
-from __future__ import annotations
-
 import numpy as np
 from scipy import stats
 

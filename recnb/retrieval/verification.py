@@ -11,8 +11,6 @@ negative pairs do not, and pairs that leave the ranking (see `recnb.retrieval.pr
     threshold@...  the score to accept from, for the rate named
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 import numpy as np

@@ -5,8 +5,6 @@ are pandas DataFrames, figures are matplotlib's. `recnb.retrieval.protocol` says
 counted block by block, without a (Q, G) matrix; they are exact, none is left out or sampled.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec

@@ -4,8 +4,6 @@ Metrics are those of the run folder. Queries are judged again from its embedding
 it, but without the steps of PostProcess, which are not in the embeddings.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import fields

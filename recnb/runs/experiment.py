@@ -1,7 +1,5 @@
 """One experiment: from a checked configuration to a run folder."""
 
-from __future__ import annotations
-
 import contextlib
 import sys
 from collections.abc import Callable

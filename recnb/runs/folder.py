@@ -6,8 +6,6 @@ history.csv  one row an epoch     metrics.json  before, after, gain, intervals  
 model.safetensors, checkpoints/, gallery.html, train.log, and the executed notebook itself
 """
 
-from __future__ import annotations
-
 import copy
 import json
 import math

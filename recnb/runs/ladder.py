@@ -5,8 +5,6 @@ that it was not trained on; the test lists are judged once, by the caller, with 
 that is there already is read, and one that was interrupted goes on where it stopped.
 """
 
-from __future__ import annotations
-
 import contextlib
 import shutil
 import textwrap

@@ -1,7 +1,5 @@
 """A run on one page, to keep or to pass on: verdict, metrics, curves, gallery, worst identities, environment."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

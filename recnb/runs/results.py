@@ -1,7 +1,5 @@
 """What an evaluation writes into the run folder: metrics, embeddings, and each query before and after training."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """What a ladder's rungs came to on the validation images, and which of them is kept."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property

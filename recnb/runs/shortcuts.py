@@ -4,8 +4,6 @@ A model that finds nearly as much by backgrounds alone has learnt where the pict
 (arXiv 2604.09690).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path

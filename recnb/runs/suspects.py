@@ -1,7 +1,5 @@
 """Which labels are probably wrong? Images whose nearest neighbours agree on another identity."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np

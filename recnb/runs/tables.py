@@ -1,7 +1,5 @@
 """What a notebook shows beside figures: tables, sentences, and the files that it has made."""
 
-from __future__ import annotations
-
 import html
 from pathlib import Path
 

@@ -4,8 +4,6 @@ Over a few queries a metric changes by chance. "Better" and "worse" are said wit
 of the same kind; otherwise there were too few queries to tell.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """The callbacks of a learner and of a plan: labels for the head, evaluation, learning rates, the history, the pace."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace

@@ -5,8 +5,6 @@ written whole or not at all, sealed with its checksum and read with `weights_onl
 as many processes, ends with the same bits as one that did not stop.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

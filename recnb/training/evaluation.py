@@ -4,8 +4,6 @@
 PostProcess and, with `Global.re_ranking: True`, k-reciprocal re-ranking.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections.abc import Callable, Sequence

@@ -3,8 +3,6 @@
 A loss or gradient without a value, memory that does not suffice, a worker of the data loader that dies, a wish to stop.
 """
 
-from __future__ import annotations
-
 import re
 import signal
 import threading

@@ -5,8 +5,6 @@ The head's weights live in the model, so they are optimised, frozen, saved and d
 what to use instead. `learn.fit_config` follows the plan of a configuration.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path

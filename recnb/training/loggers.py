@@ -4,8 +4,6 @@ Each is a library of its own, imported once a run asks for it. A logger is opene
 configuration, and gives two functions: one that writes values, one that ends the log.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import os
 from collections.abc import Callable, Iterator, Sequence

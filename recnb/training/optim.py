@@ -4,8 +4,6 @@ Parameters come in groups of one optimizer, one share of the learning rate and o
 what a parameter was given where it was made (`lr_multiplier`), and a decay by depth (AdamWDL).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 

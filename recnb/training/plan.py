@@ -1,7 +1,5 @@
 """What a fit is told before it begins, and what its callbacks tell each other while it runs."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -4,8 +4,6 @@ A linear probe over a thousand photos then takes seconds. The features are kept 
 weights, the transform and the files, so that the next probe of the same images begins at once.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice

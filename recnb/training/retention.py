@@ -4,8 +4,6 @@ A small set of images teaches a network little and can make it forget much. Each
 off unless the section Retention asks for it.
 """
 
-from __future__ import annotations
-
 import copy
 from dataclasses import dataclass, replace
 from typing import Any

@@ -4,8 +4,6 @@ A schedule here is a plain function of the number of steps taken (and, for one t
 evaluations gave so far). It holds no state, so there is none to save, and a resumed run continues on the same curve.
 """
 
-from __future__ import annotations
-
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Sequence

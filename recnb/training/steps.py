@@ -5,8 +5,6 @@ that are scaled while they are followed in half precision (`ScaleLoss`), and mov
 (`MovingAverage`). `fit.build_callbacks` says in which order they act.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
