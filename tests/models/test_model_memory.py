@@ -109,7 +109,7 @@ def test_a_backbone_without_blocks_is_named(config_file, tmp_path, name):
     with pytest.raises(
         ConfigError,
         match=rf"Global.grad_checkpointing: Arch.Backbone {name} is not made of blocks "
-        r"that could be computed again; set it False, and let Global.grad_cache",
+        r"that could be computed again; set it False, and save memory with Global.grad_cache",
     ):
         make(config_file, tmp_path, {"Global.grad_checkpointing": True, "Arch.Backbone": {"name": name}})
     with pytest.raises(ConfigError, match=r"Global\.grad_checkpointing: 1 is a int, not bool"):
