@@ -135,6 +135,7 @@ def configuration(args: argparse.Namespace, name: str, seed: int) -> dict:
 def judged(model: nn.Module, loaders: Loaders) -> Evaluation:
     """What a model's features of the test images retrieve among them."""
     features, images = embed(model, loaders.query, progress=False), loaders.query.dataset
+    loaders.stop_workers()  # each holds on to the memory that this process had when it began
     return Judge(METRICS)(features, features, images, images)
 
 
