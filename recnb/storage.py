@@ -218,13 +218,17 @@ def resolve(path: str | Path) -> Path:
     cannot be a path.
     """
     try:
+        if "\0" in str(path):
+            raise OSError("it holds a zero byte")
         path = Path(path).expanduser()
         if path.exists() or path.is_absolute():
             return path
         shipped = path.parts[:1] and path.parts[0] in SHIPPED and (PACKAGE / path).exists()
         return (PACKAGE if shipped else ROOT) / path
     except (OSError, RuntimeError) as error:  # RuntimeError: ~ of someone who is not known
-        raise ConfigError(f"'{str(path)[:100]}' cannot be a path: {getattr(error, 'strerror', error)}") from None
+        raise ConfigError(
+            f"{str(path)[:100]!r} cannot be a path: {getattr(error, 'strerror', None) or error}"
+        ) from None
 
 
 def from_root(path: str | Path) -> str:

@@ -270,6 +270,9 @@ def test_a_zero_byte_in_a_path(tmp_path):
     (tmp_path / "list.txt").write_bytes(b"a.png 0\nb\0.png 0\n")
     with pytest.raises(DataError, match=r"list\.txt line 2: 'b\\x00\.png' is no path"):
         VeriWild(str(tmp_path), str(tmp_path / "list.txt"), allow_outside=True)
+    for root, path in (("\0", "list.txt"), ("/images\0", "list.txt"), (str(tmp_path), "\0")):
+        with pytest.raises(ConfigError, match=r"\\x00' cannot be a path: it holds a zero byte"):
+            VeriWild(root, path)
 
 
 def test_a_label_that_would_make_too_many_classes(config_file, tmp_path):
