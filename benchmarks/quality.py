@@ -324,8 +324,11 @@ def row_of(name: str, tables: dict, means: dict, minutes: list[float]) -> dict:
 def report(folder: Path, picture: Path) -> str:
     """The tables of all sets that are there, as they stand in docs/results.md, and the picture of the ladder's."""
     parts = []
-    for path in sorted(folder.glob("quality-*.json")):
-        found, name = json.loads(path.read_text()), path.stem.removeprefix("quality-")
+    for name in METHODS:
+        path = folder / f"quality-{name}.json"
+        if not path.exists():
+            continue
+        found = json.loads(path.read_text())
         bases = [base for base in (START, OTHER, "the file") if any(base in row["against"] for row in found["rows"])]
         heads = ["recall@1", "mAP (95 %)", *(f"mAP against {base}" for base in bases), "seeds", "processor minutes"]
         lines = [f"| {name} | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
