@@ -31,7 +31,7 @@ BATCH = 64  # images, which the recipes' learning rates are meant for
 FEW = {"images": 100, "identities": 8, "each": 3}  # below these, fine-tuning learns the photos by heart
 MANY = 20_000  # images, more than a CPU fine-tunes on in an evening
 PADDED = "_imagenetnorm"  # files with this in their names were made by TensorFlow, which pads as pad_type 'same' does
-STEPS = {"scratch_small": (600, 10, 60), "finetune_cnn": (120, 3, 20), "probe": (300, 5, 30)}  # steps; epochs from, to
+STEPS = {"scratch_small": (600, 10, 60), "finetune_cnn": (240, 3, 20), "probe": (300, 5, 30)}  # steps; epochs from, to
 ANSWERS = "weights is True (from the hub), a FILE (its name, or backbone, says whose), or False (none, from scratch)"
 
 
