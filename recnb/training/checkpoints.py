@@ -7,6 +7,7 @@ as many processes, ends with the same bits as one that did not stop.
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from secrets import token_hex
 from typing import Any
@@ -101,7 +102,7 @@ class Checkpoints(Callback):
         path = self.folder / "latest.pt"
         try:
             write(state, path, keep, path.stem if batch else f"epoch_{epoch}")
-        except (OSError, RuntimeError, SafetensorError) as error:  # torch's writer has no error of its own
+        except (OSError, RuntimeError, SafetensorError) as error:
             intact = "the one before it is intact" if path.exists() else "there is none yet"
             raise TrainingError(f"{path}: the checkpoint cannot be written, {intact} ({error})") from error
 
@@ -164,17 +165,32 @@ def write(state: dict[str, Any], path: Path, save: Callable = keep, name: str = 
 
     state = changed(state, put_apart)
     if own:
-        file = path.with_name(f"{name}-{token_hex(4)}{APART}")
-        with replacing(file) as temporary:
-            save_file(own, temporary, {"format": "pt"})
-        apart = dict(from_all((file.name, sha256(file))))
-    if ranks()[0]:
-        return
-    save(state, path, apart)
-    for old in before:
+        apart = dict(together(partial(write_rows, own, path.with_name(f"{name}-{token_hex(4)}{APART}"))))
+    together(partial(save, state, path, apart) if ranks()[0] == 0 else dict)
+    for old in before if ranks()[0] == 0 else ():
         owner = old.with_name(f"{old.name.partition('-')[0]}.pt")
         if old.name not in apart and (owner == path or not owner.exists()):
             old.unlink()
+
+
+def write_rows(own: dict[str, Tensor], path: Path) -> tuple[str, str]:
+    """Write this process's rows and return the file's name and SHA-256."""
+    with replacing(path) as temporary:
+        save_file(own, temporary, {"format": "pt"})
+    return path.name, sha256(path)
+
+
+def together(work: Callable[[], Any]) -> list:
+    """Return what the work gives in each process; where it cannot be written in one, raise an error in all of them."""
+    done, error, failed = None, None, ""
+    try:
+        done = work()
+    except (OSError, RuntimeError, SafetensorError) as found:  # torch's writer has no error of its own
+        error, failed = found, f"process {ranks()[0]} of {ranks()[1]}: {found}"
+    results = from_all((done, failed))
+    if reasons := [reason for _, reason in results if reason]:
+        raise error or OSError(reasons[0])
+    return [done for done, _ in results]
 
 
 def random_states() -> list[dict]:

@@ -105,7 +105,6 @@ def keep(learn: RetrievalLearner, plan: Plan, state: FitState, average: MovingAv
         average: The average of the weights, where there is one.
     """
     if state.best:
-        first_does(len, "")  # the file is whole
         load_model(learn.model, read_weights(plan.folder / "checkpoints" / "best.safetensors", in_part=True))
         name, value = learn.names[0], state.best["value"]
         chosen = ", chosen on validation" if learn.loaders.validation else ""

@@ -6,6 +6,7 @@ import random
 import re
 import signal
 import time
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from safetensors import safe_open
 from torch import nn
 
 import recnb.distributed.rows
+import recnb.training.checkpoints
 from recnb.cli.train import main
 from recnb.distributed.rows import Rows, sharded_weights
 from recnb.models.heads import ArcMargin
@@ -155,6 +157,30 @@ def test_killed_at_any_moment_a_whole_checkpoint_is_left(tmp_path, seed):
     state = kept(tmp_path / "latest.pt")
     rows = state["model"]["head.weight"].read(range(5000))
     assert (rows == state["epoch"]).all()
+
+
+def full_disk(rank, folder):
+    """What is said where the second process finds the disk full, then where the first one does."""
+    model, _ = parts()
+    write({"model": whole_states(model)[0], "epoch": 1, "config": "{}", "contents": "{}"}, folder / "latest.pt")
+    said = []
+    for full, place in ((1, "save_file"), (0, "seal")):
+        effect = OSError(28, "No space left on device") if rank == full else None
+        wrapped = getattr(recnb.training.checkpoints, place)
+        with patch.object(recnb.training.checkpoints, place, wraps=wrapped, side_effect=effect):
+            with pytest.raises(OSError, match="No space left on device") as found:
+                write({"model": whole_states(model)[0], "epoch": 2}, folder / "latest.pt")
+        said.append(str(found.value))
+    return said
+
+
+def test_a_disk_that_is_full_in_one_process_ends_all_and_leaves_the_checkpoint_before(tmp_path):
+    first, second = in_processes(2, full_disk, tmp_path)
+    plain = "[Errno 28] No space left on device"
+    assert first[0].startswith(f"process 1 of 2: {plain}") and first[1].startswith(plain)
+    assert second[0].startswith(plain) and second[1].startswith(f"process 0 of 2: {plain}")
+    state = kept(tmp_path / "latest.pt")
+    assert state["epoch"] == 1 and len(state["model"]["head.weight"].read(range(CLASSES))) == CLASSES
 
 
 def train(rank, config, folder, joined=0):
