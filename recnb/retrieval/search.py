@@ -27,6 +27,7 @@ EXACT = 1_000_000  # below, one core compares a query with all of 128 dimensions
 WHOLE = 10_000_000  # below, lists hold whole vectors; from here on, codes
 POINTS = 40  # vectors for each list to train on: faiss asks for 30 to 256
 LINKS = 32  # of a vertex in HNSW
+PADDED = 16  # codes that a list lacks on average to blocks of 32, in which they are kept
 STREAMED, VISITED = 10e9, 1.5e9  # bytes a second of one core: in a row, and list by list (faiss's log of Deep1B)
 WALK = 16  # centres that are looked at to file a vector where a graph finds them, as faiss has it
 
@@ -75,7 +76,7 @@ def plan(count: int, dimension: int) -> dict[str, str | float]:
     if factory.endswith("Flat"):
         return costs(factory, count * (size + 8) + lists * size, lists * size + share * size, STREAMED)
     pieces, width = map(int, re.findall(r"OPQ(\d+)_(\d+)", factory)[0])
-    centre = 4 * width + 8 * LINKS
+    centre = 4 * width + 8 * LINKS + PADDED * pieces / 2
     walked = 2 * probes(lists) * LINKS * 4 * width
     return costs(factory, count * (pieces / 2 + 8) + lists * centre, walked + share * pieces / 2, VISITED)
 
