@@ -132,7 +132,9 @@ def check_recnb(words: list[str]) -> None:
         text = yaml.safe_load(given["text"]) or {}
         if "run" in notebooks.known(notebooks.find(given["notebook"])):
             text["run"] = ""  # there need be none
-        notebooks.parameters_of(notebooks.find(given["notebook"]), written, yaml.safe_dump(text))
+        found = notebooks.parameters_of(notebooks.find(given["notebook"]), written, yaml.safe_dump(text))
+        if found.get("config", "auto") != "auto":
+            load_config(found["config"], found.get("overrides"))
         assert dict(pairs).keys() <= notebooks.known(notebooks.find(given["notebook"])).keys()
     elif command == "sweep" and given and (ROOT / given["batch"]).is_file():
         batch = yaml.safe_load((ROOT / given["batch"]).read_text(encoding="utf-8"))

@@ -303,7 +303,9 @@ def test_modules_say_their_shapes():
 
 def test_importing_is_light():
     code = (
-        "import sys, recnb.cli.main; assert 'torch' not in sys.modules and 'numpy' not in sys.modules; "
+        "import sys, recnb.cli.main; from recnb.cli import notebook; "
+        "notebook.check(notebook.find('02_train'), {'config': 'configs/demo.yaml'}); "
+        "assert 'torch' not in sys.modules and 'numpy' not in sys.modules; "
         "import recnb.retrieval.metrics, recnb.retrieval.neighbours; "
         "assert not {'pandas', 'scipy', 'numba'} & set(sys.modules); import recnb.gallery.figure; "
         f"print(*sorted({{name.split('.')[0] for name in sys.modules}} & {set(ONLY)!r}))"

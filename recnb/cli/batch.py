@@ -109,8 +109,7 @@ def plan(path: str | Path, run_dir: str = "") -> list[Job]:
             job.state = state(job)
         except (ConfigError, DataError) as error:
             raise ConfigError(f"{name}: {error}") from None
-        same = next((other.name for other in jobs if other.cfg == job.cfg), None)
-        if same:
+        if same := next((other.name for other in jobs if other.cfg == job.cfg), None):
             raise ConfigError(f"{same} and {name} are the same configuration; leave one out")
         jobs.append(job)
     return jobs
@@ -120,8 +119,7 @@ def state(job: Job) -> str:
     """Return 'done', 'interrupted' or 'new'; raise ConfigError where the folder belongs to another configuration."""
     if not (job.folder / "config.yaml").is_file():
         return "new"
-    differing = compare(portable(load_config(job.folder / "config.yaml")), resolved(job.cfg))
-    if differing:
+    if differing := compare(portable(load_config(job.folder / "config.yaml")), resolved(job.cfg)):
         raise ConfigError(
             f"{job.folder} holds a run of another configuration ({'; '.join(differing)}); "
             "delete it, or choose another folder with --run-dir"

@@ -1,7 +1,8 @@
 """A notebook is checked, run by papermill, and followed in the terminal.
 
-What can be known to be wrong is said before a kernel starts: a parameter that the notebook does not have, a value of
-another type, a config or an override that cannot be meant, a run folder that holds no run.
+What can be known to be wrong without torch is said before a kernel starts: a parameter that the notebook does not have,
+a value of another type, a key of the config or an override that cannot be meant, a run folder that holds no run. The
+parts that a config names are checked by the notebook itself, so that torch and timm are loaded once.
 """
 
 import ast
@@ -9,7 +10,7 @@ import importlib
 import json
 import logging
 import re
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,11 +41,11 @@ def find(notebook: str | Path) -> Path:
     if path.is_file():
         return path
     folder = path.parent if path.suffix else resolve("notebooks")
-    named = folder / f"{path.stem}.ipynb"
-    if named.is_file():
+    if (named := folder / f"{path.stem}.ipynb").is_file():
         return named
-    known = [other.stem for other in folder.glob("*.ipynb")]
-    raise ConfigError(f"{notebook}: there is no such notebook; {suggest(path.stem, known)}")
+    raise ConfigError(
+        f"{notebook}: there is no such notebook; {suggest(path.stem, (other.stem for other in folder.glob('*.ipynb')))}"
+    )
 
 
 @dataclass
@@ -99,12 +100,11 @@ def check(notebook: Path, parameters: dict) -> None:
             raise ConfigError(f"{notebook.name}: {name}: {value!r} is a {type(value).__name__}, not {kind.__name__}")
     values = values_of(notebook, parameters)
     if values.get("config") not in (None, "", "auto"):
-        load_config(values["config"], values.get("overrides"))
+        load_config(values["config"], values.get("overrides"), parts=False)
     if values.get("options") and notebook.stem in OPTIONS:
         module, reader = OPTIONS[notebook.stem]
         getattr(importlib.import_module(module), reader)(values["options"])
-    run = values.get("run")
-    if run and not values.get("embeddings") and not (resolve(run) / "metrics.json").is_file():
+    if (run := values.get("run")) and not values.get("embeddings") and not (resolve(run) / "metrics.json").is_file():
         raise ConfigError(f"run: {run} holds no finished run; 02_train makes one, or goes on with it")
 
 
@@ -118,7 +118,7 @@ def output_of(notebook: Path, parameters: dict) -> Path:
 
 def training_of(values: dict) -> tuple[Path, int]:
     """Return the run folder and the number of epochs of the training that parameters of 02_train ask for."""
-    settings = load_config(values["config"], values["overrides"])["Global"]
+    settings = load_config(values["config"], values["overrides"], parts=False)["Global"]
     folder = values["run_dir"] or settings["output_dir"] or f"runs/{Path(values['config']).stem}"
     return resolve(folder), settings["epochs"]
 
@@ -132,6 +132,7 @@ def execute(notebook: Path, output: str | Path, parameters: dict) -> None:
         parameters: its parameters.
 
     Raises:
+        ConfigError: The notebook refuses what it is given; nothing is left of it.
         FailedError: A cell has ended with an error, or the kernel has ended.
     """
     import papermill  # seconds, which a mistake need not wait for
@@ -160,6 +161,11 @@ def execute(notebook: Path, output: str | Path, parameters: dict) -> None:
         if earlier is not None and error.ename in REFUSALS:  # a result stays as it was
             output.write_bytes(earlier)
             raise FailedError(error.evalue) from None
+        if error.ename == "ConfigError":
+            output.unlink()
+            with suppress(OSError):  # other files are there
+                output.parent.rmdir()
+            raise ConfigError(error.evalue) from None
         name = "" if error.ename in OWN else f"{error.ename}: "
         raise FailedError(f"{name}{error.evalue}\n  see {output}") from None
     except OSError as error:

@@ -30,7 +30,7 @@ def run(
     """Run a notebook with other parameters.
 
     The result is an executed notebook. A parameter that the notebook does not have, a value of another type, a misspelt
-    key of the config: each is an error before the notebook starts.
+    key of the config: each is an error before the notebook starts. A part that does not exist is one in its first cell.
     """
     from recnb.cli import notebook as notebooks
     from recnb.cli.progress import duration

@@ -57,13 +57,14 @@ KEYS: dict[str, dict[str, Any]] = {  # what the sections that are not constructo
 REQUIRED = ("DataLoader.Train.dataset", "Arch", "Loss.Train", "Optimizer")
 
 
-def load_config(path: str | Path, overrides: dict | None = None) -> dict:
+def load_config(path: str | Path, overrides: dict | None = None, parts: bool = True) -> dict:
     """Return the checked configuration of a YAML file, a plain dict with the defaults of FILLED.
 
     Args:
         path: The file.
         overrides: Dotted keys with values to use instead, e.g. `{"Global.epochs": 2,
             "Loss.Train.SupConLoss.weight": 0.5}`.
+        parts: False: the named parts are not looked at, which takes torch and timm.
 
     Raises:
         ConfigError: The file or an override cannot be meant; the message names the file and line, or the key. Nothing
@@ -81,8 +82,9 @@ def load_config(path: str | Path, overrides: dict | None = None) -> dict:
             raise ConfigError(f"override '{key}': its value contains itself, or is too deeply nested") from None
         fill(cfg)
     fill_loaders(cfg)
-    fill_normalisation(cfg)
-    check(cfg)
+    if parts:
+        fill_normalisation(cfg)
+    check(cfg, parts)
     return cfg
 
 
@@ -172,8 +174,8 @@ def check_numbers(node, where: str = "") -> None:
         check_numbers(value, place)
 
 
-def check(cfg: dict) -> None:
-    """Raise ConfigError for the first section, name, argument or value that cannot be used."""
+def check(cfg: dict, parts: bool = True) -> None:
+    """Raise ConfigError for the first section, name, argument or value that cannot be used; `parts` as above."""
     check_numbers(cfg)
     for where in KEYS:
         section = lookup(cfg, where) if where else cfg
@@ -193,7 +195,7 @@ def check(cfg: dict) -> None:
     for where, section in optimizers(cfg):
         if not section.get("lr"):
             raise ConfigError(f"{where}.lr: the file has no such section, and nothing can be trained without it")
-    for where, section, registry in named_sections(cfg):
+    for where, section, registry in named_sections(cfg) if parts else ():
         registry.check(section, where)
         if getattr(registry[section["name"]], "needs_logits", False):
             check_logits(cfg, where, section["name"])

@@ -188,8 +188,7 @@ def _members(neighbours: Tensor, half: Tensor, half_mutual: Tensor, rows: slice)
     members = torch.cat([near, further.flatten(1)], 1).sort(dim=1).values
     fresh = (members >= 0) & (members != members.roll(1, dims=1))
     fresh[:, 0] = members[:, 0] >= 0
-    owner = numbers[:, None].expand_as(members)
-    return owner[fresh], members[fresh]
+    return numbers[:, None].expand_as(members)[fresh], members[fresh]
 
 
 def _averaged(vectors: sparse.csr_array, neighbours: np.ndarray) -> sparse.csr_array:

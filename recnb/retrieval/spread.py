@@ -26,8 +26,7 @@ def effective_rank(vectors: Array, memory: int = MEMORY) -> float:
     values = torch.linalg.eigvalsh(sum(part.T @ part for part in parts)).clamp_min(0).sqrt()
     if not values.sum() > 0:
         raise ValueError("all vectors are 0: they have no rank")
-    shares = values / values.sum()
-    return float(torch.special.entr(shares).sum().exp())
+    return float(torch.special.entr(values / values.sum()).sum().exp())
 
 
 def uniformity(vectors: Array, t: float = 2.0, memory: int = MEMORY) -> float:

@@ -217,6 +217,21 @@ def test_a_notebook_that_is_refused_leaves_the_earlier_one(monkeypatch, tmp_path
     assert (tmp_path / "x.ipynb").read_text() == left
 
 
+def test_a_notebook_that_refuses_its_config_leaves_nothing(monkeypatch, tmp_path):
+    import papermill
+
+    def refused(notebook, output, *_, **__):
+        Path(output).write_text("half of a notebook")
+        raise papermill.PapermillExecutionError(0, 1, "", "ConfigError", "there is no head 'ArcMagin'", [])
+
+    monkeypatch.setattr(papermill, "execute_notebook", refused)
+    (tmp_path / "mine.txt").touch()
+    for folder in (tmp_path / "new", tmp_path):
+        with pytest.raises(ConfigError, match="there is no head 'ArcMagin'"):
+            notebooks.execute(notebooks.find("01_prepare"), folder / "x.ipynb", {})
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
 def test_photos_that_change_while_they_are_read_are_told(executed, photos, tmp_path, monkeypatch):
     mine, execute = shutil.copytree(photos, tmp_path / "photos"), journey.execute
     monkeypatch.setattr(journey, "execute", lambda *given: (execute(*given), draw(mine / "Lime" / "new.jpg", 5, 77)))
