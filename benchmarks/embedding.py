@@ -2,9 +2,9 @@
 
     python benchmarks/embedding.py [--images 1000000] [--shard 50000]      a JSON line
 
-A thousand drawn images of 32 pixels get a thousand names each, by hard links, so that each line of the list has a file
-of its own. The network is timm's smallest. `curve` has, for each file of vectors that is written, the images behind it
-and the most megabytes that all processes held together until then, each page that they share counted once.
+A thousand drawn images of 32 pixels get a thousand names each, by links to their folder, so that each line of the list
+has a path of its own. The network is timm's smallest. `curve` has, for each file of vectors that is written, the images
+behind it and the most megabytes that all processes held together until then, each page that they share counted once.
 """
 
 from __future__ import annotations
@@ -45,18 +45,17 @@ CONFIG = {
 
 def draw(folder: Path, images: int) -> None:
     """Draw the images, link them under further names, and write the list."""
-    rng, originals = np.random.default_rng(0), []
+    rng = np.random.default_rng(0)
+    (folder / "drawn").mkdir()
     for number in range(min(DRAWN, images)):
-        originals.append(folder / "drawn" / f"{number}.jpg")
-        originals[-1].parent.mkdir(exist_ok=True)
         coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
-        coarse.resize((PIXELS, PIXELS), Image.Resampling.BICUBIC).save(originals[-1], quality=90)
+        coarse.resize((PIXELS, PIXELS), Image.Resampling.BICUBIC).save(folder / "drawn" / f"{number}.jpg", quality=90)
     with (folder / "list.txt").open("w") as lines:
         for number in range(images):
-            group = folder / f"{number // DRAWN:05d}"
-            group.mkdir(exist_ok=True)
-            os.link(originals[number % DRAWN], group / f"{number % DRAWN}.jpg")
-            lines.write(f"{group.name}/{number % DRAWN}.jpg {number % 10}\n")
+            group = f"{number // DRAWN:05d}"
+            if not number % DRAWN:
+                (folder / group).symlink_to("drawn")
+            lines.write(f"{group}/{number % DRAWN}.jpg {number % 10}\n")
 
 
 def held(process: int) -> float:
