@@ -123,8 +123,12 @@ def write_sums(folder: Path, names: Iterable[str]) -> None:
     write_text(folder / SUMS, f"{lines}# {hashlib.sha256(lines.encode()).hexdigest()} are the lines above\n")
 
 
-def check_sums(folder: Path) -> dict[str, str]:
+def check_sums(folder: Path, names: Iterable[str] | None = None) -> dict[str, str]:
     """Return the SHA-256 of each file that a folder's checksums name.
+
+    Args:
+        folder: The folder.
+        names: Those of the files that are to be verified; None: all.
 
     Raises:
         ConfigError: The checksums or one of the files are missing or have changed; the message names which.
@@ -134,7 +138,7 @@ def check_sums(folder: Path) -> dict[str, str]:
     if own != f"{hashlib.sha256(lines).hexdigest()} are the lines above\n".encode():
         raise ConfigError(f"{folder / SUMS}: is missing or damaged; make the folder again, or take a whole copy")
     wanted = {name: digest for digest, _, name in (line.partition("  ") for line in lines.decode().splitlines())}
-    check_files(folder, wanted)
+    check_files(folder, wanted if names is None else {name: wanted[name] for name in names if name in wanted})
     return wanted
 
 

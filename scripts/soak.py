@@ -9,8 +9,8 @@ average and half precision, learnt centres, cross-batch memory, accumulated grad
 of the head. Half of the killed runs are killed once more. What has to be the same as in a run that was left alone:
 weights, history, metrics, and in the last checkpoint the optimizer, the average, centres, memory and generators.
 
-With --start, `recnb start` is killed with its kernels at random moments, in whatever step it is, and goes on until it
-is killed again or ends: with the same lists, weights and metrics, and with a recogniser that can be opened.
+With --start, `recnb start` climbs a ladder and is killed with its kernels at a random moment of each step, of some
+steps again, and goes on until it ends: with the same lists, weights and metrics, and with a recogniser that opens.
 
 With --race, 2, 4 and 8 processes at once want to write to a folder, so many rounds each where nobody has its lock,
 where its owner was killed, and where its owner has stopped and goes on a little later: two may never write. Exits with
@@ -29,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -213,11 +214,12 @@ def soak(folder: Path, kills: int, seed: int, kinds: list[str]) -> tuple[int, in
     return kills, failed
 
 
-def journey(photos: Path, to: Path) -> subprocess.Popen:
-    """`recnb start`, without pretrained weights."""
-    words = ["start", str(photos), "--to", str(to), "--weights", "False", "--epochs", "2", "--image-size", "32"]
-    log = to.with_suffix(".log").open("a")
-    return subprocess.Popen([sys.executable, "-m", "recnb", *words], stdout=log, stderr=log)
+def journey(photos: Path, weights: Path, to: Path) -> subprocess.Popen:
+    """`recnb start` with weights that were drawn, so that it climbs a ladder; its log is that of the last call."""
+    given = {"--to": to, "--weights": weights, "--backbone": "test_resnet", "--epochs": 2, "--image-size": 32}
+    words = [str(word) for pair in given.items() for word in pair]
+    with to.with_suffix(".log").open("w") as log:
+        return subprocess.Popen([sys.executable, "-m", "recnb", "start", str(photos), *words], stdout=log, stderr=log)
 
 
 def arrived(to: Path) -> dict[str, str]:
@@ -230,9 +232,15 @@ def arrived(to: Path) -> dict[str, str]:
 
 
 def step(to: Path) -> str:
-    """The step that `recnb start` was in."""
+    """The step that `recnb start` is in, or was."""
     lines = [line for line in to.with_suffix(".log").read_text().splitlines() if line.startswith("[")]
-    return lines[-1].partition(":")[0].partition("] ")[2] if lines else "its first steps"
+    return lines[-1].partition(":")[0].partition("] ")[2] if lines else ""
+
+
+def place(to: Path) -> str:
+    """The step that `recnb start` was in, and the rung that was written to last where it trained."""
+    rungs = sorted((to / "rungs").glob("*"), key=lambda rung: rung.stat().st_mtime)
+    return f"{step(to)} at {rungs[-1].name}" if rungs and step(to) == "02_train" else step(to)
 
 
 def kill_all(process: subprocess.Popen) -> None:
@@ -243,35 +251,64 @@ def kill_all(process: subprocess.Popen) -> None:
     process.wait()
 
 
-def soak_start(folder: Path, kills: int, seed: int) -> tuple[int, int]:
-    """How many journeys from photos to a recogniser there were, and how many did not end as one left alone."""
-    from recnb.demo.marks import draw_marks
+def seconds_of_steps(process: subprocess.Popen, to: Path) -> dict[str, float]:
+    """How long each step of a journey took that is left alone."""
+    taken: dict[str, float] = {}
+    while process.poll() is None:
+        began, name = time.monotonic(), step(to)
+        time.sleep(0.05)
+        taken[name] = taken.get(name, 0.0) + time.monotonic() - began
+    if process.returncode:
+        sys.exit(f"recnb start that was left alone failed, see {to.with_suffix('.log')}")
+    return {name: seconds for name, seconds in taken.items() if name}
 
-    draw, journeys, failed, killed = random.Random(seed), 0, 0, 0
-    photos = draw_marks(folder / "drawn", identities=12, renderings=6, size=32)["images"]
-    begun = time.monotonic()
-    if journey(photos, folder / "alone").wait():
-        sys.exit(f"recnb start that was left alone failed, see {folder / 'alone.log'}")
-    wanted, length = arrived(folder / "alone"), time.monotonic() - begun
-    while killed < kills:
+
+def kill_in(name: str, process: subprocess.Popen, to: Path, seconds: float) -> str:
+    """Kill a journey so long after it came to a step; where it was then, nothing where it had ended."""
+    while process.poll() is None and step(to) < name:
+        time.sleep(0.05)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(seconds)
+        return ""
+    kill_all(process)
+    return place(to)
+
+
+def soak_start(folder: Path, kills: int, seed: int) -> tuple[int, int]:
+    """How many journeys from photos to a recogniser there were, and how many did not end as one left alone.
+
+    Each is killed once in every step, and twice more in steps that are drawn.
+    """
+    draw, journeys, failed, where = random.Random(seed), 0, 0, Counter()
+    begin = partial(journey, *drawn_photos(folder))
+    lengths = seconds_of_steps(begin(folder / "alone"), folder / "alone")
+    wanted = arrived(folder / "alone")
+    while where.total() < kills:
         journeys += 1
-        to, steps, process = folder / f"start-{journeys}", [], None
-        while killed < kills:
-            process = journey(photos, to)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(draw.uniform(0, length / 2))
-            if process.poll() is not None:
-                break
-            kill_all(process)
-            process, killed = None, killed + 1
-            steps.append(step(to))
-        code = (process or journey(photos, to)).wait()
-        left = {} if code else arrived(to)
+        to, places = folder / f"start-{journeys}", []
+        for name in sorted([*lengths, *draw.choices([*lengths], k=2)])[: kills - where.total()]:
+            places.append(kill_in(name, begin(to), to, draw.uniform(0, lengths[name])))
+        where.update(name for name in places if name)
+        left = {} if begin(to).wait() else arrived(to)
         differs = [key for key, value in wanted.items() if left.get(key) != value]
         failed += bool(differs)
         end = "DIFFERS in " + ", ".join(differs) if differs else "the same"
-        print(f"{journeys:>3} recnb start killed {len(steps)} times, in {', '.join(steps)}: {end}", flush=True)
+        print(f"{journeys:>3} recnb start killed in {', '.join(filter(None, places))}: {end}", flush=True)
+    print(", ".join(f"{number} in {name}" for name, number in sorted(where.items())))
     return journeys, failed
+
+
+def drawn_photos(folder: Path) -> tuple[Path, Path]:
+    """A folder of small photos, enough of them that a ladder is climbed, and a file of weights to begin with."""
+    import timm
+    import torch
+
+    from recnb.demo.marks import draw_marks
+
+    torch.manual_seed(0)
+    photos = draw_marks(folder / "drawn", identities=32, renderings=6, size=32)["images"]
+    torch.save(timm.create_model("test_resnet").state_dict(), folder / "weights.pth")
+    return photos, folder / "weights.pth"
 
 
 # ---- who may write to a folder ---------------------------------------------------------------------------------------

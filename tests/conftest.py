@@ -15,6 +15,8 @@ import os
 os.environ["MPLBACKEND"] = "Agg"
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny models on busy cores: threads would wait for each other
 
+import random
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from unittest.mock import patch
@@ -130,6 +132,19 @@ def split(drawn: Path, name: str, sampler: dict | None = None) -> dict:
         "sampler": sampler or {"name": "DistributedBatchSampler", "batch_size": 32},
         "loader": {"num_workers": 0},
     }
+
+
+@contextmanager
+def flipped(path: Path, rng: random.Random):
+    """Within the block, one bit of a file is another."""
+    whole = path.read_bytes()
+    content = bytearray(whole)
+    content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+    path.write_bytes(content)
+    try:
+        yield
+    finally:
+        path.write_bytes(whole)
 
 
 def change(content: dict, steps: list[str], value) -> None:

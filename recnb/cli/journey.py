@@ -7,7 +7,6 @@ again, and finds what it had written itself.
 
 import csv
 import hashlib
-import json
 import os
 import shutil
 import tempfile
@@ -23,7 +22,8 @@ from tqdm import tqdm
 from recnb.cli.notebook import FailedError, execute, find
 from recnb.cli.progress import duration
 from recnb.registry import ConfigError, check_known
-from recnb.storage import ROOT, locked, sha256, write_json
+from recnb.retrieval.exchange import sealed, unsealed
+from recnb.storage import ROOT, locked, sha256, write_text
 
 LEAST = 200_000_000  # bytes that have to be free
 SAMPLE = 64  # photos that tell how long the others take
@@ -102,7 +102,7 @@ class Journey:
                 if record(step) != given:
                     raise FailedError(f"{step.reads[0]}: has changed while {step.notebook} read it; {ALSO}")
                 done[step.notebook] = given
-                write_json(self.to / "start.json", done)
+                write_text(self.to / "start.json", sealed(done))
 
     def run(self, step: Step) -> None:
         """Run one step into an executed notebook of the run folder."""
@@ -116,11 +116,14 @@ class Journey:
     def kept(self) -> dict:
         """Return what is remembered of earlier calls."""
         try:
-            return json.loads((self.to / "start.json").read_text(encoding="utf-8"))
+            return unsealed(self.to / "start.json")
         except (FileNotFoundError, NotADirectoryError):
             return {}
         except (OSError, ValueError) as error:
-            raise ConfigError(f"{self.to / 'start.json'}: cannot be read ({error}); delete {self.to}") from None
+            raise ConfigError(
+                f"{self.to / 'start.json'}: cannot be read ({error}); take another folder with --to, what is whole in "
+                "this one serves `recnb run` as before"
+            ) from None
 
     def check(self, done: dict) -> None:
         """Raise ConfigError or DataError for what would stop 01_prepare; make the folder where nothing does."""
@@ -264,8 +267,11 @@ def list_counts(paths: list[Path]) -> tuple[int, int]:
 
 def left_out(path: Path) -> str:
     """Return what 01_prepare did not use and why, the commonest reasons first."""
-    with path.open(encoding="utf-8", newline="") as file:
-        reasons = Counter(row["reason"] for row in csv.DictReader(file))
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            reasons = Counter(row["reason"] for row in csv.DictReader(file))
+    except (ValueError, KeyError, csv.Error) as error:
+        raise ConfigError(f"{path} is damaged ({error}); 01_prepare writes it") from None
     if not reasons:
         return "nothing"
     most = "; ".join(f"{number} {reason}" for reason, number in reasons.most_common(3))

@@ -12,16 +12,16 @@ import numpy as np
 
 
 def sealed(state: dict) -> str:
-    """Return the text of an index.json: JSON whose first key is the SHA-256 of all that follows it."""
+    """Return the text of a JSON file whose first key is the SHA-256 of all that follows it."""
     text = json.dumps(state)
     return f'{{"checksum": "{hashlib.sha256(text.encode()).hexdigest()}", {text[1:]}'
 
 
-def unsealed(text: bytes) -> dict:
-    """Return what an index.json holds; ValueError where a byte of it has changed since it was written."""
-    found = re.fullmatch(rb'\{"checksum": "([0-9a-f]{64})", (.*)', text, re.DOTALL)
+def unsealed(path: Path) -> dict:
+    """Return what a file of `sealed` text holds; ValueError where a byte of it has changed since it was written."""
+    found = re.fullmatch(rb'\{"checksum": "([0-9a-f]{64})", (.*)', path.read_bytes(), re.DOTALL)
     if not found or hashlib.sha256(b"{" + found[2]).hexdigest().encode() != found[1]:
-        raise ValueError("index.json is damaged, or of an earlier version, which had no checksum")
+        raise ValueError(f"{path.name} is damaged, or of an earlier version, which had no checksum")
     return json.loads(b"{" + found[2])
 
 

@@ -295,7 +295,7 @@ class Index:
 
     @classmethod
     def _read(cls, folder: Path) -> Index:
-        state = unsealed((folder / "index.json").read_bytes())
+        state = unsealed(folder / "index.json")
         file = folder / f"vectors-{state['sha256'][:16]}.faiss"
         if not file.exists() or sha256(file) != state["sha256"]:
             raise ValueError(f"{file} is missing or damaged")

@@ -43,11 +43,10 @@ from recnb.training.checkpoints import kept
 
 PARTS = ("query", "gallery")  # the lists of an evaluation, and their files in embeddings/
 PACKAGES = ("recnb", "torch", "torchvision", "fastai", "timm", "faiss-cpu", "numpy", "pillow", "papermill")
-SUMMED = (  # what results are read from; checkpoints carry their own checksums
-    *("config.yaml", "contents.json", "env.json", "history.csv", "labels.csv", "metrics.json", "queries.csv"),
+SUMMED = (  # what results are read from; weights and checkpoints carry their own checksums
+    *("config.yaml", "contents.json", "env.json", "history.csv", "labels.csv", "ladder.csv", "metrics.json"),
     *(f"embeddings/{part}.{kind}" for part in PARTS for kind in ("npy", "csv")),
-    "model.safetensors",
-    "parts.py",
+    *("parts.py", "queries.csv"),
 )
 
 
@@ -69,6 +68,8 @@ def open_run(run_dir: str | Path, cfg: dict, classes: int | None = None) -> Path
     except OSError as error:
         raise ConfigError(f"run_dir: {run} cannot be made: {error}") from error
     with locked(run):
+        if (run / SUMS).exists() and (run / "queries.csv").is_file():
+            check_sums(run, ["queries.csv"])  # which a run that goes on reads
         read = check_begun(run, ours, read) | read
         write_text(run / "config.yaml", as_yaml(ours))
         write_json(run / "contents.json", read)

@@ -32,6 +32,7 @@ from recnb.recipe.splits import Split, split_lists, unjudged, whole_list
 from recnb.runs.folder import open_run
 from recnb.runs.results import save_results
 from recnb.runs.rungs import Ladder, Rung
+from recnb.storage import SUMS, check_sums
 from recnb.training import checkpoints
 from recnb.training.adaptor import Callback
 from recnb.training.evaluation import Evaluation
@@ -156,10 +157,12 @@ def missing(place: Path, cfg: dict, shared: Shared) -> bool:
     """Return whether a rung has yet to be climbed.
 
     Raises:
-        ConfigError: It is there, and of another configuration.
+        ConfigError: It is there, and damaged or of another configuration.
         OutOfTime: It is not, and the time has run out.
     """
     if (place / "metrics.json").exists():
+        if (place / SUMS).exists():
+            check_sums(place)
         check_same(resolved(cfg), read_yaml(place / "config.yaml"), place)
         return False
     if shared.start and time.monotonic() > shared.at:

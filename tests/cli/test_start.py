@@ -5,6 +5,7 @@ import errno
 import itertools
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT
+from conftest import ROOT, flipped
 from PIL import Image, ImageDraw
 
 from recnb.cli import journey, progress
@@ -26,6 +27,7 @@ from recnb.cli.main import main
 from recnb.cli.run import names
 from recnb.data import audit, layouts
 from recnb.registry import ConfigError
+from recnb.retrieval.exchange import unsealed
 
 NAMES = ["Garlic", "Red Beet", "Åpple Äkerö", "檸檬", "Лимон", "Lime", "Mango", "Kiwi", "Plum", "Leek"]
 
@@ -111,6 +113,27 @@ def test_steps_that_are_done_are_not_done_again(executed, photos, tmp_path):
     assert len(executed) == 8
 
 
+def test_a_bit_that_flips_in_what_is_remembered_is_told(executed, photos, tmp_path):
+    to, rng = tmp_path / "Äpfel", random.Random(0)
+    way = journey.Journey(photos, to, {"epochs": 1})
+    way.go()
+    for _ in range(40):
+        with flipped(to / "start.json", rng), pytest.raises(ConfigError, match=r"start\.json: .* take another folder"):
+            way.go()
+    (to / "start.json").write_text(json.dumps(unsealed(to / "start.json")))
+    with pytest.raises(ConfigError, match=r"start\.json: .* of an earlier version"):
+        way.go()
+    assert len(executed) == 5
+
+
+def test_a_table_of_what_was_left_out_that_is_damaged_is_told(tmp_path):
+    (tmp_path / "left_out.csv").write_text("path,reason\na,broken\n")
+    for content in (b"path,rea\x13on\na,broken\n", b"path,reason\na,br\xefken\n"):
+        (tmp_path / "left_out.csv").write_bytes(content)
+        with pytest.raises(ConfigError, match=r"left_out\.csv is damaged"):
+            journey.left_out(tmp_path / "left_out.csv")
+
+
 def test_a_step_that_failed_is_run_again_and_those_before_it_are_not(executed, photos, tmp_path, monkeypatch):
     way, execute = journey.Journey(photos, tmp_path / "mine"), journey.execute
 
@@ -161,7 +184,7 @@ def test_the_options_of_the_command_reach_the_steps_and_the_gallery_is_opened(
         "--open",
     )
     assert code == 0 and printed.endswith("ten lines\n") and opened == [(to / "gallery.html").as_uri()]
-    given = json.loads((to / "start.json").read_text())["01_prepare"]["parameters"]
+    given = unsealed(to / "start.json")["01_prepare"]["parameters"]
     assert given["options"] == {"weights": False, "backbone": "resnet18", "epochs": 2, "image_size": 96}
     assert given["config"] == "auto" and given["source"] == str(photos)
 
@@ -305,7 +328,7 @@ def test_a_disk_that_is_full_between_two_steps_leaves_the_earlier_ones(called, e
         code, printed = called("start", photos, "--to", to)
     assert code == 2 and f"error: {to / 'start.json'}: No space left on device\n" in printed
     assert executed == ["01_prepare", "02_train", "03_evaluate"] and (to / "03_evaluate.ipynb").is_file()
-    assert set(json.loads((to / "start.json").read_text())) == {"01_prepare", "02_train"}
+    assert set(unsealed(to / "start.json")) == {"01_prepare", "02_train"}
     journey.Journey(photos, to).go()
     assert executed[3:] == ["03_evaluate", "04_gallery", "05_export"] and not [*to.glob(".*.part")]
 

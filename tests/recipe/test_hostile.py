@@ -363,7 +363,7 @@ def index(tmp_path):
 
 def rewritten(index: Path, **changes) -> None:
     """Change what index.json says, with a checksum that is right all the same."""
-    state = unsealed((index / "index.json").read_bytes())
+    state = unsealed(index / "index.json")
     (index / "index.json").write_text(sealed({**state, **changes}))
 
 

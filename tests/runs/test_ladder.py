@@ -1,8 +1,11 @@
 """The ladder on drawn images: what is kept, what is left alone, and that a climb that was interrupted ends the same."""
 
+import random
+
 import pandas as pd
 import pytest
 import torch
+from conftest import flipped
 from safetensors.torch import load_file
 
 from recnb.recipe import ladder as rungs
@@ -112,9 +115,18 @@ def test_without_time_the_start_is_kept(config_file, tmp_path, pretrained, capsy
     result, table = climbed(cfg, tmp_path)
     assert "the 0 minutes ended before the ladder did; run again with more" in capsys.readouterr().out
     assert list(table.index) == ["start"] and result["mAP"] == result["before"]["mAP"]
+    rng = random.Random(0)
+    with flipped(tmp_path / "ladder.csv", rng), pytest.raises(ConfigError, match=r"ladder\.csv"):
+        load_run(tmp_path)
 
     with pytest.raises(ConfigError, match=r"rungs/start belongs to another configuration \(Global.seed: 0 -> 1\)"):
         train(cfg | {"Global": cfg["Global"] | {"seed": 1}}, tmp_path)
+    apart = {".lock", "output.txt", "model.safetensors"}  # which are not read again
+    files = [path for path in (tmp_path / "rungs" / "start").rglob("*") if path.is_file() and path.name not in apart]
+    assert {"queries.csv", "config.yaml", "query.npy", "SHA256SUMS"} <= {path.name for path in files}
+    for path in files:
+        with flipped(path, rng), pytest.raises(ConfigError, match=path.name):
+            train(cfg, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_config
+from conftest import flipped, tiny_config
 
 from recnb import storage
 from recnb.data.images import DataError
@@ -191,16 +191,11 @@ def test_a_list_of_the_evaluation_that_is_no_longer_what_was_judged_is_told_when
     features = opened.query_features, opened.gallery_features
     for _ in range(40):  # a list that is told, or cannot be read and is taken as the run kept it
         path = finished / rng.choice(("query.txt", "gallery.txt"))
-        whole_list = path.read_bytes()
-        content = bytearray(whole_list)
-        content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
-        path.write_bytes(content)
-        try:
-            assert [[*told(images)] for images in read_lists(place / "run", opened.cfg, features)] == judged
-        except ConfigError as error:
-            assert path.name in str(error)
-        finally:
-            path.write_bytes(whole_list)
+        with flipped(path, rng):
+            try:
+                assert [[*told(images)] for images in read_lists(place / "run", opened.cfg, features)] == judged
+            except ConfigError as error:
+                assert path.name in str(error)
 
 
 def test_weights_that_have_changed_are_named(config_file, tmp_path):
@@ -225,14 +220,8 @@ def test_a_bit_that_flips_is_told_with_the_name_of_its_file(place, seed):
     names = {str(path.relative_to(run)) for path in files}
     assert {"config.yaml", "contents.json", "SHA256SUMS", "model.safetensors", "embeddings/query.npy"} <= names
     for path in (path for path in files if path.stat().st_size):
-        content = bytearray(path.read_bytes())
-        content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
-        whole_file, _ = path.read_bytes(), path.write_bytes(content)
-        try:
-            with pytest.raises(ConfigError, match=path.name):
-                read_all(run)
-        finally:
-            path.write_bytes(whole_file)
+        with flipped(path, rng), pytest.raises(ConfigError, match=path.name):
+            read_all(run)
     read_all(run)
 
 
@@ -242,6 +231,18 @@ def read_all(run: Path) -> RecModel:
         kept(path)
     read_weights(run / "checkpoints" / "best.safetensors")
     return load_run(run).model()
+
+
+def test_a_run_does_not_go_on_from_values_before_training_that_are_damaged(place, again):
+    for seed in range(5):
+        with flipped(place / "run" / "queries.csv", random.Random(seed)):
+            before = whole(place / "run")
+            with pytest.raises(ConfigError, match=r"queries.csv: .* not as it was written"):
+                again()
+            assert whole(place / "run") == before
+    (place / "run" / "metrics.json").write_text("{}")
+    again()
+    assert load_run(place / "run").metrics["mAP"], "what is not read is written anew"
 
 
 def test_a_run_that_goes_on_is_not_measured_by_the_checksums_of_what_it_was(finished, place, monkeypatch):
