@@ -101,16 +101,20 @@ def test_eight_processes_at_once_never_write_together_whoever_owned_the_folder_b
 
 
 def test_the_command_that_kills_recnb_start_counts_what_did_not_end_the_same(tmp_path, monkeypatch, capsys):
-    def journey(photos, to):
-        log = to.with_suffix(".log").open("a")
+    def journey(photos, weights, to):
+        log = to.with_suffix(".log").open("w")
         code = "import time; print('[1/5] 01_prepare: lists', flush=True); time.sleep(0.3)"
         return subprocess.Popen([sys.executable, "-c", code], stdout=log)
 
     monkeypatch.setattr(soak, "journey", journey)
+    monkeypatch.setattr(soak, "drawn_photos", lambda folder: (folder, folder))
     monkeypatch.setattr(soak, "arrived", lambda to: {"model.safetensors": "the same"})
     journeys, failed = soak.soak_start(tmp_path, 3, 0)
-    assert journeys >= 1 and failed == 0 and "recnb start killed" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert journeys >= 1 and failed == 0 and "recnb start killed in 01_prepare" in printed
+    assert printed.endswith("3 in 01_prepare\n")
     monkeypatch.setattr(soak, "arrived", lambda to: {"model.safetensors": to.name})
+    (tmp_path / "other").mkdir()
     journeys, failed = soak.soak_start(tmp_path / "other", 2, 0)
     assert failed == journeys >= 1 and "DIFFERS in model.safetensors" in capsys.readouterr().out
 
