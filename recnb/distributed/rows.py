@@ -119,21 +119,41 @@ def per_row(value, p: Tensor) -> bool:
     return isinstance(value, Tensor) and value.dim() > 0 and len(value) == len(p)
 
 
-def sharded_weights(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict[Hashable, int]:
-    """The number of all ranks' rows of each sharded weight, by its name in the model's `state_dict()`.
+def sharded_weights(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict[Hashable, Any]:
+    """All rows of each sharded weight, as something of their length, by its name in the model's `state_dict()`.
 
-    With an optimizer by its number in `optimizer.state_dict()["state"]`. `split` and `collect` take either.
+    With an optimizer by its number in `optimizer.state_dict()["state"]`. What torch's fully_shard has divided stands
+    for itself. `split` and `collect` take either.
     """
-    counts: dict[Hashable, int] = {
-        f"{name}.weight".lstrip("."): part.class_num
+    held: dict[Hashable, Any] = {
+        f"{name}.weight".lstrip("."): range(part.class_num)
         for name, part in model.named_modules()
         if getattr(part, "sharded", False)
     }
+    held |= {name: p for name, p in model.named_parameters() if is_divided(p)}
     if optimizer is None:
-        return counts
-    named = {model.get_parameter(str(name)): count for name, count in counts.items()}
+        return held
+    named = {model.get_parameter(str(name)): rows for name, rows in held.items()}
     order = [p for group in optimizer.param_groups for p in group["params"]]
     return {i: named[p] for i, p in enumerate(order) if p in named}
+
+
+def is_divided(tensor) -> bool:
+    """Whether torch's fully_shard has divided the rows of a tensor over the ranks."""
+    return hasattr(tensor, "to_local")  # a DTensor, whose module takes half a second to import
+
+
+def on_this_rank(tensor: Any) -> Tensor:
+    """The part of a tensor that is on this rank, all of it where it is not divided."""
+    return tensor.to_local() if is_divided(tensor) else tensor
+
+
+def own_rows(held: Any) -> range:
+    """The rows that this rank holds of a sharded weight, of which `sharded_weights` gives all."""
+    if not is_divided(held):
+        return share(len(held))
+    first = min(ranks()[0] * -(-len(held) // ranks()[1]), len(held))  # as Tensor.chunk divides: the last may have none
+    return range(first, first + len(held.to_local()))
 
 
 class OwnRows(NamedTuple):
@@ -158,7 +178,7 @@ class Rows:
     def read(self, rows: range, into: Tensor | None = None) -> Tensor:
         """Some of all rows (len(rows), ...), written over `into` where that is given; only they are read."""
         one = self.part(self.files[0])[:1]
-        found = one.new_empty(len(rows), *one.shape[1:]) if into is None else into
+        found = one.new_empty(len(rows), *one.shape[1:]) if into is None else on_this_rank(into)
         start, piece = 0, max(PIECE // one.nbytes, 1)
         for path in self.files:
             stop = start + self.part(path).get_shape()[0]
@@ -169,12 +189,12 @@ class Rows:
         return found
 
 
-def split(state: dict, counts: dict[Hashable, int], into: Mapping[Any, Tensor] | None = None) -> dict:
+def split(state: dict, held: Mapping[Hashable, Any], into: Mapping[Any, Tensor] | None = None) -> dict:
     """Return the state of this rank from that of all rows.
 
     Args:
         state: A tensor of it may be `Rows`.
-        counts: The number of all rows, as `sharded_weights` says it.
+        held: All rows, as `sharded_weights` gives them. `Rows` of other weights are read whole.
         into: Tensors that rows are written over, where there is one of their name.
 
     Raises:
@@ -182,19 +202,30 @@ def split(state: dict, counts: dict[Hashable, int], into: Mapping[Any, Tensor] |
     """
 
     def cut(key: Hashable, entry, _: str):
-        if not has_rows(entry):
+        if not has_rows(entry) or not (key in held or isinstance(entry, Rows)):
             return entry
-        if len(entry) != counts[key]:
-            raise ValueError(f"a state of {len(entry)} rows cannot be divided as one of {counts[key]} classes")
-        rows = share(counts[key])
+        every = held.get(key, range(len(entry)))
+        if len(entry) != len(every):
+            raise ValueError(f"a state of {len(entry)} rows cannot be divided as one of {len(every)} classes")
+        rows = own_rows(every) if key in held else every
         if isinstance(entry, Rows):
-            return entry.read(rows, (into or {}).get(key))
-        return entry[rows.start : rows.stop].clone()  # a view would keep all rows in memory
+            own = entry.read(rows, (into or {}).get(key))
+        else:
+            own = entry[rows.start : rows.stop].clone()  # a view would keep all rows in memory
+        return like(every, own) if is_divided(every) else own
 
-    return state | {key: changed(state[key], partial(cut, key)) for key in counts if key in state}
+    return {key: changed(value, partial(cut, key)) for key, value in state.items()}
 
 
-def collect(state: dict, counts: dict[Hashable, int]) -> dict:
+def like(weight: Any, own: Tensor) -> Tensor:
+    """This rank's rows as a tensor that is divided as a weight is."""
+    from torch.distributed.tensor import DTensor
+
+    place, shape = (weight.device_mesh, weight.placements), {"shape": weight.shape, "stride": weight.stride()}
+    return DTensor.from_local(own.to(weight.device), *place, run_check=False, **shape)
+
+
+def collect(state: dict, held: Mapping[Hashable, Any]) -> dict:
     """On rank 0 the state of all rows, on the CPU; elsewhere that of the rank. Every rank has to call it.
 
     One rank's rows travel at a time, so that no device needs room for more than two shares. Of tensors too large for
@@ -202,24 +233,27 @@ def collect(state: dict, counts: dict[Hashable, int]) -> dict:
     """
     rank, world = ranks()
 
-    def fetch(count: int, entry, _: str):
+    def fetch(every, entry, _: str):
         if not has_rows(entry) or world == 1:
             return entry
-        if entry[:1].nbytes * count > JOINED:
-            return OwnRows(entry)
+        if entry.shape[1:].numel() * entry.element_size() * len(every) > JOINED:
+            return OwnRows(on_this_rank(entry))
+        if is_divided(entry):
+            whole = entry.full_tensor()
+            return entry if rank else whole.cpu()
         if rank:
             dist.send(entry.detach().contiguous(), 0)
             return entry
-        whole = torch.empty(count, *entry.shape[1:], dtype=entry.dtype)
+        whole = torch.empty(len(every), *entry.shape[1:], dtype=entry.dtype)
         whole[: len(entry)] = entry
         for other in range(1, world):
-            rows = share(count, other, world)
+            rows = share(len(every), other, world)
             part = entry.new_empty(len(rows), *entry.shape[1:])
             dist.recv(part, other)
             whole[rows.start : rows.stop] = part
         return whole
 
-    return state | {key: changed(state[key], partial(fetch, count)) for key, count in counts.items() if key in state}
+    return state | {key: changed(state[key], partial(fetch, every)) for key, every in held.items() if key in state}
 
 
 def has_rows(entry) -> bool:

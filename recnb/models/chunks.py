@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from recnb.distributed.processes import ranks
 from recnb.models.backbones import layer_depths
 from recnb.models.cutting import Cut
 
@@ -87,16 +88,41 @@ def recompute_blocks(backbone: Cut) -> None:
     Raises:
         ValueError: The backbone is not made of blocks.
     """
-    layers: dict[int, list] = defaultdict(list)
-    for name, depth in layer_depths(backbone).items() if hasattr(backbone.model, "group_matcher") else ():
-        layers[depth].append(name.rpartition(".")[0].replace(".", "/"))
-    names = {commonpath(parts).replace("/", ".") for parts in layers.values()} - {"model"}
-    blocks = {name: part for name in names if [*(part := backbone.get_submodule(name)).children()]}
+    blocks = blocks_of(backbone)
     if len(blocks) < 2:
         raise ValueError("is not made of blocks that could be computed again")
     for name, block in blocks.items():
         if not f"model.{backbone.layer}".startswith(f"{name}."):
             block.forward = partial(computed_when_needed, block, block.forward)
+
+
+def blocks_of(backbone: Cut) -> dict[str, nn.Module]:
+    """Return the blocks by which timm counts a model's depth, by name; none where timm has not made it."""
+    layers: dict[int, list] = defaultdict(list)
+    for name, depth in layer_depths(backbone).items() if hasattr(backbone.model, "group_matcher") else ():
+        layers[depth].append(name.rpartition(".")[0].replace(".", "/"))
+    names = {commonpath(parts).replace("/", ".") for parts in layers.values()} - {"model"}
+    return {name: part for name in names if [*(part := backbone.get_submodule(name)).children()]}
+
+
+def divide_blocks(backbone: Cut, device: torch.device) -> None:
+    """Divide a backbone's weights over the processes: those of a block are whole only while it is computed.
+
+    By torch's fully_shard (ZeRO, https://arxiv.org/abs/1910.02054), which averages their gradients as well. Each
+    forward pass is made by all processes. The optimizer is to be made behind it.
+
+    Args:
+        backbone: it is changed in place and gets to the device, one block at a time.
+        device: where it is going to be.
+    """
+    from torch.distributed.device_mesh import init_device_mesh  # seconds, which one process need not wait
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.type, (ranks()[1],))
+    for name, block in sorted(blocks_of(backbone).items(), key=lambda item: -len(item[0])):  # inner ones first
+        if not f"model.{backbone.layer}.".startswith(f"{name}."):  # the cut ends it before fully_shard sees its output
+            fully_shard(block, mesh=mesh)
+    fully_shard(backbone, mesh=mesh, reshard_after_forward=True)
 
 
 def computed_when_needed(block: nn.Module, forward: Callable, x: Tensor, *args, **kwargs):  # (B, ...) -> (B, ...)

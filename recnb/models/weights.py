@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from recnb.distributed.processes import own_part
-from recnb.distributed.rows import Rows
+from recnb.distributed.rows import Rows, on_this_rank
 from recnb.models.cutting import classifiers, first_line, kind, listed
 from recnb.models.paddle import converted, read_pdparams
 from recnb.registry import ConfigError
@@ -252,7 +252,7 @@ def check_room(part: nn.Module, copies: int, device: torch.device, where: str) -
     room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if device.type == "cuda":
         room = torch.cuda.get_device_properties(device).total_memory
-    needs = sum(p.nbytes * (copies if p.requires_grad else 1) for p in part.parameters())
+    needs = sum(on_this_rank(p).nbytes * (copies if p.requires_grad else 1) for p in part.parameters())
     if needs > room:
         what = "its weights, their gradients and the optimizer's state need" if copies > 1 else "its weights need"
         raise ConfigError(

@@ -9,7 +9,10 @@ from torch import nn
 
 from recnb.data.lists import seeded
 from recnb.data.loaders import Loaders
+from recnb.distributed.processes import ranks
 from recnb.losses.combined import CombinedLoss
+from recnb.models.chunks import divide_blocks
+from recnb.models.cutting import Cut
 from recnb.models.recmodel import RecModel
 from recnb.models.weights import check_room
 from recnb.recipe.data import build_batch_transform
@@ -48,8 +51,14 @@ def build_learner(cfg: dict, model: nn.Module, loaders: Loaders, run_dir: str | 
     plan = build_plan(cfg, loaders, Path(run_dir))
     with seeded(cfg["Global"]["seed"]):  # centres are drawn
         loss = build_loss(cfg, classes=loaders.classes, sizes=getattr(model, "sizes", None))
-    last = cfg["Global"]["channels_last"]
-    if device.type == "cpu" if last is None else last:
+    last, divide = cfg["Global"]["channels_last"], cfg["Global"]["fully_shard"]
+    if divide:
+        check_divisible(cfg)
+    attributes = {name: dict(vars(p)) for name, p in model.named_parameters()}
+    if divide and ranks()[1] > 1:
+        for backbone in [part for part in model.modules() if isinstance(part, Cut)]:
+            divide_blocks(backbone, device)
+    elif device.type == "cpu" if last is None else last:
         model.to(memory_format=torch.channels_last)
     if cfg["Global"]["compile"]:
         model.compile()  # in place: the names of the weights stay
@@ -70,8 +79,20 @@ def build_learner(cfg: dict, model: nn.Module, loaders: Loaders, run_dir: str | 
     )
     adam = any("adam" in section["name"].lower() for _, section in optimizers(cfg))
     check_room(model, 4 if adam else 2, device, "Arch")
+    for name, p in model.named_parameters():  # lr_multiplier, which neither fully_shard nor a move keeps
+        vars(p).update(attributes[name])
     learn.create_opt()  # now, since it finds parameters without an optimizer
     return learn
+
+
+def check_divisible(cfg: dict) -> None:
+    """Raise ConfigError where Global.fully_shard meets what needs the whole weights, or memory of another layout."""
+    keys = ["EMA", "Retention.distill", *(f"Global.{k}" for k in ("channels_last", "compile", "grad_cache", "probe"))]
+    others = [key for key in keys if lookup(cfg, key)] + ["AMP.dtype: float16"] * (precision(cfg) == torch.float16)
+    if others:
+        raise ConfigError(
+            f"Global.fully_shard: the backbone cannot be divided with {others[0]}; leave one of the two out"
+        )
 
 
 def check_mixable(cfg: dict) -> None:

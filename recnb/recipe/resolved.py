@@ -38,6 +38,7 @@ FREE = (
             "grad_checkpointing",
             "device",
             "devices",
+            "fully_shard",
             "cache_images",
             "probe_cache",
             "accept_changes",

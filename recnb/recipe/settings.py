@@ -36,6 +36,8 @@ class Global:
         update_freq: how many batches make a step of the optimizer
         iter_per_epoch: steps in an epoch; the sampler's length where it is left out
         devices: how many processes, or `auto`: one for each GPU; see [](../devices.md)
+        fully_shard: divide the backbone's weights over the processes, for a backbone too large for one device; see
+            [](../devices.md)
         channels_last: channels last in memory: convolutions are faster so on a CPU, where it is the default, and on
             recent GPUs with half precision
         compile: `model.compile()`
@@ -79,6 +81,7 @@ class Global:
     update_freq: Count = 1
     iter_per_epoch: Count | None = None
     devices: Annotated[int, Range(1, 1024)] | Literal["auto"] = 1
+    fully_shard: bool = False
     channels_last: bool | None = None
     compile: bool = False
     grad_cache: Count | None = None

@@ -284,7 +284,7 @@ def with_rows(model: nn.Module, optimizer, state: dict, change: Callable) -> dic
         model: Says which weights are sharded.
         optimizer: The optimizer, or `Several`.
         state: Its state dict.
-        change: `(entries, counts) -> entries`: joins the rows of all processes, or takes this one's.
+        change: `(entries, weights) -> entries`: joins the rows of all processes, or takes this one's.
     """
     if "optimizers" in state:
         parts = zip(optimizer.optimizers, state["optimizers"], strict=True)

@@ -20,7 +20,8 @@ from tqdm.auto import tqdm
 
 from recnb.data.lists import ImageList, own_index
 from recnb.data.loaders import batches_on, divided
-from recnb.distributed.processes import joined
+from recnb.distributed.processes import from_all, joined
+from recnb.distributed.rows import is_divided
 from recnb.registry import Count, Registry
 from recnb.retrieval.metrics import DEFINITIONS, ranking_metrics, retrieval_metrics
 from recnb.retrieval.rerank import KReciprocal, alpha_query_expansion, database_augmentation, fit_whitening
@@ -208,17 +209,36 @@ def embed(
     device, training = next(model.parameters()).device, model.training
     keep_freed_memory(device)
     model.eval()
+    plain, found = not any(map(is_divided, model.parameters())), []
     try:
-        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=amp):
+        # fully_shard keeps the memory that it makes here for training, which takes nothing of inference mode
+        with torch.inference_mode(plain), torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=amp):
             own = divided(loader)
             batches = tqdm(batches_on(own, device), "embedding", len(own), False, delay=5, disable=not progress)
-            features = joined(torch.cat([views(model, x, flip, scales).float().cpu() for x, _ in batches]))
+            behind = passes_behind(model, len(own))
+            for x, _ in batches:
+                found.append(views(model, x, flip, scales).float().cpu())
+            for _ in range(behind):
+                views(model, x, flip, scales)
+            features = joined(torch.cat(found))
     finally:
         model.train(training)
     if kept:
         with replacing(kept) as path, path.open("wb") as file:
             np.save(file, features.numpy())
     return features.clone()
+
+
+def passes_behind(model: nn.Module, batches: int) -> int:
+    """Return how many forward passes to add to those of the batches, for as many as another process makes.
+
+    Where weights are divided all processes make each pass. They have to call it, before the first one.
+
+    Args:
+        model: Says whether its weights are divided.
+        batches: How many this process has.
+    """
+    return max(from_all(batches)) - batches if any(map(is_divided, model.parameters())) else 0
 
 
 def views(model: nn.Module, x: Tensor, flip: bool, scales: Sequence[float]) -> Tensor:  # (B, 3, H, W) -> (B, D)

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import torch
 
 from recnb.distributed.processes import anywhere
+from recnb.distributed.rows import on_this_rank
 from recnb.training.adaptor import Callback, CancelBatchException, Learner
 from recnb.training.plan import FitState
 
@@ -38,7 +39,7 @@ class Guard(Callback):
     def before_step(self):
         if not self.check_gradients:
             return
-        gradients = [p.grad for p in self.opt.all_params().itemgot(0) if p.grad is not None]
+        gradients = [on_this_rank(p.grad) for p in self.opt.all_params().itemgot(0) if p.grad is not None]
         finite = torch.stack(torch._foreach_norm(gradients)).isfinite().all()
         if anywhere(not finite, self.loss.device):  # a rank sees the gradients of its own share of a sharded head only
             self.fail("gradient")

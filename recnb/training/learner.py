@@ -32,7 +32,7 @@ from recnb.training.adaptor import (
 )
 from recnb.training.allocator import keep_freed_memory
 from recnb.training.callbacks import PassLabels, RetrievalEvaluation
-from recnb.training.evaluation import DEFAULT_METRICS, Accuracy, Evaluation, Judge
+from recnb.training.evaluation import DEFAULT_METRICS, Accuracy, Evaluation, Judge, passes_behind
 from recnb.training.fit import fit_config
 from recnb.training.plan import Plan
 
@@ -205,8 +205,11 @@ class RetrievalLearner(Learner):
         self.n_iter, start = len(self.dl), self.first_batch if self.training else 0
         if self.training:
             self.first_batch = 0
+        behind = 0 if self.training else passes_behind(self.model, self.n_iter)
         for number, batch in enumerate(self.dl.begin_at(start) if start else self.dl, start):
             self.one_batch(number, batch)
+        for _ in range(behind):
+            self.model(batch[0])
 
     def _do_fit(self):  # as fastai's, which cannot begin anywhere but at the first epoch
         for epoch in range(self.first_epoch, self.n_epoch):

@@ -132,7 +132,7 @@ def found(rank):
     with pytest.raises(ValueError, match="there are 0 classes for"):
         share(0)
     found = {
-        "start": collect(net("AdaMargin", sharded=True).state_dict(), {"head.weight": CLASSES}),
+        "start": collect(net("AdaMargin", sharded=True).state_dict(), {"head.weight": range(CLASSES)}),
         "drawn": drawn_part(),
         "gathered": gathered(),
         "step": {name: one_step(name) for name in ARGS},
@@ -226,10 +226,10 @@ def test_states_are_divided_anew(monkeypatch):
                 parts.append(split(whole, counts))
             together = parts[0] | {key: joined([part[key] for part in parts]) for key in counts}
             torch.testing.assert_close(together, whole, rtol=0, atol=0)
-    assert counts == {2: CLASSES} and sharded_weights(net("ArcMargin")) == {}
+    assert counts == {2: range(CLASSES)} and sharded_weights(net("ArcMargin")) == {}
     assert parts[3][2]["exp_avg"].shape == (1, 6) and parts[3][0]["exp_avg"].shape == (6, 4)
     with pytest.raises(ValueError, match="a state of 11 rows cannot be divided as one of 12 classes"):
-        split(whole, {2: 12})
+        split(whole, {2: range(12)})
 
 
 def test_every_row_belongs_to_one_rank():

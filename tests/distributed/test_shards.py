@@ -14,11 +14,14 @@ import torch.distributed as dist
 from processes import METHOD, begin, in_processes
 from safetensors import safe_open
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import recnb.distributed.rows
 import recnb.training.checkpoints
 from recnb.cli.train import main
-from recnb.distributed.rows import Rows, sharded_weights
+from recnb.distributed.processes import ranks
+from recnb.distributed.rows import Rows, on_this_rank, sharded_weights
 from recnb.models.heads import ArcMargin
 from recnb.models.weights import read_weights
 from recnb.registry import ConfigError
@@ -30,10 +33,12 @@ CLASSES = 11
 
 
 def parts():
-    """A sharded head, a plain layer and their optimizer behind a step."""
+    """A sharded head, a layer that torch divides where several processes run, and their optimizer behind a step."""
     recnb.distributed.rows.JOINED = recnb.distributed.rows.PIECE = 0
     torch.manual_seed(0)
-    model = nn.ModuleDict({"neck": nn.Linear(4, 6), "head": ArcMargin(6, CLASSES, sharded=True)})
+    model = nn.ModuleDict({"neck": nn.Linear(4, 7), "head": ArcMargin(6, CLASSES, sharded=True)})
+    if ranks()[1] > 1:
+        fully_shard(model["neck"], mesh=init_device_mesh("cpu", (ranks()[1],)))
     optimizer = OptimWrapper(opt=torch.optim.AdamW(model.parameters(), 0.1))
     for p in model.parameters():
         p.grad = p.detach().square()
@@ -59,20 +64,25 @@ def written(rank, folder):
 def read(rank, folder):
     """The state of this process as it was made, as a checkpoint holds it, and its weights as a file holds them."""
     model, optimizer = parts()
-    made = [t.clone() for t in (*model.parameters(), *optimizer.opt.state[model["head"].weight].values())]
+
+    def here():
+        states = (value for state in optimizer.opt.state.values() for value in state.values())
+        return [on_this_rank(t).clone() for t in (*model.parameters(), *states)]
+
+    made = here()
     for p in model.parameters():
         p.detach().zero_()
     state = kept(folder / "latest.pt")
     load_model(model, state["model"])
     optimizer.load_state_dict(with_rows(model, optimizer.opt, state["optimizer"], recnb.distributed.rows.split))
-    found = [*model.parameters(), *optimizer.opt.state[model["head"].weight].values()]
-    torch.testing.assert_close(found, made, rtol=0, atol=0)
+    torch.testing.assert_close(here(), made, rtol=0, atol=0)
     weights = read_weights(folder / "best.safetensors", in_part=True)
     assert isinstance(weights["head.weight"], Rows) and len(weights["head.weight"]) == CLASSES
-    model["head"].weight.detach().zero_()
+    for p in model.parameters():
+        p.detach().zero_()
     load_model(model, weights)
-    assert torch.equal(model["head"].weight, made[2])
-    return len(made[2])
+    torch.testing.assert_close(here(), made, rtol=0, atol=0)
+    return [len(rows) for rows in made[:3]]
 
 
 @pytest.fixture(scope="module")
@@ -86,19 +96,21 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_each_process_reads_its_rows_of_what_two_have_written(folder, count):
-    assert sum(in_processes(count, read, folder)) == CLASSES
+    weight, bias, classes = zip(*in_processes(count, read, folder), strict=True)
+    assert weight == bias == {1: (7,), 2: (4, 3), 3: (3, 3, 1)}[count] and sum(classes) == CLASSES
 
 
 def test_each_process_writes_its_own_rows_and_nothing_else(folder):
     held = kept(folder / "latest.pt")
-    assert isinstance(held["model"]["head.weight"], Rows) and held["model"]["neck.weight"].shape == (6, 4)
-    for path, rows in zip(held["model"]["head.weight"].files, (5, 6), strict=True):
+    assert all(isinstance(held["model"][name], Rows) for name in ("head.weight", "neck.weight", "neck.bias"))
+    for path, rows, others in zip(held["model"]["head.weight"].files, (5, 6), (4, 3), strict=True):
         with safe_open(path, "pt") as file:
-            assert {tuple(file.get_slice(name).get_shape()) for name in file.keys()} == {(rows, 6)}
-            assert set(file.keys()) == {
-                "model.head.weight",
-                *(f"optimizer.state.2.{m}" for m in ("exp_avg", "exp_avg_sq")),
-            }
+            for number, (name, shape) in enumerate(
+                {"neck.weight": (others, 4), "neck.bias": (others,), "head.weight": (rows, 6)}.items()
+            ):
+                for place in (f"model.{name}", *(f"optimizer.state.{number}.{m}" for m in ("exp_avg", "exp_avg_sq"))):
+                    assert tuple(file.get_slice(place).get_shape()) == shape
+            assert len(file.keys()) == 9
 
 
 def test_whoever_reads_weights_gets_all_rows(folder):
@@ -110,7 +122,7 @@ def test_whoever_reads_weights_gets_all_rows(folder):
 def test_other_numbers_of_rows_are_refused(folder):
     model, _ = parts()
     model["head"].class_num = 12
-    assert sharded_weights(model) == {"head.weight": 12}
+    assert sharded_weights(model) == {"head.weight": range(12)}
     with pytest.raises(ValueError, match="a state of 11 rows cannot be divided as one of 12 classes"):
         load_model(model, kept(folder / "latest.pt")["model"])
 
