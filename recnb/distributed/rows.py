@@ -87,7 +87,7 @@ def step_by_rows(optimizer: torch.optim.Optimizer) -> None:
                         gradient, state = p.grad.coalesce(), self.state.get(p, {})
                         index = gradient.indices()[0]
                         rows = nn.Parameter(p.detach()[index])
-                        rows.grad = gradient.values()
+                        rows.grad, rows.sharded = gradient.values(), getattr(p, "sharded", False)
                         used = {k: v[index] if per_row(v, p) else v for k, v in state.items()}
                         held.append((group["params"], i, p, rows, index))
                         group["params"][i], self.state[rows] = rows, used

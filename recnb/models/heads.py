@@ -98,6 +98,7 @@ def hold_classes(
     draw = draw or partial(xavier, math.sqrt(2 / (class_num + embedding_size)))
     weight = torch.empty(len(head.rows), sub_centers * embedding_size)
     head.weight = nn.Parameter(draw_rows(weight, head.rows, draw) if sharded else draw(weight))
+    head.weight.sharded = sharded  # for what looks at a parameter alone, as clipping does
 
 
 def xavier(std: float, weight: Tensor, generator: torch.Generator | None = None) -> Tensor:

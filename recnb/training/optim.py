@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from recnb.distributed.processes import Total, ranks
 from recnb.registry import Registry
 
 BESIDE = {
@@ -125,9 +126,15 @@ def AdamWDL(
 
 
 def clip(norm: float, optimizer: torch.optim.Optimizer, *_) -> None:
-    """Scale each parameter's gradient down to `norm` where it is longer, one parameter at a time."""
-    for gradient in (p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None):
-        gradient.mul_(norm / torch.linalg.vector_norm(gradient).clamp_min(norm))
+    """Scale each parameter's gradient down to `norm` where it is longer, one parameter at a time.
+
+    The rows of all processes are one parameter where a head is sharded.
+    """
+    for p in (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None):
+        length = torch.linalg.vector_norm(p.grad)
+        if ranks()[1] > 1 and getattr(p, "sharded", False):
+            length = Total.apply(length.square()).sqrt()
+        p.grad.mul_(norm / length.clamp_min(norm))
 
 
 def add_signs(coeff: float, optimizer: torch.optim.Optimizer, *_) -> None:

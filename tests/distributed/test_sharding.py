@@ -16,6 +16,7 @@ from recnb.distributed.rows import PartialLogits, collect, draw_rows, sharded_we
 from recnb.losses.combined import CELoss
 from recnb.models.chunks import in_chunks
 from recnb.models.heads import HEADS, ArcMargin, CosMargin
+from recnb.training.optim import clip
 
 CLASSES, STEPS = 11, 3
 ARGS = {
@@ -54,8 +55,11 @@ def net(name, **args):
 
 
 def optimize(model, kind):
-    parameters = model.parameters()
-    return torch.optim.AdamW(parameters, 0.01) if kind == "AdamW" else torch.optim.SGD(parameters, 0.1, 0.9)
+    if kind == "AdamW":
+        return torch.optim.AdamW(model.parameters(), 0.01)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, 0.9)
+    optimizer.register_step_pre_hook(partial(clip, 0.1))
+    return optimizer
 
 
 def train(model, optimizer, batches):
