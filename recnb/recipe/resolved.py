@@ -45,6 +45,7 @@ FREE = (
         )
     ),
     *(f"DataLoader.{part}.loader" for part in LOADERS),
+    "Ladder.minutes",
 )
 PATHS = {
     **{f"DataLoader.{part}.dataset": ("image_root", "cls_label_path") for part in LOADERS},

@@ -37,7 +37,7 @@ def train(cfg: dict, run_dir: str | Path) -> dict:
     with contextlib.ExitStack() as quiet:
         if ranks()[0] == 0 and (ranks()[1] > 1 or device_count(cfg["Global"]["devices"]) == 1):
             quiet.enter_context(locked(run))  # until all is written; of several processes, the first one's
-        first_does(open_run, run, first, loaders.classes)
+        first_does(open_run, run, cfg, loaders.classes)
         learn = build_learner(first, build_model(first, loaders.classes), loaders, run)
         print(learn.model.describe())
         if not sys.stdout.isatty():  # bars are redrawn, lines stay

@@ -1,6 +1,7 @@
 """The run folder: what was run, on what, with what result.
 
 config.yaml  the resolved configuration: loading it gives the same run      env.json  versions, device, seed, commit
+ladder.yaml  of a ladder, the configuration that is climbed      rungs/  its runs     ladder.csv  what they came to
 contents.json  checksums of the lists' lines and of the weights     SHA256SUMS  of what the results are read from
 history.csv  one row an epoch     metrics.json  before, after, gain, intervals     queries.csv  what each query scored
 model.safetensors, checkpoints/, gallery.html, train.log, and the executed notebook itself
@@ -30,10 +31,11 @@ from recnb.gallery.pictures import read_picture
 from recnb.models.recmodel import DistillationModel, RecModel
 from recnb.models.weights import load_weights
 from recnb.recipe.data import build_transform, evaluation_images, evaluation_places
+from recnb.recipe.ladder import base, is_ladder
 from recnb.recipe.model import build_model
 from recnb.recipe.parts import import_parts, parts_in_use
-from recnb.recipe.reading import as_yaml
-from recnb.recipe.resolved import check_contents, check_kept, contents, resolved, with_paths
+from recnb.recipe.reading import as_yaml, read_yaml
+from recnb.recipe.resolved import check_contents, check_kept, check_same, contents, resolved, with_paths
 from recnb.recipe.schema import architectures, load_config, lookup
 from recnb.registry import ConfigError
 from recnb.retrieval.lists import Ranking, rank
@@ -44,7 +46,8 @@ from recnb.training.checkpoints import kept
 PARTS = ("query", "gallery")  # the lists of an evaluation, and their files in embeddings/
 PACKAGES = ("recnb", "torch", "torchvision", "fastai", "timm", "faiss-cpu", "numpy", "pillow", "papermill")
 SUMMED = (  # what results are read from; weights and checkpoints carry their own checksums
-    *("config.yaml", "contents.json", "env.json", "history.csv", "labels.csv", "ladder.csv", "metrics.json"),
+    *("config.yaml", "contents.json", "env.json", "history.csv", "labels.csv", "metrics.json"),
+    *("ladder.csv", "ladder.yaml"),
     *(f"embeddings/{part}.{kind}" for part in PARTS for kind in ("npy", "csv")),
     *("parts.py", "queries.csv"),
 )
@@ -55,18 +58,31 @@ def open_run(run_dir: str | Path, cfg: dict, classes: int | None = None) -> Path
 
     Args:
         run_dir: The folder.
-        cfg: The checked configuration.
+        cfg: The checked configuration; of a ladder, config.yaml is the first rung's until one is kept.
         classes: The number of training identities, for config.yaml; without it the training list is read.
 
     Raises:
         ConfigError: The folder cannot be made, or belongs to another configuration or to other lists or weights.
         LockedError: Another process writes to it. In either case nothing in it has changed.
     """
-    run, ours, read = resolve_run(run_dir), resolved(cfg, classes), contents(cfg)
+    run, ours = resolve_run(run_dir), resolved(cfg, classes)
     try:
         run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"run_dir: {run} cannot be made: {error}") from error
+    with locked(run):
+        climbed, begun = run / "ladder.yaml", (run / "rungs").is_dir()
+        if begun and climbed.is_file():
+            check_same(ours, undamaged(run, climbed, read_yaml), climbed)
+        begin(run, base(cfg), classes)
+        if is_ladder(cfg) and not begun:
+            write_text(climbed, as_yaml(ours))
+    return run
+
+
+def begin(run: Path, cfg: dict, classes: int | None = None) -> None:
+    """Write what a folder holds before there are results; `open_run` says what of, and when it raises an error."""
+    ours, read = resolved(cfg, classes), contents(cfg)
     with locked(run):
         if (run / SUMS).exists() and (run / "queries.csv").is_file():
             check_sums(run, ["queries.csv"])  # which a run that goes on reads
@@ -75,7 +91,6 @@ def open_run(run_dir: str | Path, cfg: dict, classes: int | None = None) -> Path
         write_json(run / "contents.json", read)
         write_json(run / "env.json", {**environment(cfg), "parts": keep_parts(run)})
         (run / SUMS).unlink(missing_ok=True)  # of the results, which are about to change
-    return run
 
 
 def check_begun(run: Path, ours: dict, read: dict) -> dict:

@@ -29,7 +29,7 @@ from recnb.recipe.reading import read_yaml
 from recnb.recipe.resolved import check_same, resolved
 from recnb.recipe.schema import lookup
 from recnb.recipe.splits import Split, split_lists, unjudged, whole_list
-from recnb.runs.folder import open_run
+from recnb.runs.folder import begin
 from recnb.runs.results import save_results
 from recnb.runs.rungs import Ladder, Rung
 from recnb.storage import SUMS, check_sums
@@ -223,7 +223,7 @@ def hand_back(cfg: dict, kept: Rung, shared: Shared) -> RetrievalLearner:
     learn = learner_of({**final, "Global": {**final["Global"], "probe": None}}, shared.run)
     start = learn.model.state_dict()
     take_weights(learn, start if source is None else weights_of(kept, start, source), shared.run)
-    open_run(shared.run, final, learn.loaders.classes)
+    begin(shared.run, final, learn.loaders.classes)
     if source is None:
         save_label_map(learn.loaders.train.dataset, shared.run / "labels.csv")
         write_history(shared.run, {})
@@ -269,7 +269,7 @@ def on_split(cfg: dict, split: Split) -> dict:
 def learner_of(cfg: dict, folder: Path) -> RetrievalLearner:
     """Return the learner of a configuration that writes into a folder."""
     loaders = build_loaders(cfg)
-    open_run(folder, cfg, loaders.classes)
+    begin(folder, cfg, loaders.classes)
     return build_learner(cfg, build_model(cfg, loaders.classes), loaders, folder)
 
 

@@ -57,6 +57,14 @@ def test_a_climb_that_is_interrupted_in_any_rung_keeps_the_same_rung_and_bits(
     assert {key: run.metrics[key] for key in ("recall1", "mAP")} == {key: result[key] for key in ("recall1", "mAP")}
     assert run.model().state_dict().keys() == load_file(tmp_path / "run" / "model.safetensors").keys()
     assert run.cfg["Global"]["recipe"] is None and "Validation" not in run.cfg["DataLoader"]
+    files = {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()}
+    for key, value in (("Optimizer.weight_decay", 1.0), ("Global.recipe", None), ("Ladder.folds", 3)):
+        with pytest.raises(ConfigError, match=rf"ladder\.yaml belongs to another configuration \({key}: "):
+            train(
+                load_config(config_file(pretrained | {"Optimizer": HURTING, "Ladder": {"folds": 2}}), {key: value}),
+                run.folder,
+            )
+    assert {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()} == files, "all as it was"
 
     real_end = ladder.Deadline.after_epoch
     with monkeypatch.context() as late:
@@ -119,6 +127,7 @@ def test_without_time_the_start_is_kept(config_file, tmp_path, pretrained, capsy
     with flipped(tmp_path / "ladder.csv", rng), pytest.raises(ConfigError, match=r"ladder\.csv"):
         load_run(tmp_path)
 
+    (tmp_path / "ladder.yaml").unlink()  # as in a folder of an earlier version
     with pytest.raises(ConfigError, match=r"rungs/start belongs to another configuration \(Global.seed: 0 -> 1\)"):
         train(cfg | {"Global": cfg["Global"] | {"seed": 1}}, tmp_path)
     apart = {".lock", "output.txt", "model.safetensors"}  # which are not read again
