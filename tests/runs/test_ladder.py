@@ -57,14 +57,6 @@ def test_a_climb_that_is_interrupted_in_any_rung_keeps_the_same_rung_and_bits(
     assert {key: run.metrics[key] for key in ("recall1", "mAP")} == {key: result[key] for key in ("recall1", "mAP")}
     assert run.model().state_dict().keys() == load_file(tmp_path / "run" / "model.safetensors").keys()
     assert run.cfg["Global"]["recipe"] is None and "Validation" not in run.cfg["DataLoader"]
-    files = {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()}
-    for key, value in (("Optimizer.weight_decay", 1.0), ("Global.recipe", None), ("Ladder.folds", 3)):
-        with pytest.raises(ConfigError, match=rf"ladder\.yaml belongs to another configuration \({key}: "):
-            train(
-                load_config(config_file(pretrained | {"Optimizer": HURTING, "Ladder": {"folds": 2}}), {key: value}),
-                run.folder,
-            )
-    assert {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()} == files, "all as it was"
 
     real_end = ladder.Deadline.after_epoch
     with monkeypatch.context() as late:
@@ -119,7 +111,9 @@ def test_the_average_is_that_of_the_last_third_of_the_epochs(tmp_path):
 
 
 def test_without_time_the_start_is_kept(config_file, tmp_path, pretrained, capsys):
-    cfg = load_config(config_file(pretrained | {"Ladder": {"minutes": 0.0}, "DataLoader.Validation": {"share": 0.4}}))
+    file = config_file(pretrained | {"Ladder": {"minutes": 0.0}, "DataLoader.Validation": {"share": 0.4}})
+    changes = {"Optimizer.weight_decay": 1.0, "Global.recipe": None, "Ladder.folds": 3}
+    cfg, *others = [load_config(file), *(load_config(file, {key: value}) for key, value in changes.items())]
     result, table = climbed(cfg, tmp_path)
     assert "the 0 minutes ended before the ladder did; run again with more" in capsys.readouterr().out
     assert list(table.index) == ["start"] and result["mAP"] == result["before"]["mAP"]
@@ -127,6 +121,11 @@ def test_without_time_the_start_is_kept(config_file, tmp_path, pretrained, capsy
     with flipped(tmp_path / "ladder.csv", rng), pytest.raises(ConfigError, match=r"ladder\.csv"):
         load_run(tmp_path)
 
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for key, other in zip(changes, others, strict=True):
+        with pytest.raises(ConfigError, match=rf"ladder\.yaml belongs to another configuration \({key}: "):
+            train(other, tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     (tmp_path / "ladder.yaml").unlink()  # as in a folder of an earlier version
     with pytest.raises(ConfigError, match=r"rungs/start belongs to another configuration \(Global.seed: 0 -> 1\)"):
         train(cfg | {"Global": cfg["Global"] | {"seed": 1}}, tmp_path)
