@@ -121,8 +121,7 @@ class Journey:
             return {}
         except (OSError, ValueError) as error:
             raise ConfigError(
-                f"{self.to / 'start.json'}: cannot be read ({error}); take another folder with --to, what is whole in "
-                "this one serves `recnb run` as before"
+                f"{self.to / 'start.json'}: cannot be read ({error}); take another folder with --to"
             ) from None
 
     def check(self, done: dict) -> None:

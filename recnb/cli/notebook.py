@@ -132,7 +132,7 @@ def execute(notebook: Path, output: str | Path, parameters: dict) -> None:
         parameters: its parameters.
 
     Raises:
-        ConfigError: The notebook refuses what it is given; nothing is left of it.
+        ConfigError: The notebook refuses its config or its folder, and there was no earlier result; nothing is left.
         FailedError: A cell has ended with an error, or the kernel has ended.
     """
     import papermill  # seconds, which a mistake need not wait for
@@ -161,8 +161,8 @@ def execute(notebook: Path, output: str | Path, parameters: dict) -> None:
         if earlier is not None and error.ename in REFUSALS:  # a result stays as it was
             output.write_bytes(earlier)
             raise FailedError(error.evalue) from None
-        if error.ename == "ConfigError":
-            output.unlink()
+        if error.ename in ("ConfigError", "LockedError"):
+            output.unlink(missing_ok=True)
             with suppress(OSError):  # other files are there
                 output.parent.rmdir()
             raise ConfigError(error.evalue) from None

@@ -240,12 +240,13 @@ def test_a_notebook_that_is_refused_leaves_the_earlier_one(monkeypatch, tmp_path
     assert (tmp_path / "x.ipynb").read_text() == left
 
 
-def test_a_notebook_that_refuses_its_config_leaves_nothing(monkeypatch, tmp_path):
+@pytest.mark.parametrize("kind", ["ConfigError", "LockedError"])
+def test_a_notebook_that_refuses_its_config_leaves_nothing(monkeypatch, tmp_path, kind):
     import papermill
 
     def refused(notebook, output, *_, **__):
         Path(output).write_text("half of a notebook")
-        raise papermill.PapermillExecutionError(0, 1, "", "ConfigError", "there is no head 'ArcMagin'", [])
+        raise papermill.PapermillExecutionError(0, 1, "", kind, "there is no head 'ArcMagin'", [])
 
     monkeypatch.setattr(papermill, "execute_notebook", refused)
     (tmp_path / "mine.txt").touch()
