@@ -40,7 +40,7 @@ from recnb.recipe.schema import architectures, load_config, lookup
 from recnb.registry import ConfigError
 from recnb.retrieval.lists import Ranking, rank
 from recnb.retrieval.rerank import k_reciprocal
-from recnb.storage import ROOT, SUMS, check_sums, locked, resolve, sha256, write_json, write_text
+from recnb.storage import ROOT, SUMS, check_sums, locked, resolve, sha256, write_json, write_sums, write_text
 from recnb.training.checkpoints import kept
 
 PARTS = ("query", "gallery")  # the lists of an evaluation, and their files in embeddings/
@@ -84,13 +84,16 @@ def begin(run: Path, cfg: dict, classes: int | None = None) -> None:
     """Write what a folder holds before there are results; `open_run` says what of, and when it raises an error."""
     ours, read = resolved(cfg, classes), contents(cfg)
     with locked(run):
-        if (run / SUMS).exists() and (run / "queries.csv").is_file():
-            check_sums(run, ["queries.csv"])  # which a run that goes on reads
+        before = ["queries.csv"] * (run / "queries.csv").is_file()  # which a run that goes on reads
+        if before and (run / SUMS).exists():
+            check_sums(run, before)
         read = check_begun(run, ours, read) | read
         write_text(run / "config.yaml", as_yaml(ours))
         write_json(run / "contents.json", read)
         write_json(run / "env.json", {**environment(cfg), "parts": keep_parts(run)})
         (run / SUMS).unlink(missing_ok=True)  # of the results, which are about to change
+        if before:
+            write_sums(run, before)
 
 
 def check_begun(run: Path, ours: dict, read: dict) -> dict:

@@ -228,7 +228,8 @@ def hand_back(cfg: dict, kept: Rung, shared: Shared) -> RetrievalLearner:
         save_label_map(learn.loaders.train.dataset, shared.run / "labels.csv")
         write_history(shared.run, {})
     else:
-        copy_tables(source, shared.run)
+        for file in ("history.csv", "labels.csv"):  # what a training has left beside its weights
+            shutil.copyfile(source / file, shared.run / file)
     return learn
 
 
@@ -313,12 +314,6 @@ def read_queries(folder: Path) -> pd.DataFrame:
 def write_history(folder: Path, metrics: dict[str, float]) -> None:
     """Write the history of a rung that has no epochs: one row, of epoch 0."""
     write_csv(pd.DataFrame([{"epoch": 0, "lr": 0.0, **metrics}]), folder / "history.csv")
-
-
-def copy_tables(source: Path, folder: Path) -> None:
-    """Copy what a training has left beside its weights: its history, and the names of its classes."""
-    for file in ("history.csv", "labels.csv"):
-        shutil.copyfile(source / file, folder / file)
 
 
 def epochs_of(kept: Rung, histories: list[Path]) -> int:

@@ -10,7 +10,7 @@ from recnb.data.lists import ImageList, write_csv
 from recnb.distributed.processes import first_does
 from recnb.runs.folder import SUMMED
 from recnb.runs.verdict import verdict
-from recnb.storage import from_root, replacing, write_json, write_sums
+from recnb.storage import SUMS, from_root, replacing, write_json, write_sums
 from recnb.training.evaluation import Evaluation
 from recnb.training.learner import RetrievalLearner
 
@@ -31,6 +31,7 @@ def evaluate_start(run: Path, learn: RetrievalLearner) -> Evaluation:
             return Evaluation(metrics=means, per_query=values)
     start = learn.evaluate()
     first_does(save_queries, path, learn.tested.query, start)
+    first_does(write_sums, run, ["queries.csv"])  # a run that goes on reads it
     return start
 
 
@@ -53,6 +54,9 @@ def save_queries(path: Path, images: ImageList, before: Evaluation, after: Evalu
         table[f"{name}_before"] = values
         if after is not None:
             table[f"{name}_after"] = after.per_query[name]
+    (path.parent / SUMS).unlink(
+        missing_ok=True
+    )  # of the file before: killed in between, none is better than a wrong one
     write_csv(table, path)
 
 
