@@ -6,6 +6,7 @@
     run_notebook executes a notebook by papermill as a user does: run_notebook(name, folder, **parameters) -> its file
     make         the learner of a changed tiny configuration: make(config_file, run folder, changes)
     trained_run  the run folder that 02_train makes of the tiny configuration, with train.ipynb in it
+    device       where a test computes: "cpu" and, with `pytest -m gpu`, "cuda", which skips where there is no GPU
 
 The changes are dotted keys as in `load_config`, but they may add what is not there, and `...` removes what is.
 """
@@ -84,6 +85,15 @@ def make(config_file, run, changes: dict | None = None):
 
     cfg = load_config(config_file(changes))
     return build_learner(cfg, build_model(cfg), build_loaders(cfg), run)
+
+
+@pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request) -> str:
+    import torch
+
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("there is no CUDA GPU here")
+    return request.param
 
 
 @pytest.fixture

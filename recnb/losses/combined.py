@@ -116,7 +116,7 @@ class SupConLoss(nn.Module):
         loss, anchor = in_blocks(self.per_row, features, y, self.chunk)
         if self.contrast_mode == "one":
             anchor = anchor & first_rows(y)
-        return loss[anchor].sum() / anchor.sum().clamp_min(1) * self.temperature / self.base_temperature
+        return torch.where(anchor, loss, 0).sum() / anchor.sum().clamp_min(1) * self.temperature / self.base_temperature
 
     def per_row(self, rows: Tensor, features: Tensor, positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
         """(the loss of each row as an anchor, whether it is one), in blocks."""

@@ -70,7 +70,7 @@ def build_learner(cfg: dict, model: nn.Module, loaders: Loaders, run_dir: str | 
         loss,
         evaluation_loss(cfg, loaders),
         build_optimizer(cfg),
-        build_judge(cfg, model),
+        build_judge(cfg, model, device),
         device,
         path=run_dir,
         splitter=partial(parameter_groups, cfg),

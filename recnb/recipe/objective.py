@@ -1,6 +1,6 @@
 """Build the loss of the section Loss, and the judge of embeddings of Metric and PostProcess."""
 
-from torch import nn
+import torch
 
 from recnb.losses.combined import LOSSES, CombinedLoss
 from recnb.recipe.schema import check_logits, items
@@ -29,10 +29,15 @@ def build_metrics(cfg: dict) -> list[str]:
     return names or (TopkAcc() if single else list(DEFAULT_METRICS))
 
 
-def build_judge(cfg: dict, model: nn.Module | None = None) -> Judge | Accuracy:
+def build_judge(
+    cfg: dict, model: torch.nn.Module | None = None, device: str | torch.device | None = None
+) -> Judge | Accuracy:
     """Return what judges features: the metrics, the post-processing and the re-ranking of a configuration.
 
-    In classification this is the accuracy of the head of `model`, which takes what the head reads instead of features.
+    Args:
+        cfg: The checked configuration.
+        model: In classification its head is judged, which takes what it reads instead of features.
+        device: Where features are compared; None: where they are.
     """
     settings, names = cfg["Global"], build_metrics(cfg)
     steps = [POST_PROCESS.build({"name": name, **args}, place) for place, name, args in items(cfg, "PostProcess")]
@@ -41,7 +46,7 @@ def build_judge(cfg: dict, model: nn.Module | None = None) -> Judge | Accuracy:
         return Accuracy(names) if head is None else Accuracy(names, head, reads)
     if settings["feature_binarize"]:
         steps.insert(0, binarized(settings["feature_binarize"]))
-    return Judge(names, steps, settings["re_ranking"], settings["feature_normalize"])
+    return Judge(names, steps, settings["re_ranking"], settings["feature_normalize"], device)
 
 
 def build_loss(

@@ -121,12 +121,14 @@ class Judge:
             the features of the training images.
         re_ranking: Whether the order is by k-reciprocal distance.
         normalize: Whether features are compared by their cosine; otherwise by their dot product.
+        device: Where they are compared; None: where they are.
     """
 
     names: Sequence[str] = DEFAULT_METRICS
     steps: Sequence[Callable] = ()
     re_ranking: bool = False
     normalize: bool = True
+    device: str | torch.device | None = None
     reads = None  # the features
 
     def __call__(
@@ -143,11 +145,11 @@ class Judge:
             "per_query": True,
         }
         if self.re_ranking:
-            distances = KReciprocal(first, None if asked is items else second)
+            distances = KReciprocal(first, None if asked is items else second, device=self.device)
             scores, arrays = ranking_metrics(distances, *lists, **options)
         else:
-            distance = "cosine" if self.normalize else "dot"
-            scores, arrays = retrieval_metrics(first, second, *lists, distance=distance, **options)
+            options |= {"distance": "cosine" if self.normalize else "dot", "device": self.device}
+            scores, arrays = retrieval_metrics(first, second, *lists, **options)
         values = {name: np.where(arrays["valid"], arrays[name], np.nan) for name in self.names}
         return Evaluation(query, gallery, {name: scores[name] for name in self.names}, values)
 

@@ -108,7 +108,7 @@ class RetrievalLearner(Learner):
             raise TypeError("metrics: give names, such as ['recall1', 'mAP'], or a Judge; a batch alone has no ranking")
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         keep_freed_memory(device)
-        judge = Judge(metrics) if isinstance(metrics, Sequence) else metrics
+        judge = Judge(metrics, device=device) if isinstance(metrics, Sequence) else metrics
         self.names = list(judge.names)
         self.tested = RetrievalEvaluation(loaders.test, judge) if loaders.test else None
         self.watched = RetrievalEvaluation(loaders.validation, judge) if loaders.validation else self.tested

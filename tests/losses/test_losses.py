@@ -54,16 +54,16 @@ def plain_supcon(
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case['name']}-{case['key'][5:]}")
-def test_the_losses_are_the_original(case):
+def test_the_losses_are_the_original(case, device):
     arrays = {
-        name: torch.from_numpy(ARRAYS[f"{case['key']}/{name}"])
+        name: torch.from_numpy(ARRAYS[f"{case['key']}/{name}"]).to(device)
         for name in ("features", "labels", "logits")
         if f"{case['key']}/{name}" in ARRAYS
     }
     labels = arrays.pop("labels")
     for given in arrays.values():
         given.requires_grad_()
-    part = LOSSES[case["name"]](**case["args"])
+    part = LOSSES[case["name"]](**case["args"]).to(device)
     part.load_state_dict({key: torch.from_numpy(ARRAYS[f"{case['key']}/{key}"]) for key in part.state_dict()})
     loss = part(arrays, labels)
     loss.backward()
@@ -71,7 +71,7 @@ def test_the_losses_are_the_original(case):
     for name, given in arrays.items():
         if f"{case['key']}/grad_{name}" in ARRAYS:
             wanted = torch.from_numpy(ARRAYS[f"{case['key']}/grad_{name}"]) / (2 if case["name"] == "MSMLoss" else 1)
-            torch.testing.assert_close(given.grad, wanted, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(given.grad.cpu(), wanted, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("epsilon", [None, 0.0, 0.1, 0.5])

@@ -71,10 +71,13 @@ def plain_cross_entropy(features, labels, weight, **args):
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["key"])
-def test_each_margin_head_is_the_original(case):
+def test_each_margin_head_is_the_original(case, device):
+    def arrays(*names):
+        return [torch.from_numpy(ARRAYS[name]).to(device) for name in names]
+
     features, labels, weight = arrays("head/features", "head/labels", "head/weight")
     features.requires_grad_()
-    head = HEADS[case["name"]](**case["args"])
+    head = HEADS[case["name"]](**case["args"]).to(device)
     head.load_state_dict({"weight": weight.T}, strict=False)
     logits = head(features, labels)
     F.cross_entropy(logits, labels).backward()
@@ -117,7 +120,7 @@ def test_the_ten_lines_of_the_docs_pass_what_every_head_does(page, tmp_path):
     with patch.dict(HEADS):
         runpy.run_path(str(tmp_path / "head.py"))
         test_every_margin_head_is_the_cosine_without_labels_and_safe_at_the_ends("NormSoftmax")
-        test_every_head("NormSoftmax", tmp_path)
+        test_every_head("NormSoftmax", tmp_path, "cpu")
 
 
 def test_cos_and_circle_margin_are_the_plain_loop():

@@ -106,15 +106,17 @@ def check_gradients(part, inputs):
 
 
 @pytest.mark.parametrize("name", sorted(NECKS))
-def test_every_neck(name, tmp_path):
+def test_every_neck(name, tmp_path, device):
     def make():
-        return built(NECKS, name, in_channels=CHANNELS, num_features=CHANNELS, embedding_size=CHANNELS, prefix_tokens=1)
+        return built(
+            NECKS, name, in_channels=CHANNELS, num_features=CHANNELS, embedding_size=CHANNELS, prefix_tokens=1
+        ).to(device)
 
     neck = make()
     for shape in ((5, CHANNELS),) if name == "Tokens" else ((CHANNELS,), (CHANNELS, 1, 1)):
-        x = torch.randn(ROWS, *shape, requires_grad=True)
+        x = torch.randn(ROWS, *shape, device=device, requires_grad=True)
         for autocast in (False, True):
-            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            with torch.autocast(device, torch.bfloat16, enabled=autocast):
                 y = neck.train()(x)
             assert y.dim() == 2 and len(y) == ROWS and y.isfinite().all()
             y.float().square().sum().backward()
@@ -123,14 +125,14 @@ def test_every_neck(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", sorted(HEADS))
-def test_every_head(name, tmp_path):
+def test_every_head(name, tmp_path, device):
     def make():
-        return built(HEADS, name, embedding_size=CHANNELS, class_num=CLASSES)
+        return built(HEADS, name, embedding_size=CHANNELS, class_num=CLASSES).to(device)
 
-    head, y = make(), torch.arange(ROWS) % CLASSES
-    x = torch.randn(ROWS, CHANNELS, requires_grad=True)
+    head, y = make(), torch.arange(ROWS, device=device) % CLASSES
+    x = torch.randn(ROWS, CHANNELS, device=device, requires_grad=True)
     for autocast in (False, True):
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with torch.autocast(device, torch.bfloat16, enabled=autocast):
             logits = head.train()(x, y)
         assert logits.shape == head(x).shape == (ROWS, CLASSES) and logits.isfinite().all()
         F.cross_entropy(logits.float(), y).backward()
@@ -139,12 +141,12 @@ def test_every_head(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", sorted(LOSSES))
-def test_every_loss(name, tmp_path):
+def test_every_loss(name, tmp_path, device):
     def make():
-        return built(LOSSES, name, num_classes=CLASSES, embedding_size=CHANNELS, feat_dim=CHANNELS)
+        return built(LOSSES, name, num_classes=CLASSES, embedding_size=CHANNELS, feat_dim=CHANNELS).to(device)
 
-    loss, y = make(), torch.arange(ROWS) % 3
-    given = torch.randn(ROWS, CHANNELS + CLASSES, requires_grad=True)
+    loss, y = make(), torch.arange(ROWS, device=device) % 3
+    given = torch.randn(ROWS, CHANNELS + CLASSES, device=device, requires_grad=True)
     features, logits = given.split((CHANNELS, CLASSES), 1)
     out = {"backbone": features[:, :, None, None], "features": features}
     out |= {"logits": logits} if getattr(loss, "needs_logits", False) else {}
@@ -154,7 +156,7 @@ def test_every_loss(name, tmp_path):
             "Other": {"features": features.flip(0), "logits": logits.flip(0)},
         }
     for autocast in (False, True):
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with torch.autocast(device, torch.bfloat16, enabled=autocast):
             value = loss.train()(out, y)
         assert value.shape == () and value.isfinite()
         value.backward(retain_graph=True)
@@ -163,20 +165,20 @@ def test_every_loss(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", sorted(OPTIMIZERS))
-def test_every_optimizer(name, tmp_path):
-    layers = [nn.Linear(4, 2), nn.Linear(4, 2)]
+def test_every_optimizer(name, tmp_path, device):
+    layers = [nn.Linear(4, 2, device=device), nn.Linear(4, 2, device=device)]
     make = build_optimizer({"Optimizer": {**example(OPTIMIZERS, name), "lr": {"name": "ConstLR"}}})
     first, second = (make(layer.parameters(), lr=0.1) for layer in layers)
 
     def step(layer, optimizer, x):
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device, torch.bfloat16):
             layer(x).float().square().sum().backward()
         before = layer.weight.detach().clone()
         optimizer.step()
         optimizer.zero_grad()
         assert layer.weight.isfinite().all() and not torch.equal(layer.weight, before)
 
-    x = torch.randn(3, 4)
+    x = torch.randn(3, 4, device=device)
     step(layers[0], first, x)
     torch.save({"model": layers[0].state_dict(), "optimizer": first.state_dict()}, tmp_path / "state.pt")
     state = torch.load(tmp_path / "state.pt", weights_only=True)
@@ -209,8 +211,8 @@ def test_the_neck_and_the_loss_of_the_docs_pass_what_every_part_does(tmp_path, m
         for known in SLOTS.values():
             stack.enter_context(patch.dict(known))
         runpy.run_path(str(tmp_path / "own.py"))
-        test_every_neck("Squashed", tmp_path)
-        test_every_loss("Spread", tmp_path)
+        test_every_neck("Squashed", tmp_path, "cpu")
+        test_every_loss("Spread", tmp_path, "cpu")
 
 
 def test_a_part_without_an_example_is_told_apart():

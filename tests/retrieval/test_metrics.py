@@ -136,14 +136,14 @@ def evaluate(problem, **options):
 
 @settings(max_examples=300, deadline=None)
 @given(problems())
-def test_agrees_with_plain_loops(problem):
+def test_agrees_with_plain_loops(device, problem):
     scores = reference_scores(problem["query"], problem["gallery"], problem["distance"])
     expected = reference(scores, problem["labels"], problem["cameras"], problem["groups"], problem["own"])
     if expected is None:
         with pytest.raises(ValueError, match="no query has a positive"):
-            evaluate(problem)
+            evaluate(problem, device=device)
     else:
-        assert evaluate(problem) == pytest.approx(expected, abs=1e-12)
+        assert evaluate(problem, device=device) == pytest.approx(expected, abs=1e-12)
 
 
 @settings(max_examples=60, deadline=None)

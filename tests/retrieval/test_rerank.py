@@ -62,12 +62,13 @@ def crowd(queries, items, width=6, classes=8, seed=0):
 
 @pytest.mark.parametrize("k1, k2, lambda_value", [(20, 6, 0.3), (7, 1, 0.0), (5, 3, 1.0), (3, 2, 0.5), (60, 6, 0.3)])
 @pytest.mark.parametrize("distance", ["cosine", "euclidean"])
-def test_agrees_with_plain_loops(k1, k2, lambda_value, distance):
+def test_agrees_with_plain_loops(k1, k2, lambda_value, distance, device):
     for seed in range(3):
         query, gallery, *_ = crowd(15, 40, seed=seed)
         expected = plain_k_reciprocal(query, gallery, k1, k2, lambda_value, distance)
         for memory in (1, 1 << 28):
-            found = k_reciprocal(query, gallery, k1, k2, lambda_value, distance=distance, memory=memory)
+            options = {"distance": distance, "memory": memory, "device": device}
+            found = k_reciprocal(query, gallery, k1, k2, lambda_value, **options)
             assert found.dtype == np.float32 and found == pytest.approx(expected, abs=2e-5)
 
 
@@ -138,13 +139,13 @@ def plain_expansion(query, gallery, k, alpha):
 
 
 @pytest.mark.parametrize("k, alpha", [(1, 0), (5, 3), (100, 1.5)])
-def test_query_expansion_and_database_augmentation_agree_with_plain_loops(k, alpha):
+def test_query_expansion_and_database_augmentation_agree_with_plain_loops(k, alpha, device):
     query, gallery, *_ = crowd(20, 50)
-    assert alpha_query_expansion(query, gallery, k, alpha) == pytest.approx(
+    assert alpha_query_expansion(query, gallery, k, alpha, device=device) == pytest.approx(
         plain_expansion(query, gallery, k, alpha), abs=1e-5
     )
     expected = [plain_expansion(gallery[i : i + 1], np.delete(gallery, i, 0), k, alpha)[0] for i in range(50)]
-    assert database_augmentation(gallery, k, alpha) == pytest.approx(np.array(expected), abs=1e-5)
+    assert database_augmentation(gallery, k, alpha, device=device) == pytest.approx(np.array(expected), abs=1e-5)
 
 
 def test_whitening_is_pca_up_to_sign_and_decorrelates():

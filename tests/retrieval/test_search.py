@@ -29,14 +29,14 @@ def problems(draw):
 
 @settings(max_examples=200, deadline=None)
 @given(problems())
-def test_knn_is_a_stable_sort(problem):
+def test_knn_is_a_stable_sort(device, problem):
     query, gallery, distance, exclude, k, memory = problem
     q, g = query.astype(float), gallery.astype(float)
     if distance == "hamming":
         q, g = (np.unpackbits(x, axis=1).astype(float) for x in (query, gallery))
     scores = q @ g.T if distance == "dot" else -((q[:, None] - g[None]) ** 2).sum(-1)
     scores = -np.sqrt(-scores) if distance == "euclidean" else scores
-    found, ids = knn(query, gallery, k, distance, exclude, memory=memory)
+    found, ids = knn(query, gallery, k, distance, exclude, memory=memory, device=device)
     assert found.dtype == np.float32 and ids.dtype == np.int64
     assert ids.shape == (len(query), min(k, len(gallery) - (exclude is not None)))
     for i, row in enumerate(scores):

@@ -31,7 +31,7 @@ def problems(draw):
 
 @settings(max_examples=100, deadline=None)
 @given(problems())
-def test_agrees_with_sklearn_over_all_pairs_that_count(problem):
+def test_agrees_with_sklearn_over_all_pairs_that_count(device, problem):
     query, gallery, labels, cameras, distance, memory = problem
     if distance == "hamming":
         bits = [np.unpackbits(x, axis=1) for x in (query, gallery)]
@@ -40,11 +40,12 @@ def test_agrees_with_sklearn_over_all_pairs_that_count(problem):
         scores = query @ gallery.T if distance == "dot" else -((query[:, None] - gallery[None]) ** 2).sum(-1)
     same = labels[0][:, None] == labels[1][None]
     counted = ~(same & (cameras[0][:, None] == cameras[1][None]))
+    options = {"fpr": FPR, "distance": distance, "memory": memory, "device": device}
     if not (same & counted).any() or not (~same).any():
         with pytest.raises(ValueError, match="positive"):
-            verification_metrics(query, gallery, *labels, *cameras, fpr=FPR, distance=distance, memory=memory)
+            verification_metrics(query, gallery, *labels, *cameras, **options)
         return
-    found = verification_metrics(query, gallery, *labels, *cameras, fpr=FPR, distance=distance, memory=memory)
+    found = verification_metrics(query, gallery, *labels, *cameras, **options)
     expected = expected_rates(scores[counted].astype(float), same[counted])
     assert {key: found[key] for key in expected} == pytest.approx(expected, abs=1e-12)
     assert (found["positive_pairs"], found["negative_pairs"]) == ((same & counted).sum(), (~same).sum())

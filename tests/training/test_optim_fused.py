@@ -20,10 +20,10 @@ SECTIONS = {
 }
 
 
-def parameters(dtype=torch.float32):
+def parameters(dtype=torch.float32, device="cpu"):
     generator = torch.Generator().manual_seed(0)
     shapes = (6, 3), (5, 4, 3, 3), (7,)
-    return [nn.Parameter(torch.randn(shape, generator=generator, dtype=dtype)) for shape in shapes]
+    return [nn.Parameter(torch.randn(shape, generator=generator, dtype=dtype).to(device)) for shape in shapes]
 
 
 def follow(params, step):
@@ -40,8 +40,8 @@ def unfused(optimizer):
 
 
 @pytest.mark.parametrize("section", SECTIONS.values(), ids=SECTIONS)
-def test_the_kernel_makes_the_same_steps(section):
-    one, other = parameters(torch.float64), parameters(torch.float64)
+def test_the_kernel_makes_the_same_steps(section, device):
+    one, other = parameters(torch.float64, device), parameters(torch.float64, device)
     fused, plain = (build_optimizer({"Optimizer": section})(params, lr=0.1) for params in (one, other))
     assert all(group["fused"] for group in fused.param_groups)
     unfused(plain)
