@@ -79,8 +79,8 @@ def now() -> float:
     return time.perf_counter()
 
 
-def configuration(folder: Path, images: Path, list_file: Path, batch: int, size: int, ops: list) -> dict:
-    """A checked configuration that trains on one list."""
+def configuration(folder: Path, images: Path, list_file: Path, batch: int, size: int, ops: list, **changes) -> dict:
+    """A checked configuration that trains on one list, with other sections where `changes` has some."""
     train = {
         "dataset": {
             "name": "VeriWild",
@@ -93,9 +93,16 @@ def configuration(folder: Path, images: Path, list_file: Path, batch: int, size:
     (folder / "config.yaml").write_text(
         json.dumps(
             {
-                "Global": {"epochs": 1, "eval_during_train": False, "image_shape": [3, size, size], "save_interval": 0},
+                "Global": {
+                    "epochs": 1,
+                    "eval_during_train": False,
+                    "image_shape": [3, size, size],
+                    "save_interval": 0,
+                    **changes.pop("Global", {}),
+                },
                 "DataLoader": {"Train": train},
                 **MODEL,
+                **changes,
             }
         )
     )
@@ -116,12 +123,15 @@ class Ready(FastaiLoader):
         return iter(self.batches[batch:])
 
 
-def step(size: int = 128, batch: int = 64, steps: int = 12, rounds: int = 5) -> dict:
-    """Milliseconds of a training step: in fit_config, with all that it writes down, and in a bare loop."""
+def step(size: int = 128, batch: int = 64, steps: int = 12, rounds: int = 5, name: str = "resnet18", **changes) -> dict:
+    """Milliseconds of a training step: in fit_config, with all that it writes down, and in a bare loop.
+
+    Both have the same model, in the precision and the layout that `changes` of the configuration ask for.
+    """
     with tempfile.TemporaryDirectory() as temporary, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         folder = Path(temporary)
-        draw_marks(folder / "marks", identities=48, renderings=8, size=48)
+        draw_marks(folder / "marks", identities=max(48, 3 * batch // 4), renderings=8, size=48)
         cfg = configuration(
             folder,
             folder / "marks" / "images",
@@ -129,6 +139,8 @@ def step(size: int = 128, batch: int = 64, steps: int = 12, rounds: int = 5) -> 
             batch,
             size,
             [{"ResizeImage": {"size": size}}, {"NormalizeImage": {}}],
+            Arch={**MODEL["Arch"], "Backbone": {"name": name}},
+            **changes,
         )
         loaders = build_loaders(cfg)
         draw = torch.Generator().manual_seed(0)
@@ -149,7 +161,7 @@ def step(size: int = 128, batch: int = 64, steps: int = 12, rounds: int = 5) -> 
         bare, ours = median(bare[1:]), median(ours[1:])
     return {
         "part": "step",
-        "what": f"resnet18, {batch} x {size} px, AdamW, CELoss + SupConLoss",
+        "what": f"{name}, {batch} x {size} px, AdamW, CELoss + SupConLoss",
         "bare_ms": 1e3 * bare,
         "recnb_ms": 1e3 * ours,
         "ratio": ours / bare,
