@@ -10,11 +10,14 @@ from torch.distributed.fsdp import FSDPModule
 
 import recnb.distributed.rows
 from recnb.data.loaders import over
+from recnb.deploy import export_model
 from recnb.distributed.rows import Rows, is_divided, split
 from recnb.models.weights import read_weights
 from recnb.recipe.learner import check_divisible
 from recnb.recipe.schema import load_config
 from recnb.registry import ConfigError
+from recnb.runs.experiment import train
+from recnb.runs.folder import load_run
 from recnb.training.checkpoints import kept, load_model, with_rows
 from recnb.training.evaluation import embed
 
@@ -34,7 +37,7 @@ def features(learn):
 
 
 def divided(rank, configs, folder):
-    """Features before training, and how much of the backbone is here; a run, and one that goes on behind an epoch."""
+    """Features before training, and how much of the backbone is here; two trainings, of which one goes on, and a run."""
     recnb.distributed.rows.JOINED = 8 << 10  # bytes: some tensors are larger, others smaller
     found = []
     for config in configs:
@@ -46,6 +49,7 @@ def divided(rank, configs, folder):
     units = [part for part in learn.model.modules() if isinstance(part, FSDPModule)]
     assert len(units) == 5 + 1  # the last block is in one with its surroundings
     assert {len(p.to_local()) for p in parameters if len(p) == 1} == {1 - rank}  # the first process has the only row
+    train(load_config(configs[0]), folder / "run")
     return found[0], sum(p.to_local().numel() for p in parameters) / sum(p.numel() for p in parameters)
 
 
@@ -99,6 +103,16 @@ def test_one_process_reads_what_two_have_written(runs):
     found = alone.opt.state_dict()
     torch.testing.assert_close(found["state"], own["optimizer"]["state"], rtol=1e-3, atol=1e-5)
     assert [group["lr"] for group in found["param_groups"]] == [0.005, 0.01, 0.02, 0.01]
+
+
+def test_a_divided_run_is_opened_exported_and_started_from_by_one_process(runs, drawn):
+    run = load_run(runs[0] / "run")
+    images = over(runs[2].loaders.query, run.query)
+    np.testing.assert_allclose(embed(run.model(), images), run.query_features, rtol=1e-4, atol=1e-5)
+    assert (export_model(run, images=20) / "model.onnx").is_file()
+    start = VIT | {"Global.fully_shard": False, "Global.pretrained_model": str(run.folder / "model.safetensors")}
+    learn = make(lambda changes: tiny_config(drawn, runs[0] / "start.yaml", changes), runs[0] / "start", start)
+    np.testing.assert_allclose(embed(learn.model, images), run.query_features, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
