@@ -21,6 +21,11 @@ class ConfigError(ValueError):
         super().__init__(message.encode("utf-8", "backslashreplace").decode())  # a file may have bytes that are no text
 
 
+def is_own(error: BaseException | type[BaseException]) -> bool:
+    """Return whether an error, or its class, is recnb's own, with a message for users."""
+    return (error if isinstance(error, type) else type(error)).__module__.partition(".")[0] == "recnb"
+
+
 def suggest(word: str, known: typing.Iterable[str]) -> str:
     """Return half a sentence that offers the nearest known spelling, or lists what there is."""
     known = sorted(str(k) for k in known)

@@ -15,7 +15,7 @@ from recnb.cli.run import joined, run
 from recnb.cli.start import start
 from recnb.cli.sweep import sweep
 from recnb.cli.train import train
-from recnb.runs.notebook import is_own
+from recnb.registry import is_own
 
 app = typer.Typer(name="recnb", no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 for command in (start, identify, report, run, train, sweep, check, convert, embed):

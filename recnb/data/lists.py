@@ -8,8 +8,6 @@ the line. Every image is decoded once before training too, and one that cannot b
 unless they are numbers and the file gives `class_num` (then labels are taken literally) or says `relabel: False`.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from array import array
@@ -102,16 +100,15 @@ class ImageList(Dataset):
 
     def leave_out(self, reasons: dict[int, str]) -> None:
         """Take the items with a reason out, in place, and notes them in `dropped`; numbers and names stay."""
-        for i, why in reasons.items():
-            line = "" if self.lines is None else int(self.lines[i])
-            self.dropped.append((self.source, line, self.paths[i], why))
+        lines = [""] * len(self) if self.lines is None else self.lines.tolist()
+        self.dropped += [(self.source, lines[i], self.paths[i], why) for i, why in reasons.items()]
         kept = [i for i in range(len(self)) if i not in reasons]
         self.paths = [self.paths[i] for i in kept]
         for name in ("labels", "cameras", "lines", "boxes"):
             if getattr(self, name) is not None:
                 setattr(self, name, getattr(self, name)[kept])
 
-    def subset(self, kept: np.ndarray) -> ImageList:
+    def subset(self, kept: np.ndarray) -> "ImageList":
         """Return the items of a mask as a table of their own, with the names of its own identities."""
         parts = {name: getattr(self, name) for name in ("cameras", "lines", "boxes")}
         parts = {name: part if part is None else part[kept] for name, part in parts.items()}

@@ -13,6 +13,7 @@ from scipy.sparse.csgraph import connected_components
 
 from recnb.data.images import DataError
 
+TRIES = 100  # draws of the identities to test
 FEWEST = 3  # identities of a validation list: fewer have too little to be taken for one another
 
 
@@ -45,7 +46,10 @@ def split(
         raise ValueError(f"validation is {validation}; it is a share, from 0 to below 1")
     table, rng = table.sort_values("path", ignore_index=True), np.random.default_rng(seed)
     identity, unit, source = pd.factorize(table.label, sort=True)[0], units(table), sources(table)
-    tested = test_identities(identity, unit, test_share, rng)
+    for _ in range(TRIES):
+        tested = test_identities(identity, unit, test_share, rng)
+        if min(tested.sum(), (~tested).sum()) > 1:  # of few, another draw may leave two on either side
+            break
     if not tested.any() or tested.all():
         several = int((np.bincount(identity) > 1).sum())
         raise DataError(

@@ -12,8 +12,6 @@ Differences from the original that change pixels: resizing is antialiased, and R
 pixel short.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from functools import partial
@@ -27,6 +25,7 @@ from recnb.registry import Count, Range, Registry, Side, fits
 TRANSFORMS = Registry("transform")
 Interpolation = Literal["nearest", "nearest-exact", "bilinear", "bicubic", "lanczos"]  # what resizing tensors has
 Turning = Literal["nearest", "bilinear", "bicubic", "lanczos", "hamming", "random"]  # what the original has
+Border = Literal["constant", "edge", "reflect", "symmetric"]
 Share = Annotated[float, Range(0, 1)]
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # ImageNet's, of values between 0 and 1
 WIDTH_HEIGHT, HEIGHT_WIDTH = "[width, height]", "[height, width]"
@@ -259,9 +258,6 @@ def in_its_place(fill: float, scale: list, ratio: list, image: torch.Tensor) -> 
 
 
 # --- Borders, flips, turns --------------------------------------------------------------------------------------------
-
-
-Border = Literal["constant", "edge", "reflect", "symmetric"]
 
 
 def border(padding: int | list | None, fill: float | list, padding_mode: str) -> dict:

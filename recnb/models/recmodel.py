@@ -4,8 +4,6 @@ The forward pass returns a dict, so that each loss takes what it needs and so th
 evaluation and export.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
@@ -80,7 +78,7 @@ class RecModel(nn.Module):
         behind = self.head_feature_from == "backbone" or self.neck is None
         return vectors(out["backbone" if behind else "neck"])
 
-    def train(self, mode: bool = True) -> RecModel:
+    def train(self, mode: bool = True) -> "RecModel":
         super().train(mode)
         for name in self.frozen:
             self.get_submodule(name).eval()

@@ -54,6 +54,23 @@ def plain(cfg: dict) -> dict:
     return cfg
 
 
+def in_splits(cfg: dict, identities: int) -> dict:
+    """Return the configuration with batches that `identities` suffice for, and say where that makes them smaller."""
+    cfg = copy.deepcopy(cfg)
+    sampler = cfg["DataLoader"]["Train"]["sampler"]
+    most = largest_batch(sampler, identities, sampler["batch_size"])
+    if most < sampler["batch_size"]:
+        print(f"batches of {most} images, not {sampler['batch_size']}: {identities} identities are left to train on")
+        sampler["batch_size"] = most
+    return cfg
+
+
+def largest_batch(sampler: dict, identities: int, images: int) -> int:
+    """Return how many images a batch can have, at most `images`, where the sampler wants several of each identity."""
+    each = sampler.get("sample_per_id") or sampler.get("num_instances")
+    return min(images // each, identities) * each if each else images
+
+
 def whiten(cfg: dict, width: int, power: float) -> dict:
     """Return the configuration of the whitening to `width` dimensions."""
     cfg = start(cfg)
@@ -79,8 +96,7 @@ def probe(cfg: dict, width: int, power: float, images: int, identities: int) -> 
     cfg["Arch"]["Head"] = keep if keep.get("name") == "ArcMargin" else {"name": "ArcMargin", "margin": 0.2, "scale": 30}
     cfg["Loss"] = {"Train": [{"CELoss": {"weight": 1.0}}, {"SupConLoss": {"weight": 1.0, "temperature": 0.1}}]}
     sampler = cfg["DataLoader"]["Train"]["sampler"]
-    each = sampler.get("sample_per_id") or sampler.get("num_instances") or 1
-    sampler["batch_size"] = max(2, min(PROBE_BATCH // each, identities) * each)
+    sampler["batch_size"] = largest_batch(sampler, identities, PROBE_BATCH)
     epochs = min(60, max(5, round(PROBE_STEPS * sampler["batch_size"] / max(1, images))))
     cfg["Global"] |= {"epochs": epochs, "probe": VIEWS, "eval_interval": max(1, epochs // 6), "save_interval": 0}
     cfg["Optimizer"] = {"name": "AdamW", "weight_decay": 0.0, "lr": {"name": "Cosine", "learning_rate": 0.001}}

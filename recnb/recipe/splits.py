@@ -20,11 +20,15 @@ MANY = 40  # identities; from here on SHARE of them is held out once, not in fol
 
 @dataclass
 class Split:
-    """The data set sections of images to train on, and of images of other identities to choose by."""
+    """The data set sections of images to train on, and of images of other identities to choose by.
+
+    `identities` says how many there are to train on.
+    """
 
     train: dict
     query: dict
     gallery: dict
+    identities: int
 
 
 def split_lists(cfg: dict, folder: Path) -> list[Split]:
@@ -44,7 +48,8 @@ def split_lists(cfg: dict, folder: Path) -> list[Split]:
     tables = [training_table(cfg), *held_tables(cfg)]
     if len({table.name(label) for table in tables[1:] for label in table.labels}) >= ENOUGH:
         given = (cfg["DataLoader"]["Train"], section["Query"], section["Gallery"])
-        return [Split(*({k: v for k, v in part["dataset"].items() if k != "transform_ops"} for part in given))]
+        lists = ({k: v for k, v in part["dataset"].items() if k != "transform_ops"} for part in given)
+        return [Split(*lists, identities=len(np.unique(tables[0].labels)))]
     names = [np.array([table.name(label) for label in table.labels]) for table in tables]
     found, counts = np.unique(np.concatenate(names), return_counts=True)
     able = found[counts > 1]
@@ -57,15 +62,14 @@ def split_lists(cfg: dict, folder: Path) -> list[Split]:
     folds = cfg["Ladder"]["folds"] or (1 if section.get("share") or len(able) >= MANY else 4)
     once = [order[: max(FEWEST, round(share * len(able)))]]
     parts = once if folds == 1 else np.array_split(order, min(folds, len(able) // 2))
-
-    def written(name: str, number: int, inside: bool) -> dict:
-        rows = [np.flatnonzero(np.isin(own, parts[number]) == inside) for own in names]
-        return write_list(folder / f"{name}-{number}.txt", *zip(tables, rows, strict=True))
-
     splits = []
-    for number in range(len(parts)):
-        validation = written("validation", number, True)
-        splits.append(Split(written("train", number, False), validation, validation))
+    for number, held in enumerate(parts):
+        inside = [np.isin(own, held) for own in names]
+        train, validation = (
+            write_list(folder / f"{name}-{number}.txt", *zip(tables, map(np.flatnonzero, rows), strict=True))
+            for name, rows in (("train", [~rows for rows in inside]), ("validation", inside))
+        )
+        splits.append(Split(train, validation, validation, len(found) - len(held)))
     return splits
 
 

@@ -19,6 +19,7 @@ from recnb.data.images import DataError
 from recnb.data.lists import as_csv
 from recnb.data.prepare import SPLITS, Options, list_files, write_files
 from recnb.models.backbones import create_backbone, hub_weights, list_backbones
+from recnb.recipe.ladder import largest_batch
 from recnb.recipe.reading import as_yaml
 from recnb.recipe.schema import items, load_config, lookup, optimizers
 from recnb.recipe.settings import GLOBAL
@@ -58,12 +59,15 @@ class Start:
 def facts(splits: pd.DataFrame, prints: pd.DataFrame) -> Facts:
     """Return the facts about the training images of `splits`, their sizes by path in `prints`.
 
-    Raise DataError where there is but one identity to train on.
+    Raise DataError where there is but one identity to train or to test on.
     """
-    train = splits[splits["split"] == "train"]
+    train, tested = splits[splits["split"] == "train"], splits[splits["split"].isin(("query", "gallery"))]
     counts = train.label.value_counts()
-    if len(counts) < 2:
-        raise DataError("there is one identity to train on, and it takes two to tell one from the other; add more")
+    for what, number in (("train", len(counts)), ("test", tested.label.nunique())):
+        if number < 2:
+            raise DataError(
+                f"there is one identity to {what} on, and it takes two to tell one from the other; add more identities"
+            )
     sides = prints.loc[train.path, ["width", "height"]].min(axis=1)
     return Facts(len(train), len(counts), int(counts.median()), int(sides.median()), torch.cuda.is_available())
 
@@ -163,11 +167,9 @@ def fit(cfg: dict, seen: Facts, options: Options, steps: int | None, least: int 
         most: how many epochs at most.
     """
     sampler = lookup(cfg, "DataLoader.Train.sampler")
-    key = "sample_per_id" if "sample_per_id" in sampler else "num_instances"
-    if key in sampler:
-        if steps and seen.each < sampler[key]:
-            sampler[key] = 2  # an identity with fewer images would see one of them several times in a batch
-        sampler["batch_size"] = sampler[key] * min(sampler["batch_size"] // sampler[key], seen.identities)
+    if steps and seen.each < sampler.get("sample_per_id", 0):
+        sampler["sample_per_id"] = 2  # an identity with fewer images would see one of them several times in a batch
+    sampler["batch_size"] = largest_batch(sampler, seen.identities, sampler["batch_size"])
     if options.image_size or steps:
         own = cfg["Global"]["image_shape"][-1]
         resize(

@@ -10,8 +10,6 @@ one fast path, one precision (float32) and one set of checks. A higher score is 
     hamming    rows are packed bits (uint8, as numpy.packbits writes them); bits - 2 x the bits that differ
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator, Sequence
 
@@ -86,7 +84,7 @@ class Rows:
         rows = self.raw(index)
         return torch.cat([rows, rows.square().sum(1, keepdim=True) / -2], 1)
 
-    def scale(self, query: Rows, queries: Index, rows: Index) -> Tensor | float:
+    def scale(self, query: "Rows", queries: Index, rows: Index) -> Tensor | float:
         """Return what float32 rounding is relative to: the products of the norms (len(queries), len(rows)).
 
         Args:

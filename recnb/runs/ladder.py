@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -72,7 +72,7 @@ def climb(cfg: dict, run: Path, show: Callable[[Ladder], object] | None = None) 
     began, minutes = time.monotonic(), cfg["Ladder"]["minutes"]
     at = float("inf") if minutes is None else began + 60 * minutes
     shared, result = Shared(run, split_lists(cfg, run / "lists"), at), Ladder()
-    began = time.monotonic()
+    cfg = ladder.in_splits(cfg, min(split.identities for split in shared.splits))
     try:
         for rung in climbed(cfg, shared, result.said):
             rung.minutes = (time.monotonic() - began) / 60
@@ -148,9 +148,8 @@ def climbed(cfg: dict, shared: Shared, said: list[str]) -> Iterator[Rung]:
 def facts(cfg: dict, shared: Shared) -> tuple[int, int, int, bool]:
     """Return training images, identities, the width of the lower rungs, and whether features are vectors."""
     loaders = build_loaders(on_split(cfg, shared.splits[0]))
-    backbone: Any = build_model(cfg).backbone
-    images, shape = len(loaders.train.dataset), backbone.out_shape
-    return images, loaders.classes, min(ladder.WIDTH, shape[0]), prod(shape[1:]) == 1
+    width, *rest = cast(Any, build_model(cfg)).backbone.out_shape
+    return len(loaders.train.dataset), loaders.classes, min(ladder.WIDTH, width), prod(rest) == 1
 
 
 def missing(place: Path, cfg: dict, shared: Shared) -> bool:
@@ -171,34 +170,48 @@ def missing(place: Path, cfg: dict, shared: Shared) -> bool:
 
 
 def trained(name: str, cfg: dict, shared: Shared, folder: str = "") -> Rung:
-    """Return a rung, trained where it is not there yet; a folder without metrics.json goes on."""
-    folder, tables = folder or name, []
-    for number, split in enumerate(shared.splits):
-        place, made = shared.place(folder, number), on_split(cfg, split)
-        if missing(place, made, shared):
-            learn = learner_of(made, place)
-            learn.add_cb(Deadline(shared.at))
-            fit_quietly(learn, place)
-            finish(place, learn, shared.before(number))
-        tables.append(read_queries(place).assign(fold=number))
-    return Rung(name, cfg, pd.concat(tables, ignore_index=True), folder)
+    """Return a rung that is trained; a folder without metrics.json goes on."""
+
+    def fit(learn: RetrievalLearner, place: Path, number: int) -> None:
+        learn.add_cb(Deadline(shared.at))
+        fit_quietly(learn, place)
+
+    return Rung(name, cfg, on_splits(cfg, folder or name, shared, fit), folder or name)
 
 
 def mixed(name: str, tuned: Rung, shared: Shared, alpha: float | None = None) -> Rung:
     """Return a rung whose weights are mixed of those of the fine-tuning, `alpha` of the way to them or their mean."""
-    folder, tables = name if alpha is None else f"{name}-{alpha:g}", []
     made = Rung(name, tuned.cfg, tuned.queries, "finetune", alpha)
+
+    def mix(learn: RetrievalLearner, place: Path, number: int) -> None:
+        source = shared.place("finetune", number)
+        take_weights(learn, weights_of(made, learn.model.state_dict(), source), place)
+        shutil.copyfile(source / "labels.csv", place / "labels.csv")
+
+    made.queries = on_splits(tuned.cfg, name if alpha is None else f"{name}-{alpha:g}", shared, mix)
+    return made
+
+
+def on_splits(
+    cfg: dict, folder: str, shared: Shared, make: Callable[[RetrievalLearner, Path, int], None]
+) -> pd.DataFrame:
+    """Return the queries of a rung on every split, with the number of the split as `fold`.
+
+    Args:
+        cfg: the rung's configuration.
+        folder: where in rungs/ it is.
+        shared: what the rungs share.
+        make: `make(learn, place, number)` gives the learner of a split its weights, where the rung is not there yet.
+    """
+    tables = []
     for number, split in enumerate(shared.splits):
-        place, source = shared.place(folder, number), shared.place("finetune", number)
-        cfg = on_split(tuned.cfg, split)
-        if missing(place, cfg, shared):
-            learn = learner_of(cfg, place)
-            take_weights(learn, weights_of(made, learn.model.state_dict(), source), place)
-            shutil.copyfile(source / "labels.csv", place / "labels.csv")
+        place, made = shared.place(folder, number), on_split(cfg, split)
+        if missing(place, made, shared):
+            learn = learner_of(made, place)
+            make(learn, place, number)
             finish(place, learn, shared.before(number))
         tables.append(read_queries(place).assign(fold=number))
-    made.queries = pd.concat(tables, ignore_index=True)
-    return made
+    return pd.concat(tables, ignore_index=True)
 
 
 def weights_of(rung: Rung, start: dict[str, Tensor], source: Path) -> dict[str, Tensor]:

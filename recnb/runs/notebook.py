@@ -3,22 +3,14 @@
 A notebook loads this in its first cell: `%load_ext recnb.runs.notebook`.
 """
 
-from __future__ import annotations
-
 import html
 import traceback
 from types import TracebackType
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from IPython.core.interactiveshell import InteractiveShell
-    from IPython.display import HTML
+from IPython.core.interactiveshell import InteractiveShell
+from IPython.display import HTML
 
-
-def is_own(error: BaseException | type[BaseException]) -> bool:
-    """Return whether an error, or its class, is recnb's own, with a message for users."""
-    kind = error if isinstance(error, type) else type(error)
-    return kind.__module__.partition(".")[0] == "recnb"
+from recnb.registry import is_own
 
 
 def load_ipython_extension(shell: InteractiveShell) -> None:
@@ -28,8 +20,6 @@ def load_ipython_extension(shell: InteractiveShell) -> None:
 
 def folded(title: str, text: str) -> HTML:
     """Return a title as HTML that a click unfolds to the text."""
-    from IPython.display import HTML
-
     return HTML(f"<details><summary>{html.escape(title)}</summary><pre>{html.escape(text)}</pre></details>")
 
 

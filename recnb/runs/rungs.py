@@ -70,15 +70,14 @@ class Ladder:
 
     def table(self) -> pd.DataFrame:
         """Return a row per rung: the metric on validation with its interval, the gain over the start, whether kept."""
-        rows, kept = [], self.kept
-        for rung in self.rungs:
-            row = rung.verdict.rows.loc[self.metric]
-            rows.append(
-                {"rung": rung.name, "what": rung.what, self.metric: row.after}
-                | {"low": row.after_low, "high": row.after_high, "gain": row.difference}
-                | {"gain low": row.low, "gain high": row.high, "images": len(rung.queries)}
-                | {"minutes": rung.minutes, "kept": rung is kept}
-            )
+        judged, kept = [(rung, rung.verdict.rows.loc[self.metric]) for rung in self.rungs], self.kept
+        rows = [
+            {"rung": rung.name, "what": rung.what, self.metric: row.after}
+            | {"low": row.after_low, "high": row.after_high, "gain": row.difference}
+            | {"gain low": row.low, "gain high": row.high, "images": len(rung.queries)}
+            | {"minutes": rung.minutes, "kept": rung is kept}
+            for rung, row in judged
+        ]
         return pd.DataFrame(rows).set_index("rung")
 
     def figure(self) -> Figure:

@@ -1,5 +1,6 @@
 """Preparing one's own images: reading, splitting, duplicates, writing, and the notebook that does it all."""
 
+import itertools
 import os
 import shutil
 from pathlib import Path
@@ -177,6 +178,13 @@ def test_every_split_keeps_its_promises(identities, data):
     else:
         check_split(splits)
         assert sorted(splits.path) == sorted(table.path)
+
+
+def test_of_few_identities_two_are_trained_on_and_two_tested():
+    for count, seed in itertools.product((4, 5, 6, 7), range(20)):
+        splits = split(made([3] * count), seed=seed)
+        check_split(splits)
+        assert splits.label.groupby(sides(splits)).nunique().min() > 1
 
 
 def test_train_and_test_have_alike_many_images_an_identity():
@@ -474,11 +482,12 @@ def test_weights_are_taken_from_where_they_are(monkeypatch, tmp_path):
         starter.section_of(tmp_path / "best.pth", None)
 
 
-def test_one_identity_is_nothing_to_learn_from(images):
-    for folder in sorted(images.iterdir())[2:]:
+@pytest.mark.parametrize("count, what", [(2, "train"), (3, "test")])
+def test_one_identity_is_nothing_to_learn_from_nor_to_judge_by(images, count, what):
+    for folder in sorted(images.iterdir())[count:]:
         shutil.rmtree(folder)
-    splits = split(read_table(images), 0.5)
-    with pytest.raises(DataError, match="there is one identity to train on"):
+    splits = split(read_table(images), 0.3)
+    with pytest.raises(DataError, match=f"there is one identity to {what} on"):
         starter.facts(splits, fingerprints(splits.path))
 
 

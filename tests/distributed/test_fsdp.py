@@ -37,7 +37,7 @@ def features(learn):
 
 
 def divided(rank, configs, folder):
-    """Features before training, and how much of the backbone is here; two trainings, of which one goes on, and a run."""
+    """Features before training, the share of the backbone that is here; two trainings (one goes on), and a run."""
     recnb.distributed.rows.JOINED = 8 << 10  # bytes: some tensors are larger, others smaller
     found = []
     for config in configs:

@@ -2,6 +2,7 @@
 
 import random
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -9,6 +10,7 @@ from conftest import flipped
 from safetensors.torch import load_file
 
 from recnb.recipe import ladder as rungs
+from recnb.recipe.data import build_loaders
 from recnb.recipe.model import build_model
 from recnb.recipe.schema import load_config
 from recnb.recipe.splits import split_lists
@@ -163,6 +165,24 @@ def test_too_few_identities_to_hold_any_out(config_file, tmp_path, pretrained, d
 def rung(name: str, before: list[float], after: list[float]) -> Rung:
     labels = [f"id {i // 2}" for i in range(len(before))]
     return Rung(name, {}, pd.DataFrame({"label": labels, "mAP_before": before, "mAP_after": after}))
+
+
+@pytest.mark.parametrize("folds, fewest", [(1, 11), (2, 7), (4, 11)])
+def test_batches_are_as_large_as_every_split_allows(config_file, tmp_path, pretrained, capsys, folds, fewest):
+    sizes = {"DataLoader.Train.sampler.batch_size": 30, "Ladder": {"folds": folds}}  # all 15 identities
+    cfg = load_config(config_file(pretrained | sizes))
+    splits = split_lists(cfg, tmp_path / "lists")
+    assert min(split.identities for split in splits) == fewest
+    smaller = rungs.in_splits(cfg, fewest)
+    said = f"batches of {2 * fewest} images, not 30: {fewest} identities are left to train on"
+    assert said in capsys.readouterr().out and cfg["DataLoader"]["Train"]["sampler"]["batch_size"] == 30
+    for split in splits:
+        train = build_loaders(ladder.on_split(smaller, split)).train
+        assert len(np.unique(train.dataset.labels)) == split.identities
+        assert len(next(iter(train.batch_sampler))) == 2 * fewest
+    plain = {"DataLoader.Train.sampler": {"name": "DistributedBatchSampler", "batch_size": 30}}
+    cfg = load_config(config_file(pretrained | plain))
+    assert rungs.in_splits(cfg, fewest) == cfg and not capsys.readouterr().out
 
 
 def test_a_gain_that_the_images_cannot_show_is_not_kept():
