@@ -102,7 +102,7 @@ def choose(seen: Facts, options: Options, config: str | Path = "auto") -> Start:
 def recipe(seen: Facts, backbone: dict | None) -> tuple[str, str]:
     """Return the name of the recipe for some images, and why it is this one."""
     if backbone is None:
-        return "scratch_small", "without pretrained weights a small network learns from nothing"
+        return "scratch_small", "without pretrained weights a small network is trained from scratch"
     for key, least in FEW.items():
         if getattr(seen, key) < least:
             what = {"each": "images of an identity"}.get(key, key)
