@@ -6,7 +6,8 @@
     run_notebook executes a notebook by papermill as a user does: run_notebook(name, folder, **parameters) -> its file
     make         the learner of a changed tiny configuration: make(config_file, run folder, changes)
     trained_run  the run folder that 02_train makes of the tiny configuration, with train.ipynb in it
-    device       where a test computes: "cpu" and, with `pytest -m gpu`, "cuda", which skips where there is no GPU
+    device       where a test computes: "cpu" and, with `pytest -m gpu`, a GPU, which skips where there is none
+    gpu          the GPU alone; with `pytest -m gpu --apart` a device of the CPU's own stands for it
 
 The changes are dotted keys as in `load_config`, but they may add what is not there, and `...` removes what is.
 """
@@ -87,13 +88,29 @@ def make(config_file, run, changes: dict | None = None):
     return build_learner(cfg, build_model(cfg), build_loaders(cfg), run)
 
 
-@pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request) -> str:
+def pytest_addoption(parser):
+    parser.addoption(
+        "--apart", action="store_true", help="run the tests for a GPU on a device that tests/apart.py makes"
+    )
+
+
+@pytest.fixture(scope="session")
+def gpu(request) -> str:
     import torch
 
-    if request.param == "cuda" and not torch.cuda.is_available():
+    if request.config.getoption("apart"):
+        import apart
+
+        apart.install()
+        return apart.NAME
+    if not torch.cuda.is_available():
         pytest.skip("there is no CUDA GPU here")
-    return request.param
+    return "cuda"
+
+
+@pytest.fixture(scope="session", params=["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
+def device(request) -> str:
+    return request.getfixturevalue("gpu") if request.param == "gpu" else "cpu"
 
 
 @pytest.fixture

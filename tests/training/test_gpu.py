@@ -1,4 +1,4 @@
-"""What a configuration gives on a CUDA GPU is what it gives on the CPU: `pytest -m gpu`."""
+"""What a configuration gives on a GPU is what it gives on the CPU: `pytest -m gpu`."""
 
 import json
 
@@ -14,7 +14,7 @@ from recnb.recipe.schema import load_config
 from recnb.runs.experiment import train
 from recnb.runs.folder import load_run
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU here")]
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("gpu")]
 PLAIN = {"Global.device": "gpu", "Global.epochs": 1}
 CHANGES = {  # each with how far its first loss may be from the CPU's, None where it is another by its nature
     "plain": ({}, 1e-4),
@@ -50,21 +50,42 @@ def first_loss(drawn, tmp_path_factory):
     return learn.recorder.losses[0].item()
 
 
+def test_tensors_of_two_devices_do_not_mix(gpu):
+    ours, others = torch.ones(2, 2, device=gpu), torch.ones(2, 2)
+    for mixed in (
+        lambda: ours + others,
+        lambda: ours @ others,
+        lambda: others[ours > 0],
+        lambda: torch.cat([ours, others]),
+    ):
+        with pytest.raises(RuntimeError):
+            mixed()
+    with pytest.raises(TypeError):
+        ours.numpy()
+    with pytest.raises(RuntimeError, match=r"generator|not implemented"):
+        torch.rand(2, device=gpu, generator=torch.Generator())
+    assert (ours.cpu() + others).sum() == 8 and ours[others > 0].sum().item() == 4
+
+
 @pytest.mark.parametrize("changes, tolerance", CHANGES.values(), ids=CHANGES)
-def test_it_trains_and_is_evaluated(config_file, tmp_path, changes, tolerance, first_loss):
+def test_it_trains_and_is_evaluated(config_file, tmp_path, changes, tolerance, first_loss, gpu):
+    if changes.get("Global.compile") and gpu != "cuda":
+        pytest.skip("torch compiles nothing for this device")
     learn = make(config_file, tmp_path, {**PLAIN, **changes})
     learn.fit_config()
     if tolerance:
         assert learn.recorder.losses[0].item() == pytest.approx(first_loss, rel=tolerance)
-    assert all(p.device.type == "cuda" and p.isfinite().all() for p in learn.model.parameters())
+    assert all(p.device.type == gpu and p.isfinite().all() for p in learn.model.parameters())
     assert all(0 <= value <= 1 for value in learn.evaluate().metrics.values())
-    assert learn.tested.judge.device.type == "cuda"
+    assert learn.tested.judge.device.type == gpu
     kept = load_file(tmp_path / "checkpoints" / "best.safetensors")
     assert kept and all(tensor.isfinite().all() for tensor in kept.values())
 
 
 @pytest.mark.parametrize("name", ["AdamW", "Adam", "Momentum"])
-def test_an_optimizer_updates_everything_in_one_kernel(config_file, tmp_path, name):
+def test_an_optimizer_updates_everything_in_one_kernel(config_file, tmp_path, name, gpu):
+    if gpu != "cuda":
+        pytest.skip("this device has no such kernel")
     learn = make(config_file, tmp_path, {**PLAIN, "Optimizer.name": name})
     assert all(group["fused"] for group in learn.opt.opt.param_groups)
 
@@ -81,7 +102,9 @@ def test_what_is_trained_here_is_evaluated_and_exported_elsewhere(config_file, t
     assert not parity["failures"]
 
 
-def test_a_step_of_head_and_losses_waits_for_nothing():
+def test_a_step_of_head_and_losses_waits_for_nothing(gpu):
+    if gpu != "cuda":
+        pytest.skip("nothing waits for this device")
     head, loss = ArcMargin(16, 50).cuda(), CombinedLoss([(1.0, CELoss()), (1.0, SupConLoss(views=2))])
     x = torch.randn(8, 16, device="cuda", requires_grad=True)
     y = torch.arange(8, device="cuda") // 2

@@ -41,6 +41,8 @@ def unfused(optimizer):
 
 @pytest.mark.parametrize("section", SECTIONS.values(), ids=SECTIONS)
 def test_the_kernel_makes_the_same_steps(section, device):
+    if device not in ("cpu", "cuda"):
+        pytest.skip("this device has no such kernel")
     one, other = parameters(torch.float64, device), parameters(torch.float64, device)
     fused, plain = (build_optimizer({"Optimizer": section})(params, lr=0.1) for params in (one, other))
     assert all(group["fused"] for group in fused.param_groups)

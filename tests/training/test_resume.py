@@ -66,14 +66,11 @@ SECTIONS = {
 }
 
 
-PLACES = {"cpu": "cpu", "cuda": "gpu"}  # what Global.device calls them
-
-
 @pytest.fixture
 def deterministic(device, monkeypatch):
     """On a GPU kernels that add in the same order each time, which the CPU's do anyway."""
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(device == "cuda")
+    torch.use_deterministic_algorithms(device != "cpu")
     yield
     torch.use_deterministic_algorithms(False)
 
@@ -109,7 +106,12 @@ def interrupted(config_file, run, changes, *moments):
 def test_every_section_ends_the_same_when_it_is_interrupted(
     config_file, tmp_path, changes, capsys, device, deterministic
 ):
-    changes = {"Global.device": PLACES[device], "Global.epochs": 3, "Global.save_steps": 2, **changes}
+    changes = {
+        "Global.device": "cpu" if device == "cpu" else "gpu",
+        "Global.epochs": 3,
+        "Global.save_steps": 2,
+        **changes,
+    }
     make(config_file, tmp_path / "whole", changes).fit_config()
     torch.manual_seed(17)  # a new process would have another random state
     interrupted(config_file, tmp_path / "cut", changes, (1, None), (2, 8), (3, 1))
