@@ -48,8 +48,8 @@ def split_lists(cfg: dict, folder: Path) -> list[Split]:
     tables = [training_table(cfg), *held_tables(cfg)]
     if len({table.name(label) for table in tables[1:] for label in table.labels}) >= ENOUGH:
         given = (cfg["DataLoader"]["Train"], section["Query"], section["Gallery"])
-        lists = ({k: v for k, v in part["dataset"].items() if k != "transform_ops"} for part in given)
-        return [Split(*lists, identities=len(np.unique(tables[0].labels)))]
+        train, query, gallery = ({k: v for k, v in part["dataset"].items() if k != "transform_ops"} for part in given)
+        return [Split(train, query, gallery, len(np.unique(tables[0].labels)))]
     names = [np.array([table.name(label) for label in table.labels]) for table in tables]
     found, counts = np.unique(np.concatenate(names), return_counts=True)
     able = found[counts > 1]
