@@ -66,9 +66,9 @@ def in_splits(cfg: dict, identities: int) -> dict:
 
 
 def largest_batch(sampler: dict, identities: int, images: int) -> int:
-    """Return how many images a batch can have, at most `images`, where the sampler wants several of each identity."""
+    """Return how many images a batch can have, at most `images`; where any may come together, as many as it has now."""
     each = sampler.get("sample_per_id") or sampler.get("num_instances")
-    return min(images // each, identities) * each if each else images
+    return min(images // each, identities) * each if each else sampler["batch_size"]
 
 
 def whiten(cfg: dict, width: int, power: float) -> dict:

@@ -183,6 +183,7 @@ def test_batches_are_as_large_as_every_split_allows(config_file, tmp_path, pretr
     plain = {"DataLoader.Train.sampler": {"name": "DistributedBatchSampler", "batch_size": 30}}
     cfg = load_config(config_file(pretrained | plain))
     assert rungs.in_splits(cfg, fewest) == cfg and not capsys.readouterr().out
+    assert rungs.probe(cfg, 8, 0.5, 90, fewest)["DataLoader"]["Train"]["sampler"]["batch_size"] == 30
 
 
 def test_a_gain_that_the_images_cannot_show_is_not_kept():
