@@ -29,7 +29,7 @@ from retrieval import embeddings
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
-from training import DEVICE, bare_loop, configuration, draw_photographs, lines, machine, now, step
+from training import DEVICE, MODEL, bare_loop, configuration, draw_photographs, gpu_memory, lines, machine, now, step
 
 from recnb.losses.combined import CELoss, CombinedLoss, SupConLoss
 from recnb.models.backbones import create_backbone
@@ -91,8 +91,7 @@ def in_layout(sizes: dict, channels_last: bool, compiled: bool, peak: float) -> 
         loss(model(x, y), y).backward()
     if compiled:
         model.compile()
-    if DEVICE.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+    gpu_memory()
     seconds = bare_loop(model, loss, [(x, y)] * (WARM + sizes["steps"]))
     return {
         "part": "train",
@@ -101,7 +100,7 @@ def in_layout(sizes: dict, channels_last: bool, compiled: bool, peak: float) -> 
         "compile": compiled,
         "images_s": batch / seconds,
         "share_of_peak": counted.get_total_flops() / seconds / peak,
-        "GPU_GiB": torch.cuda.max_memory_allocated() / 2**30 if DEVICE.type == "cuda" else None,
+        "GPU_GiB": gpu_memory(),
     }
 
 
@@ -139,8 +138,8 @@ def fed(sizes: dict) -> list[dict]:
     batch, pixels, workers = sizes["batch"], sizes["pixels"], os.cpu_count() or 1
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        listed = draw_photographs(folder, identities=max(16, batch // 4), images=8)
-        listed.write_text(listed.read_text() * (-(-(WARM + sizes["steps"]) * batch // (8 * max(16, batch // 4)))))
+        listed = draw_photographs(folder, identities=batch // 4, images=8)  # of four images each: two batches
+        listed.write_text(listed.read_text() * ((WARM + sizes["steps"]) // 2 + 1))
         cfg = configuration(
             folder,
             folder,
@@ -148,12 +147,7 @@ def fed(sizes: dict) -> list[dict]:
             batch,
             pixels,
             [{"ResizeImage": {"size": pixels}}, {"RandFlipImage": {}}, {"NormalizeImage": {}}],
-            Arch={
-                "Backbone": {"name": sizes["name"]},
-                "BackboneStopLayer": {"name": "flatten"},
-                "Neck": {"name": "FC", "class_num": 512},
-                "Head": {"name": "ArcMargin", "margin": 0.15, "scale": 32},
-            },
+            Arch={**MODEL["Arch"], "Backbone": {"name": sizes["name"]}},
             AMP={"dtype": "bfloat16"},
             Global={"channels_last": True},
         )

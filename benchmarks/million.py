@@ -12,7 +12,7 @@ import time
 from statistics import median
 
 import torch
-from training import DEVICE, machine, now
+from training import DEVICE, gpu_memory, machine, now
 
 from recnb.distributed.rows import step_by_rows
 from recnb.losses.combined import CELoss
@@ -23,6 +23,7 @@ BATCH, STEPS = 64, 6
 
 def head(identities: int, share: float) -> dict:
     """Seconds of a step once warm, by the clock and of the processor, and GiB at the peak."""
+    gpu_memory()
     part, loss = ArcMargin(512, identities, sample_rate=share).to(DEVICE), CELoss()
     optimizer = torch.optim.SGD(part.parameters(), 0.1, 0.9)
     step_by_rows(optimizer)
@@ -42,7 +43,7 @@ def head(identities: int, share: float) -> dict:
         "seconds": median(clock[2:]),
         "processor_seconds": median(processor[2:]),
         "process_GiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-        "GPU_GiB": torch.cuda.max_memory_allocated() / 2**30 if DEVICE.type == "cuda" else None,
+        "GPU_GiB": gpu_memory(),
     }
 
 

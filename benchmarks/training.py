@@ -79,6 +79,15 @@ def now() -> float:
     return time.perf_counter()
 
 
+def gpu_memory() -> float | None:
+    """The most memory of the GPU that was held since the last call, in GiB."""
+    if DEVICE.type != "cuda":
+        return None
+    most = torch.cuda.max_memory_allocated() / 2**30
+    torch.cuda.reset_peak_memory_stats()
+    return most
+
+
 def configuration(folder: Path, images: Path, list_file: Path, batch: int, size: int, ops: list, **changes) -> dict:
     """A checked configuration that trains on one list, with other sections where `changes` has some."""
     train = {

@@ -34,7 +34,7 @@ class Apart(torch.Tensor):
         return self
 
     @classmethod
-    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(cls, function, _, args=(), kwargs=None):
         return run(function, args, kwargs or {})
 
     def __reduce_ex__(self, protocol):
@@ -167,9 +167,9 @@ def factories():
         function = getattr(getattr(torch.ops.aten, packet, None), overload or "default", None)
         if namespace != "aten" or function is None or any(word in name for word in ("sparse", "quantized", "nested")):
             continue
-        types = {argument.name: str(argument.type) for argument in function._schema.arguments}
+        kinds = {argument.name: str(argument.type) for argument in function._schema.arguments}
         makes = [str(each.type) for each in function._schema.returns] == ["Tensor"]
-        if makes and "device" in types and not any("Tensor" in kind for kind in types.values()):
+        if makes and "device" in kinds and not any("Tensor" in kind for kind in kinds.values()):
             yield name, function
 
 

@@ -15,6 +15,7 @@ The changes are dotted keys as in `load_config`, but they may add what is not th
 import os
 
 os.environ["MPLBACKEND"] = "Agg"
+os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # a GPU adds in the same order where a test asks for it
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny models on busy cores: threads would wait for each other
 
 import random

@@ -54,9 +54,8 @@ def save_queries(path: Path, images: ImageList, before: Evaluation, after: Evalu
         table[f"{name}_before"] = values
         if after is not None:
             table[f"{name}_after"] = after.per_query[name]
-    (path.parent / SUMS).unlink(
-        missing_ok=True
-    )  # of the file before: killed in between, none is better than a wrong one
+    # It is of the file before: killed in between, none is better than a wrong one.
+    (path.parent / SUMS).unlink(missing_ok=True)
     write_csv(table, path)
 
 

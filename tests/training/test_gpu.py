@@ -62,7 +62,7 @@ def test_tensors_of_two_devices_do_not_mix(gpu):
             mixed()
     with pytest.raises(TypeError):
         ours.numpy()
-    with pytest.raises(RuntimeError, match=r"generator|not implemented"):
+    with pytest.raises(RuntimeError, match="generator"):
         torch.rand(2, device=gpu, generator=torch.Generator())
     assert (ours.cpu() + others).sum() == 8 and ours[others > 0].sum().item() == 4
 
